@@ -1,0 +1,68 @@
+# make run     train on the real CIFAR-10 sample of this repository, print the health table, write out/
+# make test    everything that a change must pass; ends with "N passed, N failed"
+# make bench   speed, as a share of this machine's limits (PEERS=1: other libraries beside it)
+# make data    download the full CIFAR-10 into data/ (curl)
+# make install PREFIX=/usr/local
+# Needs a C compiler and make. OpenMP is used where the compiler has it.
+
+CC ?= cc
+CXX ?= c++
+PREFIX ?= /usr/local
+BUILD ?= build
+WARN = -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_max_threads()<1;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+CFLAGS ?= -O3
+FLAGS = -std=c99 $(WARN) $(CFLAGS) -ffp-contract=off $(OPENMP) -I.
+LIBS = -lm
+
+EXAMPLES = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
+BENCHES = $(patsubst bench/%.c,$(BUILD)/bench_%,$(wildcard bench/*.c))
+TESTS = $(patsubst tests/test_%.c,$(BUILD)/test_%,$(wildcard tests/test_*.c))
+SANITIZED = $(TESTS:$(BUILD)/%=$(BUILD)/sanitized_%)
+SCRIPTS = $(wildcard tests/test_*.sh)
+
+.PHONY: all run test bench data install clean help
+all: $(EXAMPLES) $(BENCHES)
+
+help:
+	@sed -n 's/^# //p' Makefile | head -7
+
+run: $(BUILD)/cifar10
+	$(BUILD)/cifar10 $(ARGS)
+
+$(BUILD)/%: examples/%.c moe.h $(wildcard examples/common/*.h) | $(BUILD)
+	$(CC) $(FLAGS) $< -o $@ $(LIBS)
+
+$(BUILD)/bench_%: bench/%.c moe.h $(wildcard bench/*.h) | $(BUILD)
+	$(CC) $(FLAGS) $< -o $@ $(LIBS)
+
+TEST_NEEDS = moe.h $(wildcard tests/*.h examples/common/*.h) | $(BUILD)
+$(BUILD)/test_%: tests/test_%.c $(TEST_NEEDS)
+	$(CC) $(FLAGS) -Itests $< -o $@ $(LIBS)
+$(BUILD)/sanitized_test_%: tests/test_%.c $(TEST_NEEDS)
+	$(CC) $(FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Itests $< -o $@ $(LIBS)
+
+test: $(TESTS) $(SANITIZED) $(EXAMPLES)
+	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) sh tests/run.sh $(TESTS) $(SANITIZED) $(SCRIPTS)
+
+bench: $(BENCHES)
+	$(BUILD)/bench_gemm $(ARGS)
+	$(BUILD)/bench_layer $(ARGS)
+
+data:
+	sh examples/data/fetch.sh data
+
+install:
+	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	cp moe.h $(DESTDIR)$(PREFIX)/include/moe.h
+	sed -n 's/^#define MOE_VERSION "\(.*\)"/\1/p' moe.h | \
+	while read version; do \
+	    printf 'prefix=%s\nincludedir=$${prefix}/include\n\nName: moe\nDescription: Mixture-of-Experts for the CPU in one C header\nVersion: %s\nCflags: -I$${includedir}\nLibs: -lm\n' \
+	        "$(PREFIX)" "$$version" > $(DESTDIR)$(PREFIX)/lib/pkgconfig/moe.pc; \
+	done
+
+clean:
+	rm -rf $(BUILD) out
+
+$(BUILD):
+	mkdir -p $@

@@ -1,0 +1,122 @@
+// args.h - command lines from a table: parsing, defaults, --help.
+//
+//     args_option options[] = {
+//         ARGS_EPOCHS(&o.epochs), ARGS_SEED(&o.seed), ARGS_QUIET(&o.quiet),
+//         {"width", ARGS_SIZE, &o.width, "N", "channels of the first block", 1, 4096},
+//     };
+//     args_parse("cifar10", "Trains a small network.", options, sizeof options / sizeof *options, argc, argv);
+//
+// Both "--name value" and "--name=value" work. An unknown name or a bad value prints one clear line and ends the
+// program with status 2; --help prints the table and ends it with 0. What a variable holds before is its default.
+#ifndef EX_ARGS_H
+#define EX_ARGS_H
+
+#include "platform.h"
+
+typedef enum args_kind {
+    ARGS_FLAG, // int, no value: sets 1
+    ARGS_SIZE, // size_t
+    ARGS_U64,  // uint64_t
+    ARGS_REAL, // double
+    ARGS_TEXT  // const char *
+} args_kind;
+
+typedef struct args_option {
+    const char *name; // without the dashes
+    args_kind kind;
+    void *value;
+    const char *hint; // what the value is called in --help
+    const char *help;
+    double lo, hi; // allowed range of SIZE and REAL; hi 0 = no upper bound
+} args_option;
+
+// The flags that mean the same in every program.
+#define ARGS_DATA(p) {"data", ARGS_TEXT, p, "DIR", "the full data set (default: the sample in examples/data)", 0, 0}
+#define ARGS_EPOCHS(p) {"epochs", ARGS_SIZE, p, "N", "passes over the training data (0: by the data)", 0, 1e6}
+#define ARGS_STEPS(p) {"steps", ARGS_SIZE, p, "N", "stop after N steps (0: no limit)", 0, 0}
+#define ARGS_SEED(p) {"seed", ARGS_U64, p, "N", "of everything random", 0, 0}
+#define ARGS_THREADS(p) {"threads", ARGS_SIZE, p, "N", "threads (0: all); the result does not depend on it", 0, 1024}
+#define ARGS_ISA(p) {"isa", ARGS_TEXT, p, "NAME", "auto, scalar, avx2, avx512, neon; the result does not depend on it", 0, 0}
+#define ARGS_SYSTEM(p, names) {"system", ARGS_TEXT, p, "NAME", names, 0, 0}
+#define ARGS_EXPERTS(p) {"experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20}
+#define ARGS_TOP_K(p) {"top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's)", 0, 1 << 20}
+#define ARGS_OUT(p) {"out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0}
+#define ARGS_JSON(p) {"json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0}
+#define ARGS_QUIET(p) {"quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0}
+
+EX_FUNC void args_help(const char *program, const char *about, const args_option *o, size_t n) {
+    printf("usage: %s [options]\n%s\n\n", program, about);
+    for (size_t i = 0; i < n; i++) {
+        char left[64];
+        snprintf(left, sizeof left, "--%s%s%s", o[i].name, o[i].hint ? " " : "", o[i].hint ? o[i].hint : "");
+        printf("  %-16s %s", left, o[i].help);
+        switch (o[i].kind) {
+        case ARGS_SIZE: printf(" [%zu]", *(size_t *)o[i].value); break;
+        case ARGS_U64: printf(" [%llu]", (unsigned long long)*(uint64_t *)o[i].value); break;
+        case ARGS_REAL: printf(" [%g]", *(double *)o[i].value); break;
+        case ARGS_TEXT:
+            if (*(const char **)o[i].value) printf(" [%s]", *(const char **)o[i].value);
+            break;
+        case ARGS_FLAG: break;
+        }
+        printf("\n");
+    }
+    printf("  %-16s %s\n", "--help", "this text");
+}
+
+// Ends the program with status 2 and one line that says why.
+EX_PRINTF(2, 3) EX_FUNC void args_fail(const char *program, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "%s: ", program);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, " (--help lists the options)\n");
+    va_end(args);
+    exit(2);
+}
+
+EX_FUNC void args_set(const char *program, const args_option *o, const char *text) {
+    char *end = NULL;
+    errno = 0;
+    if (o->kind == ARGS_TEXT) {
+        *(const char **)o->value = text;
+    } else if (o->kind == ARGS_REAL) {
+        double v = strtod(text, &end);
+        if (end == text || *end || errno || !(v >= o->lo) || (o->hi > 0 && v > o->hi))
+            args_fail(program, "--%s: '%s' is not a number from %g to %g", o->name, text, o->lo, o->hi);
+        *(double *)o->value = v;
+    } else {
+        unsigned long long v = strtoull(text, &end, 10);
+        if (text[0] < '0' || text[0] > '9' || *end || errno || (o->kind == ARGS_SIZE && v > SIZE_MAX))
+            args_fail(program, "--%s: '%s' is not a whole number of at least %.0f", o->name, text, o->lo);
+        if ((double)v < o->lo) args_fail(program, "--%s: must be at least %.0f, not %s", o->name, o->lo, text);
+        if (o->hi > 0 && (double)v > o->hi) args_fail(program, "--%s: must be at most %.0f, not %s", o->name, o->hi, text);
+        if (o->kind == ARGS_SIZE) *(size_t *)o->value = (size_t)v;
+        else *(uint64_t *)o->value = v;
+    }
+}
+
+EX_FUNC void args_parse(const char *program, const char *about, const args_option *o, size_t n, int argc, char **argv) {
+    for (int a = 1; a < argc; a++) {
+        const char *name = argv[a];
+        if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
+            args_help(program, about, o, n);
+            exit(0);
+        }
+        if (strncmp(name, "--", 2) != 0 || !name[2]) args_fail(program, "what is '%s'?", name);
+        name += 2;
+        const char *equals = strchr(name, '=');
+        size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
+        while (i < n && (strlen(o[i].name) != length || strncmp(o[i].name, name, length) != 0)) i++;
+        if (i == n) args_fail(program, "--%.*s: no such option", (int)length, name);
+        if (o[i].kind == ARGS_FLAG) {
+            if (equals) args_fail(program, "--%s: takes no value", o[i].name);
+            *(int *)o[i].value = 1;
+        } else {
+            if (!equals && a + 1 == argc) args_fail(program, "--%s: a value is missing", o[i].name);
+            args_set(program, &o[i], equals ? equals + 1 : argv[++a]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,651 @@
+// nn.h - the few neural-network operations around a Mixture-of-Experts layer: convolution, normalisation, ReLU, GELU,
+// pooling, linear, cross-entropy, and a bank of parameters. Plain functions over float arrays, forward and backward;
+// images are NHWC: (n, h, w, c) with channels innermost.
+//
+// It stands on moe.h: products are moe_gemm (a convolution is one product whose left operand is filled on the fly with
+// patches of the image), threads are moe_run, exp and log are moe_exp and moe_log. Results have the same bits for any
+// number of threads and every instruction set: work is cut into blocks by index, sums run inside a block in order and
+// then over the blocks in order. Compile with -ffp-contract=off, so that the compiler does not fuse a * b + c here.
+//
+// Backward functions set (not add) the gradients of parameters.
+#ifndef EX_NN_H
+#define EX_NN_H
+
+#include "platform.h"
+
+#include <math.h>
+
+#include "moe.h"
+
+// What every operation needs: who runs the tasks, and scratch memory that grows when needed.
+typedef struct nn {
+    moe_parallel parallel;
+    float *scratch;
+    size_t scratch_count;
+} nn;
+
+EX_FUNC void nn_free(nn *s) {
+    free(s->scratch);
+    s->scratch = NULL;
+    s->scratch_count = 0;
+}
+
+// At least `count` floats, valid until the next operation.
+EX_FUNC float *nn_scratch(nn *s, size_t count) {
+    if (s->scratch_count < count) {
+        free(s->scratch);
+        s->scratch = allocate(count, sizeof(float));
+        s->scratch_count = count;
+    }
+    return s->scratch;
+}
+
+EX_FUNC void nn_must(moe_status status) {
+    if (status != MOE_OK) die("%s", moe_status_string(status));
+}
+
+// Arrays of (rows, c) are cut into blocks of whole rows, about 64 KiB each. The cut depends on the shape alone.
+EX_FUNC size_t nn_block_rows(size_t c) { return c < 16384 ? 16384 / c : 1; }
+EX_FUNC size_t nn_blocks(size_t rows, size_t c) { return (rows + nn_block_rows(c) - 1) / nn_block_rows(c); }
+
+// What a task over blocks of rows gets. Each operation uses the fields that it needs.
+typedef struct nn_job {
+    size_t rows, c;
+    const float *x, *y, *dy, *a, *b, *mean, *k1, *k2;
+    float *out, *sum1, *sum2;
+    int relu;
+} nn_job;
+
+EX_FUNC void nn_run(nn *s, nn_job *job, moe_task *task) {
+    moe_run(&s->parallel, nn_blocks(job->rows, job->c), task, job);
+}
+
+// Rows [*begin, *end) of block i.
+EX_FUNC void nn_block(const nn_job *j, size_t i, size_t *begin, size_t *end) {
+    size_t n = nn_block_rows(j->c);
+    *begin = i * n;
+    *end = *begin + n < j->rows ? *begin + n : j->rows;
+}
+
+// ---- parameters ----
+
+// Tensors one after another in one block, each with gradient and optimiser moments. Declare them all with nn_add, then
+// nn_bank_alloc; value + offset is a tensor.
+#define NN_MAX_TENSORS 64
+typedef struct nn_bank {
+    size_t n_tensors, count;
+    struct { size_t at, count; int decay; } tensor[NN_MAX_TENSORS];
+    float *value, *grad, *moment1, *moment2; // (count) each
+} nn_bank;
+
+// Declares a tensor; decay: it takes weight decay. Returns its offset.
+EX_FUNC size_t nn_add(nn_bank *b, size_t count, int decay) {
+    if (b->n_tensors == NN_MAX_TENSORS) die("more than %d tensors", NN_MAX_TENSORS);
+    size_t at = b->count;
+    b->tensor[b->n_tensors].at = at;
+    b->tensor[b->n_tensors].count = count;
+    b->tensor[b->n_tensors++].decay = decay;
+    b->count += count;
+    return at;
+}
+
+EX_FUNC void nn_bank_alloc(nn_bank *b) {
+    b->value = allocate(4 * b->count, sizeof(float));
+    b->grad = b->value + b->count;
+    b->moment1 = b->grad + b->count;
+    b->moment2 = b->moment1 + b->count;
+}
+
+EX_FUNC void nn_bank_free(nn_bank *b) {
+    free(b->value);
+    b->value = b->grad = b->moment1 = b->moment2 = NULL;
+}
+
+// One optimiser step over all tensors; o.weight_decay for those that take it.
+EX_FUNC void nn_bank_step(nn_bank *b, moe_optimizer_args o) {
+    float decay = o.weight_decay;
+    for (size_t i = 0; i < b->n_tensors; i++) {
+        size_t at = b->tensor[i].at;
+        o.weight_decay = b->tensor[i].decay ? decay : MOE_OFF;
+        nn_must(moe_optimizer_step(&o, b->tensor[i].count, b->value + at, b->grad + at, b->moment1 + at, b->moment2 + at));
+    }
+}
+
+// ---- convolution ----
+
+// x (n, h, w, c), weight (size, size, c, filters), y (n, out_h, out_w, filters); zeros around the image.
+typedef struct nn_conv {
+    size_t n, h, w, c, size, stride, pad, filters;
+} nn_conv;
+
+EX_FUNC size_t nn_conv_out(const nn_conv *v, size_t extent) { return (extent + 2 * v->pad - v->size) / v->stride + 1; }
+EX_FUNC size_t nn_conv_weights(const nn_conv *v) { return v->size * v->size * v->c * v->filters; }
+
+// The matrix of patches: row = pixel (n, y, x) of a grid of h x w, column = (ky, kx, channel) of a source image.
+// Source row of grid row y and tap ky: (y * step + direction * ky + offset) / divide, where that is a whole number
+// inside the image; else the element is 0. The same for columns.
+typedef struct nn_patches {
+    const float *source;
+    size_t h, w;                    // grid
+    size_t source_h, source_w, c;   // source image
+    size_t size, step, divide;
+    ptrdiff_t direction, offset;
+} nn_patches;
+
+// Which source row or column a tap reads, or SIZE_MAX.
+EX_FUNC size_t nn_patch_index(const nn_patches *p, size_t grid, size_t tap, size_t extent) {
+    ptrdiff_t t = (ptrdiff_t)(grid * p->step) + p->direction * (ptrdiff_t)tap + p->offset;
+    if (t < 0) return SIZE_MAX;
+    size_t u = (size_t)t;
+    if (p->divide > 1) {
+        if (u % p->divide) return SIZE_MAX;
+        u /= p->divide;
+    }
+    return u < extent ? u : SIZE_MAX;
+}
+
+// The a_fill of moe_gemm: rows x cols elements from (row, col), 32 floats a row.
+EX_FUNC void nn_patches_fill(void *user, size_t row, size_t rows, size_t col, size_t cols, float *dst) {
+    const nn_patches *p = user;
+    for (size_t done = 0, run; done < cols; done += run) { // one run = channels of one tap
+        size_t tap = (col + done) / p->c, channel = (col + done) % p->c;
+        size_t ky = tap / p->size, kx = tap % p->size;
+        run = p->c - channel < cols - done ? p->c - channel : cols - done;
+        size_t x = row % p->w, y = row / p->w % p->h, image = row / p->w / p->h;
+        float *out = dst + done;
+        for (size_t r = 0; r < rows;) { // one line of the grid, or what is asked of it
+            size_t end = r + (p->w - x) < rows ? r + (p->w - x) : rows;
+            size_t sy = nn_patch_index(p, y, ky, p->source_h);
+            const float *line = p->source + (image * p->source_h + (sy == SIZE_MAX ? 0 : sy)) * p->source_w * p->c + channel;
+            for (; r < end; r++, x++, out += 32) {
+                size_t sx = sy == SIZE_MAX ? SIZE_MAX : nn_patch_index(p, x, kx, p->source_w);
+                if (sx == SIZE_MAX) memset(out, 0, run * sizeof(float));
+                else if (run == 32) memcpy(out, line + sx * p->c, 32 * sizeof(float)); // a constant size is inlined
+                else memcpy(out, line + sx * p->c, run * sizeof(float));
+            }
+            x = 0;
+            if (++y == p->h) y = 0, image++;
+        }
+    }
+}
+
+// The patches of x that the convolution reads, and those of dy that its data gradient reads.
+EX_FUNC nn_patches nn_conv_patches(const nn_conv *v, const float *x) {
+    return (nn_patches){.source = x, .h = nn_conv_out(v, v->h), .w = nn_conv_out(v, v->w), .source_h = v->h,
+                        .source_w = v->w, .c = v->c, .size = v->size, .step = v->stride, .divide = 1,
+                        .direction = 1, .offset = -(ptrdiff_t)v->pad};
+}
+EX_FUNC nn_patches nn_conv_back_patches(const nn_conv *v, const float *dy) {
+    return (nn_patches){.source = dy, .h = v->h, .w = v->w, .source_h = nn_conv_out(v, v->h),
+                        .source_w = nn_conv_out(v, v->w), .c = v->filters, .size = v->size, .step = 1,
+                        .divide = v->stride, .direction = -1, .offset = (ptrdiff_t)v->pad};
+}
+
+// y = patches(x) weight
+EX_FUNC void nn_conv_forward(nn *s, const nn_conv *v, const float *x, const float *weight, float *y) {
+    nn_patches p = nn_conv_patches(v, x);
+    moe_gemm_args g = {0};
+    g.m = v->n * p.h * p.w;
+    g.n = v->filters;
+    g.k = v->size * v->size * v->c;
+    g.a_fill = nn_patches_fill;
+    g.a_user = &p;
+    g.b = weight;
+    g.c = y;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+}
+
+// dweight = patches(x)^T dy
+EX_FUNC void nn_conv_backward_weight(nn *s, const nn_conv *v, const float *x, const float *dy, float *dweight) {
+    nn_patches p = nn_conv_patches(v, x);
+    moe_gemm_args g = {0};
+    g.m = v->size * v->size * v->c;
+    g.n = v->filters;
+    g.k = v->n * p.h * p.w;
+    g.ta = 1;
+    g.a_fill = nn_patches_fill;
+    g.a_user = &p;
+    g.b = dy;
+    g.c = dweight;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+}
+
+// dx = (or +=) patches(dy) weight', weight' (size, size, filters, c) the weight with its last two axes exchanged
+EX_FUNC void nn_conv_backward_data(nn *s, const nn_conv *v, const float *dy, const float *weight, int accumulate, float *dx) {
+    size_t taps = v->size * v->size;
+    float *exchanged = nn_scratch(s, nn_conv_weights(v));
+    for (size_t t = 0; t < taps; t++) {
+        const float *from = weight + t * v->c * v->filters;
+        float *to = exchanged + t * v->c * v->filters;
+        for (size_t f = 0; f < v->filters; f++)
+            for (size_t c = 0; c < v->c; c++) to[f * v->c + c] = from[c * v->filters + f];
+    }
+    nn_patches p = nn_conv_back_patches(v, dy);
+    moe_gemm_args g = {0};
+    g.m = v->n * v->h * v->w;
+    g.n = v->c;
+    g.k = taps * v->filters;
+    g.a_fill = nn_patches_fill;
+    g.a_user = &p;
+    g.b = exchanged;
+    g.c = dx;
+    g.accumulate = accumulate;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+}
+
+// ---- normalisation ----
+// Batch normalisation: each of c channels is shifted and scaled to mean 0 and variance 1 over the rows of the batch,
+// then to beta and gamma. In evaluation the mean and variance come from running averages instead.
+
+#define NN_EPSILON 1e-5f
+
+EX_FUNC void nn_moments_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end, c = j->c;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    float *restrict mean = j->sum1 + i * c, *restrict square = j->sum2 + i * c, scale = 1.0f / (float)(end - begin);
+    for (size_t k = 0; k < c; k++) mean[k] = square[k] = 0;
+    for (size_t r = begin; r < end; r++) {
+        const float *restrict x = j->x + r * c;
+        for (size_t k = 0; k < c; k++) mean[k] += x[k];
+    }
+    for (size_t k = 0; k < c; k++) mean[k] *= scale;
+    for (size_t r = begin; r < end; r++) {
+        const float *restrict x = j->x + r * c;
+        for (size_t k = 0; k < c; k++) square[k] += (x[k] - mean[k]) * (x[k] - mean[k]);
+    }
+}
+
+// mean (c) and variance (c) of x (rows, c). Blocks are merged as in Chan, Golub, LeVeque 1979 [K].
+EX_FUNC void nn_moments(nn *s, size_t rows, size_t c, const float *x, float *mean, float *variance) {
+    size_t blocks = nn_blocks(rows, c), per_block = nn_block_rows(c);
+    nn_job j = {.rows = rows, .c = c, .x = x};
+    j.sum1 = nn_scratch(s, 2 * blocks * c);
+    j.sum2 = j.sum1 + blocks * c;
+    nn_run(s, &j, nn_moments_task);
+    for (size_t k = 0; k < c; k++) {
+        double n = 0, m = 0, q = 0;
+        for (size_t i = 0; i < blocks; i++) {
+            double nb = (double)(i + 1 < blocks ? per_block : rows - i * per_block), delta = j.sum1[i * c + k] - m;
+            m += delta * nb / (n + nb);
+            q += j.sum2[i * c + k] + delta * delta * n * nb / (n + nb);
+            n += nb;
+        }
+        mean[k] = (float)m;
+        variance[k] = (float)(q / n);
+    }
+}
+
+// Running averages for evaluation: running = keep * running + (1 - keep) * batch.
+EX_FUNC void nn_track(size_t c, float keep, const float *batch, float *running) {
+    for (size_t k = 0; k < c; k++) running[k] += (1 - keep) * (batch[k] - running[k]);
+}
+
+// The whole normalisation of a channel as x * a + b.
+EX_FUNC void nn_norm_affine(size_t c, const float *mean, const float *variance, const float *gamma, const float *beta,
+                            float *a, float *b) {
+    for (size_t k = 0; k < c; k++) {
+        a[k] = gamma[k] / sqrtf(variance[k] + NN_EPSILON);
+        b[k] = beta[k] - mean[k] * a[k];
+    }
+}
+
+EX_FUNC void nn_norm_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end, c = j->c;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    const float *restrict a = j->a, *restrict b = j->b;
+    for (size_t r = begin; r < end; r++) {
+        const float *x = j->x + r * c, *add = j->y ? j->y + r * c : NULL;
+        float *out = j->out + r * c;
+        if (j->relu && add)
+            for (size_t k = 0; k < c; k++) {
+                float z = x[k] * a[k] + b[k];
+                out[k] = (z > 0 ? z : 0) + add[k];
+            }
+        else if (j->relu)
+            for (size_t k = 0; k < c; k++) {
+                float z = x[k] * a[k] + b[k];
+                out[k] = z > 0 ? z : 0;
+            }
+        else
+            for (size_t k = 0; k < c; k++) out[k] = x[k] * a[k] + b[k] + (add ? add[k] : 0);
+    }
+}
+
+// y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta) + add, all (rows, c); act is ReLU or nothing; add (a
+// residual connection) may be NULL. y may be x or add.
+EX_FUNC void nn_norm_forward(nn *s, size_t rows, size_t c, int relu, const float *x, const float *mean, const float *variance,
+                             const float *gamma, const float *beta, const float *add, float *y) {
+    float *a = nn_scratch(s, 2 * c), *b = a + c;
+    nn_norm_affine(c, mean, variance, gamma, beta, a, b);
+    nn_job j = {.rows = rows, .c = c, .x = x, .y = add, .a = a, .b = b, .out = y, .relu = relu};
+    nn_run(s, &j, nn_norm_task);
+}
+
+// The gradient that arrives behind the ReLU.
+#define NN_THROUGH_RELU(k) (!relu || x[k] * a[k] + b[k] > 0 ? dy[k] : 0)
+
+EX_FUNC void nn_norm_sums_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end, c = j->c;
+    int relu = j->relu;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    const float *restrict a = j->a, *restrict b = j->b, *restrict mean = j->mean;
+    float *restrict s1 = j->sum1 + i * c, *restrict s2 = j->sum2 + i * c;
+    for (size_t k = 0; k < c; k++) s1[k] = s2[k] = 0;
+    for (size_t r = begin; r < end; r++) {
+        const float *restrict x = j->x + r * c, *restrict dy = j->dy + r * c;
+        for (size_t k = 0; k < c; k++) {
+            float g = NN_THROUGH_RELU(k);
+            s1[k] += g;
+            s2[k] += g * (x[k] - mean[k]);
+        }
+    }
+}
+
+EX_FUNC void nn_norm_gradient_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end, c = j->c;
+    int relu = j->relu;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    const float *restrict a = j->a, *restrict b = j->b, *restrict mean = j->mean, *restrict k1 = j->k1, *restrict k2 = j->k2;
+    for (size_t r = begin; r < end; r++) {
+        const float *x = j->x + r * c, *dy = j->dy + r * c;
+        float *dx = j->out + r * c;
+        for (size_t k = 0; k < c; k++) dx[k] = a[k] * (NN_THROUGH_RELU(k) - k1[k] - (x[k] - mean[k]) * k2[k]);
+    }
+}
+
+// Gradients of nn_norm_forward with the batch's own moments, which depend on x too. dx may be dy (or x). The gradient
+// by `add` is dy itself.
+EX_FUNC void nn_norm_backward(nn *s, size_t rows, size_t c, int relu, const float *x, const float *mean, const float *variance,
+                              const float *gamma, const float *beta, const float *dy, float *dx, float *dgamma, float *dbeta) {
+    size_t blocks = nn_blocks(rows, c);
+    float *a = nn_scratch(s, 4 * c + 2 * blocks * c), *b = a + c, *k1 = b + c, *k2 = k1 + c;
+    nn_norm_affine(c, mean, variance, gamma, beta, a, b);
+    nn_job j = {.rows = rows, .c = c, .x = x, .dy = dy, .a = a, .b = b, .mean = mean, .k1 = k1, .k2 = k2, .out = dx, .relu = relu};
+    j.sum1 = k2 + c;
+    j.sum2 = j.sum1 + blocks * c;
+    nn_run(s, &j, nn_norm_sums_task);
+    for (size_t k = 0; k < c; k++) {
+        double s1 = 0, s2 = 0, inverse = 1.0 / sqrt((double)variance[k] + NN_EPSILON);
+        for (size_t i = 0; i < blocks; i++) {
+            s1 += j.sum1[i * c + k];
+            s2 += j.sum2[i * c + k];
+        }
+        dbeta[k] = (float)s1;
+        dgamma[k] = (float)(s2 * inverse);
+        k1[k] = (float)(s1 / (double)rows);
+        k2[k] = (float)(s2 * inverse * inverse / (double)rows);
+    }
+    nn_run(s, &j, nn_norm_gradient_task);
+}
+
+// The same with its own parameters in a bank and its running averages: nn_norm_declare, nn_bank_alloc, nn_norm_alloc.
+typedef struct nn_norm {
+    size_t c, gamma, beta;                                  // offsets in the bank
+    float keep;                                             // of the running averages, e.g. 0.9
+    float *mean, *variance, *running_mean, *running_variance; // (c) each
+} nn_norm;
+
+EX_FUNC void nn_norm_declare(nn_norm *m, nn_bank *bank, size_t c, float keep) {
+    m->c = c;
+    m->gamma = nn_add(bank, c, 0);
+    m->beta = nn_add(bank, c, 0);
+    m->keep = keep;
+}
+
+EX_FUNC void nn_norm_alloc(nn_norm *m, nn_bank *bank) {
+    m->mean = allocate(4 * m->c, sizeof(float));
+    m->variance = m->mean + m->c;
+    m->running_mean = m->variance + m->c;
+    m->running_variance = m->running_mean + m->c;
+    for (size_t k = 0; k < m->c; k++) bank->value[m->gamma + k] = m->running_variance[k] = 1;
+}
+
+EX_FUNC void nn_norm_free(nn_norm *m) {
+    free(m->mean);
+    m->mean = NULL;
+}
+
+// training: normalise with the batch's moments and remember them; else with the running averages.
+EX_FUNC void nn_norm_apply(nn *s, nn_norm *m, const nn_bank *bank, int training, size_t rows, int relu, const float *x,
+                           const float *add, float *y) {
+    if (training) {
+        nn_moments(s, rows, m->c, x, m->mean, m->variance);
+        nn_track(m->c, m->keep, m->mean, m->running_mean);
+        nn_track(m->c, m->keep, m->variance, m->running_variance);
+    }
+    nn_norm_forward(s, rows, m->c, relu, x, training ? m->mean : m->running_mean, training ? m->variance : m->running_variance,
+                    bank->value + m->gamma, bank->value + m->beta, add, y);
+}
+
+EX_FUNC void nn_norm_gradient(nn *s, const nn_norm *m, nn_bank *bank, size_t rows, int relu, const float *x, const float *dy, float *dx) {
+    nn_norm_backward(s, rows, m->c, relu, x, m->mean, m->variance, bank->value + m->gamma, bank->value + m->beta, dy, dx,
+                     bank->grad + m->gamma, bank->grad + m->beta);
+}
+
+// ---- activations ----
+
+EX_FUNC void nn_relu_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    const float *x = j->x, *dy = j->dy;
+    float *out = j->out;
+    if (!dy)
+        for (size_t k = begin; k < end; k++) out[k] = x[k] > 0 ? x[k] : 0;
+    else
+        for (size_t k = begin; k < end; k++) out[k] = x[k] > 0 ? dy[k] : 0;
+}
+
+// y = max(x, 0), n floats; y may be x.
+EX_FUNC void nn_relu_forward(nn *s, size_t n, const float *x, float *y) {
+    nn_job j = {.rows = n, .c = 1, .x = x, .out = y};
+    nn_run(s, &j, nn_relu_task);
+}
+// x may be the input or the output of the forward: both have the same sign. dx may be dy.
+EX_FUNC void nn_relu_backward(nn *s, size_t n, const float *x, const float *dy, float *dx) {
+    nn_job j = {.rows = n, .c = 1, .x = x, .dy = dy, .out = dx};
+    nn_run(s, &j, nn_relu_task);
+}
+
+EX_FUNC void nn_gelu_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end;
+    float phi[256], slope[256];
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    for (size_t n; begin < end; begin += n) {
+        const float *x = j->x + begin;
+        n = end - begin < 256 ? end - begin : 256;
+        for (size_t k = 0; k < n; k++) phi[k] = x[k] * 0.70710678f;
+        nn_must(moe_erf(n, phi, phi));
+        for (size_t k = 0; k < n; k++) phi[k] = 0.5f + 0.5f * phi[k];
+        float *out = j->out + begin;
+        if (!j->dy) {
+            for (size_t k = 0; k < n; k++) out[k] = x[k] * phi[k];
+        } else {
+            const float *dy = j->dy + begin;
+            for (size_t k = 0; k < n; k++) slope[k] = -0.5f * x[k] * x[k];
+            nn_must(moe_exp(n, slope, slope));
+            for (size_t k = 0; k < n; k++) out[k] = dy[k] * (phi[k] + x[k] * 0.39894228f * slope[k]);
+        }
+    }
+}
+
+// y = x * Phi(x), the exact GELU, n floats; y may be x.
+EX_FUNC void nn_gelu_forward(nn *s, size_t n, const float *x, float *y) {
+    nn_job j = {.rows = n, .c = 1, .x = x, .out = y};
+    nn_run(s, &j, nn_gelu_task);
+}
+// x is the input of the forward; dx may be dy.
+EX_FUNC void nn_gelu_backward(nn *s, size_t n, const float *x, const float *dy, float *dx) {
+    nn_job j = {.rows = n, .c = 1, .x = x, .dy = dy, .out = dx};
+    nn_run(s, &j, nn_gelu_task);
+}
+
+// ---- pooling ----
+
+// Windows of size x size side by side; what is left over at the right and at the bottom is not used.
+typedef struct nn_pool {
+    size_t n, h, w, c, size;
+    int mean; // else the maximum
+} nn_pool;
+
+typedef struct nn_pool_job {
+    const nn_pool *pool;
+    const float *x, *y, *dy;
+    float *out;
+} nn_pool_job;
+
+EX_FUNC void nn_pool_forward_task(void *arg, size_t image, size_t worker) {
+    const nn_pool_job *j = arg;
+    const nn_pool *p = j->pool;
+    size_t oh = p->h / p->size, ow = p->w / p->size, c = p->c;
+    float scale = 1.0f / (float)(p->size * p->size);
+    (void)worker;
+    for (size_t o = 0; o < oh * ow; o++) {
+        float *restrict y = j->out + (image * oh * ow + o) * c;
+        const float *window = j->x + ((image * p->h + o / ow * p->size) * p->w + o % ow * p->size) * c;
+        memcpy(y, window, c * sizeof(float));
+        for (size_t t = 1; t < p->size * p->size; t++) {
+            const float *restrict x = window + (t / p->size * p->w + t % p->size) * c;
+            if (p->mean)
+                for (size_t k = 0; k < c; k++) y[k] += x[k];
+            else
+                for (size_t k = 0; k < c; k++) y[k] = x[k] > y[k] ? x[k] : y[k];
+        }
+        if (p->mean)
+            for (size_t k = 0; k < c; k++) y[k] *= scale;
+    }
+}
+
+// x (n, h, w, c) -> y (n, h / size, w / size, c)
+EX_FUNC void nn_pool_forward(nn *s, const nn_pool *p, const float *x, float *y) {
+    nn_pool_job j = {p, x, NULL, NULL, y};
+    moe_run(&s->parallel, p->n, nn_pool_forward_task, &j);
+}
+
+EX_FUNC void nn_pool_backward_task(void *arg, size_t image, size_t worker) {
+    const nn_pool_job *j = arg;
+    const nn_pool *p = j->pool;
+    size_t oh = p->h / p->size, ow = p->w / p->size, c = p->c;
+    float scale = 1.0f / (float)(p->size * p->size), left[64];
+    (void)worker;
+    for (size_t row = 0; row < p->h; row++) // pixels outside every window
+        for (size_t col = row < oh * p->size ? ow * p->size : 0; col < p->w; col++)
+            memset(j->out + ((image * p->h + row) * p->w + col) * c, 0, c * sizeof(float));
+    for (size_t o = 0; o < oh * ow; o++) {
+        size_t out = (image * oh * ow + o) * c;
+        size_t corner = ((image * p->h + o / ow * p->size) * p->w + o % ow * p->size) * c;
+        for (size_t first = 0, n; first < c; first += n) {
+            n = c - first < 64 ? c - first : 64;
+            const float *dy = j->dy + out + first;
+            for (size_t k = 0; k < n; k++) left[k] = p->mean ? dy[k] * scale : dy[k];
+            for (size_t t = 0; t < p->size * p->size; t++) {
+                size_t at = corner + (t / p->size * p->w + t % p->size) * c + first;
+                float *dx = j->out + at;
+                if (p->mean) {
+                    memcpy(dx, left, n * sizeof(float));
+                } else { // the first pixel that has the maximum gets the gradient
+                    const float *x = j->x + at, *y = j->y + out + first;
+                    for (size_t k = 0; k < n; k++) {
+                        float give = x[k] == y[k] ? left[k] : 0;
+                        left[k] = x[k] == y[k] ? 0 : left[k];
+                        dx[k] = give;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// x and y as in the forward (used by the maximum only); dx may be x.
+EX_FUNC void nn_pool_backward(nn *s, const nn_pool *p, const float *x, const float *y, const float *dy, float *dx) {
+    nn_pool_job j = {p, x, y, dy, dx};
+    moe_run(&s->parallel, p->n, nn_pool_backward_task, &j);
+}
+
+// ---- linear layer ----
+
+// y (rows, out) = x (rows, in) weight (in, out) + bias (out); bias may be NULL
+EX_FUNC void nn_linear_forward(nn *s, size_t rows, size_t in, size_t out, const float *x, const float *weight,
+                               const float *bias, float *y) {
+    moe_gemm_args g = {0};
+    g.m = rows;
+    g.n = out;
+    g.k = in;
+    g.a = x;
+    g.b = weight;
+    g.c = y;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+    for (size_t r = 0; bias && r < rows; r++)
+        for (size_t k = 0; k < out; k++) y[r * out + k] += bias[k];
+}
+
+// dweight = x^T dy, dbias = sum of dy's rows (or NULL), dx = dy weight^T (or NULL)
+EX_FUNC void nn_linear_backward(nn *s, size_t rows, size_t in, size_t out, const float *x, const float *weight,
+                                const float *dy, float *dx, float *dweight, float *dbias) {
+    moe_gemm_args g = {0};
+    g.m = in;
+    g.n = out;
+    g.k = rows;
+    g.a = x;
+    g.ta = 1;
+    g.b = dy;
+    g.c = dweight;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+    if (dbias) {
+        for (size_t k = 0; k < out; k++) dbias[k] = 0;
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < out; k++) dbias[k] += dy[r * out + k];
+    }
+    if (!dx) return;
+    g = (moe_gemm_args){0};
+    g.m = rows;
+    g.n = in;
+    g.k = out;
+    g.a = dy;
+    g.b = weight;
+    g.tb = 1;
+    g.c = dx;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+}
+
+// ---- loss ----
+
+// Sum over the rows of the cross-entropy between softmax(logits (rows, classes)) and the targets: 1 - smoothing on the
+// label plus smoothing / classes everywhere (label smoothing, as in Szegedy et al. 2016 [K]). The gradient of the MEAN
+// goes to dlogits, unless NULL. prob (rows, classes) receives the softmax.
+EX_FUNC double nn_cross_entropy(nn *s, size_t rows, size_t classes, float smoothing, const float *logits,
+                                const unsigned char *label, float *prob, float *dlogits) {
+    float *logp = nn_scratch(s, classes), even = smoothing / (float)classes, scale = 1.0f / (float)rows;
+    double loss = 0;
+    nn_must(moe_softmax(rows, classes, 1, logits, prob));
+    for (size_t r = 0; r < rows; r++) {
+        const float *p = prob + r * classes;
+        for (size_t k = 0; k < classes; k++) logp[k] = p[k] > 1e-30f ? p[k] : 1e-30f;
+        nn_must(moe_log(classes, logp, logp));
+        for (size_t k = 0; k < classes; k++) {
+            float target = even + (k == label[r] ? 1 - smoothing : 0);
+            loss -= (double)target * (double)logp[k];
+            if (dlogits) dlogits[r * classes + k] = (p[k] - target) * scale;
+        }
+    }
+    return loss;
+}
+
+#endif

@@ -1,0 +1,87 @@
+/* libFuzzer target: any bytes as a safetensors file, and as a layer's file.
+ *
+ *     clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz/fuzz_file.c -o build/fuzz_file -lm
+ *     build/fuzz_file -max_len=4096 -max_total_time=60 CORPUS_DIR
+ *
+ * With -DFUZZ_SEED instead of -fsanitize=fuzzer it is a program that writes a small layer's file to each path given,
+ * to begin a corpus with. */
+#define MOE_IMPLEMENTATION
+#include "moe.h"
+
+#include <stdlib.h>
+
+#ifdef FUZZ_SEED
+int main(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        moe_desc d;
+        moe_layer *m = NULL;
+        memset(&d, 0, sizeof d);
+        d.d_model = 2;
+        d.d_ff = 1;
+        d.n_experts = 2;
+        d.bias = i % 2 ? MOE_ON : MOE_OFF;
+        moe_status s = moe_layer_new(&m, &d);
+        if (!s) s = moe_layer_save(m, i % 3 != 0, argv[i]);
+        moe_layer_free(m);
+        if (s) {
+            fprintf(stderr, "%s: %s\n", argv[i], moe_status_string(s));
+            return 1;
+        }
+    }
+    return 0;
+}
+#else
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void require(int ok) {
+    if (!ok) abort();
+}
+
+/* What was accepted must keep every promise of moe_file. */
+static void check_file(const moe_file *f) {
+    moe_file_tensor t, found;
+    char text[64];
+    size_t covered = 8 + f->header;
+    for (size_t i = 0; i < f->n_tensors; i++) {
+        char name[64];
+        require(moe_file_tensor_at(f, i, &t) == MOE_OK);
+        require(t.n_dims <= 8 && t.data >= f->bytes + 8 + f->header);
+        require(t.bytes <= (size_t)(f->bytes + f->size - t.data));
+        covered += t.bytes;
+        if (t.name_length >= sizeof name || memchr(t.name, '\\', t.name_length)) continue;
+        memcpy(name, t.name, t.name_length);
+        name[t.name_length] = 0;
+        require(moe_file_find(f, name, &found) == MOE_OK && found.data == t.data && found.bytes == t.bytes);
+    }
+    require(covered == f->size);
+    require(moe_file_tensor_at(f, f->n_tensors, &t) == MOE_E_NAME);
+    (void)moe_file_metadata(f, "format", text, sizeof text);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    moe_file f;
+    moe_layer *m = NULL;
+    if (moe_file_open(&f, data, size) == MOE_OK) check_file(&f);
+    else require(f.n_tensors == 0 && f.offset <= size);
+    if (moe_layer_load_memory(&m, data, size, NULL) == MOE_OK) {
+        const moe_desc *d = moe_layer_desc(m);
+        float *x = (float *)calloc(2 * d->d_model, sizeof(float)), *y = x ? x + d->d_model : NULL;
+        moe_layer *again = NULL;
+        int with_optimizer = d->training != MOE_OFF;
+        size_t n = 0;
+        require(moe_layer_save_size(m, with_optimizer, &n) == MOE_OK);
+        void *file = malloc(n);
+        if (x && file) { /* a loaded layer works, and comes back from its own file */
+            (void)moe_forward(m, x, 1, y);
+            require(moe_layer_save_memory(m, with_optimizer, file, n) == MOE_OK);
+            require(moe_layer_load_memory(&again, file, n, NULL) == MOE_OK);
+            require(moe_layer_hash(again) == moe_layer_hash(m));
+        }
+        moe_layer_free(again);
+        free(file);
+        free(x);
+    } else require(m == NULL);
+    moe_layer_free(m);
+    return 0;
+}
+#endif

@@ -1,0 +1,190 @@
+/* The contract of the same bits: five training steps give one result for every instruction set, every number of
+ * threads and every order in which the tasks may run. (Across compilers and processors: golden.c.) */
+#define MOE_IMPLEMENTATION
+#include "test.h"
+#include "cases.h"
+
+#include <pthread.h>
+
+/* ---- ways to run tasks ---- */
+static void run_reversed(void *user, size_t n_threads, size_t n_tasks, moe_task *task, void *arg) {
+    (void)user;
+    for (size_t i = n_tasks; i-- > 0;) task(arg, i, i % n_threads);
+}
+
+typedef struct crew { size_t worker, n_threads, n_tasks, stride, offset; moe_task *task; void *arg; } crew;
+
+static void *crew_work(void *p) { /* a worker's share, in a scattered order */
+    crew *c = (crew *)p;
+    for (size_t i = c->worker; i < c->n_tasks; i += c->n_threads) c->task(c->arg, (i * c->stride + c->offset) % c->n_tasks, c->worker);
+    return NULL;
+}
+
+static size_t common_divisor(size_t a, size_t b) { return b ? common_divisor(b, a % b) : a; }
+
+static void run_on_threads(void *user, size_t n_threads, size_t n_tasks, moe_task *task, void *arg) {
+    enum { MOST = 8 };
+    pthread_t thread[MOST];
+    crew c[MOST];
+    size_t n = n_threads < MOST ? n_threads : MOST, stride = n_tasks / 2 + 1;
+    ++*(size_t *)user;
+    while (common_divisor(stride, n_tasks) != 1) stride++;
+    for (size_t w = 0; w < n; w++) {
+        crew one = {w, n, n_tasks, stride, *(size_t *)user, task, arg};
+        c[w] = one;
+        if (w > 0 && pthread_create(&thread[w], NULL, crew_work, &c[w]) != 0) abort();
+    }
+    crew_work(&c[0]);
+    for (size_t w = 1; w < n; w++) pthread_join(thread[w], NULL);
+}
+
+static void check_everywhere(const layer_case *c, int steps) {
+    uint64_t first[HASHES], hash[HASHES];
+    float y[4];
+    size_t calls = 0;
+    moe_parallel way[6];
+    memset(way, 0, sizeof way);
+    for (size_t i = 0; i < 3; i++) way[i].n_threads = i + 1; /* OpenMP, or one after the other */
+    way[3].run = run_reversed, way[3].n_threads = 4;
+    way[4].run = run_on_threads, way[4].user = &calls, way[4].n_threads = 2;
+    way[5].run = run_on_threads, way[5].user = &calls, way[5].n_threads = 5;
+    int begun = 0;
+    FOR_EACH_ISA(isa) {
+        for (size_t w = 0; w < 6; w++) {
+            run_layer_case(c, &way[w], steps, begun ? hash : first, y);
+            for (int i = 0; i < HASHES && begun; i++)
+                if (!CHECK(hash[i] == first[i])) printf("        case %s, %s, way %zu, hash %d\n", c->name, moe_isa_name(isa), w, i);
+            begun = 1;
+        }
+    }
+    CHECK(calls > 0);
+}
+
+static void test_cases(void) {
+    for (size_t i = 0; i < LAYER_CASES; i++) check_everywhere(&layer_cases[i], 5);
+}
+
+/* Shapes by chance, small to middling: every edge of blocks and panels turns up. */
+static void test_random_shapes(void) {
+    for (int i = 0; i < 40; i++) {
+        layer_case c = layer_cases[test_below(LAYER_CASES)];
+        c.d_model = 1 + test_below(70), c.d_ff = 1 + test_below(110), c.n_experts = 1 + test_below(20);
+        c.top_k = 1 + test_below(c.n_experts < 5 ? c.n_experts : 5), c.n_shared = test_below(3), c.n_tokens = test_below(90);
+        int errors = test_errors;
+        check_everywhere(&c, 2);
+        if (test_errors > errors)
+            printf("        d %zu f %zu E %zu k %zu shared %zu T %zu\n", c.d_model, c.d_ff, c.n_experts, c.top_k, c.n_shared, c.n_tokens);
+    }
+}
+
+/* Large enough for several blocks in every direction. */
+static void test_large(void) {
+    layer_case c = layer_cases[3];
+    c.d_model = 130, c.d_ff = 260, c.n_tokens = 700, c.n_experts = 4;
+    check_everywhere(&c, 2);
+    c.n_experts = 1, c.top_k = 1, c.n_tokens = 600, c.expert = MOE_EXPERT_GELU;
+    check_everywhere(&c, 1);
+    c.d_model = 520, c.d_ff = 40, c.n_experts = 3, c.n_tokens = 100;
+    check_everywhere(&c, 1);
+}
+
+/* Many threads may run forward on one layer, each with its own tape. */
+enum { READERS = 4, READER_TOKENS = 50, READER_D = 24 };
+typedef struct reader { const moe_layer *m; float x[READER_TOKENS * READER_D], y[READER_TOKENS * READER_D]; moe_status status; } reader;
+
+static void *read_layer(void *p) {
+    reader *r = (reader *)p;
+    moe_tape *t = NULL;
+    moe_desc d = *moe_layer_desc(r->m);
+    r->status = moe_tape_new(&t, &d, READER_TOKENS, MOE_OFF);
+    for (int i = 0; i < 20 && !r->status; i++) r->status = moe_forward_tape(r->m, t, r->x, READER_TOKENS, r->y);
+    moe_tape_free(t);
+    return NULL;
+}
+
+static void test_readers_of_one_layer(void) {
+    static reader r[READERS];
+    pthread_t thread[READERS];
+    moe_desc d = {0};
+    moe_layer *m = NULL;
+    d.d_model = READER_D, d.d_ff = 50, d.n_experts = 6, d.parallel.n_threads = 1;
+    if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+    for (size_t i = 0; i < READERS; i++) {
+        test_fill(r[i].x, READER_TOKENS * READER_D, -1, 1);
+        r[i].m = m;
+        if (pthread_create(&thread[i], NULL, read_layer, &r[i]) != 0) abort();
+    }
+    for (size_t i = 0; i < READERS; i++) pthread_join(thread[i], NULL);
+    for (size_t i = 0; i < READERS; i++) {
+        float y[READER_TOKENS * READER_D];
+        CHECK_OK(r[i].status);
+        CHECK_OK(moe_forward(m, r[i].x, READER_TOKENS, y));
+        CHECK_SAME(r[i].y, y, READER_TOKENS * READER_D);
+    }
+    moe_layer_free(m);
+}
+
+/* moe_run calls each task once, with workers below moe_workers. */
+static size_t ran[1000];
+static size_t worst_worker;
+static void count_task(void *arg, size_t i, size_t worker) {
+    ((size_t *)arg)[i]++;
+    if (worker > worst_worker) worst_worker = worker; /* a race could only hide a fault, not make one */
+}
+
+static void test_run_and_workers(void) {
+    moe_parallel p = {0};
+    CHECK(moe_workers(NULL) >= 1);
+    for (p.n_threads = 0; p.n_threads < 5; p.n_threads++) {
+        memset(ran, 0, sizeof ran), worst_worker = 0;
+        moe_run(&p, 999, count_task, ran);
+        for (size_t i = 0; i < 1000; i++) CHECK(ran[i] == (i < 999));
+        CHECK(worst_worker < moe_workers(&p));
+        if (p.n_threads == 1) CHECK(moe_workers(&p) == 1);
+    }
+    moe_run(&p, 0, count_task, NULL);
+    moe_run(NULL, 3, count_task, ran);
+    CHECK(ran[2] == 2 && ran[3] == 1);
+    p.run = run_reversed, p.n_threads = 0; /* with a runner of one's own, 0 means 1 */
+    CHECK(moe_workers(&p) == 1);
+    moe_run(&p, 10, count_task, ran);
+    CHECK(ran[9] == 2);
+    p.n_threads = 7;
+    CHECK(moe_workers(&p) == 7);
+}
+
+static void test_force_isa(void) {
+    int available = 0;
+    moe_isa best = (CHECK_OK(moe_force_isa(MOE_ISA_AUTO)), moe_active_isa());
+    CHECK(best != MOE_ISA_AUTO && best < MOE__ISA_COUNT);
+    for (int i = MOE_ISA_SCALAR; i < MOE__ISA_COUNT; i++) {
+        moe_isa before = moe_active_isa();
+        moe_status s = moe_force_isa((moe_isa)i);
+        CHECK(moe_active_isa() == (s ? before : (moe_isa)i));
+        if (s) CHECK_STATUS(s, MOE_E_ISA);
+        else available++;
+    }
+    CHECK_OK(moe_force_isa(MOE_ISA_SCALAR)); /* is everywhere */
+    CHECK(available >= 1);
+    CHECK_STATUS(moe_force_isa((moe_isa)99), MOE_E_ISA);
+    CHECK_STATUS(moe_force_isa((moe_isa)-1), MOE_E_ISA);
+    CHECK(moe_active_isa() == MOE_ISA_SCALAR);
+    CHECK_OK(moe_force_isa(MOE_ISA_AUTO));
+    CHECK(moe_active_isa() == best);
+    const char *backend = moe_thread_backend();
+#if defined(_OPENMP) && !defined(MOE_NO_OPENMP)
+    CHECK(!strcmp(backend, "openmp"));
+#else
+    CHECK(!strcmp(backend, "serial"));
+#endif
+}
+
+int main(void) {
+    RUN(test_force_isa);
+    RUN(test_run_and_workers);
+    RUN(test_cases);
+    RUN(test_random_shapes);
+    RUN(test_large);
+    RUN(test_readers_of_one_layer);
+    return test_end();
+}

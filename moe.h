@@ -72,6 +72,7 @@
  *   MOE_NO_SIMD          scalar kernels only
  *   MOE_NO_STDIO         no functions that open files (the memory forms remain)
  *   MOE_NO_OPENMP        ignore OpenMP even when compiled with it
+ *   MOE_FILENAME         this file's name, if you renamed it (default "moe.h"): it includes itself
  *   MOE_USE_CBLAS        large products go through cblas_sgemm (you link it; outside the same-bits contract)
  */
 #include <stddef.h>
@@ -650,19 +651,23 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 
 #if defined(__GNUC__)
 #define MOE__INLINE static inline __attribute__((always_inline))
-#define MOE__PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#define MOE__PREFETCH_L1(p) __builtin_prefetch((p), 0, 3)
+#define MOE__PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #define MOE__ALIGN64 __attribute__((aligned(64)))
 #elif defined(_MSC_VER)
 #define MOE__INLINE static __forceinline
 #ifdef MOE__X86
-#define MOE__PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#define MOE__PREFETCH_L1(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define MOE__PREFETCH_L2(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 #else
-#define MOE__PREFETCH(p) ((void)(p))
+#define MOE__PREFETCH_L1(p) ((void)(p))
+#define MOE__PREFETCH_L2(p) ((void)(p))
 #endif
 #define MOE__ALIGN64 __declspec(align(64))
 #else
 #define MOE__INLINE static inline
-#define MOE__PREFETCH(p) ((void)(p))
+#define MOE__PREFETCH_L1(p) ((void)(p))
+#define MOE__PREFETCH_L2(p) ((void)(p))
 #define MOE__ALIGN64
 #endif
 
@@ -1014,27 +1019,30 @@ typedef struct moe__kernels {
 #define moe__v_erf MOE__S(moe__v_erf_)
 #define moe__v_sigmoid MOE__S(moe__v_sigmoid_)
 
+#ifndef MOE_FILENAME
+#define MOE_FILENAME "moe.h"
+#endif
 #define MOE__PASS 1
 #define MOE__SUFFIX scalar
-#include __FILE__
+#include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
 #ifdef MOE__X86
 #define MOE__PASS 2
 #define MOE__SUFFIX avx2
-#include __FILE__
+#include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
 #define MOE__PASS 3
 #define MOE__SUFFIX avx512
-#include __FILE__
+#include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
 #endif
 #ifdef MOE__NEON
 #define MOE__PASS 4
 #define MOE__SUFFIX neon
-#include __FILE__
+#include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
 #endif
@@ -1349,8 +1357,8 @@ MOE__FI moe__v moe__v_sigmoid(moe__v x) {
 
 /* -- products -- */
 typedef struct moe__row { moe__f v[MOE__NT]; } moe__row;
-#define MOE__ROW_LOAD(r) moe__row c##r; MOE__EACH_T(c##r.v[i] = MOE__F_LOAD(from + (r) * from_ld + i * MOE__VL);)
-#define MOE__ROW_STORE(r) MOE__EACH_T(MOE__F_STORE(t->c + (r) * t->ldc + i * MOE__VL, c##r.v[i]);)
+#define MOE__ROW_LOAD(r) moe__row c##r; MOE__EACH_T(c##r.v[i] = MOE__F_LOAD(from + i * MOE__VL);) from += from_ld;
+#define MOE__ROW_STORE(r) MOE__EACH_T(MOE__F_STORE(to + i * MOE__VL, c##r.v[i]);) to += t->ldc;
 #define MOE__ROW_FMA(r) { moe__f x = MOE__F_SET1(a[(r) * MOE__A_ROW]); MOE__EACH_T(c##r.v[i] = MOE__F_FMA(x, w.v[i], c##r.v[i]);) }
 #define MOE__ROW_STEP(R) { moe__row w; MOE__EACH_T(w.v[i] = MOE__F_LOAD(b + i * MOE__VL);) b += ldb; MOE__ROWS_##R(MOE__ROW_FMA) }
 
@@ -1360,12 +1368,17 @@ typedef struct moe__row { moe__f v[MOE__NT]; } moe__row;
     MOE__FN void MOE__S(moe__nn##R##_)(const moe__tile *t) {                    \
         const float *from = t->init ? t->init : t->c, *a = t->a, *b = t->b, *pf = t->prefetch; \
         size_t from_ld = t->init ? 0 : t->ldc, ldb = t->ldb, left = t->k;                   \
+        float *to = t->c;                                                                   \
         MOE__ROWS_##R(MOE__ROW_LOAD)                                                        \
-        for (; left >= 32; left -= 32, a += t->a_panel - 32)                                \
+        for (; left >= 32; left -= 32, a += t->a_panel - 32) {                              \
+            /* the rows' next panel, or the first of the next tile */                       \
+            const float *an = left >= 64 ? a + t->a_panel : t->a + R * 32;                  \
             for (int g = 0; g < 4; g++) {                                                   \
-                for (size_t l = 0; l < t->prefetch_lines; l++, pf += 16) MOE__PREFETCH(pf); \
+                for (size_t l = 0; l < t->prefetch_lines; l++, pf += 16) MOE__PREFETCH_L2(pf); \
+                for (int l = g * 8; l < g * 8 + 8 && l < 2 * R; l++) MOE__PREFETCH_L1(an + l * 16); \
                 for (int u = 0; u < 8; u++, a++) MOE__ROW_STEP(R)                           \
             }                                                                               \
+        }                                                                                   \
         for (; left; left--, a++) MOE__ROW_STEP(R)                                          \
         MOE__ROWS_##R(MOE__ROW_STORE)                                                       \
     }
@@ -1377,6 +1390,7 @@ MOE__KERNEL_ROWS(MOE__NN)
     MOE__FN void MOE__S(moe__tn##R##_)(const moe__tile *t) {                    \
         const float *from = t->init ? t->init : t->c, *a = t->a, *b = t->b;                 \
         size_t from_ld = t->init ? 0 : t->ldc, ldb = t->ldb;                                \
+        float *to = t->c;                                                                   \
         MOE__ROWS_##R(MOE__ROW_LOAD)                                                        \
         for (size_t left = t->k; left; left--, a += 32) MOE__ROW_STEP(R)                    \
         MOE__ROWS_##R(MOE__ROW_STORE)                                                       \

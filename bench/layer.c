@@ -478,7 +478,7 @@ static int torch_start(torch *t, problem *p)
     const size_t numbers[] = {p->n_calls, p->s.T, m->d, m->ff, m->n_layers * m->E, m->k, (size_t)m->training,
                               (size_t)p->accumulate};
     enum { N_NUMBERS = sizeof numbers / sizeof numbers[0] };
-    char text[N_NUMBERS][24], *args[3 + N_NUMBERS + 1] = {"python3", (char *)(intptr_t)script, t->path};
+    char text[N_NUMBERS][24], *args[3 + N_NUMBERS + 1] = {"/usr/bin/python3", (char *)(intptr_t)script, t->path};
     int in[2], out[2];
     memset(t, 0, sizeof *t);
     if (access(script, R_OK) != 0) {
@@ -509,6 +509,7 @@ static int torch_start(torch *t, problem *p)
         /* malloc keeps what it has (new pages for each gradient would cost more than computing it) in huge pages */
         setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:"
                                  "glibc.malloc.trim_threshold=34359738368", 1);
+        if (getenv("PYTHON")) args[0] = getenv("PYTHON"); /* the default is the one that Debian's PyTorch is for */
         execvp(args[0], args);
         _exit(127);
     }

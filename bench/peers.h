@@ -130,7 +130,7 @@ static int peer_blas_load(const bench_options *o, peer_library *out)
         double rate = peer_blas_try(cores[i]);
         if (i == 0) given = best = rate;
         if (rate == 0 && i == 0) break; /* not installed */
-        if (rate > 1.03 * best) best = rate, core = cores[i];
+        if (rate > 1.1 * best) best = rate, core = cores[i];
     }
     if (given == 0) return 0;
     if (core) setenv("OPENBLAS_CORETYPE", core, 1);

@@ -133,6 +133,8 @@ static void compare_with_oracle(const moe_desc *d, size_t T) {
         CHECK_NEAR(weighted[l], (double)F.d.loss[l] * F.o->loss[l], 1e-5);
         CHECK(moe_layer_tape(F.m)->loss[l] == value[l]);
     }
+    CHECK_STATUS(moe_backward(F.m, F.dy, NULL), MOE_E_NO_FORWARD); /* one backward for each forward */
+    CHECK_OK(moe_forward(F.m, F.x, T, F.y));
     CHECK_OK(moe_backward(F.m, F.dy, NULL)); /* added; and dx is optional */
     check_gradients(&F, 0.5);
     if (test_errors > errors && test_errors <= TEST_MAX_MESSAGES + 1) printf("        with %s\n", describe(&F.d, T));
@@ -165,7 +167,7 @@ static void test_oracle_by_finite_differences(void) {
             for (int normalize = MOE_OFF; normalize <= MOE_ON; normalize += 2) {
                 moe_desc d = desc_of(4, 5, 5, 2);
                 d.expert = (moe_expert_kind)expert, d.gate = (moe_gate_kind)gate, d.normalize = normalize;
-                d.bias = MOE_ON, d.n_shared = 1, d.temperature = 0.8f, d.capacity_factor = 1;
+                d.bias = MOE_ON, d.n_shared = 1, d.temperature = 0.8f, d.capacity_factor = 0.5f;
                 d.loss[MOE_LOSS_SWITCH] = 0.3f, d.loss[MOE_LOSS_Z] = 0.2f;
                 fixture F;
                 if (!fixture_new(&F, &d, 7)) return;

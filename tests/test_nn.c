@@ -42,7 +42,7 @@ static double difference(naive *f, const float *weight, int which, size_t i) {
 static void check_forward(naive *f, const float *got, double tolerance) {
     static double want[MAX];
     size_t n = f(want);
-    for (size_t i = 0; i < n; i++) CHECK_NEAR(got[i], want[i], tolerance);
+    for (size_t i = 0; i < n; i++) CHECK_WITHIN(got[i], want[i], tolerance * (1 + fabs(want[i])));
 }
 
 static void check_gradient(naive *f, const float *weight, int which, size_t n, const float *got, double tolerance) {
@@ -84,7 +84,7 @@ static void check_conv(nn_conv v) {
     fill(1, nw, 2, 1);
     fill(2, ny, 3, 1); /* dy */
     nn_conv_forward(&ops, &v, fin[0], fin[1], y);
-    check_forward(naive_conv, y, 1e-4);
+    check_forward(naive_conv, y, 1e-5);
     nn_conv_backward_weight(&ops, &v, fin[0], fin[2], dw);
     check_gradient(naive_conv, fin[2], 1, nw, dw, 1e-4);
     nn_conv_backward_data(&ops, &v, fin[2], fin[1], 0, dx);
@@ -131,7 +131,7 @@ static void check_norm(size_t rows, size_t c, int relu, int add) {
     fill(3, n, 14, 1); /* dy */
     nn_moments(&ops, rows, c, fin[0], mean, variance);
     nn_norm_forward(&ops, rows, c, relu, fin[0], mean, variance, fin[1], fin[1] + c, add ? fin[2] : NULL, y);
-    check_forward(naive_norm, y, 1e-4);
+    check_forward(naive_norm, y, 1e-5);
     nn_norm_backward(&ops, rows, c, relu, fin[0], mean, variance, fin[1], fin[1] + c, fin[3], dx, dgamma, dbeta);
     check_gradient(naive_norm, fin[3], 0, n, dx, 1e-4);
     check_gradient(naive_norm, fin[3], 1, 2 * c, dgamma, 1e-4);
@@ -224,7 +224,7 @@ static void test_gelu(void) {
     fill(0, length, 33, 4);
     fill(1, length, 34, 1);
     nn_gelu_forward(&ops, length, fin[0], y);
-    check_forward(naive_gelu, y, 1e-4);
+    check_forward(naive_gelu, y, 1e-6);
     nn_gelu_backward(&ops, length, fin[0], fin[1], dx);
     check_gradient(naive_gelu, fin[1], 0, length, dx, 1e-4);
 }
@@ -295,7 +295,7 @@ static void test_linear(void) {
     fill(1, nw + linear.out, 52, 1);
     fill(2, linear.rows * linear.out, 53, 1);
     nn_linear_forward(&ops, 7, 35, 10, fin[0], fin[1], fin[1] + nw, y);
-    check_forward(naive_linear, y, 1e-4);
+    check_forward(naive_linear, y, 1e-5);
     nn_linear_backward(&ops, 7, 35, 10, fin[0], fin[1], fin[2], dx, dw, dw + nw);
     check_gradient(naive_linear, fin[2], 1, nw + linear.out, dw, 1e-4);
     check_gradient(naive_linear, fin[2], 0, 7 * 35, dx, 1e-4);

@@ -26,7 +26,7 @@ static void test_adamw_trace(void) {
         for (int t = 0; t < 3; t++) {
             moe_optimizer_args o = adamw(0.1f, (uint64_t)t + 1);
             CHECK_OK(moe_optimizer_step(&o, 1, &p, g + t, &m, &v));
-            CHECK_WITHIN(m, m_want[t], 2e-8);
+            CHECK_WITHIN(m, m_want[t], 3e-7 * m_want[t]); /* 1 - 0.9f = 0.10000002 */
             CHECK_WITHIN(v, v_want[t], 2e-5 * v_want[t]); /* 1 - 0.999f = 0.00099998713 */
             CHECK_WITHIN(p, p_want[t], 3e-7);
         }
@@ -250,7 +250,7 @@ static void test_schedule(void) {
                 if (step > 1) CHECK_NEAR(now - last, 2 / (double)warmup, 1e-5);
                 last = now;
             }
-            CHECK_NEAR(moe_schedule_cosine(total, warmup, total, 2, 0.125f), total == warmup ? 2 : 0.125, 1e-6);
+            CHECK_NEAR(moe_schedule_cosine(total, warmup, total, 2, 0.125f), 0.125, 1e-6);
             CHECK_BITS(moe_schedule_cosine(total + 1, warmup, total, 2, 0.125f), 0.125f);
             CHECK_BITS(moe_schedule_cosine(UINT64_MAX, warmup, total, 2, 0.125f), 0.125f);
         }

@@ -54,6 +54,7 @@ typedef struct nn_job {
     const float *x, *y, *dy, *a, *b, *mean, *k1, *k2;
     float *out, *sum1, *sum2;
     int relu;
+    float floor; // what ReLU lets through is above; minus infinity without ReLU
 } nn_job;
 
 EX_FUNC void nn_run(nn *s, nn_job *job, moe_task *task) {
@@ -248,12 +249,13 @@ EX_FUNC void nn_moments_task(void *arg, size_t i, size_t worker) {
     (void)worker;
     nn_block(j, i, &begin, &end);
     float *restrict mean = j->sum1 + i * c, *restrict square = j->sum2 + i * c, scale = 1.0f / (float)(end - begin);
+    const float *restrict origin = j->x + begin * c; // sums of differences from the first row stay small
     for (size_t k = 0; k < c; k++) mean[k] = square[k] = 0;
     for (size_t r = begin; r < end; r++) {
         const float *restrict x = j->x + r * c;
-        for (size_t k = 0; k < c; k++) mean[k] += x[k];
+        for (size_t k = 0; k < c; k++) mean[k] += x[k] - origin[k];
     }
-    for (size_t k = 0; k < c; k++) mean[k] *= scale;
+    for (size_t k = 0; k < c; k++) mean[k] = origin[k] + mean[k] * scale;
     for (size_t r = begin; r < end; r++) {
         const float *restrict x = j->x + r * c;
         for (size_t k = 0; k < c; k++) square[k] += (x[k] - mean[k]) * (x[k] - mean[k]);
@@ -328,39 +330,42 @@ EX_FUNC void nn_norm_forward(nn *s, size_t rows, size_t c, int relu, const float
     nn_run(s, &j, nn_norm_task);
 }
 
-// The gradient that arrives behind the ReLU.
-#define NN_THROUGH_RELU(k) (!relu || x[k] * a[k] + b[k] > 0 ? dy[k] : 0)
+// The gradient behind a ReLU; where there is none, `floor` is minus infinity.
+EX_FUNC float nn_through(float z, float floor, float dy) { return z > floor ? dy : 0; }
+
+// One row's part of the sums: s1 += g, s2 += g * (x - mean), g the gradient behind the ReLU.
+EX_FUNC void nn_norm_sums_row(size_t c, float floor, const float *x, const float *dy, const float *a, const float *b,
+                              const float *mean, float *restrict s1, float *restrict s2) {
+    for (size_t k = 0; k < c; k++) {
+        float g = nn_through(x[k] * a[k] + b[k], floor, dy[k]);
+        s1[k] += g;
+        s2[k] += g * (x[k] - mean[k]);
+    }
+}
 
 EX_FUNC void nn_norm_sums_task(void *arg, size_t i, size_t worker) {
     nn_job *j = arg;
     size_t begin, end, c = j->c;
-    int relu = j->relu;
     (void)worker;
     nn_block(j, i, &begin, &end);
-    const float *restrict a = j->a, *restrict b = j->b, *restrict mean = j->mean;
-    float *restrict s1 = j->sum1 + i * c, *restrict s2 = j->sum2 + i * c;
+    float *s1 = j->sum1 + i * c, *s2 = j->sum2 + i * c;
     for (size_t k = 0; k < c; k++) s1[k] = s2[k] = 0;
-    for (size_t r = begin; r < end; r++) {
-        const float *restrict x = j->x + r * c, *restrict dy = j->dy + r * c;
-        for (size_t k = 0; k < c; k++) {
-            float g = NN_THROUGH_RELU(k);
-            s1[k] += g;
-            s2[k] += g * (x[k] - mean[k]);
-        }
-    }
+    for (size_t r = begin; r < end; r++)
+        nn_norm_sums_row(c, j->floor, j->x + r * c, j->dy + r * c, j->a, j->b, j->mean, s1, s2);
 }
 
 EX_FUNC void nn_norm_gradient_task(void *arg, size_t i, size_t worker) {
     nn_job *j = arg;
     size_t begin, end, c = j->c;
-    int relu = j->relu;
+    float floor = j->floor;
     (void)worker;
     nn_block(j, i, &begin, &end);
     const float *restrict a = j->a, *restrict b = j->b, *restrict mean = j->mean, *restrict k1 = j->k1, *restrict k2 = j->k2;
     for (size_t r = begin; r < end; r++) {
         const float *x = j->x + r * c, *dy = j->dy + r * c;
         float *dx = j->out + r * c;
-        for (size_t k = 0; k < c; k++) dx[k] = a[k] * (NN_THROUGH_RELU(k) - k1[k] - (x[k] - mean[k]) * k2[k]);
+        for (size_t k = 0; k < c; k++)
+            dx[k] = a[k] * (nn_through(x[k] * a[k] + b[k], floor, dy[k]) - k1[k] - (x[k] - mean[k]) * k2[k]);
     }
 }
 
@@ -371,7 +376,8 @@ EX_FUNC void nn_norm_backward(nn *s, size_t rows, size_t c, int relu, const floa
     size_t blocks = nn_blocks(rows, c);
     float *a = nn_scratch(s, 4 * c + 2 * blocks * c), *b = a + c, *k1 = b + c, *k2 = k1 + c;
     nn_norm_affine(c, mean, variance, gamma, beta, a, b);
-    nn_job j = {.rows = rows, .c = c, .x = x, .dy = dy, .a = a, .b = b, .mean = mean, .k1 = k1, .k2 = k2, .out = dx, .relu = relu};
+    nn_job j = {.rows = rows, .c = c, .x = x, .dy = dy, .a = a, .b = b, .mean = mean, .k1 = k1, .k2 = k2, .out = dx,
+                .floor = relu ? 0 : -INFINITY};
     j.sum1 = k2 + c;
     j.sum2 = j.sum1 + blocks * c;
     nn_run(s, &j, nn_norm_sums_task);
@@ -445,7 +451,7 @@ EX_FUNC void nn_relu_task(void *arg, size_t i, size_t worker) {
     if (!dy)
         for (size_t k = begin; k < end; k++) out[k] = x[k] > 0 ? x[k] : 0;
     else
-        for (size_t k = begin; k < end; k++) out[k] = x[k] > 0 ? dy[k] : 0;
+        for (size_t k = begin; k < end; k++) out[k] = nn_through(x[k], 0, dy[k]);
 }
 
 // y = max(x, 0), n floats; y may be x.

@@ -128,6 +128,7 @@ typedef enum moe_kind {
     X(MOE_E_NULL_MOMENTS, ARGUMENT, "moments", "moments: must not be NULL")                                  \
     X(MOE_E_NULL_LOGITS, ARGUMENT, "logits", "logits: must not be NULL")                                     \
     X(MOE_E_NULL_SCORES, ARGUMENT, "scores", "scores: must not be NULL")                                     \
+    X(MOE_E_NULL_PROB, ARGUMENT, "prob", "prob: must not be NULL")                                           \
     X(MOE_E_NULL_INDEX, ARGUMENT, "index", "index: must not be NULL")                                        \
     X(MOE_E_NULL_WEIGHT, ARGUMENT, "weight", "weight: must not be NULL")                                     \
     X(MOE_E_NULL_LOAD, ARGUMENT, "load", "load: must not be NULL")                                           \
@@ -166,6 +167,7 @@ typedef enum moe_kind {
     X(MOE_E_INDEX_TWICE, ARGUMENT, "index", "index: a token selects the same expert twice")                  \
     X(MOE_E_ISA, SUPPORT, "isa", "isa: this processor, operating system or build does not have it")          \
     X(MOE_E_NAME, ARGUMENT, "name", "name: no such tensor")                                                  \
+    X(MOE_E_PART, ARGUMENT, "part", "part: not a moe_part, or one that this optimizer has not")              \
     X(MOE_E_TENSOR_SIZE, ARGUMENT, "count", "count: not the number of elements of the tensor")               \
     X(MOE_E_MERGE, ARGUMENT, "n_experts", "n_experts: the two health counters differ in it")                 \
     X(MOE_E_TAPE_DESC, STATE, "tape", "tape: was made for another desc")                                     \
@@ -290,7 +292,8 @@ typedef struct moe_desc {
                               expert the weight would be 1 and the router would learn nothing) */
     int bias;              /* experts have biases b1 (f), b2 (d); default off */
     float temperature;     /* of the gate; higher is softer; 0 = 1 */
-    float capacity_factor; /* an expert takes at most (size_t)(factor * k * ceil(T/E)) tokens; 0 or MOE_OFF = dropless */
+    float capacity_factor; /* an expert takes at most (size_t)(factor * k * ceil(T/E)) tokens, but at
+                              least 1; 0 or MOE_OFF = dropless */
     float loss[MOE_LOSS_COUNT];
     /* training */
     int training; /* MOE_OFF: no gradients, no optimiser state; default on */
@@ -402,7 +405,7 @@ typedef struct moe_optimizer_args {
 /* params (n) -= ...; m and v (n) are the moments (v may be NULL for SGD), zero before the first step. Zero or
  * unset beta1, beta2, epsilon, momentum and weight_decay mean the defaults of moe_desc; MOE_OFF is 0. */
 MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *o, size_t n, float *params, const float *grads, float *m, float *v);
-/* sum of squares of n floats in double, in fixed blocks: the same for any number of threads. */
+/* Sum of squares of n floats, in double: the same bits for any number of threads. */
 MOE_API double moe_sum_squares(const moe_parallel *p, size_t n, const float *x);
 /* Learning rate at `step` (from 0): linear warm-up over `warmup` steps to peak, then half a cosine to `floor_lr` at `total`. */
 MOE_API float moe_schedule_cosine(uint64_t step, uint64_t warmup, uint64_t total, float peak, float floor_lr);
@@ -520,8 +523,8 @@ MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *d, void *memo
 /* y (n, d) = the layer's output for tokens x (n, d); n = 0 is allowed. Keeps what backward needs in the layer's own tape, which
  * grows as needed. x need not stay. Add the residual yourself. */
 MOE_API moe_status moe_forward(moe_layer *m, const float *x, size_t n, float *y);
-/* Gradients of the last moe_forward are added to the layer's, auxiliary losses included. dy (n, d) is the
- * gradient of your loss by y; dx (n, d) is set to the gradient by x, or NULL. */
+/* Gradients of the last moe_forward are added to the layer's, auxiliary losses included: one backward for each
+ * forward (it uses up the tape). dy (n, d) is the gradient of your loss by y; dx (n, d) is set to the gradient by x, or NULL. */
 MOE_API moe_status moe_backward(moe_layer *m, const float *dy, float *dx);
 /* One optimiser step with learning rate lr; then the gradients count as zero. */
 MOE_API moe_status moe_step(moe_layer *m, float lr);
@@ -928,7 +931,7 @@ MOE_API uint64_t moe_hash(uint64_t seed, const void *bytes, size_t n) {
  * vector (products); moe__v is 16 virtual lanes (all other reductions and elementwise work), so that each
  * instruction set does the same operations in the same order. */
 #define MOE__W 32   /* columns of a panel */
-#define MOE__KC 256 /* rows of a panel that are kept in L1 while the other operand passes */
+#define MOE__KC 128 /* rows of a panel that are kept in L1 while the other operand passes */
 #define MOE__MB 256 /* most rows of a block */
 #define MOE__MAX_MR 14
 
@@ -1056,6 +1059,9 @@ typedef struct moe__kernels {
 #elif defined(__GNUC__) && MOE__PASS == 3
 #define MOE__FN static __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
 #define MOE__FI static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#elif defined(__GNUC__) && !defined(__clang__) && MOE__PASS == 1 /* inlined, arrays of 16 keep gcc busy for 15 s */
+#define MOE__FN static
+#define MOE__FI static __attribute__((noinline, unused))
 #else
 #define MOE__FN static
 #define MOE__FI MOE__INLINE
@@ -1082,7 +1088,6 @@ typedef float moe__f;
 #define MOE__F_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MOE__F_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MOE__F_SQRT(a) sqrtf(a)
-#define MOE__F_RINT(a) moe__rint(a)
 #define MOE__F_LT(a, b) ((a) < (b))
 #define MOE__F_ISNAN(a) ((a) != (a))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
@@ -1093,7 +1098,6 @@ typedef float moe__f;
 #define MOE__F_EXPONENT(x) ((float)(int32_t)(moe__bits_of(x) >> 23))
 typedef int moe__fmask_scalar;
 #define MOE__FMASK moe__fmask_scalar
-MOE__FI float moe__rint(float a) { return (a + 12582912.0f) - 12582912.0f; } /* to nearest even, |a| < 2^22: 1.5 * 2^23 */
 #elif MOE__PASS == 2
 typedef __m256 moe__f;
 #define MOE__VL 8
@@ -1113,7 +1117,6 @@ typedef __m256 moe__f;
 #define MOE__F_MIN(a, b) _mm256_min_ps(a, b)
 #define MOE__F_MAX(a, b) _mm256_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
-#define MOE__F_RINT(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm256_cmp_ps(a, a, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
@@ -1142,8 +1145,7 @@ typedef __m512 moe__f;
 #define MOE__F_DIV(a, b) _mm512_div_ps(a, b)
 #define MOE__F_MIN(a, b) _mm512_min_ps(a, b)
 #define MOE__F_MAX(a, b) _mm512_max_ps(a, b)
-#define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
-#define MOE__F_RINT(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT)
+#define MOE__F_SQRT(a) _mm512_maskz_sqrt_ps((__mmask16)0xffff, a) /* the plain one warns in gcc 12 */
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
@@ -1174,7 +1176,6 @@ typedef float32x4_t moe__f;
 #define MOE__F_MIN(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
 #define MOE__F_MAX(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
-#define MOE__F_RINT(a) vrndnq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
 #define MOE__F_ISNAN(a) vmvnq_u32(vceqq_f32(a, a))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
@@ -1204,7 +1205,6 @@ MOE__V2(moe__v_copysign, MOE__F_OR(MOE__F_AND(a.v[i], 0x7fffffffu), MOE__F_AND(b
 MOE__V1(moe__v_abs, MOE__F_AND(a.v[i], 0x7fffffffu))
 MOE__V1(moe__v_neg, MOE__F_XOR(a.v[i], 0x80000000u))
 MOE__V1(moe__v_sqrt, MOE__F_SQRT(a.v[i]))
-MOE__V1(moe__v_rint, MOE__F_RINT(a.v[i]))
 MOE__V1(moe__v_pow2, MOE__F_POW2(a.v[i]))
 MOE__FI moe__v moe__v_fma(moe__v a, moe__v b, moe__v c) {
     moe__v r;
@@ -1217,6 +1217,11 @@ MOE__FI moe__v moe__v_sel(moe__m m, moe__v a, moe__v b) {
     moe__v r;
     MOE__EACH_V(r.v[i] = MOE__F_SEL(m.v[i], a.v[i], b.v[i]);)
     return r;
+}
+/* to the nearest integer, even in the middle, for |a| < 2^22: 1.5 * 2^23 leaves no room for a fraction */
+MOE__FI moe__v moe__v_rint(moe__v a) {
+    moe__v big = moe__v_set1(12582912.0f);
+    return moe__v_sub(moe__v_add(a, big), big);
 }
 /* x = m 2^e, m in [sqrt(1/2), sqrt(2)): x positive and normal */
 MOE__FI moe__v moe__v_frexp(moe__v x, moe__v *e) {
@@ -1642,7 +1647,6 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_MIN
 #undef MOE__F_MAX
 #undef MOE__F_SQRT
-#undef MOE__F_RINT
 #undef MOE__F_LT
 #undef MOE__F_ISNAN
 #undef MOE__F_SEL
@@ -1796,54 +1800,54 @@ static const float moe__zeros[MOE__W] = {0};
 /* Rows of a block are split evenly over the fewest tiles. */
 static size_t moe__tile_rows(size_t rows, size_t mr) { return moe__ceil_div(rows, moe__ceil_div(rows, mr)); }
 
-/* The sweep of one chunk of k (rows of b's panel that stay in L1) over the rows of a block. */
-static void moe__sweep(const moe__kernels *kn, size_t rows, size_t k, const float *a, size_t a_panel, const float *b, size_t ldb,
-                       float *c, size_t ldc, size_t cols, const float *init, const float *next) {
-    size_t tiles = moe__ceil_div(rows, kn->mr), base = rows / tiles, more = rows % tiles;
-    /* the next chunk of b is 4 KB for every 32 k of this one: each tile prefetches its share */
-    size_t lines = next ? moe__ceil_div(16, tiles * (MOE__W / kn->tile)) : 0;
-    for (size_t col = 0; col < cols; col += kn->tile) {
-        moe__tile t;
-        const float *ar = a;
-        float *cr = c;
-        t.k = k;
-        t.a_panel = a_panel;
-        t.ldb = ldb;
+/* Where a product goes: `cols` columns from c on, panel apart for every 32 (MOE__W in a row-major array), each
+ * starting with the init of its column, init_panel apart likewise (0: the same for all), or with what is there. */
+typedef struct moe__target { float *c; size_t ldc, panel, cols; const float *init; size_t init_panel; } moe__target;
+
+/* One panel of columns, one chunk of k, whose rows of b stay in L1 while the rows of a pass. next: what will be read of
+ * b after this chunk, or NULL. */
+static void moe__sweep(const moe__kernels *kn, size_t rows, size_t k, const float *a, size_t a_panel, const float *b, float *c, size_t ldc,
+                       size_t cols, const float *init, const float *next) {
+    size_t tiles = moe__ceil_div(rows, kn->mr), base = rows / tiles, more = rows % tiles, halves = moe__ceil_div(cols, kn->tile);
+    moe__tile t;
+    t.k = k;
+    t.a_panel = a_panel;
+    t.ldb = MOE__W;
+    t.prefetch = next;
+    t.prefetch_lines = next ? moe__ceil_div(16, tiles * halves) : 0; /* next is 4 KB for every 32 k: each tile its share */
+    for (size_t half = 0; half < halves; half++) {
+        size_t col = half * kn->tile, left = cols - col, row = 0;
         t.b = b + col;
         t.init = init ? init + col : NULL;
-        t.prefetch = next ? next + (col / kn->tile) * tiles * lines * (k / 32) * 64 : NULL;
-        t.prefetch_lines = lines;
         for (size_t i = 0; i < tiles; i++) {
             size_t r = base + (i < more);
-            float edge[MOE__MAX_MR * MOE__W];
-            int partial = cols - col < kn->tile; /* only for plain arrays: panels are always whole */
-            t.a = ar;
-            t.c = partial ? edge : cr + col;
+            float *cr = c + row * ldc + col, edge[MOE__MAX_MR * MOE__W];
+            int partial = left < kn->tile; /* only in plain arrays: panels are always whole */
+            t.a = a + row * MOE__W;
+            t.c = partial ? edge : cr;
             t.ldc = partial ? kn->tile : ldc;
             if (partial && !init)
                 for (size_t j = 0; j < r; j++)
-                    for (size_t l = 0; l < kn->tile; l++) edge[j * kn->tile + l] = l < cols - col ? cr[j * ldc + col + l] : 0.0f;
+                    for (size_t l = 0; l < kn->tile; l++) edge[j * kn->tile + l] = l < left ? cr[j * ldc + l] : 0.0f;
             kn->nn[r](&t);
             if (partial)
-                for (size_t j = 0; j < r; j++) memcpy(cr + j * ldc + col, edge + j * kn->tile, (cols - col) * sizeof(float));
-            ar += r * MOE__W;
-            cr += r * ldc;
-            if (next) t.prefetch += lines * (k / 32) * 64;
+                for (size_t j = 0; j < r; j++) memcpy(cr + j * ldc, edge + j * kn->tile, left * sizeof(float));
+            if (next) t.prefetch += t.prefetch_lines * (k / 32) * 64;
+            row += r;
         }
     }
 }
 
-/* c (rows, 32) = init or += a (rows, k) b (k, 32): b one panel, as it stands in memory; `after` is what will be read next */
+/* c (rows, cols) = or += a (rows, k) b (k, cols): b in panels of k * 32; after: read next, or NULL */
 static void moe__product(const moe__kernels *kn, size_t rows, size_t k, const float *a, size_t a_panel, const float *b,
-                         float *c, size_t ldc, size_t cols, const float *init, const float *after) {
-    if (!k && init)
-        for (size_t r = 0; r < rows; r++) memcpy(c + r * ldc, init, cols * sizeof(float));
-    for (size_t k0 = 0; k0 < k; k0 += MOE__KC) {
-        size_t kc = moe__min(MOE__KC, k - k0);
-        const float *bk = b + k0 * MOE__W;
-        moe__sweep(kn, rows, kc, a + k0 / MOE__W * a_panel, a_panel, bk, MOE__W, c, ldc, cols, k0 ? NULL : init,
-                   k0 + kc < k ? bk + kc * MOE__W : after);
-    }
+                         const moe__target *to, int fresh, const float *after) {
+    for (size_t q = 0; q * MOE__W < to->cols; q++, b += k * MOE__W)
+        for (size_t k0 = 0; k0 < k; k0 += MOE__KC) {
+            size_t kc = moe__min(MOE__KC, k - k0);
+            const float *next = k0 + kc < k || (q + 1) * MOE__W < to->cols ? b + (k0 + kc) * MOE__W : after;
+            moe__sweep(kn, rows, kc, a + k0 / MOE__W * a_panel, a_panel, b + k0 * MOE__W, to->c + q * to->panel, to->ldc,
+                       moe__min(MOE__W, to->cols - q * MOE__W), fresh && !k0 ? to->init + q * to->init_panel : NULL, next);
+        }
 }
 
 /* 32 rows x 32 columns at src, of which `rows` and `cols` exist, transposed into dst; the rest is zero */
@@ -1857,18 +1861,18 @@ static void moe__transpose_block(const moe__kernels *kn, const float *src, size_
         for (size_t c = 0; c < moe__min(cols, MOE__W); c++) dst[c * MOE__W + r] = src[r * ld + c];
 }
 
-/* c (rows, 32) = init or += a (rows, n) w^T: w (k, n) in panels of n; the 32 columns of c are rows k0 .. of w */
+/* c (rows, cols) = a (rows, n) w^T: w (k, n) in panels of n; c's columns are the rows k0 .. of w */
 static void moe__product_t(const moe__kernels *kn, size_t rows, size_t n, const float *a, size_t a_panel, const float *w,
-                           size_t k, size_t k0, float *c, size_t ldc, const float *init) {
+                           size_t k, size_t k0, const moe__target *to) {
     MOE__ALIGN64 float b[MOE__KC * MOE__W];
-    for (size_t n0 = 0; n0 < n; n0 += MOE__KC) {
-        size_t nc = moe__min(MOE__KC, n - n0);
-        for (size_t j = 0; j < nc; j += MOE__W) {
-            const float *block = w + (n0 + j) * k + k0 * MOE__W; /* (n0 + j) / 32 panels of k * 32 */
-            moe__transpose_block(kn, block, MOE__W, k - k0, MOE__W, b + j * MOE__W);
+    for (size_t q = 0; q * MOE__W < to->cols; q++)
+        for (size_t n0 = 0; n0 < n; n0 += MOE__KC) {
+            size_t nc = moe__min(MOE__KC, n - n0), row = k0 + q * MOE__W;
+            for (size_t j = 0; j < nc; j += MOE__W) /* (n0 + j) / 32 panels of k * 32 */
+                moe__transpose_block(kn, w + (n0 + j) * k + row * MOE__W, MOE__W, k - row, MOE__W, b + j * MOE__W);
+            moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, to->c + q * to->panel, to->ldc, MOE__W,
+                       n0 ? NULL : to->init + q * to->init_panel, NULL);
         }
-        moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, MOE__W, c, ldc, MOE__W, n0 ? NULL : init, NULL);
-    }
 }
 
 /* c (m, n) = or += a^T b, summed over t rows; a: one panel (t, 32) of which m columns are used, b: (t, n <= 32) */
@@ -1987,9 +1991,8 @@ static void moe__gemm_task(void *arg, size_t i, size_t worker) {
     size_t n0 = i % p->n_nb * p->nb * MOE__W, n1 = moe__min(g->n, n0 + p->nb * MOE__W);
     float *a = p->a_scratch + worker * p->a_share;
     for (size_t k = 0; k < g->k; k += MOE__W) moe__gemm_fill_a(p, row, rows, k, moe__min(MOE__W, g->k - k), a + k * rows);
-    for (size_t n = n0; n < n1; n += MOE__W)
-        moe__product(p->kn, rows, g->k, a, rows * MOE__W, p->b_panels + n * g->k, g->c + row * p->ldc + n, p->ldc,
-                     moe__min(MOE__W, g->n - n), g->accumulate ? NULL : moe__zeros, NULL);
+    moe__target to = {g->c + row * p->ldc + n0, p->ldc, MOE__W, n1 - n0, moe__zeros, 0};
+    moe__product(p->kn, rows, g->k, a, rows * MOE__W, p->b_panels + n0 * g->k, &to, !g->accumulate, NULL);
 }
 
 static void moe__gemm_task_ta(void *arg, size_t i, size_t worker) {
@@ -2120,10 +2123,9 @@ static void moe__linear_prepare(const moe__job *j) {
                         j->m->router + p * MOE__W * j->dims->d);
 }
 static void moe__linear_forward(const moe__job *j, size_t t0, size_t t1) {
-    size_t d = j->dims->d, E = j->dims->E;
-    for (size_t p = 0; p < j->dims->ep; p++)
-        moe__product(j->kn, t1 - t0, d, j->m->xp + t0 * MOE__W, j->t->n_tokens * MOE__W, j->m->router + p * MOE__W * d,
-                     j->t->logits + t0 * E + p * MOE__W, E, moe__min(MOE__W, E - p * MOE__W), moe__zeros, NULL);
+    size_t E = j->dims->E;
+    moe__target to = {j->t->logits + t0 * E, E, MOE__W, E, moe__zeros, 0};
+    moe__product(j->kn, t1 - t0, j->dims->d, j->m->xp + t0 * MOE__W, j->t->n_tokens * MOE__W, j->m->router, &to, 1, NULL);
 }
 static void moe__linear_back_router(void *arg, size_t i, size_t worker) { /* i: a panel of d */
     const moe__job *j = (const moe__job *)arg;
@@ -2139,9 +2141,8 @@ static void moe__linear_back_x(void *arg, size_t i, size_t worker) { /* i: a blo
     const moe__job *j = (const moe__job *)arg;
     size_t d = j->dims->d, E = j->dims->E, n = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, n);
     (void)worker;
-    for (size_t p = 0; p < j->dims->dp; p++)
-        moe__product(j->kn, t1 - t0, E, j->m->dl + t0 * MOE__W, n * MOE__W, j->m->router + p * MOE__W * E,
-                     j->dx + t0 * d + p * MOE__W, d, moe__min(MOE__W, d - p * MOE__W), NULL, NULL);
+    moe__target to = {j->dx + t0 * d, d, MOE__W, d, moe__zeros, 0};
+    moe__product(j->kn, t1 - t0, E, j->m->dl + t0 * MOE__W, n * MOE__W, j->m->router, &to, 0, NULL);
 }
 static void moe__linear_backward(const moe__job *j) {
     const moe__dims *s = j->dims;
@@ -2351,8 +2352,7 @@ MOE_API moe_status moe_routes_init(moe_routes *r, size_t n_tokens, size_t n_slot
     moe_status s = moe_routes_size(n_tokens, n_slots, n_experts, &needed);
     if (!s) s = moe__arena_over(&a, memory, bytes, needed);
     if (!s) s = moe__routes_layout(r, n_tokens, n_slots, n_experts, &a);
-    if (!s) memset(r->begin, 0, (n_experts + 1) * sizeof(uint32_t)), memset(r->load, 0, n_experts * sizeof(uint64_t));
-    return s;
+    return s ? s : moe_routes_fill(r, 0, NULL, NULL, 0, MOE_ORDER_DEFAULT);
 }
 
 /* Whether the pair (t, i) goes before (u, l) at an expert's door. */
@@ -2559,15 +2559,17 @@ static void moe__task_up(void *arg, size_t i, size_t worker) { /* z = x W1 + b1,
     MOE__ALIGN64 float scratch[2 * MOE__MB * MOE__W];
     (void)worker;
     for (size_t u = s.u0; u < s.u1; u++) {
-        float *z[2] = {scratch, scratch + MOE__MB * MOE__W};
-        for (size_t q = 0; q < panels; q++) {
-            size_t panel = u * panels + q;
-            const float *wp = w + panel * MOE__W * d->d;
-            if (m->training) z[q] = m->z + (g->begin * d->zp + panel * g->rows + s.r0) * MOE__W;
-            moe__product(p->j.kn, s.rows, d->d, x, stride, wp, z[q], MOE__W, MOE__W, d->bias ? w + d->b1 + panel * MOE__W : moe__zeros,
-                         wp + MOE__W * d->d);
+        moe__target z = {scratch, MOE__W, MOE__MB * MOE__W, panels * MOE__W, moe__zeros, 0};
+        if (m->training) {
+            z.c = m->z + (g->begin * d->zp + u * panels * g->rows + s.r0) * MOE__W;
+            z.panel = g->rows * MOE__W;
         }
-        p->j.kn->act[p->j.d->expert](s.rows, z[0], z[1], m->h + (g->begin * d->hp + u * g->rows + s.r0) * MOE__W);
+        if (d->bias) {
+            z.init = w + d->b1 + u * panels * MOE__W;
+            z.init_panel = MOE__W;
+        }
+        moe__product(p->j.kn, s.rows, d->d, x, stride, w + u * panels * MOE__W * d->d, &z, 1, w + (u + 1) * panels * MOE__W * d->d);
+        p->j.kn->act[p->j.d->expert](s.rows, z.c, z.c + z.panel, m->h + (g->begin * d->hp + u * g->rows + s.r0) * MOE__W);
     }
 }
 
@@ -2578,11 +2580,12 @@ static void moe__task_down(void *arg, size_t i, size_t worker) { /* o = h W2 + b
     const moe__group *g = s.group;
     const float *w = p->params + s.g * d->expert, *h = p->j.m->h + (g->begin * d->hp + s.r0) * MOE__W;
     (void)worker;
-    for (size_t u = s.u0; u < s.u1; u++) {
-        const float *wp = w + d->w2 + u * MOE__W * d->f;
-        moe__product(p->j.kn, s.rows, d->f, h, g->rows * MOE__W, wp, p->j.m->o + (g->begin + s.r0) * d->ldo + u * MOE__W, d->ldo,
-                     MOE__W, d->bias ? w + d->b2 + u * MOE__W : moe__zeros, wp + MOE__W * d->f);
+    moe__target o = {p->j.m->o + (g->begin + s.r0) * d->ldo + s.u0 * MOE__W, d->ldo, MOE__W, (s.u1 - s.u0) * MOE__W, moe__zeros, 0};
+    if (d->bias) {
+        o.init = w + d->b2 + s.u0 * MOE__W;
+        o.init_panel = MOE__W;
     }
+    moe__product(p->j.kn, s.rows, d->f, h, g->rows * MOE__W, w + d->w2 + s.u0 * MOE__W * d->f, &o, 1, w + d->w2 + s.u1 * MOE__W * d->f);
 }
 
 /* ==== combine ================================================================================= */
@@ -2636,10 +2639,11 @@ static void moe__task_down_back(void *arg, size_t i, size_t worker) { /* dh = dy
     const float *w = p->params + s.g * d->expert, *dy = m->o + (g->begin * d->dp + s.r0) * MOE__W;
     size_t panels = d->gated ? 2 : 1;
     MOE__ALIGN64 float dh[MOE__MB * MOE__W];
+    moe__target to = {dh, MOE__W, MOE__W, MOE__W, moe__zeros, 0};
     (void)worker;
     for (size_t u = s.u0; u < s.u1; u++) {
         float *z = m->z + (g->begin * d->zp + u * panels * g->rows + s.r0) * MOE__W;
-        moe__product_t(p->j.kn, s.rows, d->d, dy, g->rows * MOE__W, w + d->w2, d->f, u * MOE__W, dh, MOE__W, moe__zeros);
+        moe__product_t(p->j.kn, s.rows, d->d, dy, g->rows * MOE__W, w + d->w2, d->f, u * MOE__W, &to);
         p->j.kn->act_back[p->j.d->expert](s.rows, g->weight ? g->weight + s.r0 : NULL, z, z + g->rows * MOE__W,
                                           m->h + (g->begin * d->hp + u * g->rows + s.r0) * MOE__W, dh,
                                           m->part + (g->begin + s.r0) * d->hp + u, d->hp);
@@ -2697,10 +2701,9 @@ static void moe__task_dx(void *arg, size_t i, size_t worker) { /* o = dz W1^T */
     moe__share s = moe__phase_share(&p->j, &p->phase, i);
     const moe__group *g = s.group;
     (void)worker;
-    for (size_t u = s.u0; u < s.u1; u++)
-        moe__product_t(p->j.kn, s.rows, d->zp * MOE__W, p->j.m->z + (g->begin * d->zp + s.r0) * MOE__W, g->rows * MOE__W,
-                       p->params + s.g * d->expert, d->d, u * MOE__W, p->j.m->o + (g->begin + s.r0) * d->ldo + u * MOE__W, d->ldo,
-                       moe__zeros);
+    moe__target o = {p->j.m->o + (g->begin + s.r0) * d->ldo + s.u0 * MOE__W, d->ldo, MOE__W, (s.u1 - s.u0) * MOE__W, moe__zeros, 0};
+    moe__product_t(p->j.kn, s.rows, d->zp * MOE__W, p->j.m->z + (g->begin * d->zp + s.r0) * MOE__W, g->rows * MOE__W,
+                   p->params + s.g * d->expert, d->d, s.u0 * MOE__W, &o);
 }
 /* Gradients of an expert's biases; all of them where no token came and the gradient is fresh. */
 static void moe__task_rest(void *arg, size_t g, size_t worker) {
@@ -2761,7 +2764,7 @@ MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temp
     if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
     if (value) *value = 0.0;
     if (!n_tokens) return MOE_OK;
-    if (!prob) return MOE_E_NULL_SCORES;
+    if (!prob) return MOE_E_NULL_PROB;
     if (!load) return MOE_E_NULL_LOAD;
     uint64_t total = 0;
     double sum = 0.0;
@@ -2800,6 +2803,8 @@ MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *lo
     if (value) *value = 0.0;
     if (!n_tokens) return MOE_OK;
     if (!logits) return MOE_E_NULL_LOGITS;
+    for (size_t i = 0; i < n_tokens * n_experts; i++)
+        if (!moe__finite(logits[i])) return MOE_E_NAN_LOGITS;
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
     float s = 2.0f * coefficient / (float)n_tokens;
@@ -2850,7 +2855,7 @@ MOE__NAME_API(order, moe__orders, MOE__ORDER_COUNT)
 MOE__NAME_API(optimizer, moe__optimizers, MOE__OPTIMIZER_COUNT)
 
 /* ==== optimiser =============================================================================== */
-static float moe__value(float v, float unset) { return v == 0.0f ? unset : v < 0.0f ? 0.0f : v; } /* 0: default; MOE_OFF: 0 */
+static float moe__value(float v, float unset) { return v == 0.0f ? unset : v == (float)MOE_OFF ? 0.0f : v; }
 static float moe__power(float base, uint64_t e) { /* in double, by squaring: the same everywhere */
     double r = 1.0, b = (double)base;
     for (; e; e >>= 1, b = b * b)
@@ -2887,9 +2892,9 @@ MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *o, size_t n, flo
     float b1 = moe__value(o->beta1, 0.9f), b2 = moe__value(o->beta2, 0.999f), mu = moe__value(o->momentum, 0.9f);
     float wd = moe__value(o->weight_decay, 0.01f), eps = o->epsilon == 0.0f ? 1e-8f : o->epsilon;
     if (!(o->lr >= 0.0f) || !moe__finite(o->lr)) return MOE_E_LR;
-    if (!(b1 < 1.0f)) return MOE_E_BETA1;
-    if (!(b2 < 1.0f)) return MOE_E_BETA2;
-    if (!(mu < 1.0f)) return MOE_E_MOMENTUM;
+    if (!(b1 >= 0.0f && b1 < 1.0f)) return MOE_E_BETA1;
+    if (!(b2 >= 0.0f && b2 < 1.0f)) return MOE_E_BETA2;
+    if (!(mu >= 0.0f && mu < 1.0f)) return MOE_E_MOMENTUM;
     if (!(eps > 0.0f) || !moe__finite(eps)) return MOE_E_EPSILON;
     if (!(wd >= 0.0f) || !moe__finite(wd)) return MOE_E_WEIGHT_DECAY;
     if (!moe__finite(o->scale)) return MOE_E_COEFFICIENT;
@@ -2918,26 +2923,28 @@ MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *o, size_t n, flo
     return MOE_OK;
 }
 
-/* 64 stripes, each summed in blocks of 4096 floats: the order does not depend on the threads. */
+/* 64 stripes of 16 lanes: the order does not depend on the threads, and a square is exact in double. */
 #define MOE__STRIPES 64
-typedef struct moe__squares { const moe__kernels *kn; const float *x; size_t n, stripe; double sum[MOE__STRIPES]; } moe__squares;
+typedef struct moe__squares { const float *x; size_t n, stripe; double sum[MOE__STRIPES]; } moe__squares;
 static void moe__task_squares(void *arg, size_t i, size_t worker) {
     moe__squares *s = (moe__squares *)arg;
+    size_t at = moe__min(s->n, i * s->stripe), end = moe__min(s->n, at + s->stripe);
+    double lane[16] = {0};
     (void)worker;
-    s->sum[i] = 0.0;
-    for (size_t at = moe__min(s->n, i * s->stripe), end = moe__min(s->n, at + s->stripe); at < end; at += 4096) {
-        size_t n = moe__min(4096, end - at);
-        s->sum[i] += (double)s->kn->dot(n, s->x + at, s->x + at);
-    }
+    for (; at + 16 <= end; at += 16)
+        for (int l = 0; l < 16; l++) lane[l] += (double)s->x[at + (size_t)l] * (double)s->x[at + (size_t)l];
+    for (size_t l = 0; at + l < end; l++) lane[l] += (double)s->x[at + l] * (double)s->x[at + l];
+    for (int h = 8; h; h >>= 1)
+        for (int l = 0; l < h; l++) lane[l] += lane[l + h];
+    s->sum[i] = lane[0];
 }
 MOE_API double moe_sum_squares(const moe_parallel *p, size_t n, const float *x) {
     moe__squares s;
     double sum = 0.0;
     if (!x || !n) return 0.0;
-    s.kn = moe__k();
     s.x = x;
     s.n = n;
-    s.stripe = moe__ceil_div(moe__ceil_div(n, MOE__STRIPES), 4096) * 4096;
+    s.stripe = moe__ceil_div(moe__ceil_div(n, MOE__STRIPES), 16) * 16;
     moe_run(p, MOE__STRIPES, moe__task_squares, &s);
     for (int i = 0; i < MOE__STRIPES; i++) sum += s.sum[i];
     return sum;
@@ -3311,7 +3318,7 @@ static int moe__desc_tensor(const moe_desc *d, size_t i, moe_tensor *out) {
         out->dim[2] = 1;
         for (k = 0; rows[r].dim[k]; k++) {
             char c = rows[r].dim[k];
-            out->dim[k] = c == 'd' ? d->d_model : c == 'f' ? d->d_ff : c == 'E' ? d->n_experts : d->n_experts + d->n_shared;
+            out->dim[k] = c == 'd' ? d->d_model : c == 'f' ? d->d_ff : d->n_experts + (c == 'G' ? d->n_shared : 0);
             out->count *= out->dim[k];
         }
         out->n_dims = k;
@@ -3424,10 +3431,8 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
     if (a->base) {
         *tp = t;
         *tp->memory = m;
-        memset(tp->routes.begin, 0, (d->E + 1) * sizeof(uint32_t));
-        memset(tp->routes.load, 0, d->E * sizeof(uint64_t));
-        memset(tp->routes.top1, 0, d->E * sizeof(uint64_t));
         *out = tp;
+        return moe_routes_fill(&tp->routes, 0, NULL, NULL, 0, MOE_ORDER_DEFAULT);
     }
     return MOE_OK;
 }
@@ -3894,6 +3899,7 @@ MOE_API moe_status moe_forward(moe_layer *m, const float *x, size_t n, float *y)
     if (!m) return MOE_E_NULL_LAYER;
     if (n && !x) return MOE_E_NULL_X;
     if (n && !y) return MOE_E_NULL_Y;
+    if (m->tape) m->tape->memory->state = 0; /* should this forward fail, there is nothing to go back from */
     if (!m->tape || n > m->tape->memory->max_tokens) {
         moe_tape *bigger;
         if (!m->own) return MOE_E_NO_MEMORY;
@@ -4044,8 +4050,8 @@ static moe_status moe__tensor_find(const moe_layer *m, moe_part part, const char
     moe_tensor t;
     if (!m) return MOE_E_NULL_LAYER;
     if (!name) return MOE_E_NULL_NAME;
-    if ((unsigned)part >= MOE__PART_COUNT) return MOE_E_NAME;
-    if (!m->part[part]) return m->d.training == MOE_OFF ? MOE_E_INFERENCE : MOE_E_NAME;
+    if ((unsigned)part >= MOE__PART_COUNT) return MOE_E_PART;
+    if (!m->part[part]) return m->d.training == MOE_OFF ? MOE_E_INFERENCE : MOE_E_PART;
     for (size_t i = 0; moe__tensor_id(m, i, id); i++) {
         moe__tensor_describe(m, *id, &t);
         if (!strcmp(t.name, name)) return t.count == count ? MOE_OK : MOE_E_TENSOR_SIZE;
@@ -4136,7 +4142,8 @@ static int moe__json_take(moe__json *j, char c) {
     return 1;
 }
 
-/* Before each element of an object or array: 1 = one follows, 0 = it was closed, -1 = fault. *first is 1 at its opening. */
+/* Before each element of an object or array: 1 = one follows, 0 = it was closed, -1 = fault. *first is 1 before
+ * the first one. */
 static int moe__json_more(moe__json *j, char close, int *first) {
     if (moe__json_take(j, close)) return 0;
     if (!*first && !moe__json_take(j, ',')) return -1;
@@ -4190,7 +4197,8 @@ static size_t moe__json_char(moe__json *j, unsigned char u[4]) {
         u[0] = (unsigned char)(length == 1 ? code : (0xF00 >> length & 0xF0) | code);
         return length;
     }
-    length = code < 0x20 ? 0 : code < 0x80 ? 1 : code < 0xC2 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : code < 0xF5 ? 4 : 0;
+    if (code < 0x80) length = code >= 0x20;
+    else length = code < 0xC2 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : code < 0xF5 ? 4 : 0;
     if (length > j->n - start) length = 0;
     u[0] = (unsigned char)code;
     if (length > 1) code &= 0x7F >> length;
@@ -4204,7 +4212,8 @@ static size_t moe__json_char(moe__json *j, unsigned char u[4]) {
         code = (code << 6) | (u[k] & 0x3F);
     }
     /* longer than needed, half of a surrogate pair, or past the last code point */
-    if ((length == 3 && (code < 0x800 || (code >= 0xD800 && code < 0xE000))) || (length == 4 && (code < 0x10000 || code > 0x10FFFF))) length = 0;
+    if (length == 3 && (code < 0x800 || (code >= 0xD800 && code < 0xE000))) length = 0;
+    if (length == 4 && (code < 0x10000 || code > 0x10FFFF)) length = 0;
     if (!length) j->i = start;
     return length;
 }
@@ -4568,7 +4577,8 @@ static moe_status moe__cursor_next_of(moe__cursor *c, moe__entry_kind kind, moe_
     return s ? s : e->kind == kind ? MOE_OK : MOE_E_NAME;
 }
 
-static moe_status moe__file_lookup(const moe_file *f, moe__entry_kind kind, const char *name, moe__cursor *c, moe__entry *e) {
+static moe_status moe__file_lookup(const moe_file *f, moe__entry_kind kind, const char *name, moe__cursor *c,
+                                   moe__entry *e) {
     moe_status s = moe__cursor_init(c, f);
     if (!name) return MOE_E_NULL_NAME;
     while (!s) {
@@ -4583,6 +4593,7 @@ MOE_API moe_status moe_file_tensor_at(const moe_file *f, size_t i, moe_file_tens
     moe__entry e;
     moe_status s = moe__cursor_init(&c, f);
     if (!out) return MOE_E_NULL_OUT;
+    memset(out, 0, sizeof *out);
     do s = s ? s : moe__cursor_next_of(&c, MOE__ENTRY_TENSOR, &e);
     while (!s && i-- > 0);
     if (!s) *out = e.tensor;
@@ -4594,6 +4605,7 @@ MOE_API moe_status moe_file_find(const moe_file *f, const char *name, moe_file_t
     moe__entry e;
     moe_status s;
     if (!out) return MOE_E_NULL_OUT;
+    memset(out, 0, sizeof *out);
     s = moe__file_lookup(f, MOE__ENTRY_TENSOR, name, &c, &e);
     if (!s) *out = e.tensor;
     return s;
@@ -4840,7 +4852,8 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *m, int with_optimizer,
 
 /* The desc, and the step count if the optimiser was saved, from the metadata. A field that is not there is 0, the
  * default: a later moe.h that adds one reads older files, and raises the version when its own files need it. */
-static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings, moe_desc *d, int *with_optimizer, uint64_t *step) {
+static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings, moe_desc *d, int *with_optimizer,
+                                 uint64_t *step) {
     moe__field field;
     char name[32], text[80];
     size_t i;
@@ -4867,25 +4880,28 @@ static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings
 /* The file's tensor with the name, type and shape that the layer has. */
 static moe_status moe__file_saved(const moe_file *f, const moe__saved *saved, moe_file_tensor *out) {
     size_t k;
-    if (moe_file_find(f, saved->name, out) || strcmp(out->dtype, "F32") || out->n_dims != saved->tensor.n_dims) return MOE_E_FILE_TENSOR;
+    if (moe_file_find(f, saved->name, out) || strcmp(out->dtype, "F32")) return MOE_E_FILE_TENSOR;
+    if (out->n_dims != saved->tensor.n_dims) return MOE_E_FILE_TENSOR;
     for (k = 0; k < out->n_dims; k++) {
         if (out->dim[k] != saved->tensor.dim[k]) return MOE_E_FILE_TENSOR;
     }
     return MOE_OK;
 }
 
-static moe_status moe__layer_set_bytes(moe_layer *m, const moe__saved *saved, const unsigned char *bytes, float *scratch) {
+static moe_status moe__layer_set_bytes(moe_layer *m, const moe__saved *saved, const unsigned char *bytes,
+                                       float *scratch) {
     size_t i;
     memcpy(scratch, bytes, saved->bytes);
     moe__little_endian((unsigned char *)scratch, saved->tensor.count);
     for (i = 0; i < saved->tensor.count; i++) {
         if (!(scratch[i] - scratch[i] == 0)) return MOE_E_FILE_NAN;
-        if (saved->part == MOE_PART_MOMENT2 && scratch[i] < 0) return MOE_E_FILE_NAN; /* the next step takes its root */
+        if (saved->part == MOE_PART_MOMENT2 && scratch[i] < 0) return MOE_E_FILE_NAN; /* a step takes its root */
     }
     return moe_layer_set(m, saved->part, saved->tensor.name, scratch, saved->tensor.count);
 }
 
-MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, size_t size, const moe_desc *surroundings) {
+MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, size_t size,
+                                         const moe_desc *surroundings) {
     moe_layer *m = NULL;
     moe_file f;
     moe_file_tensor t;

@@ -16,13 +16,16 @@
 #include "common/plot.h"
 #include "common/progress.h"
 
-enum { FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
+enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
 
 // Systems of the literature as rows of a table. Zero means moe.h's default: 8 experts, top-2, softmax, SwiGLU.
-static const struct { const char *name; moe_desc desc; } systems[] = {
-    {"softmax-topk", {.loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"switch", {.top_k = 1, .expert = MOE_EXPERT_RELU, .capacity_factor = 1.25f, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"mixtral", {.gate = MOE_GATE_SOFTMAX_SELECTED, .top_k = 2, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
+static const struct {
+    const char *name;
+    moe_desc desc;
+} systems[] = {
+    {"softmax-topk", {.loss = {[MOE_LOSS_SWITCH] = 0.05f}}},
+    {"switch", {.top_k = 1, .expert = MOE_EXPERT_RELU, .capacity_factor = 1.25f, .loss = {[MOE_LOSS_SWITCH] = 0.05f}}},
+    {"mixtral", {.gate = MOE_GATE_SOFTMAX_SELECTED, .top_k = 2, .loss = {[MOE_LOSS_SWITCH] = 0.05f}}},
     {"dense", {.n_experts = 1, .top_k = 1, .d_ff = 2 * D_FF}},
 };
 enum { SYSTEMS = sizeof systems / sizeof *systems };
@@ -32,9 +35,9 @@ typedef struct config {
     size_t epochs, steps, batch, eval, threads, experts, top_k;
     uint64_t seed;
     int tokens, no_dense, json, quiet;
-    double lr;
+    double lr, balance;
     // by the data
-    size_t stem, width[BLOCKS], shift;
+    size_t width[BLOCKS], shift;
     float smoothing, decay;
 } config;
 
@@ -50,16 +53,16 @@ typedef struct block {
 } block;
 
 typedef struct net {
-    nn *s;
+    nn ops;
     size_t batch, positions; // positions: tokens an image has for the mixture
     nn_bank bank;
     nn_conv stem;
-    nn_norm stem_norm, head_norm;
     block block[BLOCKS];
+    nn_norm head_norm;
     nn_pool pool; // of the last feature map, or of the tokens after the mixture
     size_t stem_weight, class_weight, class_bias;
     moe_layer *moe;
-    float *image, *c0, *x0, *dx0; // stem
+    float *image, *x0; // input and output of the stem
     float *f, *z, *y, *q, *dz, *dy, *dq, *logits, *prob, *dlogits;
     unsigned char *label;
 } net;
@@ -68,37 +71,43 @@ static void init_normal(net *m, uint64_t seed, size_t at, size_t count, float va
     nn_must(moe_rand_normal(seed, 1 + at, count, 0, sqrtf(variance), m->bank.value + at));
 }
 
-static net *net_new(nn *s, const config *o, const moe_desc *desc) {
+// The stem whitens patches of 2 x 2 pixels, measured on the first training images, and is not trained: its gradient
+// stays zero.
+static void init_stem(net *m, const cifar *data) {
+    cifar_batch b = {.set = &data->train, .count = data->train.count < 1000 ? data->train.count : 1000};
+    b.x = allocate(b.count * 3 * CIFAR_PIXELS, sizeof(float));
+    b.label = allocate(b.count, 1);
+    cifar_batch_make(&b, &m->ops.parallel);
+    nn_conv v = m->stem;
+    v.n = b.count;
+    nn_whiten(&v, b.x, m->bank.value + m->stem_weight);
+    free(b.x);
+    free(b.label);
+}
+
+static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
     net *m = allocate(1, sizeof *m);
-    size_t n = m->batch = o->batch, side = CIFAR_SIDE - 1, channels = o->stem;
-    m->s = s;
-    m->stem = (nn_conv){n, CIFAR_SIDE, CIFAR_SIDE, 3, 2, 1, 0, o->stem};
-    m->stem_weight = nn_add(&m->bank, nn_conv_weights(&m->stem), 1);
-    nn_norm_declare(&m->stem_norm, &m->bank, channels, 0.9f);
-    m->image = allocate(n * 3 * CIFAR_PIXELS, sizeof(float));
-    m->label = allocate(n, 1);
-    m->c0 = allocate(3 * n * side * side * channels, sizeof(float));
-    m->x0 = m->c0 + n * side * side * channels;
-    m->dx0 = m->x0 + n * side * side * channels;
+    nn *s = &m->ops;
+    size_t n = m->batch = o->batch, side = CIFAR_SIDE - 1, channels = STEM;
+    s->parallel = desc->parallel;
+    m->stem = (nn_conv){n, CIFAR_SIDE, CIFAR_SIDE, 3, 2, 1, 0, STEM};
+    m->stem_weight = nn_add(&m->bank, nn_conv_weights(&m->stem), 0);
+    m->image = nn_floats(s, n * 3 * CIFAR_PIXELS);
+    m->x0 = nn_floats(s, n * side * side * STEM);
     for (int i = 0; i < BLOCKS; i++) {
         block *b = &m->block[i];
-        size_t width = o->width[i], large = n * side * side * width, small;
+        size_t width = o->width[i];
         b->conv1 = (nn_conv){n, side, side, channels, 3, 1, 1, width};
         b->pool = (nn_pool){n, side, side, width, 2, 0};
+        b->c1 = nn_floats(s, n * side * side * width);
         side /= 2;
         b->conv2 = (nn_conv){n, side, side, width, 3, 1, 1, width};
         b->weight1 = nn_add(&m->bank, nn_conv_weights(&b->conv1), 1);
         b->weight2 = nn_add(&m->bank, nn_conv_weights(&b->conv2), 1);
         nn_norm_declare(&b->norm1, &m->bank, width, 0.9f);
         nn_norm_declare(&b->norm2, &m->bank, width, 0.9f);
-        small = n * side * side * width;
-        b->c1 = allocate(large + 6 * small, sizeof(float));
-        b->p1 = b->c1 + large;
-        b->x1 = b->p1 + small;
-        b->c2 = b->x1 + small;
-        b->y = b->c2 + small;
-        b->dy = b->y + small;
-        b->d2 = b->dy + small;
+        float **small[] = {&b->p1, &b->x1, &b->c2, &b->y, &b->dy, &b->d2};
+        for (int k = 0; k < 6; k++) *small[k] = nn_floats(s, n * side * side * width);
         channels = width;
     }
     m->positions = o->tokens ? side * side : 1;
@@ -106,28 +115,25 @@ static net *net_new(nn *s, const config *o, const moe_desc *desc) {
     nn_norm_declare(&m->head_norm, &m->bank, FEATURES, 0.9f);
     m->class_weight = nn_add(&m->bank, FEATURES * CLASSES, 1);
     m->class_bias = nn_add(&m->bank, CLASSES, 0);
-    size_t rows = n * m->positions;
-    m->f = allocate((5 * rows + 2 * n) * FEATURES + 3 * n * CLASSES, sizeof(float));
-    m->z = m->f + rows * FEATURES;
-    m->y = m->z + rows * FEATURES;
-    m->dz = m->y + rows * FEATURES;
-    m->dy = m->dz + rows * FEATURES;
-    m->q = m->dy + rows * FEATURES;
-    m->dq = m->q + n * FEATURES;
-    m->logits = m->dq + n * FEATURES;
-    m->prob = m->logits + n * CLASSES;
-    m->dlogits = m->prob + n * CLASSES;
+    float **token[] = {&m->f, &m->z, &m->y, &m->dz, &m->dy}, **image[] = {&m->q, &m->dq};
+    float **class[] = {&m->logits, &m->prob, &m->dlogits};
+    for (int k = 0; k < 5; k++) *token[k] = nn_floats(s, n * m->positions * FEATURES);
+    for (int k = 0; k < 2; k++) *image[k] = nn_floats(s, n * FEATURES);
+    for (int k = 0; k < 3; k++) *class[k] = nn_floats(s, n * CLASSES);
+    m->label = allocate(n, 1);
 
-    nn_bank_alloc(&m->bank);
-    nn_norm_alloc(&m->stem_norm, &m->bank);
-    nn_norm_alloc(&m->head_norm, &m->bank);
-    init_normal(m, o->seed, m->stem_weight, nn_conv_weights(&m->stem), 2.0f / 12);
+    nn_bank_alloc(s, &m->bank);
+    nn_norm_alloc(s, &m->head_norm, &m->bank);
+    init_stem(m, data);
     for (int i = 0; i < BLOCKS; i++) {
         block *b = &m->block[i];
-        nn_norm_alloc(&b->norm1, &m->bank);
-        nn_norm_alloc(&b->norm2, &m->bank);
+        nn_norm_alloc(s, &b->norm1, &m->bank);
+        nn_norm_alloc(s, &b->norm2, &m->bank);
         init_normal(m, o->seed, b->weight1, nn_conv_weights(&b->conv1), 2.0f / (float)(9 * b->conv1.c));
         init_normal(m, o->seed, b->weight2, nn_conv_weights(&b->conv2), 2.0f / (float)(9 * b->conv2.c));
+        for (size_t c = 0; c < b->conv1.c && c < b->conv1.filters; c++) // the first filters pass their input on
+            for (size_t k = 0; k < 9 * b->conv1.c; k++)
+                m->bank.value[b->weight1 + k * b->conv1.filters + c] = k == 4 * b->conv1.c + c;
     }
     init_normal(m, o->seed, m->class_weight, FEATURES * CLASSES, 1.0f / FEATURES);
     nn_must(moe_layer_new(&m->moe, desc));
@@ -135,29 +141,19 @@ static net *net_new(nn *s, const config *o, const moe_desc *desc) {
 }
 
 static void net_free(net *m) {
-    for (int i = 0; i < BLOCKS; i++) {
-        nn_norm_free(&m->block[i].norm1);
-        nn_norm_free(&m->block[i].norm2);
-        free(m->block[i].c1);
-    }
-    nn_norm_free(&m->stem_norm);
-    nn_norm_free(&m->head_norm);
-    nn_bank_free(&m->bank);
     moe_layer_free(m->moe);
-    free(m->image);
+    nn_free(&m->ops);
     free(m->label);
-    free(m->c0);
-    free(m->f);
     free(m);
 }
 
 // m->image (n, 32, 32, 3) -> m->logits (n, CLASSES)
 static void net_forward(net *m, size_t n, int training) {
-    nn *s = m->s;
+    nn *s = &m->ops;
     const float *w = m->bank.value, *x = m->x0;
     m->stem.n = m->pool.n = n;
-    nn_conv_forward(s, &m->stem, m->image, w + m->stem_weight, m->c0);
-    nn_norm_apply(s, &m->stem_norm, &m->bank, training, n * 31 * 31, 1, m->c0, NULL, m->x0);
+    nn_conv_forward(s, &m->stem, m->image, w + m->stem_weight, m->x0);
+    nn_relu_forward(s, n * nn_conv_out(&m->stem, CIFAR_SIDE) * nn_conv_out(&m->stem, CIFAR_SIDE) * STEM, m->x0, m->x0);
     for (int i = 0; i < BLOCKS; i++) {
         block *b = &m->block[i];
         size_t rows = n * b->conv2.h * b->conv2.w;
@@ -170,61 +166,68 @@ static void net_forward(net *m, size_t n, int training) {
         x = b->y;
     }
     size_t tokens = n * m->positions;
-    if (m->positions == 1) nn_pool_forward(s, &m->pool, x, m->f);
-    else memcpy(m->f, x, tokens * FEATURES * sizeof(float));
+    if (m->positions == 1)
+        nn_pool_forward(s, &m->pool, x, m->f);
+    else
+        memcpy(m->f, x, tokens * FEATURES * sizeof(float));
     nn_norm_apply(s, &m->head_norm, &m->bank, training, tokens, 0, m->f, NULL, m->z);
     nn_must(moe_forward(m->moe, m->z, tokens, m->y));
     for (size_t i = 0; i < tokens * FEATURES; i++) m->y[i] += m->z[i];
-    if (m->positions == 1) memcpy(m->q, m->y, n * FEATURES * sizeof(float));
-    else nn_pool_forward(s, &m->pool, m->y, m->q);
+    if (m->positions == 1)
+        memcpy(m->q, m->y, n * FEATURES * sizeof(float));
+    else
+        nn_pool_forward(s, &m->pool, m->y, m->q);
     nn_linear_forward(s, n, FEATURES, CLASSES, m->q, w + m->class_weight, w + m->class_bias, m->logits);
 }
 
 // m->dlogits -> every gradient. Overwrites what the forward kept.
 static void net_backward(net *m, size_t n) {
-    nn *s = m->s;
+    nn *s = &m->ops;
     const float *w = m->bank.value;
     float *g = m->bank.grad;
     size_t tokens = n * m->positions;
     block *last = &m->block[BLOCKS - 1];
     nn_linear_backward(s, n, FEATURES, CLASSES, m->q, w + m->class_weight, m->dlogits, m->dq, g + m->class_weight,
                        g + m->class_bias);
-    if (m->positions == 1) memcpy(m->dy, m->dq, n * FEATURES * sizeof(float));
-    else nn_pool_backward(s, &m->pool, m->y, m->q, m->dq, m->dy);
+    if (m->positions == 1)
+        memcpy(m->dy, m->dq, n * FEATURES * sizeof(float));
+    else
+        nn_pool_backward(s, &m->pool, m->y, m->q, m->dq, m->dy);
     nn_must(moe_backward(m->moe, m->dy, m->dz));
     for (size_t i = 0; i < tokens * FEATURES; i++) m->dz[i] += m->dy[i];
     nn_norm_gradient(s, &m->head_norm, &m->bank, tokens, 0, m->f, m->dz, m->dz);
-    if (m->positions == 1) nn_pool_backward(s, &m->pool, last->y, m->f, m->dz, last->dy);
-    else memcpy(last->dy, m->dz, tokens * FEATURES * sizeof(float));
+    if (m->positions == 1)
+        nn_pool_backward(s, &m->pool, last->y, m->f, m->dz, last->dy);
+    else
+        memcpy(last->dy, m->dz, tokens * FEATURES * sizeof(float));
     for (int i = BLOCKS - 1; i >= 0; i--) {
         block *b = &m->block[i];
         size_t rows = n * b->conv2.h * b->conv2.w;
         const float *x = i ? m->block[i - 1].y : m->x0;
-        float *dx = i ? m->block[i - 1].dy : m->dx0;
         nn_norm_gradient(s, &b->norm2, &m->bank, rows, 1, b->c2, b->dy, b->d2);
         nn_conv_backward_weight(s, &b->conv2, b->x1, b->d2, g + b->weight2);
         nn_conv_backward_data(s, &b->conv2, b->d2, w + b->weight2, 1, b->dy); // dy holds the residual's part
         nn_norm_gradient(s, &b->norm1, &m->bank, rows, 1, b->p1, b->dy, b->d2);
         nn_pool_backward(s, &b->pool, b->c1, b->p1, b->d2, b->c1);
         nn_conv_backward_weight(s, &b->conv1, x, b->c1, g + b->weight1);
-        nn_conv_backward_data(s, &b->conv1, b->c1, w + b->weight1, 0, dx);
+        if (i) nn_conv_backward_data(s, &b->conv1, b->c1, w + b->weight1, 0, m->block[i - 1].dy);
     }
-    nn_norm_gradient(s, &m->stem_norm, &m->bank, n * 31 * 31, 1, m->c0, m->dx0, m->dx0);
-    nn_conv_backward_weight(s, &m->stem, m->image, m->dx0, g + m->stem_weight);
 }
 
 // ---- training and testing ----
 
-typedef struct score { double loss, accuracy; } score;
+typedef struct score {
+    double loss, accuracy;
+} score;
 
 // What a training leaves for the report.
 typedef struct result {
     char name[64];
-    size_t experts, epochs, steps; // done
+    size_t experts, epochs, steps;                                   // done
     double *train_loss, *test_loss, *train_accuracy, *test_accuracy; // (epochs)
-    double *load;      // (experts, epochs): shares of the routes in training
-    double *class_map; // (CLASSES, experts): where the test images of a class go
-    double *first;     // (experts): shares of the first choices on the test images
+    double *load;          // (experts, epochs): shares of the routes in training
+    double *class_map;     // (CLASSES, experts): where the test images of a class go
+    double *share, *first; // (experts): shares of the routes, and of the first choices, on the test images
     score test;
     moe_health health; // on the test images; its arrays are not kept
     size_t params, active_params;
@@ -245,6 +248,10 @@ static size_t count_right(const float *logits, const unsigned char *label, size_
     return right;
 }
 
+static size_t test_count(const config *o, const cifar *data) {
+    return o->eval && o->eval < data->test.count ? o->eval : data->test.count;
+}
+
 // Tests on the first `count` images. With `r` the whole report: each image also mirrored, the logits averaged, and the
 // experts' health and classes noted.
 static score test(net *m, const cifar_set *set, size_t count, result *r) {
@@ -254,16 +261,18 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
     for (size_t first = 0, n; first < count; first += n) {
         n = count - first < m->batch ? count - first : m->batch;
         for (int mirror = 0; mirror < (r ? 2 : 1); mirror++) {
-            cifar_batch b = {.set = set, .first = first, .count = n, .flip = 2 * mirror, .x = m->image, .label = m->label};
-            cifar_batch_make(&b, &m->s->parallel);
+            cifar_batch b = {
+                .set = set, .first = first, .count = n, .flip = 2 * mirror, .x = m->image, .label = m->label};
+            cifar_batch_make(&b, &m->ops.parallel);
             net_forward(m, n, 0);
             const moe_tape *t = moe_layer_tape(m->moe);
             size_t k = moe_layer_desc(m->moe)->top_k;
-            for (size_t i = 0; i < n * CLASSES; i++) logits[i] = mirror ? 0.5f * (logits[i] + m->logits[i]) : m->logits[i];
+            for (size_t i = 0; i < n * CLASSES; i++)
+                logits[i] = mirror ? 0.5f * (logits[i] + m->logits[i]) : m->logits[i];
             for (size_t i = 0; r && i < t->n_tokens * k; i++)
                 r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
         }
-        sum.loss += nn_cross_entropy(m->s, n, CLASSES, 0, logits, m->label, m->prob, NULL);
+        sum.loss += nn_cross_entropy(&m->ops, n, CLASSES, 0, logits, m->label, m->prob, NULL);
         sum.accuracy += (double)count_right(logits, m->label, n);
     }
     free(logits);
@@ -279,7 +288,8 @@ static void write_health(json *j, const moe_health *h) {
 }
 
 // One epoch's line, and its place in the curves. The experts' load is that of the epoch's training.
-static void note_epoch(const config *o, result *r, net *m, const cifar *data, json *j, double loss, double accuracy, size_t images) {
+static void note_epoch(const config *o, result *r, net *m, const cifar *data, json *j, double loss, double accuracy,
+                       size_t images) {
     size_t e = r->epochs++;
     moe_health h;
     nn_must(moe_layer_health(m->moe, &h));
@@ -295,8 +305,8 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, js
     for (size_t i = 0; i < r->experts; i++)
         json_real(j, NULL, r->load[i * o->epochs + e] = (double)h.load[i] / (double)(h.n_selected ? h.n_selected : 1));
     json_list_end(j);
-    size_t count = data->test.count < 2000 ? data->test.count : 2000; // a glance; the last test sees everything
-    score s = test(m, &data->test, o->eval && o->eval < count ? o->eval : count, NULL);
+    size_t count = test_count(o, data);
+    score s = test(m, &data->test, count < 2000 ? count : 2000, NULL); // a glance; the last test sees everything
     json_real(j, "test_loss", r->test_loss[e] = s.loss);
     json_real(j, "test_accuracy", r->test_accuracy[e] = s.accuracy);
     json_end(j);
@@ -306,21 +316,23 @@ static uint64_t net_checksum(const net *m) {
     return moe_hash(moe_layer_hash(m->moe), m->bank.value, m->bank.count * sizeof(float));
 }
 
-static result *train(nn *s, const config *o, const cifar *data, const char *name, const moe_desc *desc, json *j) {
+static result *train(const config *o, const cifar *data, const char *name, const moe_desc *desc, json *j) {
     result *r = allocate(1, sizeof *r);
-    net *m = net_new(s, o, desc);
+    net *m = net_new(o, desc, data);
+    nn *s = &m->ops;
     size_t per_epoch = data->train.count / o->batch, total = per_epoch * o->epochs, warmup = total / 5;
     if (o->steps && o->steps < total) total = o->steps;
     uint32_t *order = allocate(data->train.count, sizeof *order);
     snprintf(r->name, sizeof r->name, "%s", name);
     r->experts = desc->n_experts;
-    r->train_loss = allocate(o->epochs * (4 + r->experts) + (CLASSES + 1) * r->experts, sizeof(double));
+    r->train_loss = allocate(o->epochs * (4 + r->experts) + (CLASSES + 2) * r->experts, sizeof(double));
     r->test_loss = r->train_loss + o->epochs;
     r->train_accuracy = r->test_loss + o->epochs;
     r->test_accuracy = r->train_accuracy + o->epochs;
     r->load = r->test_accuracy + o->epochs;
     r->class_map = r->load + o->epochs * r->experts;
-    r->first = r->class_map + CLASSES * r->experts;
+    r->share = r->class_map + CLASSES * r->experts;
+    r->first = r->share + r->experts;
     progress p = progress_begin(name, "images", total * o->batch, o->quiet);
     double busy = 0;
     for (size_t step = 0; step < total;) {
@@ -329,8 +341,16 @@ static result *train(nn *s, const config *o, const cifar *data, const char *name
         cifar_shuffle(order, data->train.count, o->seed, epoch);
         nn_must(moe_layer_health_reset(m->moe));
         for (size_t i = 0; i < per_epoch && step < total; i++) {
-            cifar_batch b = {.set = &data->train, .order = order, .first = i * o->batch, .count = o->batch, .shift = o->shift,
-                             .flip = 1, .seed = o->seed, .epoch = epoch, .x = m->image, .label = m->label};
+            cifar_batch b = {.set = &data->train,
+                             .order = order,
+                             .first = i * o->batch,
+                             .count = o->batch,
+                             .shift = o->shift,
+                             .flip = 1,
+                             .seed = o->seed,
+                             .epoch = epoch,
+                             .x = m->image,
+                             .label = m->label};
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
@@ -339,19 +359,22 @@ static result *train(nn *s, const config *o, const cifar *data, const char *name
             net_backward(m, o->batch);
             float lr = moe_schedule_cosine(step, warmup, per_epoch * o->epochs, (float)o->lr, 0);
             step++;
-            nn_bank_step(&m->bank, (moe_optimizer_args){.lr = lr, .weight_decay = o->decay, .step = step, .parallel = &s->parallel});
+            nn_bank_step(&m->bank, (moe_optimizer_args){
+                                       .lr = lr, .weight_decay = o->decay, .step = step, .parallel = &s->parallel});
             nn_must(moe_step(m->moe, lr));
-            progress_update(&p, step * o->batch, "epoch %zu of %zu  loss %.3f", epoch + 1, o->epochs, loss / (double)images);
+            progress_update(&p, step * o->batch, "epoch %zu of %zu  loss %.3f", epoch + 1, o->epochs,
+                            loss / (double)images);
         }
         busy += seconds_now() - begin;
         note_epoch(o, r, m, data, j, loss, accuracy, images);
     }
-    r->test = test(m, &data->test, o->eval && o->eval < data->test.count ? o->eval : data->test.count, r);
+    r->test = test(m, &data->test, test_count(o, data), r);
     progress_clear(&p);
     nn_must(moe_layer_health(m->moe, &r->health));
-    double firsts = 0;
-    for (size_t e = 0; e < r->experts; e++) firsts += (double)r->health.top1[e];
-    for (size_t e = 0; e < r->experts; e++) r->first[e] = (double)r->health.top1[e] / firsts;
+    for (size_t e = 0; e < r->experts; e++) {
+        r->share[e] = (double)r->health.load[e] / (double)r->health.n_selected;
+        r->first[e] = (double)r->health.top1[e] / (double)r->health.n_tokens;
+    }
     for (size_t c = 0; c < CLASSES; c++) {
         double sum = 0;
         for (size_t e = 0; e < r->experts; e++) sum += r->class_map[c * r->experts + e];
@@ -369,43 +392,46 @@ static result *train(nn *s, const config *o, const cifar *data, const char *name
 }
 
 // Softmax regression on the same pixels, with the same flips (shifts only hurt it).
-static score train_linear(nn *s, const config *o, const cifar *data) {
+static score train_linear(const config *o, const moe_parallel *parallel, const cifar *data) {
     enum { PIXELS = 3 * CIFAR_PIXELS };
-    size_t batch = o->batch, per_epoch = data->train.count / batch, total = per_epoch * (data->sample ? 40 : 12), step = 0;
+    nn s = {.parallel = *parallel};
     nn_bank bank = {0};
+    size_t batch = o->batch, per_epoch = data->train.count / batch, total = per_epoch * (data->sample ? 40 : 12);
     size_t weight = nn_add(&bank, PIXELS * CLASSES, 1), bias = nn_add(&bank, CLASSES, 0);
-    nn_bank_alloc(&bank);
-    float *x = allocate(batch * (PIXELS + 3 * CLASSES), sizeof(float)), *logits = x + batch * PIXELS;
-    float *prob = logits + batch * CLASSES, *dlogits = prob + batch * CLASSES;
+    nn_bank_alloc(&s, &bank);
+    float *x = nn_floats(&s, batch * PIXELS), *logits = nn_floats(&s, batch * CLASSES);
+    float *prob = nn_floats(&s, batch * CLASSES), *dlogits = nn_floats(&s, batch * CLASSES);
+    float *w = bank.value + weight, *b = bank.value + bias;
     unsigned char *label = allocate(batch, 1);
     uint32_t *order = allocate(data->train.count, sizeof *order);
     if (o->steps && o->steps < total) total = o->steps;
-    for (; step < total; step++) {
-        if (step % per_epoch == 0) cifar_shuffle(order, data->train.count, o->seed, step / per_epoch);
-        cifar_batch b = {.set = &data->train, .order = order, .first = step % per_epoch * batch, .count = batch, .flip = 1,
-                         .seed = o->seed, .epoch = step / per_epoch, .x = x, .label = label};
-        cifar_batch_make(&b, &s->parallel);
-        nn_linear_forward(s, batch, PIXELS, CLASSES, x, bank.value + weight, bank.value + bias, logits);
-        nn_cross_entropy(s, batch, CLASSES, 0, logits, label, prob, dlogits);
-        nn_linear_backward(s, batch, PIXELS, CLASSES, x, bank.value + weight, dlogits, NULL, bank.grad + weight, bank.grad + bias);
+    for (size_t step = 0; step < total; step++) {
+        size_t epoch = step / per_epoch;
+        if (step % per_epoch == 0) cifar_shuffle(order, data->train.count, o->seed, epoch);
+        cifar_batch in = {&data->train, order, step % per_epoch * batch, batch, 0, 1, o->seed, epoch, x, label, {{0}}};
+        cifar_batch_make(&in, parallel);
+        nn_linear_forward(&s, batch, PIXELS, CLASSES, x, w, b, logits);
+        nn_cross_entropy(&s, batch, CLASSES, 0, logits, label, prob, dlogits);
+        nn_linear_backward(&s, batch, PIXELS, CLASSES, x, w, dlogits, NULL, bank.grad + weight, bank.grad + bias);
         nn_bank_step(&bank, (moe_optimizer_args){.lr = moe_schedule_cosine(step, 0, total, 3e-4f, 0),
-                     .weight_decay = data->sample ? 1.0f : 0.1f, .step = step + 1, .parallel = &s->parallel});
+                                                 .weight_decay = data->sample ? 1.0f : 0.1f,
+                                                 .step = step + 1,
+                                                 .parallel = parallel});
     }
     score sum = {0, 0};
-    size_t count = o->eval && o->eval < data->test.count ? o->eval : data->test.count;
+    size_t count = test_count(o, data);
     for (size_t first = 0, n; first < count; first += n) {
         n = count - first < batch ? count - first : batch;
-        cifar_batch b = {.set = &data->test, .first = first, .count = n, .x = x, .label = label};
-        cifar_batch_make(&b, &s->parallel);
-        nn_linear_forward(s, n, PIXELS, CLASSES, x, bank.value + weight, bank.value + bias, logits);
-        sum.loss += nn_cross_entropy(s, n, CLASSES, 0, logits, label, prob, NULL);
-        sum.accuracy += (double)count_right(logits, label, n);
+        cifar_batch in = {.set = &data->test, .first = first, .count = n, .x = x, .label = label};
+        cifar_batch_make(&in, parallel);
+        nn_linear_forward(&s, n, PIXELS, CLASSES, x, w, b, logits);
+        sum.loss += nn_cross_entropy(&s, n, CLASSES, 0, logits, label, prob, NULL) / (double)count;
+        sum.accuracy += (double)count_right(logits, label, n) / (double)count;
     }
-    free(x);
     free(label);
     free(order);
-    nn_bank_free(&bank);
-    return (score){sum.loss / (double)count, sum.accuracy / (double)count};
+    nn_free(&s);
+    return sum;
 }
 
 // ---- the report ----
@@ -429,7 +455,6 @@ static void write_config(json *j, const config *o, const moe_desc *desc, const c
     json_real(j, "weight_decay", (double)o->decay);
     json_real(j, "label_smoothing", (double)o->smoothing);
     json_whole(j, "shift", o->shift);
-    json_whole(j, "stem", o->stem);
     json_list_begin(j, "width");
     for (int i = 0; i < BLOCKS; i++) json_whole(j, NULL, o->width[i]);
     json_list_end(j);
@@ -475,32 +500,27 @@ static void top_classes(const result *r, size_t e, char *out, size_t size) {
     }
 }
 
-// Share of the test routes that expert e gets.
-static double test_load(const result *r, size_t e) {
-    double sum = 0;
-    for (size_t c = 0; c < CLASSES; c++) sum += r->class_map[c * r->experts + e];
-    return sum / CLASSES;
-}
-
 static void print_tables(FILE *f, const result *r, const result *dense, score linear) {
     char text[128];
     fprintf(f, "\nexpert    load  first choice  classes\n");
     for (size_t e = 0; e < r->experts; e++) {
         top_classes(r, e, text, sizeof text);
-        fprintf(f, "%6zu  %5.1f%%        %5.1f%%  %s\n", e, 100 * test_load(r, e), 100 * r->first[e], text);
+        fprintf(f, "%6zu  %5.1f%%        %5.1f%%  %s\n", e, 100 * r->share[e], 100 * r->first[e], text);
     }
-    fprintf(f, "load: MaxVio %.3f, CV %.3f, entropy %.3f (1 = even); dead experts: %zu of %zu; dropped: %llu\n\n", r->health.maxvio,
-            r->health.load_cv, r->health.load_entropy, r->health.n_dead, r->experts, (unsigned long long)r->health.n_dropped);
+    fprintf(f, "load: MaxVio %.3f, CV %.3f, entropy %.3f (1 = even); dead experts: %zu of %zu; dropped: %llu\n\n",
+            r->health.maxvio, r->health.load_cv, r->health.load_entropy, r->health.n_dead, r->experts,
+            (unsigned long long)r->health.n_dropped);
     fprintf(f, "%-24s test accuracy  test loss  parameters      active  images/s\n", "");
     for (const result *x = r; x; x = x == r ? dense : NULL)
-        fprintf(f, "%-24s        %5.2f%%  %9.4f  %10zu  %10zu  %8.0f\n", x->name, 100 * x->test.accuracy, x->test.loss, x->params,
-                x->active_params, x->images_per_s);
+        fprintf(f, "%-24s        %5.2f%%  %9.4f  %10zu  %10zu  %8.0f\n", x->name, 100 * x->test.accuracy, x->test.loss,
+                x->params, x->active_params, x->images_per_s);
     fprintf(f, "%-24s        %5.2f%%  %9.4f  %10d  %10d\n", "linear, on the pixels", 100 * linear.accuracy, linear.loss,
             3 * CIFAR_PIXELS * CLASSES + CLASSES, 3 * CIFAR_PIXELS * CLASSES + CLASSES);
 }
 
 static void draw(FILE *f, const config *o, const result *r, const result *dense, score linear) {
-    double line[2] = {linear.accuracy, linear.accuracy}, peak = 0, share = 0, *level = allocate(r->epochs, sizeof *level);
+    double line[2] = {linear.accuracy, linear.accuracy}, peak = 0, share = 0,
+           *level = allocate(r->epochs, sizeof *level);
     double *load = allocate(r->experts * r->epochs, sizeof *load);
     for (size_t i = 0; i < r->epochs; i++) level[i] = *line;
     for (size_t e = 0; e < r->experts; e++)
@@ -509,19 +529,35 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
             peak = fmax(peak, load[e * r->epochs + i]);
         }
     for (size_t i = 0; i < CLASSES * r->experts; i++) share = fmax(share, r->class_map[i]);
-    plot_line loss[] = {{"training", r->train_loss, r->epochs, 0}, {"test", r->test_loss, r->epochs, 0},
+    plot_line loss[] = {{"training", r->train_loss, r->epochs, 0},
+                        {"test", r->test_loss, r->epochs, 0},
                         {"test, dense layer", dense ? dense->test_loss : NULL, dense ? dense->epochs : 0, 1}};
-    plot_line accuracy[] = {{"training", r->train_accuracy, r->epochs, 0}, {"test", r->test_accuracy, r->epochs, 0},
+    plot_line accuracy[] = {{"training", r->train_accuracy, r->epochs, 0},
+                            {"test", r->test_accuracy, r->epochs, 0},
                             {"test, linear", level, r->epochs, 1},
                             {"test, dense layer", dense ? dense->test_accuracy : NULL, dense ? dense->epochs : 0, 1}};
     plot_begin(f, 960, 700, "CIFAR-10 with a Mixture of Experts");
     plot_lines(f, &(plot_chart){{0, 0, 480, 330}, "Loss", "epoch", loss, dense ? 3 : 2, 0, 0});
     plot_lines(f, &(plot_chart){{480, 0, 480, 330}, "Accuracy", "epoch", accuracy, dense ? 4 : 3, 0, 0});
-    plot_heat(f, &(plot_map){.box = {0, 340, 400, 360}, .title = "Load of the experts in training", .x_label = "epoch", .rows = r->experts,
-                             .cols = r->epochs, .value = load, .hi = peak, .col_first = 1, .scale_format = "%.2f"});
-    plot_heat(f, &(plot_map){.box = {400, 340, 560, 360}, .title = "Where the test images of a class go, %", .x_label = "expert",
-                             .rows = CLASSES, .cols = r->experts, .value = r->class_map, .hi = share, .row_name = cifar_class,
-                             .format = r->experts <= 16 ? "%.2f" : NULL, .scale_format = "%.2f"});
+    plot_heat(f, &(plot_map){.box = {0, 340, 400, 360},
+                             .title = "Load of the experts in training",
+                             .x_label = "epoch",
+                             .rows = r->experts,
+                             .cols = r->epochs,
+                             .value = load,
+                             .hi = peak,
+                             .col_first = 1,
+                             .scale_format = "%.2f"});
+    plot_heat(f, &(plot_map){.box = {400, 340, 560, 360},
+                             .title = "Where the test images of a class go",
+                             .x_label = "expert",
+                             .rows = CLASSES,
+                             .cols = r->experts,
+                             .value = r->class_map,
+                             .hi = share,
+                             .row_name = cifar_class,
+                             .format = r->experts <= 16 ? "%.2f" : NULL,
+                             .scale_format = "%.2f"});
     plot_end(f);
     free(level);
     free(load);
@@ -530,14 +566,16 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
 static void write_page(const config *o, const result *r, const result *dense, score linear, const cifar *data) {
     char text[256];
     FILE *f = open_output(o->out, "cifar10.html");
-    snprintf(text, sizeof text, "%s, %zu experts, %zu epochs over %zu images, seed %llu, %.0f s, %.0f images/s.", r->name, r->experts,
-             r->epochs, data->train.count, (unsigned long long)o->seed, r->seconds, r->images_per_s);
+    snprintf(text, sizeof text, "%s, %zu experts, %zu epochs over %zu images, seed %llu, %.0f s, %.0f images/s.",
+             r->name, r->experts, r->epochs, data->train.count, (unsigned long long)o->seed, r->seconds,
+             r->images_per_s);
     page_begin(f, "CIFAR-10 with a Mixture of Experts", text);
     page_card(f);
     page_table_begin(f);
     page_row(f, 1, "model|test accuracy|test loss|parameters|active");
     for (const result *x = r; x; x = x == r ? dense : NULL)
-        page_row(f, 0, "%s|%.2f%%|%.4f|%zu|%zu", x->name, 100 * x->test.accuracy, x->test.loss, x->params, x->active_params);
+        page_row(f, 0, "%s|%.2f%%|%.4f|%zu|%zu", x->name, 100 * x->test.accuracy, x->test.loss, x->params,
+                 x->active_params);
     page_row(f, 0, "linear, on the pixels|%.2f%%|%.4f|30730|30730", 100 * linear.accuracy, linear.loss);
     page_table_end(f);
     page_card_end(f);
@@ -550,11 +588,12 @@ static void write_page(const config *o, const result *r, const result *dense, sc
     page_row(f, 1, "expert|load|first choice|classes");
     for (size_t e = 0; e < r->experts; e++) {
         top_classes(r, e, text, sizeof text);
-        page_row(f, 0, "%zu|%.1f%%|%.1f%%|%s", e, 100 * test_load(r, e), 100 * r->first[e], text);
+        page_row(f, 0, "%zu|%.1f%%|%.1f%%|%s", e, 100 * r->share[e], 100 * r->first[e], text);
     }
     page_table_end(f);
     page_card_end(f);
-    snprintf(text, sizeof text, "MaxVio %.3f, CV %.3f, entropy %.3f (1 = even), dead experts %zu, dropped %llu. Checksum %016llx.",
+    snprintf(text, sizeof text,
+             "MaxVio %.3f, CV %.3f, entropy %.3f (1 = even), dead experts %zu, dropped %llu. Checksum %016llx.",
              r->health.maxvio, r->health.load_cv, r->health.load_entropy, r->health.n_dead,
              (unsigned long long)r->health.n_dropped, (unsigned long long)r->checksum);
     page_pre(f, text);
@@ -570,15 +609,24 @@ static void result_free(result *r) {
 int main(int argc, char **argv) {
     config o = {.system = systems[0].name, .isa = "auto", .out = "out", .seed = 1};
     args_option options[] = {
-        ARGS_DATA(&o.data), ARGS_EPOCHS(&o.epochs), ARGS_STEPS(&o.steps), ARGS_SEED(&o.seed), ARGS_THREADS(&o.threads),
-        ARGS_ISA(&o.isa), ARGS_SYSTEM(&o.system, "softmax-topk, switch, mixtral, dense"), ARGS_EXPERTS(&o.experts),
+        ARGS_DATA(&o.data),
+        ARGS_EPOCHS(&o.epochs),
+        ARGS_STEPS(&o.steps),
+        ARGS_SEED(&o.seed),
+        ARGS_THREADS(&o.threads),
+        ARGS_ISA(&o.isa),
+        ARGS_SYSTEM(&o.system, "softmax-topk, switch, mixtral, dense"),
+        ARGS_EXPERTS(&o.experts),
         ARGS_TOP_K(&o.top_k),
         {"tokens", ARGS_FLAG, &o.tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
         {"batch", ARGS_SIZE, &o.batch, "N", "images a step (0: by the data)", 0, 8192},
         {"lr", ARGS_REAL, &o.lr, "X", "highest learning rate (0: by the data)", 0, 100},
+        {"balance", ARGS_REAL, &o.balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
         {"eval", ARGS_SIZE, &o.eval, "N", "test on the first N images only (0: all)", 0, 0},
         {"no-dense", ARGS_FLAG, &o.no_dense, NULL, "leave out the dense network that is trained for comparison", 0, 0},
-        ARGS_OUT(&o.out), ARGS_JSON(&o.json), ARGS_QUIET(&o.quiet),
+        ARGS_OUT(&o.out),
+        ARGS_JSON(&o.json),
+        ARGS_QUIET(&o.quiet),
     };
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
@@ -592,11 +640,9 @@ int main(int argc, char **argv) {
 
     cifar data;
     cifar_load(&data, o.data, argv[0]);
-    static const size_t small[] = {16, 32, 64, FEATURES}, large[] = {32, 32, 128, FEATURES};
-    const size_t *width = data.sample ? small : large;
-    o.stem = width[0];
-    memcpy(o.width, width + 1, sizeof o.width);
-    if (!o.epochs) o.epochs = data.sample ? 30 : 6;
+    static const size_t small[] = {32, 64, FEATURES}, large[] = {32, 96, FEATURES};
+    memcpy(o.width, data.sample ? small : large, sizeof o.width);
+    if (!o.epochs) o.epochs = data.sample ? 20 : 5;
     if (!o.batch) o.batch = data.sample ? 50 : 250;
     if (o.lr <= 0) o.lr = data.sample ? 2e-3 : 4e-3;
     o.shift = data.sample ? 4 : 2;
@@ -604,15 +650,15 @@ int main(int argc, char **argv) {
     o.decay = 0.05f;
     if (o.batch > data.train.count) args_fail("cifar10", "--batch: only %zu training images", data.train.count);
 
-    nn s = {.parallel = {.n_threads = o.threads}};
     moe_desc desc = systems[row].desc, dense;
     desc.d_model = FEATURES;
     if (!desc.d_ff) desc.d_ff = D_FF;
     if (o.experts) desc.n_experts = o.experts;
     if (o.top_k) desc.top_k = o.top_k;
+    if (o.balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o.balance;
     desc.weight_decay = o.decay;
     desc.seed = o.seed + 1;
-    desc.parallel = s.parallel;
+    desc.parallel.n_threads = o.threads;
     moe_status status = moe_desc_resolve(&desc, &desc);
     if (status) args_fail("cifar10", "--%s", moe_status_string(status));
     dense = desc; // one expert, as wide as all that one token uses
@@ -621,22 +667,23 @@ int main(int argc, char **argv) {
     dense.normalize = MOE_DEFAULT;
     dense.capacity_factor = MOE_OFF;
     memset(dense.loss, 0, sizeof dense.loss);
-    int beside = !o.no_dense && desc.n_experts > 1;
+    int beside = !o.no_dense && desc.n_experts > 1 && !o.steps; // a run cut short compares nothing
 
     FILE *human = o.json ? stderr : stdout;
     json j = {{open_output(o.out, "cifar10.jsonl"), o.json ? stdout : NULL}, 0};
     write_config(&j, &o, &desc, &data);
-    fprintf(human, "CIFAR-10%s: %zu training and %zu test images; %s, %zu thread%s\n", data.sample ? " sample" : "", data.train.count,
-            data.test.count, moe_isa_name(moe_active_isa()), moe_workers(&s.parallel), moe_workers(&s.parallel) == 1 ? "" : "s");
+    fprintf(human, "CIFAR-10%s: %zu training and %zu test images; %s, %zu thread%s\n", data.sample ? " sample" : "",
+            data.train.count, data.test.count, moe_isa_name(moe_active_isa()), moe_workers(&desc.parallel),
+            moe_workers(&desc.parallel) == 1 ? "" : "s");
     fflush(human);
-    score linear = train_linear(&s, &o, &data);
+    score linear = train_linear(&o, &desc.parallel, &data);
     json_begin(&j);
     json_text(&j, "event", "linear");
     json_real(&j, "test_loss", linear.loss);
     json_real(&j, "test_accuracy", linear.accuracy);
     json_end(&j);
-    result *other = beside ? train(&s, &o, &data, "dense, as many active", &dense, &j) : NULL;
-    result *r = train(&s, &o, &data, o.system, &desc, &j);
+    result *other = beside ? train(&o, &data, "dense, as many active", &dense, &j) : NULL;
+    result *r = train(&o, &data, o.system, &desc, &j);
     if (other) write_final(&j, &o, other, "dense");
     write_final(&j, &o, r, "final");
     close_output(j.file[0], "cifar10.jsonl");
@@ -646,10 +693,10 @@ int main(int argc, char **argv) {
     write_page(&o, r, other, linear, &data);
 
     print_tables(human, r, other, linear);
-    fprintf(human, "\nchecksum %016llx; %.1f s; see %s/cifar10.html, .svg, .jsonl\n", (unsigned long long)r->checksum, r->seconds, o.out);
+    fprintf(human, "\nchecksum %016llx; %.1f s; see %s/cifar10.html, .svg, .jsonl\n", (unsigned long long)r->checksum,
+            r->seconds, o.out);
     result_free(r);
     result_free(other);
     cifar_free(&data);
-    nn_free(&s);
     return 0;
 }

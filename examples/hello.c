@@ -25,7 +25,8 @@ int main(void) {
     }
     moe_health h = {0};
     if (!s) s = moe_layer_health(m, &h);
-    printf("entropy %.2f  load cv %.2f  dead experts %zu  (%s)\n", h.entropy, h.load_cv, h.n_dead, moe_status_string(s));
+    printf("entropy %.2f  load cv %.2f  dead experts %zu  (%s)\n", h.entropy, h.load_cv, h.n_dead,
+           moe_status_string(s));
     moe_layer_free(m);
     return s != MOE_OK;
 }

@@ -7,7 +7,7 @@
 #include "cases.h"
 
 enum { SHOWN = 4, MOST_LINES = 200 };
-typedef struct line { char name[40]; uint64_t hash; float value[SHOWN]; } line;
+typedef struct line { char name[40]; uint64_t hash; size_t shown; float value[SHOWN]; } line;
 
 static line lines[MOST_LINES];
 static size_t n_lines;
@@ -17,6 +17,7 @@ static void add(const char *topic, const char *name, uint64_t hash, const float 
     if (n_lines > MOST_LINES) abort();
     snprintf(l->name, sizeof l->name, "%s/%s", topic, name);
     l->hash = hash;
+    l->shown = n < SHOWN ? n : SHOWN;
     for (size_t i = 0; i < SHOWN; i++) l->value[i] = i < n ? value[i] : 0;
 }
 
@@ -85,6 +86,7 @@ static void stage_cases(void) {
     add_array("stage", "softmax", p, T * E);
     CHECK_OK(moe_topk(T, E, K, p, index, value));
     add("stage", "topk", moe_hash(1, index, sizeof index), value, T * K);
+    memset(g, 0, sizeof g);
     CHECK_OK(moe_softmax_backward(T, E, 0.7f, p, z, g));
     add_array("stage", "softmax-backward", g, T * E);
     memset(g, 0, sizeof g);
@@ -166,7 +168,7 @@ int main(int argc, char **argv) {
     compute();
     for (size_t i = 0; i < n_lines; i++) {
         printf("%s %016llx", lines[i].name, (unsigned long long)lines[i].hash);
-        for (int j = 0; j < SHOWN; j++) printf(" %a", (double)lines[i].value[j]);
+        for (size_t j = 0; j < lines[i].shown; j++) printf(" %a", (double)lines[i].value[j]);
         printf("\n");
     }
     return test_errors != 0;

@@ -1,5 +1,6 @@
-/* test_nn.c - the neural-network operations of the examples (examples/common/nn.h): each forward against a naive version
- * in double, each backward against central differences of that naive version; the same bits for any number of threads. */
+/* test_nn.c - the neural-network operations of the examples (examples/common/nn.h): each forward against a naive
+ * version in double, each backward against central differences of that naive version; the same bits for any number of
+ * threads. */
 #define MOE_IMPLEMENTATION
 #include "examples/common/nn.h"
 
@@ -105,7 +106,10 @@ static void test_conv_wide(void) { check_conv((nn_conv){1, 4, 4, 40, 2, 1, 1, 9}
 static void test_conv_one_pixel(void) { check_conv((nn_conv){3, 1, 1, 4, 3, 1, 1, 2}); }
 
 /* ---- normalisation: in[0] = x, in[1] = gamma and beta, in[2] = add ---- */
-static struct { size_t rows, c; int relu, add; } norm;
+static struct {
+    size_t rows, c;
+    int relu, add;
+} norm;
 
 static size_t naive_norm(double *out) {
     for (size_t k = 0; k < norm.c; k++) {
@@ -113,7 +117,8 @@ static size_t naive_norm(double *out) {
         for (size_t r = 0; r < norm.rows; r++) mean += in[0][r * norm.c + k] / n;
         for (size_t r = 0; r < norm.rows; r++) variance += pow(in[0][r * norm.c + k] - mean, 2) / n;
         for (size_t r = 0; r < norm.rows; r++) {
-            double z = in[1][k] * (in[0][r * norm.c + k] - mean) / sqrt(variance + (double)NN_EPSILON) + in[1][norm.c + k];
+            double z =
+                in[1][k] * (in[0][r * norm.c + k] - mean) / sqrt(variance + (double)NN_EPSILON) + in[1][norm.c + k];
             out[r * norm.c + k] = (norm.relu && z < 0 ? 0 : z) + (norm.add ? in[2][r * norm.c + k] : 0);
         }
     }
@@ -166,11 +171,12 @@ static void test_norm_evaluation(void) {
     static float training[ROWS * C], evaluation[ROWS * C];
     nn_bank bank = {0};
     nn_norm m = {0};
-    nn_norm_declare(&m, &bank, C, 0);
-    nn_bank_alloc(&bank);
-    nn_norm_alloc(&m, &bank);
+    nn_norm_declare(&m, &bank, C, 0.9f);
+    nn_bank_alloc(&ops, &bank);
+    nn_norm_alloc(&ops, &m, &bank);
     fill(0, ROWS * C, 21, 1);
-    nn_norm_apply(&ops, &m, &bank, 1, ROWS, 1, fin[0], NULL, training); /* keep 0: the running averages are the batch's */
+    nn_norm_apply(&ops, &m, &bank, 1, ROWS, 1, fin[0], NULL,
+                  training); /* after one batch the running averages are its own */
     for (int k = 0; k < C; k++) {
         CHECK_NEAR(m.running_mean[k], m.mean[k], 1e-6);
         CHECK_NEAR(m.running_variance[k], m.variance[k], 1e-6);
@@ -184,8 +190,6 @@ static void test_norm_evaluation(void) {
     fill(0, ROWS * C, 22, 3);
     nn_norm_apply(&ops, &m, &bank, 0, ROWS, 1, fin[0], NULL, evaluation);
     for (int k = 0; k < C; k++) CHECK(m.running_mean[k] == m.mean[k]); /* evaluation changes nothing */
-    nn_norm_free(&m);
-    nn_bank_free(&bank);
 }
 
 static void test_track(void) {
@@ -282,7 +286,8 @@ static size_t naive_linear(double *out) {
     for (size_t r = 0; r < linear.rows; r++)
         for (size_t o = 0; o < linear.out; o++) {
             out[r * linear.out + o] = in[1][linear.in * linear.out + o];
-            for (size_t i = 0; i < linear.in; i++) out[r * linear.out + o] += in[0][r * linear.in + i] * in[1][i * linear.out + o];
+            for (size_t i = 0; i < linear.in; i++)
+                out[r * linear.out + o] += in[0][r * linear.in + i] * in[1][i * linear.out + o];
         }
     return linear.rows * linear.out;
 }
@@ -302,7 +307,11 @@ static void test_linear(void) {
 }
 
 /* ---- cross-entropy: in[0] = logits ---- */
-static struct { size_t rows, classes; double smoothing; unsigned char label[64]; } entropy;
+static struct {
+    size_t rows, classes;
+    double smoothing;
+    unsigned char label[64];
+} entropy;
 static size_t naive_entropy(double *out) {
     out[0] = 0;
     for (size_t r = 0; r < entropy.rows; r++) {
@@ -323,7 +332,8 @@ static void test_cross_entropy(void) {
         entropy.rows = 9, entropy.classes = 10, entropy.smoothing = smooth * 0.2;
         fill(0, 90, 61, 3);
         for (size_t r = 0; r < 9; r++) entropy.label[r] = (unsigned char)(r * 7 % 10);
-        float loss = (float)(nn_cross_entropy(&ops, 9, 10, (float)entropy.smoothing, fin[0], entropy.label, prob, dx) / 9);
+        float loss =
+            (float)(nn_cross_entropy(&ops, 9, 10, (float)entropy.smoothing, fin[0], entropy.label, prob, dx) / 9);
         check_forward(naive_entropy, &loss, 1e-5);
         check_gradient(naive_entropy, &one, 0, 90, dx, 1e-5);
     }
@@ -337,12 +347,12 @@ static void test_bank(void) {
     nn_bank b = {0};
     size_t w = nn_add(&b, 5, 1), bias = nn_add(&b, 3, 0);
     CHECK(w == 0 && bias == 5 && b.count == 8);
-    nn_bank_alloc(&b);
+    nn_bank_alloc(&ops, &b);
     for (int i = 0; i < 8; i++) b.value[i] = 1;
-    nn_bank_step(&b, (moe_optimizer_args){.lr = 0.1f, .weight_decay = 0.5f, .step = 1}); /* gradient 0: only the decay acts */
+    nn_bank_step(
+        &b, (moe_optimizer_args){.lr = 0.1f, .weight_decay = 0.5f, .step = 1}); /* gradient 0: only the decay acts */
     for (int i = 0; i < 5; i++) CHECK_NEAR(b.value[i], 0.95, 1e-6);
     for (int i = 5; i < 8; i++) CHECK(b.value[i] == 1);
-    nn_bank_free(&b);
 }
 
 /* ---- the same bits for any number of threads ---- */
@@ -356,7 +366,8 @@ static uint64_t everything(size_t threads) {
     size_t rows = SHAPE_N * SHAPE * SHAPE, nx = rows * SHAPE_C, ny = rows * SHAPE_F, nw = nn_conv_weights(&v);
     float *x = allocate(nx, sizeof(float)), *w = allocate(nw, sizeof(float)), *y = allocate(ny, sizeof(float));
     float *z = allocate(ny, sizeof(float)), *q = allocate(ny, sizeof(float)), *dx = allocate(nx, sizeof(float));
-    float mean[SHAPE_F], variance[SHAPE_F], gamma[SHAPE_F], beta[SHAPE_F], dgamma[SHAPE_F], dbeta[SHAPE_F], prob[9 * 10];
+    float mean[SHAPE_F], variance[SHAPE_F], gamma[SHAPE_F], beta[SHAPE_F], dgamma[SHAPE_F], dbeta[SHAPE_F],
+        prob[9 * 10];
     unsigned char label[9] = {0};
     nn_must(moe_rand_normal(5, 1, nx, 0, 1, x));
     nn_must(moe_rand_normal(5, 2, nw, 0, 0.1f, w));

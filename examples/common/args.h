@@ -31,18 +31,30 @@ typedef struct args_option {
 } args_option;
 
 // The flags that mean the same in every program.
-#define ARGS_DATA(p) {"data", ARGS_TEXT, p, "DIR", "the full data set (default: the sample in examples/data)", 0, 0}
-#define ARGS_EPOCHS(p) {"epochs", ARGS_SIZE, p, "N", "passes over the training data (0: by the data)", 0, 1e6}
-#define ARGS_STEPS(p) {"steps", ARGS_SIZE, p, "N", "stop after N steps (0: no limit)", 0, 0}
-#define ARGS_SEED(p) {"seed", ARGS_U64, p, "N", "of everything random", 0, 0}
-#define ARGS_THREADS(p) {"threads", ARGS_SIZE, p, "N", "threads (0: all); the result does not depend on it", 0, 1024}
-#define ARGS_ISA(p) {"isa", ARGS_TEXT, p, "NAME", "auto, scalar, avx2, avx512, neon; the result does not depend on it", 0, 0}
-#define ARGS_SYSTEM(p, names) {"system", ARGS_TEXT, p, "NAME", names, 0, 0}
-#define ARGS_EXPERTS(p) {"experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20}
-#define ARGS_TOP_K(p) {"top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's)", 0, 1 << 20}
-#define ARGS_OUT(p) {"out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0}
-#define ARGS_JSON(p) {"json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0}
-#define ARGS_QUIET(p) {"quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0}
+#define ARGS_DATA(p)                                                                                                   \
+    { "data", ARGS_TEXT, p, "DIR", "the full data set (default: the sample in examples/data)", 0, 0 }
+#define ARGS_EPOCHS(p)                                                                                                 \
+    { "epochs", ARGS_SIZE, p, "N", "passes over the training data (0: by the data)", 0, 1e6 }
+#define ARGS_STEPS(p)                                                                                                  \
+    { "steps", ARGS_SIZE, p, "N", "stop after N steps (0: no limit)", 0, 0 }
+#define ARGS_SEED(p)                                                                                                   \
+    { "seed", ARGS_U64, p, "N", "of everything random", 0, 0 }
+#define ARGS_THREADS(p)                                                                                                \
+    { "threads", ARGS_SIZE, p, "N", "threads (0: all); the result does not depend on it", 0, 1024 }
+#define ARGS_ISA(p)                                                                                                    \
+    { "isa", ARGS_TEXT, p, "NAME", "auto, scalar, avx2, avx512, neon; the result does not depend on it", 0, 0 }
+#define ARGS_SYSTEM(p, names)                                                                                          \
+    { "system", ARGS_TEXT, p, "NAME", names, 0, 0 }
+#define ARGS_EXPERTS(p)                                                                                                \
+    { "experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20 }
+#define ARGS_TOP_K(p)                                                                                                  \
+    { "top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's)", 0, 1 << 20 }
+#define ARGS_OUT(p)                                                                                                    \
+    { "out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0 }
+#define ARGS_JSON(p)                                                                                                   \
+    { "json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0 }
+#define ARGS_QUIET(p)                                                                                                  \
+    { "quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0 }
 
 EX_FUNC void args_help(const char *program, const char *about, const args_option *o, size_t n) {
     printf("usage: %s [options]\n%s\n\n", program, about);
@@ -51,13 +63,20 @@ EX_FUNC void args_help(const char *program, const char *about, const args_option
         snprintf(left, sizeof left, "--%s%s%s", o[i].name, o[i].hint ? " " : "", o[i].hint ? o[i].hint : "");
         printf("  %-16s %s", left, o[i].help);
         switch (o[i].kind) {
-        case ARGS_SIZE: printf(" [%zu]", *(size_t *)o[i].value); break;
-        case ARGS_U64: printf(" [%llu]", (unsigned long long)*(uint64_t *)o[i].value); break;
-        case ARGS_REAL: printf(" [%g]", *(double *)o[i].value); break;
+        case ARGS_SIZE:
+            printf(" [%zu]", *(size_t *)o[i].value);
+            break;
+        case ARGS_U64:
+            printf(" [%llu]", (unsigned long long)*(uint64_t *)o[i].value);
+            break;
+        case ARGS_REAL:
+            printf(" [%g]", *(double *)o[i].value);
+            break;
         case ARGS_TEXT:
             if (*(const char **)o[i].value) printf(" [%s]", *(const char **)o[i].value);
             break;
-        case ARGS_FLAG: break;
+        case ARGS_FLAG:
+            break;
         }
         printf("\n");
     }
@@ -90,9 +109,12 @@ EX_FUNC void args_set(const char *program, const args_option *o, const char *tex
         if (text[0] < '0' || text[0] > '9' || *end || errno || (o->kind == ARGS_SIZE && v > SIZE_MAX))
             args_fail(program, "--%s: '%s' is not a whole number of at least %.0f", o->name, text, o->lo);
         if ((double)v < o->lo) args_fail(program, "--%s: must be at least %.0f, not %s", o->name, o->lo, text);
-        if (o->hi > 0 && (double)v > o->hi) args_fail(program, "--%s: must be at most %.0f, not %s", o->name, o->hi, text);
-        if (o->kind == ARGS_SIZE) *(size_t *)o->value = (size_t)v;
-        else *(uint64_t *)o->value = v;
+        if (o->hi > 0 && (double)v > o->hi)
+            args_fail(program, "--%s: must be at most %.0f, not %s", o->name, o->hi, text);
+        if (o->kind == ARGS_SIZE)
+            *(size_t *)o->value = (size_t)v;
+        else
+            *(uint64_t *)o->value = v;
     }
 }
 

@@ -35,10 +35,12 @@ EX_FUNC void cifar_read(cifar_set *set, const char *path) {
         unsigned char *to = set->records + set->count * CIFAR_RECORD;
         size_t got = fread(to, 1, 1000 * CIFAR_RECORD, f);
         if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
-        if (got % CIFAR_RECORD) die("%s: its size is not a multiple of %d bytes: not CIFAR-10's binary layout", path, CIFAR_RECORD);
+        if (got % CIFAR_RECORD)
+            die("%s: its size is not a multiple of %d bytes: not CIFAR-10's binary layout", path, CIFAR_RECORD);
         for (size_t i = 0; i < got; i += CIFAR_RECORD)
             if (to[i] >= CIFAR_CLASSES)
-                die("%s: record %zu has label %d: not CIFAR-10's binary layout", path, set->count + i / CIFAR_RECORD, to[i]);
+                die("%s: record %zu has label %d: not CIFAR-10's binary layout", path, set->count + i / CIFAR_RECORD,
+                    to[i]);
         set->count += got / CIFAR_RECORD;
         if (got < 1000 * CIFAR_RECORD) break;
     }
@@ -66,7 +68,10 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
             snprintf(folder, sizeof folder, "%s%s", dir, inside[i]);
             if (cifar_exists(folder, "data_batch_1.bin")) break;
         }
-        if (i == 3) die("no CIFAR-10 in %s: it needs data_batch_1.bin, or a folder cifar-10-batches-bin or cifar-10 with it ('make data' downloads it)", dir);
+        if (i == 3)
+            die("no CIFAR-10 in %s: it needs data_batch_1.bin, or a folder cifar-10-batches-bin or cifar-10 with it "
+                "('make data' downloads it)",
+                dir);
         for (int b = 1; b <= 5; b++) {
             snprintf(path, sizeof path, "%s/data_batch_%d.bin", folder, b);
             cifar_read(&c->train, path);
@@ -77,9 +82,11 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
         const char *slash = strrchr(argv0, '/');
         snprintf(folder, sizeof folder, "examples/data");
         if (!cifar_exists(folder, "cifar10_train.bin"))
-            snprintf(folder, sizeof folder, "%.*s/../examples/data", slash ? (int)(slash - argv0) : 1, slash ? argv0 : ".");
+            snprintf(folder, sizeof folder, "%.*s/../examples/data", slash ? (int)(slash - argv0) : 1,
+                     slash ? argv0 : ".");
         if (!cifar_exists(folder, "cifar10_train.bin"))
-            die("the sample examples/data/cifar10_train.bin was not found: run from the folder of the repository, or give --data DIR");
+            die("the sample examples/data/cifar10_train.bin was not found: run from the folder of the repository, or "
+                "give --data DIR");
         snprintf(path, sizeof path, "%s/cifar10_train.bin", folder);
         cifar_read(&c->train, path);
         snprintf(path, sizeof path, "%s/cifar10_test.bin", folder);
@@ -103,7 +110,7 @@ typedef struct cifar_batch {
     // Augmentation: random shifts by up to `shift` pixels (the border is mirrored), and mirrored images: each image in
     // every second epoch, beginning at random.
     size_t shift;
-    int flip;   // 0 = never, 1 = every second epoch, 2 = always
+    int flip; // 0 = never, 1 = every second epoch, 2 = always
     uint64_t seed, epoch;
     float *x;             // out: (count, 32, 32, 3), each channel with mean 0 and variance 1 over the training set
     unsigned char *label; // out: (count)

@@ -30,11 +30,16 @@ EX_FUNC void json_quote(json *j, const char *text) {
     json_put(j, "\"");
     for (; *text; text++) {
         unsigned char c = (unsigned char)*text;
-        if (c == '"' || c == '\\') json_put(j, "\\%c", c);
-        else if (c == '\n') json_put(j, "\\n");
-        else if (c == '\t') json_put(j, "\\t");
-        else if (c < 0x20 || c == 0x7f) json_put(j, "\\u%04x", (unsigned)c);
-        else json_put(j, "%c", c);
+        if (c == '"' || c == '\\')
+            json_put(j, "\\%c", c);
+        else if (c == '\n')
+            json_put(j, "\\n");
+        else if (c == '\t')
+            json_put(j, "\\t");
+        else if (c < 0x20 || c == 0x7f)
+            json_put(j, "\\u%04x", (unsigned)c);
+        else
+            json_put(j, "%c", c);
     }
     json_put(j, "\"");
 }
@@ -68,8 +73,10 @@ EX_FUNC void json_whole(json *j, const char *key, uint64_t value) {
 // NaN and infinity have no JSON form: null.
 EX_FUNC void json_real(json *j, const char *key, double value) {
     json_key(j, key);
-    if (value - value == 0) json_put(j, "%.9g", value);
-    else json_put(j, "null");
+    if (value - value == 0)
+        json_put(j, "%.9g", value);
+    else
+        json_put(j, "null");
 }
 // Text that is JSON already.
 EX_FUNC void json_raw(json *j, const char *key, const char *value) {

@@ -78,7 +78,8 @@ EX_FUNC FILE *open_output(const char *dir, const char *name) {
     int made = mkdir(dir, 0777);
 #endif
     if (made && errno != EEXIST) die("cannot create the folder %s: %s", dir, strerror(errno));
-    if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path) die("the path %s/%s is too long", dir, name);
+    if (snprintf(path, sizeof path, "%s/%s", dir, name) >= (int)sizeof path)
+        die("the path %s/%s is too long", dir, name);
     FILE *f = fopen(path, "w");
     if (!f) die("cannot write %s: %s", path, strerror(errno));
     return f;

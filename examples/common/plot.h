@@ -13,7 +13,9 @@
 
 #include <math.h>
 
-typedef struct plot_box { double x, y, w, h; } plot_box; // in pixels, labels included
+typedef struct plot_box {
+    double x, y, w, h;
+} plot_box; // in pixels, labels included
 
 #define PLOT_FONT "system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif"
 #define PLOT_INK "#1f2933"
@@ -26,28 +28,39 @@ static const char *const plot_colour[] = {"#2b6cb0", "#dd6b20", "#2f9e5f", "#b83
 // Text with what XML reserves escaped.
 EX_FUNC void plot_escape(FILE *f, const char *text) {
     for (; *text; text++) switch (*text) {
-        case '<': fputs("&lt;", f); break;
-        case '>': fputs("&gt;", f); break;
-        case '&': fputs("&amp;", f); break;
-        case '"': fputs("&quot;", f); break;
-        default: fputc(*text, f);
+        case '<':
+            fputs("&lt;", f);
+            break;
+        case '>':
+            fputs("&gt;", f);
+            break;
+        case '&':
+            fputs("&amp;", f);
+            break;
+        case '"':
+            fputs("&quot;", f);
+            break;
+        default:
+            fputc(*text, f);
         }
 }
 
 typedef enum plot_anchor { PLOT_START, PLOT_MIDDLE, PLOT_END } plot_anchor;
 
-EX_FUNC void plot_text(FILE *f, double x, double y, double size, plot_anchor anchor, const char *colour, const char *extra,
-                       const char *text) {
+EX_FUNC void plot_text(FILE *f, double x, double y, double size, plot_anchor anchor, const char *colour,
+                       const char *extra, const char *text) {
     static const char *const name[] = {"start", "middle", "end"};
-    fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%.4g\" text-anchor=\"%s\" fill=\"%s\"%s%s>", x, y, size, name[anchor],
-            colour, *extra ? " " : "", extra);
+    fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%.4g\" text-anchor=\"%s\" fill=\"%s\"%s%s>", x, y, size,
+            name[anchor], colour, *extra ? " " : "", extra);
     plot_escape(f, text);
     fputs("</text>\n", f);
 }
 
 EX_FUNC void plot_begin(FILE *f, double w, double h, const char *title) {
-    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" height=\"%.0f\" "
-               "font-family=\"" PLOT_FONT "\" role=\"img\">\n<title>", w, h, w, h);
+    fprintf(f,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" height=\"%.0f\" "
+            "font-family=\"" PLOT_FONT "\" role=\"img\">\n<title>",
+            w, h, w, h);
     plot_escape(f, title);
     fprintf(f, "</title>\n<rect width=\"%.0f\" height=\"%.0f\" fill=\"#fff\"/>\n", w, h);
 }
@@ -82,7 +95,8 @@ typedef struct plot_chart {
 } plot_chart;
 
 EX_FUNC void plot_lines(FILE *f, const plot_chart *c) {
-    double left = c->box.x + 52, right = c->box.x + c->box.w - 16, top = c->box.y + 56, bottom = c->box.y + c->box.h - 42;
+    double left = c->box.x + 52, right = c->box.x + c->box.w - 16, top = c->box.y + 56,
+           bottom = c->box.y + c->box.h - 42;
     double lo = c->lo, hi = c->hi;
     size_t longest = 1;
     char text[64];
@@ -117,7 +131,10 @@ EX_FUNC void plot_lines(FILE *f, const plot_chart *c) {
         const plot_line *l = &c->line[i];
         const char *colour = plot_colour[i % PLOT_COLOURS], *dash = l->dashed ? " stroke-dasharray=\"5 4\"" : "";
         int pen = 0;
-        fprintf(f, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"2\" stroke-linejoin=\"round\" stroke-linecap=\"round\"%s d=\"", colour, dash);
+        fprintf(f,
+                "<path fill=\"none\" stroke=\"%s\" stroke-width=\"2\" stroke-linejoin=\"round\" "
+                "stroke-linecap=\"round\"%s d=\"",
+                colour, dash);
         for (size_t k = 0; k < l->n; k++) {
             if (!isfinite(l->y[k])) {
                 pen = 0;
@@ -130,7 +147,8 @@ EX_FUNC void plot_lines(FILE *f, const plot_chart *c) {
             pen = 1;
         }
         fputs("\"/>\n", f);
-        fprintf(f, "<path d=\"M%.1f %.1fh18\" stroke=\"%s\" stroke-width=\"2.5\"%s/>\n", legend, c->box.y + 40, colour, dash);
+        fprintf(f, "<path d=\"M%.1f %.1fh18\" stroke=\"%s\" stroke-width=\"2.5\"%s/>\n", legend, c->box.y + 40, colour,
+                dash);
         plot_text(f, legend + 23, c->box.y + 44, 11, PLOT_START, PLOT_SOFT, "", l->name);
         legend += 23 + 6.1 * (double)strlen(l->name) + 16;
     }
@@ -138,8 +156,9 @@ EX_FUNC void plot_lines(FILE *f, const plot_chart *c) {
 
 // Colours from dark to light, in steps that look even (after viridis, by Smith and van der Walt, CC0). v in [0, 1].
 EX_FUNC void plot_shade(double v, int rgb[3]) {
-    static const unsigned char stop[][3] = {{68, 1, 84},    {72, 40, 120},  {62, 73, 137},  {49, 104, 142}, {38, 130, 142},
-                                            {31, 158, 137}, {53, 183, 121}, {110, 206, 88}, {181, 222, 43}, {253, 231, 37}};
+    static const unsigned char stop[][3] = {{68, 1, 84},    {72, 40, 120},  {62, 73, 137},  {49, 104, 142},
+                                            {38, 130, 142}, {31, 158, 137}, {53, 183, 121}, {110, 206, 88},
+                                            {181, 222, 43}, {253, 231, 37}};
     double at = (v < 0 ? 0 : v > 1 ? 1 : v) * 9;
     int i = at >= 9 ? 8 : (int)at;
     for (int k = 0; k < 3; k++) rgb[k] = (int)(stop[i][k] + (at - i) * (stop[i + 1][k] - stop[i][k]) + 0.5);
@@ -149,13 +168,13 @@ typedef struct plot_map {
     plot_box box;
     const char *title, *x_label;
     size_t rows, cols;
-    const double *value;            // (rows, cols); NaN = empty
-    double lo, hi;                  // the ends of the colours
-    const char *const *row_name;    // NULL = numbers from 0
-    const char *const *col_name;    // NULL = numbers from col_first
+    const double *value;         // (rows, cols); NaN = empty
+    double lo, hi;               // the ends of the colours
+    const char *const *row_name; // NULL = numbers from 0
+    const char *const *col_name; // NULL = numbers from col_first
     size_t col_first;
-    const char *format;             // e.g. "%.0f": the value in each cell; NULL = colours only
-    const char *scale_format;       // of the ends of the scale; NULL = "%.2g"
+    const char *format;       // e.g. "%.0f": the value in each cell; NULL = colours only
+    const char *scale_format; // of the ends of the scale; NULL = "%.2g"
 } plot_map;
 
 EX_FUNC void plot_heat(FILE *f, const plot_map *m) {
@@ -175,11 +194,13 @@ EX_FUNC void plot_heat(FILE *f, const plot_map *m) {
         for (size_t c = 0; c < m->cols; c++) {
             double v = m->value[r * m->cols + c], x = left + (double)c * w;
             double level = m->hi > m->lo ? (v - m->lo) / (m->hi - m->lo) : 0;
-            if (isfinite(v)) plot_shade(level, rgb);
-            else rgb[0] = rgb[1] = rgb[2] = 235;
+            if (isfinite(v))
+                plot_shade(level, rgb);
+            else
+                rgb[0] = rgb[1] = rgb[2] = 235;
             fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"#%02x%02x%02x\"%s/>\n", x, y,
-                    w - gap + (gap > 0 ? 0 : 0.3), h - gap + (gap > 0 ? 0 : 0.3), (unsigned)rgb[0], (unsigned)rgb[1], (unsigned)rgb[2],
-                    gap > 0 ? " rx=\"1.5\"" : "");
+                    w - gap + (gap > 0 ? 0 : 0.3), h - gap + (gap > 0 ? 0 : 0.3), (unsigned)rgb[0], (unsigned)rgb[1],
+                    (unsigned)rgb[2], gap > 0 ? " rx=\"1.5\"" : "");
             if (m->format && isfinite(v)) {
                 snprintf(text, sizeof text, m->format, v);
                 plot_text(f, x + w / 2, y + h / 2 + 3.5, 10, PLOT_MIDDLE, level > 0.62 ? PLOT_INK : "#fff", "", text);
@@ -190,13 +211,17 @@ EX_FUNC void plot_heat(FILE *f, const plot_map *m) {
     for (size_t c = every > 1 ? (every - m->col_first % every) % every : 0; c < m->cols; c += every) {
         double x = left + ((double)c + 0.5) * w;
         snprintf(text, sizeof text, "%zu", c + m->col_first);
-        plot_text(f, x, bottom + 15, m->col_name ? 10 : 11, PLOT_MIDDLE, PLOT_SOFT, "", m->col_name ? m->col_name[c] : text);
+        plot_text(f, x, bottom + 15, m->col_name ? 10 : 11, PLOT_MIDDLE, PLOT_SOFT, "",
+                  m->col_name ? m->col_name[c] : text);
     }
     plot_text(f, (left + right) / 2, bottom + 34, 11, PLOT_MIDDLE, PLOT_SOFT, "", m->x_label);
     for (int i = 0; i < 48; i++) { // the scale
         plot_shade(i / 47.0, rgb);
-        fprintf(f, "<rect x=\"%.1f\" y=\"%.2f\" width=\"10\" height=\"%.2f\" fill=\"#%02x%02x%02x\" shape-rendering=\"crispEdges\"/>\n", right + 12,
-                bottom - (i + 1) * (bottom - top) / 48, (bottom - top) / 48 + 0.4, (unsigned)rgb[0], (unsigned)rgb[1], (unsigned)rgb[2]);
+        fprintf(f,
+                "<rect x=\"%.1f\" y=\"%.2f\" width=\"10\" height=\"%.2f\" fill=\"#%02x%02x%02x\" "
+                "shape-rendering=\"crispEdges\"/>\n",
+                right + 12, bottom - (i + 1) * (bottom - top) / 48, (bottom - top) / 48 + 0.4, (unsigned)rgb[0],
+                (unsigned)rgb[1], (unsigned)rgb[2]);
     }
     const char *ends = m->scale_format ? m->scale_format : "%.2g";
     snprintf(text, sizeof text, ends, m->hi);
@@ -209,19 +234,23 @@ EX_FUNC void plot_heat(FILE *f, const plot_map *m) {
 
 EX_FUNC void page_begin(FILE *f, const char *title, const char *about) {
     fputs("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
-          "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>", f);
+          "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>",
+          f);
     plot_escape(f, title);
     fputs("</title>\n<style>\n"
           "body{font:15px/1.5 " PLOT_FONT ";color:" PLOT_INK ";background:#f4f6f9;margin:0}\n"
           "main{max-width:980px;margin:32px auto;padding:0 16px}\n"
-          "h1{font-size:26px;margin:0 0 4px}h2{font-size:17px;margin:28px 0 8px}p{color:" PLOT_SOFT ";margin:0 0 16px}\n"
-          ".card{background:#fff;border:1px solid " PLOT_GRID ";border-radius:10px;padding:10px;margin:16px 0;overflow-x:auto}\n"
+          "h1{font-size:26px;margin:0 0 4px}h2{font-size:17px;margin:28px 0 8px}p{color:" PLOT_SOFT
+          ";margin:0 0 16px}\n"
+          ".card{background:#fff;border:1px solid " PLOT_GRID
+          ";border-radius:10px;padding:10px;margin:16px 0;overflow-x:auto}\n"
           "svg{display:block;width:100%;height:auto}\n"
           "table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}\n"
           "th,td{padding:5px 10px;text-align:right;border-bottom:1px solid " PLOT_GRID "}\n"
           "th{color:" PLOT_SOFT ";font-weight:600}th:first-child,td:first-child,td.text{text-align:left}\n"
           "tr:last-child td{border-bottom:0}pre{white-space:pre-wrap;word-break:break-all;font-size:12px;margin:6px}\n"
-          "</style></head><body><main>\n<h1>", f);
+          "</style></head><body><main>\n<h1>",
+          f);
     plot_escape(f, title);
     fputs("</h1>\n<p>", f);
     plot_escape(f, about);

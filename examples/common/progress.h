@@ -20,9 +20,12 @@ EX_FUNC progress progress_begin(const char *label, const char *unit, size_t tota
 
 EX_FUNC void progress_duration(char *out, size_t size, double seconds) {
     unsigned long s = seconds > 0 && seconds < 1e9 ? (unsigned long)(seconds + 0.5) : 0;
-    if (s < 60) snprintf(out, size, "%lu s", s);
-    else if (s < 3600) snprintf(out, size, "%lu:%02lu min", s / 60, s % 60);
-    else snprintf(out, size, "%lu:%02lu h", s / 3600, s / 60 % 60);
+    if (s < 60)
+        snprintf(out, size, "%lu s", s);
+    else if (s < 3600)
+        snprintf(out, size, "%lu:%02lu min", s / 60, s % 60);
+    else
+        snprintf(out, size, "%lu:%02lu h", s / 3600, s / 60 % 60);
 }
 
 // done of total units; the rest is free text for the end of the line, e.g. "loss 1.234".

@@ -1036,11 +1036,19 @@ typedef struct moe__kernels {
 #include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push /* gcc bug 105593: its own intrinsics start from an undefined vector */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #define MOE__PASS 3
 #define MOE__SUFFIX avx512
 #include MOE_FILENAME
 #undef MOE__PASS
 #undef MOE__SUFFIX
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 #ifdef MOE__NEON
 #define MOE__PASS 4
@@ -1145,7 +1153,7 @@ typedef __m512 moe__f;
 #define MOE__F_DIV(a, b) _mm512_div_ps(a, b)
 #define MOE__F_MIN(a, b) _mm512_min_ps(a, b)
 #define MOE__F_MAX(a, b) _mm512_max_ps(a, b)
-#define MOE__F_SQRT(a) _mm512_maskz_sqrt_ps((__mmask16)0xffff, a) /* the plain one warns in gcc 12 */
+#define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)

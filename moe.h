@@ -932,7 +932,9 @@ MOE_API uint64_t moe_hash(uint64_t seed, const void *bytes, size_t n) {
  * instruction set does the same operations in the same order. */
 #define MOE__W 32   /* columns of a panel */
 #define MOE__KC 128 /* rows of a panel that are kept in L1 while the other operand passes */
-#define MOE__MB 256 /* most rows of a block */
+#define MOE__TB 192 /* rows of a block that a weight gradient sums over at a time */
+#define MOE__KG 1024 /* columns of a block of rows that are kept in L2 while the panels pass */
+#define MOE__MB 256 /* most rows whose results wait in scratch */
 #define MOE__MAX_MR 14
 
 /* A tile of R rows: c = init (or c itself where init is NULL) + sum over k of a * b. */
@@ -1849,13 +1851,17 @@ static void moe__sweep(const moe__kernels *kn, size_t rows, size_t k, const floa
 /* c (rows, cols) = or += a (rows, k) b (k, cols): b in panels of k * 32; after: read next, or NULL */
 static void moe__product(const moe__kernels *kn, size_t rows, size_t k, const float *a, size_t a_panel, const float *b,
                          const moe__target *to, int fresh, const float *after) {
-    for (size_t q = 0; q * MOE__W < to->cols; q++, b += k * MOE__W)
-        for (size_t k0 = 0; k0 < k; k0 += MOE__KC) {
-            size_t kc = moe__min(MOE__KC, k - k0);
-            const float *next = k0 + kc < k || (q + 1) * MOE__W < to->cols ? b + (k0 + kc) * MOE__W : after;
-            moe__sweep(kn, rows, kc, a + k0 / MOE__W * a_panel, a_panel, b + k0 * MOE__W, to->c + q * to->panel, to->ldc,
-                       moe__min(MOE__W, to->cols - q * MOE__W), fresh && !k0 ? to->init + q * to->init_panel : NULL, next);
-        }
+    for (size_t g0 = 0; g0 < k; g0 += MOE__KG) {
+        size_t g1 = moe__min(k, g0 + MOE__KG), panels = moe__ceil_div(to->cols, MOE__W);
+        for (size_t q = 0; q < panels; q++)
+            for (size_t k0 = g0; k0 < g1; k0 += MOE__KC) {
+                size_t kc = moe__min(MOE__KC, g1 - k0);
+                const float *bk = b + (q * k + k0) * MOE__W, *next = bk + kc * MOE__W;
+                if (k0 + kc == g1) next = q + 1 < panels ? b + ((q + 1) * k + g0) * MOE__W : g1 < k ? b + g1 * MOE__W : after;
+                moe__sweep(kn, rows, kc, a + k0 / MOE__W * a_panel, a_panel, bk, to->c + q * to->panel, to->ldc,
+                           moe__min(MOE__W, to->cols - q * MOE__W), fresh && !k0 ? to->init + q * to->init_panel : NULL, next);
+            }
+    }
 }
 
 /* 32 rows x 32 columns at src, of which `rows` and `cols` exist, transposed into dst; the rest is zero */
@@ -1873,14 +1879,15 @@ static void moe__transpose_block(const moe__kernels *kn, const float *src, size_
 static void moe__product_t(const moe__kernels *kn, size_t rows, size_t n, const float *a, size_t a_panel, const float *w,
                            size_t k, size_t k0, const moe__target *to) {
     MOE__ALIGN64 float b[MOE__KC * MOE__W];
-    for (size_t q = 0; q * MOE__W < to->cols; q++)
-        for (size_t n0 = 0; n0 < n; n0 += MOE__KC) {
-            size_t nc = moe__min(MOE__KC, n - n0), row = k0 + q * MOE__W;
-            for (size_t j = 0; j < nc; j += MOE__W) /* (n0 + j) / 32 panels of k * 32 */
-                moe__transpose_block(kn, w + (n0 + j) * k + row * MOE__W, MOE__W, k - row, MOE__W, b + j * MOE__W);
-            moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, to->c + q * to->panel, to->ldc, MOE__W,
-                       n0 ? NULL : to->init + q * to->init_panel, NULL);
-        }
+    for (size_t g0 = 0; g0 < n; g0 += MOE__KG)
+        for (size_t q = 0; q * MOE__W < to->cols; q++)
+            for (size_t n0 = g0; n0 < moe__min(n, g0 + MOE__KG); n0 += MOE__KC) {
+                size_t nc = moe__min(MOE__KC, n - n0), row = k0 + q * MOE__W;
+                for (size_t j = 0; j < nc; j += MOE__W) /* (n0 + j) / 32 panels of k * 32 */
+                    moe__transpose_block(kn, w + (n0 + j) * k + row * MOE__W, MOE__W, k - row, MOE__W, b + j * MOE__W);
+                moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, to->c + q * to->panel, to->ldc, MOE__W,
+                           n0 ? NULL : to->init + q * to->init_panel, NULL);
+            }
 }
 
 /* c (m, n) = or += a^T b, summed over t rows; a: one panel (t, 32) of which m columns are used, b: (t, n <= 32) */
@@ -1914,10 +1921,14 @@ static void moe__product_outer(const moe__kernels *kn, size_t t, size_t m, const
 
 /* Rows [row, row + rows) and columns [col, col + cols) of a row-major matrix into part of a panel; missing columns are 0. */
 static void moe__fill_panel(const float *src, size_t ld, size_t row, size_t rows, size_t col, size_t cols, float *dst) {
-    for (size_t r = 0; r < rows; r++, dst += MOE__W) {
-        memcpy(dst, src + (row + r) * ld + col, cols * sizeof(float));
-        if (cols < MOE__W) memset(dst + cols, 0, (MOE__W - cols) * sizeof(float));
-    }
+    src += row * ld + col;
+    if (cols == MOE__W)
+        for (size_t r = 0; r < rows; r++) memcpy(dst + r * MOE__W, src + r * ld, MOE__W * sizeof(float));
+    else
+        for (size_t r = 0; r < rows; r++, dst += MOE__W) {
+            memcpy(dst, src + r * ld, cols * sizeof(float));
+            memset(dst + cols, 0, (MOE__W - cols) * sizeof(float));
+        }
 }
 /* The same of the transpose: element (r, c) of the panel is src[(col + c) * ld + row + r]. */
 static void moe__fill_panel_t(const moe__kernels *kn, const float *src, size_t ld, size_t row, size_t rows, size_t col, size_t cols,
@@ -1998,7 +2009,9 @@ static void moe__gemm_task(void *arg, size_t i, size_t worker) {
     size_t row = i / p->n_nb * p->mb, rows = moe__min(p->mb, g->m - row);
     size_t n0 = i % p->n_nb * p->nb * MOE__W, n1 = moe__min(g->n, n0 + p->nb * MOE__W);
     float *a = p->a_scratch + worker * p->a_share;
-    for (size_t k = 0; k < g->k; k += MOE__W) moe__gemm_fill_a(p, row, rows, k, moe__min(MOE__W, g->k - k), a + k * rows);
+    for (size_t r = 0, step = g->a_fill ? rows : 8; r < rows; r += step) /* plain rows are read in order, 8 at a time */
+        for (size_t k = 0; k < g->k; k += MOE__W)
+            moe__gemm_fill_a(p, row + r, moe__min(step, rows - r), k, moe__min(MOE__W, g->k - k), a + k * rows + r * MOE__W);
     moe__target to = {g->c + row * p->ldc + n0, p->ldc, MOE__W, n1 - n0, moe__zeros, 0};
     moe__product(p->kn, rows, g->k, a, rows * MOE__W, p->b_panels + n0 * g->k, &to, !g->accumulate, NULL);
 }
@@ -2533,7 +2546,8 @@ typedef struct moe__pass { /* a forward or backward over the experts */
     int fresh;
 } moe__pass;
 
-static size_t moe__block_rows(size_t k) { return moe__max(64, moe__min(MOE__MB, ((size_t)256 << 10) / moe__max(k, 1))); }
+/* Rows of k columns that fill a megabyte of L2. */
+static size_t moe__block_rows(size_t k) { return moe__max(64, ((size_t)256 << 10) / moe__max(k, 1)); }
 
 /* The group's tokens as panels: gathered, or all tokens as they are. */
 static const float *moe__group_x(const moe__pass *p, const moe__group *g, size_t *stride) {
@@ -2566,19 +2580,22 @@ static void moe__task_up(void *arg, size_t i, size_t worker) { /* z = x W1 + b1,
     const float *x = moe__group_x(p, g, &stride) + s.r0 * MOE__W;
     MOE__ALIGN64 float scratch[2 * MOE__MB * MOE__W];
     (void)worker;
-    for (size_t u = s.u0; u < s.u1; u++) {
-        moe__target z = {scratch, MOE__W, MOE__MB * MOE__W, panels * MOE__W, moe__zeros, 0};
-        if (m->training) {
-            z.c = m->z + (g->begin * d->zp + u * panels * g->rows + s.r0) * MOE__W;
-            z.panel = g->rows * MOE__W;
+    for (size_t u = s.u0; u < s.u1; u++)
+        for (size_t r = 0; r < s.rows; r += MOE__MB) {
+            size_t rows = moe__min(MOE__MB, s.rows - r);
+            moe__target z = {scratch, MOE__W, MOE__MB * MOE__W, panels * MOE__W, moe__zeros, 0};
+            if (m->training) {
+                z.c = m->z + (g->begin * d->zp + u * panels * g->rows + s.r0 + r) * MOE__W;
+                z.panel = g->rows * MOE__W;
+            }
+            if (d->bias) {
+                z.init = w + d->b1 + u * panels * MOE__W;
+                z.init_panel = MOE__W;
+            }
+            moe__product(p->j.kn, rows, d->d, x + r * MOE__W, stride, w + u * panels * MOE__W * d->d, &z, 1,
+                         w + (u + 1) * panels * MOE__W * d->d);
+            p->j.kn->act[p->j.d->expert](rows, z.c, z.c + z.panel, m->h + (g->begin * d->hp + u * g->rows + s.r0 + r) * MOE__W);
         }
-        if (d->bias) {
-            z.init = w + d->b1 + u * panels * MOE__W;
-            z.init_panel = MOE__W;
-        }
-        moe__product(p->j.kn, s.rows, d->d, x, stride, w + u * panels * MOE__W * d->d, &z, 1, w + (u + 1) * panels * MOE__W * d->d);
-        p->j.kn->act[p->j.d->expert](s.rows, z.c, z.c + z.panel, m->h + (g->begin * d->hp + u * g->rows + s.r0) * MOE__W);
-    }
 }
 
 static void moe__task_down(void *arg, size_t i, size_t worker) { /* o = h W2 + b2 */
@@ -2649,13 +2666,15 @@ static void moe__task_down_back(void *arg, size_t i, size_t worker) { /* dh = dy
     MOE__ALIGN64 float dh[MOE__MB * MOE__W];
     moe__target to = {dh, MOE__W, MOE__W, MOE__W, moe__zeros, 0};
     (void)worker;
-    for (size_t u = s.u0; u < s.u1; u++) {
-        float *z = m->z + (g->begin * d->zp + u * panels * g->rows + s.r0) * MOE__W;
-        moe__product_t(p->j.kn, s.rows, d->d, dy, g->rows * MOE__W, w + d->w2, d->f, u * MOE__W, &to);
-        p->j.kn->act_back[p->j.d->expert](s.rows, g->weight ? g->weight + s.r0 : NULL, z, z + g->rows * MOE__W,
-                                          m->h + (g->begin * d->hp + u * g->rows + s.r0) * MOE__W, dh,
-                                          m->part + (g->begin + s.r0) * d->hp + u, d->hp);
-    }
+    for (size_t u = s.u0; u < s.u1; u++)
+        for (size_t r = 0; r < s.rows; r += MOE__MB) {
+            size_t rows = moe__min(MOE__MB, s.rows - r), row = s.r0 + r;
+            float *z = m->z + (g->begin * d->zp + u * panels * g->rows + row) * MOE__W;
+            moe__product_t(p->j.kn, rows, d->d, dy + r * MOE__W, g->rows * MOE__W, w + d->w2, d->f, u * MOE__W, &to);
+            p->j.kn->act_back[p->j.d->expert](rows, g->weight ? g->weight + row : NULL, z, z + g->rows * MOE__W,
+                                              m->h + (g->begin * d->hp + u * g->rows + row) * MOE__W, dh,
+                                              m->part + (g->begin + row) * d->hp + u, d->hp);
+        }
 }
 
 /* dw_r = <dy, o_r> = <h W2, dy> + <b2, dy>: the panels' shares in order */
@@ -2677,10 +2696,10 @@ static void moe__task_dweight(void *arg, size_t i, size_t worker) {
 /* dw (m, n panels) = or += a^T b over the rows of a group, for panels u0 .. u1 of a */
 static void moe__outer(const moe__pass *p, size_t rows, const float *a, size_t a_panel, size_t m, const float *b, size_t n_panels,
                        float *dw, size_t u0, size_t u1) {
-    for (size_t t = 0; t < rows; t += MOE__KC)
+    for (size_t t = 0; t < rows; t += MOE__TB)
         for (size_t n = 0; n < n_panels; n++)
             for (size_t u = u0; u < u1; u++)
-                moe__product_outer(p->j.kn, moe__min(MOE__KC, rows - t), moe__min(MOE__W, m - u * MOE__W), a + u * a_panel + t * MOE__W,
+                moe__product_outer(p->j.kn, moe__min(MOE__TB, rows - t), moe__min(MOE__W, m - u * MOE__W), a + u * a_panel + t * MOE__W,
                                    b + (n * rows + t) * MOE__W, MOE__W, dw + (n * m + u * MOE__W) * MOE__W, MOE__W, MOE__W,
                                    p->fresh && !t);
 }
@@ -2744,7 +2763,7 @@ static void moe__experts_forward(moe__pass *p) {
     const moe__dims *d = p->j.dims;
     moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather);
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_up);
-    moe__phase_run(p, d->dp, moe__block_rows(d->f), 0, moe__task_down);
+    moe__phase_run(p, d->dp, moe__block_rows(moe__min(d->f, MOE__KG)), 0, moe__task_down);
     moe_run(&p->j.d->parallel, moe__ceil_div(p->j.t->n_tokens, MOE__TOKENS), moe__task_combine, p);
 }
 
@@ -2757,7 +2776,7 @@ static void moe__experts_backward(moe__pass *p) {
     moe__phase_run(p, d->hp, SIZE_MAX, 8, moe__task_dw2);
     moe__phase_run(p, d->dp, SIZE_MAX, 8, moe__task_dw1);
     if (p->dx) {
-        moe__phase_run(p, d->dp, moe__block_rows(d->zp * MOE__W), 0, moe__task_dx);
+        moe__phase_run(p, d->dp, moe__block_rows(moe__min(d->zp * MOE__W, MOE__KG)), 0, moe__task_dx);
         moe_run(&p->j.d->parallel, moe__ceil_div(p->j.t->n_tokens, MOE__TOKENS), moe__task_combine_dx, p);
     }
 }

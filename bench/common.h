@@ -236,16 +236,18 @@ static int bench_use_isa(const bench_options *o, moe_isa isa)
 }
 
 /* Threads of everything that follows: the library, the limits, the peers. */
+static size_t bench_threads = 1;
 static int bench_use_threads(size_t n)
 {
 #ifdef _OPENMP
     omp_set_num_threads((int)n);
-    return 1;
 #else
     static int said = 0;
     if (n > 1 && !said++) fprintf(stderr, "bench: compiled without OpenMP: only 1 thread is measured\n");
-    return n == 1;
+    if (n > 1) return 0;
 #endif
+    bench_threads = n;
+    return 1;
 }
 
 /* ---- time ----------------------------------------------------------------------------------- */
@@ -370,7 +372,7 @@ static void bench_read_task(void *arg, size_t i, size_t worker)
 }
 
 /* Fused multiply-adds in registers, flops a second: the best of a few bursts of about 4 ms. */
-static double bench_peak(size_t threads)
+static double bench_peak(void)
 {
     enum { N_BURSTS = 4, N_TASKS = 16 };
     static size_t steps[MOE__ISA_COUNT];
@@ -385,7 +387,7 @@ static double bench_peak(size_t threads)
     }
     t.steps = steps[isa];
     for (int burst = 0; burst < N_BURSTS; burst++) {
-        size_t n_tasks = N_TASKS * threads;
+        size_t n_tasks = N_TASKS * bench_threads;
         double start = bench_now();
         moe_run(NULL, n_tasks, bench_peak_task, &t);
         double flops = (double)(n_tasks * t.steps * 12 * t.loops.width) * 2 / (bench_now() - start);
@@ -416,7 +418,6 @@ typedef struct bench_subject { const char *name; bench_run *run; void *self; } b
 
 typedef struct bench_row {
     const char *shape, *pass;
-    size_t threads;
     double flops;   /* of one call */
     double bytes;   /* of weights that one call touches, where reading them is the limit, else 0 */
     char note[96];
@@ -429,8 +430,8 @@ typedef struct bench_row {
 static void bench_progress(const bench_options *o, const bench_row *r, const char *who, size_t run, size_t runs)
 {
     if (o->quiet || !isatty(STDERR_FILENO)) return;
-    fprintf(stderr, "\r%s %s, %zu thread%s, %s: run %zu of %zu\033[K", r->shape, r->pass, r->threads,
-            r->threads == 1 ? "" : "s", who, run + 1, runs);
+    fprintf(stderr, "\r%s %s, %zu thread%s, %s: run %zu of %zu\033[K", r->shape, r->pass, bench_threads,
+            bench_threads == 1 ? "" : "s", who, run + 1, runs);
     if (run == runs) fprintf(stderr, "\r\033[K");
 }
 
@@ -448,9 +449,9 @@ static void bench_measure(const bench_options *o, bench_row *r, const bench_subj
     for (size_t i = 0; i < n_runs[0]; i++) {
         bench_progress(o, r, "moe.h", i, n_runs[0]);
         bench_settle();
-        double peak = bench_peak(r->threads), bandwidth = r->bytes > 0 ? bench_read() : 0;
+        double peak = bench_peak(), bandwidth = r->bytes > 0 ? bench_read() : 0;
         seconds[i] = subject[0].run(subject[0].self);
-        double peak_after = bench_peak(r->threads), bandwidth_after = r->bytes > 0 ? bench_read() : 0;
+        double peak_after = bench_peak(), bandwidth_after = r->bytes > 0 ? bench_read() : 0;
         if (peak_after > peak) peak = peak_after;
         if (bandwidth_after > bandwidth) bandwidth = bandwidth_after;
         share[i] = r->flops / seconds[i] / peak;
@@ -503,7 +504,7 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
     double ms = r->seconds * 1e3, gflops = r->flops / r->seconds * 1e-9, gbytes = r->bytes / r->seconds * 1e-9;
     if (o->json) {
         printf("{\"shape\":\"%s\",\"pass\":\"%s\",\"isa\":\"%s\",\"threads\":%zu,\"ms\":%.6g,\"gflops\":%.6g,"
-               "\"peak_share\":%.4g,", r->shape, r->pass, isa, r->threads, ms, gflops, r->peak_share);
+               "\"peak_share\":%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops, r->peak_share);
         if (r->bytes > 0) printf("\"gbytes_per_s\":%.4g,\"read_share\":%.4g", gbytes, r->read_share);
         else printf("\"gbytes_per_s\":null,\"read_share\":null");
         if (p < r->n_peers) {
@@ -513,7 +514,7 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
         puts("}");
     }
     if (o->csv) {
-        fprintf(o->csv, "%s,%s,%s,%zu,%.6g,%.6g,%.4g,", r->shape, r->pass, isa, r->threads, ms, gflops, r->peak_share);
+        fprintf(o->csv, "%s,%s,%s,%zu,%.6g,%.6g,%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops, r->peak_share);
         if (r->bytes > 0) fprintf(o->csv, "%.4g,%.4g", gbytes, r->read_share);
         else fputc(',', o->csv);
         fprintf(o->csv, ",%.4g,%zu,\"%s\"", r->spread, r->runs, r->note);
@@ -530,7 +531,7 @@ static void bench_print(const bench_options *o, const bench_row *r)
 {
     char peer[64];
     fprintf(o->human, "%-13s %-16s %-6s %3zu %10.4g %9.1f %5.1f%%", r->shape, r->pass, moe_isa_name(moe_active_isa()),
-            r->threads, r->seconds * 1e3, r->flops / r->seconds * 1e-9, 100 * r->peak_share);
+            bench_threads, r->seconds * 1e3, r->flops / r->seconds * 1e-9, 100 * r->peak_share);
     if (r->bytes > 0) fprintf(o->human, " %7.2f %5.1f%%", r->bytes / r->seconds * 1e-9, 100 * r->read_share);
     else fprintf(o->human, " %7s %6s", "-", "-");
     fprintf(o->human, " %6.1f%% ", 100 * r->spread);

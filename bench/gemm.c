@@ -114,12 +114,12 @@ static void repeat_for(problem *p, bench_run *run)
     p->repeats = seconds >= 0.02 ? 1 : (size_t)(0.02 / seconds) + 1;
 }
 
-static void measure(const bench_options *o, const gemm_shape *s, size_t threads, const peer_library *library,
-                    size_t n_peers, problem *p)
+static void measure(const bench_options *o, const gemm_shape *s, const peer_library *library, size_t n_peers,
+                    problem *p)
 {
     problem peer[BENCH_MAX_PEERS];
     bench_subject subject[1 + BENCH_MAX_PEERS] = {{"moe.h", run_moe, p}};
-    bench_row row = {s->name, "gemm", threads, 2.0 * (double)s->m * (double)s->n * (double)s->k, 0, "", 0, 0, 0, 0, 0, 0,
+    bench_row row = {s->name, "gemm", 2.0 * (double)s->m * (double)s->n * (double)s->k, 0, "", 0, 0, 0, 0, 0, 0,
                      {{NULL, 0}}};
     bench_ok(moe_gemm_scratch(&p->g, &p->g.scratch_bytes), "moe_gemm_scratch");
     p->g.scratch = bench_array(p->g.scratch_bytes + 1, 1);
@@ -172,7 +172,7 @@ static void measure_shape(const bench_options *o, const gemm_shape *s, const pee
     for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
         if (!bench_use_isa(o, (moe_isa)isa)) continue;
         for (size_t i = 0; i < o->n_threads; i++) {
-            if (bench_use_threads(o->threads[i])) measure(o, s, o->threads[i], library, n_peers, &p);
+            if (bench_use_threads(o->threads[i])) measure(o, s, library, n_peers, &p);
         }
     }
     free(a), free(b), free(images), free(p.g.c), free(p.c);

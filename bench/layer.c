@@ -461,11 +461,7 @@ static double torch_ask(torch *t, const char *command, size_t a, size_t b)
 static double run_torch(void *self)
 {
     torch *t = (torch *)self;
-    size_t threads = 1;
-#ifdef _OPENMP
-    threads = (size_t)omp_get_max_threads();
-#endif
-    double seconds = torch_ask(t, "run", threads, t->p->repeats);
+    double seconds = torch_ask(t, "run", bench_threads, t->p->repeats);
     if (seconds <= 0) bench_die("pytorch: the process ended early");
     return seconds / (double)(t->p->repeats * t->p->n_calls);
 }
@@ -749,8 +745,7 @@ static void choose_repeats(problem *p)
     if (seconds < 0.02) p->repeats = (size_t)(0.02 / seconds) + 1;
 }
 
-static void measure(const bench_options *o, problem *p, reference *r, size_t threads, peer_loop *loop,
-                    const peer_library *library, size_t n_loops, torch *t)
+static void measure(const bench_options *o, problem *p, reference *r, peer_loop *loop, const peer_library *library, size_t n_loops, torch *t)
 {
     const layer_shape *s = &p->s;
     double passes = p->m->training ? 3 : 1, expert_bytes = 12.0 * (double)(s->d * s->ff), load = 0;
@@ -760,7 +755,6 @@ static void measure(const bench_options *o, problem *p, reference *r, size_t thr
     memset(&row, 0, sizeof row);
     row.shape = s->name;
     row.pass = bench_pass_names[p->m->training];
-    row.threads = threads;
     row.flops = passes * 6 * (double)(s->T * s->k) * (double)(s->d * s->ff);
     if (s->T <= 256) row.bytes = passes * expert_bytes * distinct_experts(p);
     if (s->T == 1) {
@@ -797,8 +791,7 @@ static void measure_shape(const bench_options *o, const layer_shape *s, model *m
     for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
         if (!bench_use_isa(o, (moe_isa)isa)) continue;
         for (size_t i = 0; i < o->n_threads; i++) {
-            if (!bench_use_threads(o->threads[i])) continue;
-            measure(o, &p, &r, o->threads[i], loop, library, n_loops, &t);
+            if (bench_use_threads(o->threads[i])) measure(o, &p, &r, loop, library, n_loops, &t);
         }
     }
     for (size_t i = 0; i < n_loops; i++) peer_loop_free(&loop[i]);

@@ -69,10 +69,8 @@ static struct {
 static void peer_blas_gemm(int ta, int tb, size_t m, size_t n, size_t k, const float *a, size_t lda, const float *b,
                            size_t ldb, float beta, float *c, size_t ldc)
 {
-#ifdef _OPENMP
-    static int threads;
-    if (threads != omp_get_max_threads()) peer_blas.set_threads(threads = omp_get_max_threads());
-#endif
+    static size_t threads;
+    if (threads != bench_threads) peer_blas.set_threads((int)(threads = bench_threads));
     peer_blas.sgemm(PEER_ROW_MAJOR, ta ? PEER_TRANS : PEER_NO_TRANS, tb ? PEER_TRANS : PEER_NO_TRANS, (int)m, (int)n,
                     (int)k, 1.0f, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
 }
@@ -148,6 +146,9 @@ static size_t peer_load(const bench_options *o, peer_library out[BENCH_MAX_PEERS
     static int (*const load[])(const bench_options *, peer_library *) = {peer_dnnl_load, peer_blas_load};
     static const char *const package[] = {"libdnnl-dev", "libopenblas-dev"};
     size_t n = 0;
+#ifndef _OPENMP
+    setenv("OMP_NUM_THREADS", "1", 1); /* the peers as serial as the rest */
+#endif
     for (size_t i = 0; i < 2; i++) {
         if (!bench_listed(o->peers, bench_peer_names[i])) continue;
         if (load[i](o, &out[n])) n++;

@@ -33,11 +33,11 @@ skip() {
 
 # Can this compiler, with these options, make a program that its runner can run?
 works() {
-    runner=$1
+    with=$1
     shift
-    [ "$runner" = - ] && runner=
+    [ "$with" = - ] && with=
     printf '#include <math.h>\n#include <stdio.h>\nint main(void) { puts("ok"); return (int)floor(0.5); }\n' >"$dir/hello.c"
-    "$@" "$dir/hello.c" -o "$dir/hello" -lm >/dev/null 2>&1 && [ "$($runner "$dir/hello" 2>/dev/null)" = ok ]
+    "$@" "$dir/hello.c" -o "$dir/hello" -lm >/dev/null 2>&1 && [ "$($with "$dir/hello" 2>/dev/null)" = ok ]
 }
 
 add() {

@@ -10,7 +10,7 @@ CXX ?= c++
 PREFIX ?= /usr/local
 BUILD ?= build
 WARN = -Wall -Wextra -Wpedantic -Wconversion -Wshadow
-OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_max_threads()<1;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 CFLAGS ?= -O3
 FLAGS = -std=c99 $(WARN) $(CFLAGS) -ffp-contract=off $(OPENMP) -I.
 LIBS = -lm

@@ -30,31 +30,21 @@ typedef struct args_option {
     double lo, hi; // allowed range of SIZE and REAL; hi 0 = no upper bound
 } args_option;
 
+// clang-format off
 // The flags that mean the same in every program.
-#define ARGS_DATA(p)                                                                                                   \
-    { "data", ARGS_TEXT, p, "DIR", "the full data set (default: the sample in examples/data)", 0, 0 }
-#define ARGS_EPOCHS(p)                                                                                                 \
-    { "epochs", ARGS_SIZE, p, "N", "passes over the training data (0: by the data)", 0, 1e6 }
-#define ARGS_STEPS(p)                                                                                                  \
-    { "steps", ARGS_SIZE, p, "N", "stop after N steps (0: no limit)", 0, 0 }
-#define ARGS_SEED(p)                                                                                                   \
-    { "seed", ARGS_U64, p, "N", "of everything random", 0, 0 }
-#define ARGS_THREADS(p)                                                                                                \
-    { "threads", ARGS_SIZE, p, "N", "threads (0: all); the result does not depend on it", 0, 1024 }
-#define ARGS_ISA(p)                                                                                                    \
-    { "isa", ARGS_TEXT, p, "NAME", "auto, scalar, avx2, avx512, neon; the result does not depend on it", 0, 0 }
-#define ARGS_SYSTEM(p, names)                                                                                          \
-    { "system", ARGS_TEXT, p, "NAME", names, 0, 0 }
-#define ARGS_EXPERTS(p)                                                                                                \
-    { "experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20 }
-#define ARGS_TOP_K(p)                                                                                                  \
-    { "top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's)", 0, 1 << 20 }
-#define ARGS_OUT(p)                                                                                                    \
-    { "out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0 }
-#define ARGS_JSON(p)                                                                                                   \
-    { "json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0 }
-#define ARGS_QUIET(p)                                                                                                  \
-    { "quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0 }
+#define ARGS_DATA(p) {"data", ARGS_TEXT, p, "DIR", "the full data set (default: the sample in examples/data)", 0, 0}
+#define ARGS_EPOCHS(p) {"epochs", ARGS_SIZE, p, "N", "passes over the training data (0: by the data)", 0, 1e6}
+#define ARGS_STEPS(p) {"steps", ARGS_SIZE, p, "N", "stop after N steps (0: no limit)", 0, 0}
+#define ARGS_SEED(p) {"seed", ARGS_U64, p, "N", "of everything random", 0, 0}
+#define ARGS_THREADS(p) {"threads", ARGS_SIZE, p, "N", "threads (0: all); the result does not depend on it", 0, 1024}
+#define ARGS_ISA(p) {"isa", ARGS_TEXT, p, "NAME", "auto, scalar, avx2, avx512, neon: the same result", 0, 0}
+#define ARGS_SYSTEM(p, names) {"system", ARGS_TEXT, p, "NAME", names, 0, 0}
+#define ARGS_EXPERTS(p) {"experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20}
+#define ARGS_TOP_K(p) {"top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's)", 0, 1 << 20}
+#define ARGS_OUT(p) {"out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0}
+#define ARGS_JSON(p) {"json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0}
+#define ARGS_QUIET(p) {"quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0}
+// clang-format on
 
 EX_FUNC void args_help(const char *program, const char *about, const args_option *o, size_t n) {
     printf("usage: %s [options]\n%s\n\n", program, about);

@@ -158,8 +158,8 @@ typedef enum moe_kind {
     X(MOE_E_CLIP_NORM, ARGUMENT, "clip_norm", "clip_norm: must be finite and above 0, or MOE_OFF")           \
     X(MOE_E_LR, ARGUMENT, "lr", "lr: the learning rate must be finite and at least 0")                       \
     X(MOE_E_STEP, ARGUMENT, "step", "step: counts from 1")                                                   \
-    X(MOE_E_SCHEDULE, ARGUMENT, "schedule", "schedule: needs warmup <= total and finite rates")              \
     X(MOE_E_RANGE, ARGUMENT, "lo", "lo, hi: must be finite and lo <= hi")                                    \
+    X(MOE_E_STD, ARGUMENT, "std", "mean, std: must be finite, and std at least 0")                           \
     X(MOE_E_N_TOKENS, ARGUMENT, "n_tokens", "n_tokens: more than the tape was made for")                     \
     X(MOE_E_LD, ARGUMENT, "ld", "ld: a leading dimension is shorter than its row")                           \
     X(MOE_E_COEFFICIENT, ARGUMENT, "coefficient", "coefficient: must be finite")                             \
@@ -174,7 +174,7 @@ typedef enum moe_kind {
     X(MOE_E_OVERFLOW, OVERFLOW, "size", "size: the memory needed does not fit in size_t or an index in 31 bits") \
     X(MOE_E_NO_MEMORY, MEMORY, "memory", "memory: the allocation failed")                                    \
     X(MOE_E_SMALL_MEMORY, MEMORY, "memory", "memory: fewer bytes than the size function asks for")           \
-    X(MOE_E_NAN_X, NUMBER, "x", "x: a token is NaN or infinite, or so large that its logits overflow")       \
+    X(MOE_E_NAN_X, NUMBER, "x", "x: a token (or the router) is NaN, infinite, or so large that a logit overflows")       \
     X(MOE_E_NAN_LOGITS, NUMBER, "logits", "logits: NaN or infinite")                                         \
     X(MOE_E_NAN_WEIGHT, NUMBER, "weight", "weight: NaN or infinite")                                         \
     X(MOE_E_NAN_GRADS, NUMBER, "grads", "grads: the gradient's norm is NaN or infinite; nothing was changed") \
@@ -221,7 +221,7 @@ typedef enum moe_score_kind { /* x (T, d) -> logits (T, E) */
 typedef enum moe_gate_kind { /* logits (T, E) -> scores (T, E), and the weights of the selected */
     MOE_GATE_DEFAULT,
     MOE_GATE_SOFTMAX,          /* softmax(logits / temperature) over all experts */
-    MOE_GATE_SOFTMAX_SELECTED, /* softmax(logits / temperature) over the selected experts */
+    MOE_GATE_SOFTMAX_SELECTED, /* softmax(logits / temperature) over the selected experts: sums to 1 whatever `normalize` says */
     MOE__GATE_COUNT
 } moe_gate_kind;
 
@@ -339,7 +339,7 @@ MOE_API void moe_run(const moe_parallel *p, size_t n_tasks, moe_task *task, void
 MOE_API size_t moe_workers(const moe_parallel *p); /* upper bound of worker + 1 in moe_run */
 
 /* Elementwise functions of n floats, y = f(x), in place allowed. Largest error found over all float32 inputs is
- * in docs/determinism.md. exp gives 0 below -86.5 and +inf above 88.7; log is for positive normal numbers. */
+ * in docs/determinism.md. exp gives 0 below -86.5 and +inf above 88.7; log gives -inf below FLT_MIN. */
 MOE_API moe_status moe_exp(size_t n, const float *x, float *y);
 MOE_API moe_status moe_log(size_t n, const float *x, float *y);
 MOE_API moe_status moe_tanh(size_t n, const float *x, float *y);
@@ -377,7 +377,7 @@ typedef struct moe_gemm_args {
 MOE_API moe_status moe_gemm(const moe_gemm_args *g);
 MOE_API moe_status moe_gemm_scratch(const moe_gemm_args *g, size_t *bytes);
 
-/* scores = softmax(logits / temperature), each row of (rows, cols). In place allowed. */
+/* scores = softmax(logits / temperature), each row of (rows, cols). In place allowed. Logits must be finite. */
 MOE_API moe_status moe_softmax(size_t rows, size_t cols, float temperature, const float *logits, float *scores);
 /* d_logits += the gradient, given scores = moe_softmax(...) and d_scores, all (rows, cols). */
 MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperature, const float *scores,
@@ -443,7 +443,7 @@ typedef struct moe_tape {
     /* results that you may read after a forward */
     size_t n_tokens;
     float *logits;  /* (T, E) */
-    float *scores;  /* (T, E): after the gate */
+    float *scores;  /* (T, E): what the selection sees: prob, or the logits for MOE_GATE_SOFTMAX_SELECTED */
     float *prob;    /* (T, E): softmax(logits / temperature); the same as scores for MOE_GATE_SOFTMAX */
     int32_t *index; /* (T, top_k): selected, before capacity */
     float *weight;  /* (T, top_k) */
@@ -469,7 +469,7 @@ MOE_API moe_status moe_route_backward(const moe_desc *d, const float *router, mo
                                       const uint64_t *load, float *d_router, float *dx);
 
 /* Experts alone, over the routes of the tape (made by moe_route, or filled by you with moe_routes_fill after
- * moe_tape_tokens). params: moe_experts_count floats in the library's panel layout (moe_experts_pack). */
+ * moe_tape_tokens). params: moe_experts_count floats in the library's panel layout (moe_expert_pack). */
 MOE_API moe_status moe_experts_count(const moe_desc *d, size_t *n_floats);
 /* Plain arrays -> params: expert e (routed first, then shared): w1 (d, f) [the gate for gated kinds], wu (d, f)
  * [gated kinds only], w2 (f, d), b1 (f), bu (f), b2 (d) [with desc.bias]. NULL = zeros. unpack: the way back. */
@@ -499,7 +499,8 @@ typedef struct moe_health {
     double load_entropy; /* -sum l ln l / ln E of the load's shares: 1 = even */
     double entropy;      /* -sum P ln P in nats, P the mean softmax */
     double drop_rate;    /* dropped / selected */
-    size_t n_dead;       /* experts with under 1% of the first choices (after the ecology paper [S]); a single expert is never dead */
+    size_t n_dead;       /* experts with under 1% of the first choices (after the ecology paper [S]); a single expert is never
+                            dead, and above 100 experts even an even router has them: the definition is the source's */
 } moe_health;
 MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes);
 MOE_API moe_status moe_health_init(moe_health *h, size_t n_experts, void *memory, size_t bytes); /* memory stays yours */
@@ -515,8 +516,8 @@ typedef struct moe_layer moe_layer;
 
 MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *d);
 MOE_API void moe_layer_free(moe_layer *m); /* NULL allowed */
-/* The same in your memory (any alignment). Such a layer never allocates: use moe_forward_tape with a tape of
- * yours; moe_forward returns MOE_E_NO_MEMORY. */
+/* The same in your memory (any alignment). Such a layer has no tape of its own: use moe_forward_tape with one
+ * of yours; moe_forward returns MOE_E_NO_MEMORY. Nothing but moe_layer_save allocates then. */
 MOE_API moe_status moe_layer_size(const moe_desc *d, size_t *bytes);
 MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *d, void *memory, size_t bytes);
 
@@ -539,7 +540,8 @@ MOE_API const moe_tape *moe_layer_tape(const moe_layer *m);   /* of the last moe
 MOE_API size_t moe_layer_params(const moe_layer *m);          /* number of parameters (padding not counted) */
 MOE_API size_t moe_layer_active_params(const moe_layer *m);   /* of these, used by one token */
 MOE_API uint64_t moe_layer_hash(const moe_layer *m);          /* of all parameters, as moe_layer_get gives them */
-/* Health of the batches since the last reset. *h is a view into the layer: valid until its next call. */
+/* Health of the batches of moe_forward since the last reset (for a tape of yours: moe_health_add(h, &tape->routes, tape->prob)).
+ * *h is a view into the layer: valid until its next call. */
 MOE_API moe_status moe_layer_health(moe_layer *m, moe_health *h);
 MOE_API moe_status moe_layer_health_reset(moe_layer *m);
 /* Values of the auxiliary losses of the last backward: unweighted, and times their coefficients; either may be NULL. */
@@ -616,7 +618,7 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #endif
 
 /* The same-bits contract needs float arithmetic as it is written. */
-#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+#if defined(__FAST_MATH__) || defined(_M_FP_FAST) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "moe.h needs IEEE arithmetic: compile this file without -ffast-math (and without its parts)"
 #endif
@@ -864,7 +866,7 @@ MOE_API moe_status moe_rand_uniform(uint64_t seed, uint64_t stream, size_t n, fl
 }
 
 MOE_API moe_status moe_rand_normal(uint64_t seed, uint64_t stream, size_t n, float mean, float std, float *out) {
-    if (!moe__finite(mean) || !moe__finite(std) || std < 0.0f) return MOE_E_RANGE;
+    if (!moe__finite(mean) || !moe__finite(std) || std < 0.0f) return MOE_E_STD;
     if (n && !out) return MOE_E_NULL_OUT;
     uint32_t word[4] = {0, 0, 0, 0};
     for (size_t i = 0; i < n; i += 2) {
@@ -1831,6 +1833,7 @@ static void moe__sweep(const moe__kernels *kn, size_t rows, size_t k, const floa
         t.init = init ? init + col : NULL;
         for (size_t i = 0; i < tiles; i++) {
             size_t r = base + (i < more);
+            MOE_ASSERT(r && r <= kn->mr);
             float *cr = c + row * ldc + col, edge[MOE__MAX_MR * MOE__W];
             int partial = left < kn->tile; /* only in plain arrays: panels are always whole */
             t.a = a + row * MOE__W;
@@ -2465,6 +2468,7 @@ MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t
     }
     for (size_t e = E; e > 0; e--) r->begin[e] = r->begin[e - 1];
     r->begin[0] = 0;
+    MOE_ASSERT(r->begin[E] + r->n_dropped <= pairs);
     r->n_tokens = n_tokens;
     r->n_routes = r->begin[E];
     return MOE_OK;
@@ -2789,6 +2793,8 @@ MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temp
     if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
     if (!(temperature > 0.0f) || !moe__finite(temperature)) return MOE_E_TEMPERATURE;
     if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    size_t n;
+    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
     if (value) *value = 0.0;
     if (!n_tokens) return MOE_OK;
     if (!prob) return MOE_E_NULL_PROB;
@@ -2812,9 +2818,9 @@ MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temp
         float mean = 0.0f; /* <c, p>, c_e = E f_e: in blocks of the panel's width, so that no array of E is needed */
         for (size_t e = 0; e < n_experts; e += MOE__W) {
             float c[MOE__W];
-            size_t n = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < n; i++) c[i] = (float)load[e + i] * scale;
-            mean += kn->dot(n, c, prob + e);
+            size_t cols = moe__min(MOE__W, n_experts - e);
+            for (size_t i = 0; i < cols; i++) c[i] = (float)load[e + i] * scale;
+            mean += kn->dot(cols, c, prob + e);
         }
         for (size_t e = 0; e < n_experts; e++)
             d_logits[e] = moe__fma(s * prob[e], moe__fma((float)load[e], scale, -mean), d_logits[e]);
@@ -2827,10 +2833,12 @@ MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *lo
                               double *value, float *d_logits) {
     if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
     if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    size_t n;
+    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
     if (value) *value = 0.0;
     if (!n_tokens) return MOE_OK;
     if (!logits) return MOE_E_NULL_LOGITS;
-    for (size_t i = 0; i < n_tokens * n_experts; i++)
+    for (size_t i = 0; i < n; i++)
         if (!moe__finite(logits[i])) return MOE_E_NAN_LOGITS;
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
@@ -2842,10 +2850,10 @@ MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *lo
         if (!d_logits) continue;
         for (size_t e = 0; e < n_experts; e += MOE__W) { /* p = exp(z - lse) */
             float p[MOE__W], *dz = d_logits + t * n_experts + e;
-            size_t n = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < n; i++) p[i] = z[e + i] - lse;
-            kn->exp(n, p, p);
-            for (size_t i = 0; i < n; i++) dz[i] = moe__fma(s * lse, p[i], dz[i]);
+            size_t cols = moe__min(MOE__W, n_experts - e);
+            for (size_t i = 0; i < cols; i++) p[i] = z[e + i] - lse;
+            kn->exp(cols, p, p);
+            for (size_t i = 0; i < cols; i++) dz[i] = moe__fma(s * lse, p[i], dz[i]);
         }
     }
     if (value) *value = sum / (double)n_tokens;

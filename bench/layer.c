@@ -205,7 +205,7 @@ static void problem_make(problem *p, const layer_shape *s, model *m, int accumul
     memset(p, 0, sizeof *p);
     p->s = *s;
     p->m = m;
-    p->accumulate = accumulate;
+    p->accumulate = accumulate || s->T == 1; /* one token's gradient is always added to those of others */
     p->n_calls = s->T == 1 ? m->n_layers * (s->E / s->k) : 1;
     p->x = bench_floats(p->n_calls * n);
     p->dy = bench_floats(n), p->y = bench_floats(n), p->dx = bench_floats(n);
@@ -745,7 +745,8 @@ static void choose_repeats(problem *p)
     if (seconds < 0.02) p->repeats = (size_t)(0.02 / seconds) + 1;
 }
 
-static void measure(const bench_options *o, problem *p, reference *r, peer_loop *loop, const peer_library *library, size_t n_loops, torch *t)
+static void measure(const bench_options *o, problem *p, reference *r, peer_loop *loop, const peer_library *library,
+                    size_t n_loops, torch *t)
 {
     const layer_shape *s = &p->s;
     double passes = p->m->training ? 3 : 1, expert_bytes = 12.0 * (double)(s->d * s->ff), load = 0;

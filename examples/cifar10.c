@@ -586,10 +586,10 @@ static void write_page(const config *o, const result *r, const result *dense, sc
     page_heading(f, "The experts on the test images");
     page_card(f);
     page_table_begin(f);
-    page_row(f, 1, "expert|load|first choice|classes");
+    page_row(f, 1, "expert|load|first choice|<classes");
     for (size_t e = 0; e < r->experts; e++) {
         top_classes(r, e, text, sizeof text);
-        page_row(f, 0, "%zu|%.1f%%|%.1f%%|%s", e, 100 * r->share[e], 100 * r->first[e], text);
+        page_row(f, 0, "%zu|%.1f%%|%.1f%%|<%s", e, 100 * r->share[e], 100 * r->first[e], text);
     }
     page_table_end(f);
     page_card_end(f);

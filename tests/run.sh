@@ -4,6 +4,8 @@
 # "N passed, N failed" or "N passed, N failed, N skipped"; the last line here is their sum. A test without that line
 # (it crashed), or one that returns non-zero without a failure, counts as one failure.
 # TEST_TIMEOUT=SECONDS (default 600) stops a test that hangs; TEST_VERBOSE=1 prints every output.
+# OpenMP threads sleep when idle, unless OMP_WAIT_POLICY says otherwise: spinning would starve what else runs.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 passed=0 failed=0 skipped=0
 log=$(mktemp "${TMPDIR:-/tmp}/moe_test.XXXXXX") || exit 1
 trap 'rm -f "$log"' EXIT

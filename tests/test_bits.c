@@ -28,6 +28,7 @@ static void run_on_threads(void *user, size_t n_threads, size_t n_tasks, moe_tas
     crew c[MOST];
     size_t n = n_threads < MOST ? n_threads : MOST, stride = n_tasks / 2 + 1;
     ++*(size_t *)user;
+    if (n > n_tasks) n = n_tasks;
     while (common_divisor(stride, n_tasks) != 1) stride++;
     for (size_t w = 0; w < n; w++) {
         crew one = {w, n, n_tasks, stride, *(size_t *)user, task, arg};
@@ -49,8 +50,10 @@ static void check_everywhere(const layer_case *c, int steps) {
     way[4].run = run_on_threads, way[4].user = &calls, way[4].n_threads = 2;
     way[5].run = run_on_threads, way[5].user = &calls, way[5].n_threads = 5;
     int begun = 0;
+    moe_isa best = (moe_force_isa(MOE_ISA_AUTO), moe_active_isa());
     FOR_EACH_ISA(isa) {
         for (size_t w = 0; w < 6; w++) {
+            if (isa == MOE_ISA_SCALAR && best != isa && w != 0 && w != 5) continue; /* slow: not every way */
             run_layer_case(c, &way[w], steps, begun ? hash : first, y);
             for (int i = 0; i < HASHES && begun; i++)
                 if (!CHECK(hash[i] == first[i])) printf("        case %s, %s, way %zu, hash %d\n", c->name, moe_isa_name(isa), w, i);
@@ -66,7 +69,7 @@ static void test_cases(void) {
 
 /* Shapes by chance, small to middling: every edge of blocks and panels turns up. */
 static void test_random_shapes(void) {
-    for (int i = 0; i < 40; i++) {
+    for (int i = 0; i < 25; i++) {
         layer_case c = layer_cases[test_below(LAYER_CASES)];
         c.d_model = 1 + test_below(70), c.d_ff = 1 + test_below(110), c.n_experts = 1 + test_below(20);
         c.top_k = 1 + test_below(c.n_experts < 5 ? c.n_experts : 5), c.n_shared = test_below(3), c.n_tokens = test_below(90);
@@ -80,9 +83,9 @@ static void test_random_shapes(void) {
 /* Large enough for several blocks in every direction. */
 static void test_large(void) {
     layer_case c = layer_cases[3];
-    c.d_model = 130, c.d_ff = 260, c.n_tokens = 700, c.n_experts = 4;
-    check_everywhere(&c, 2);
-    c.n_experts = 1, c.top_k = 1, c.n_tokens = 600, c.expert = MOE_EXPERT_GELU;
+    c.d_model = 130, c.d_ff = 200, c.n_tokens = 300, c.n_experts = 4;
+    check_everywhere(&c, 1);
+    c.n_experts = 1, c.top_k = 1, c.n_tokens = 400, c.expert = MOE_EXPERT_GELU;
     check_everywhere(&c, 1);
     c.d_model = 520, c.d_ff = 40, c.n_experts = 3, c.n_tokens = 100;
     check_everywhere(&c, 1);

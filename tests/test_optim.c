@@ -218,7 +218,7 @@ static void test_sum_squares(void) {
         test_fill(x, n, -2, 2);
         double sum = 0, first = moe_sum_squares(NULL, n, x);
         for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-        CHECK_NEAR(first, sum, 1e-13);
+        CHECK_WITHIN(first, sum, 2 * (double)n * 0x1p-53 * sum); /* either order of n additions */
         FOR_EACH_ISA(isa) {
             for (size_t threads = 1; threads <= 3; threads++) {
                 moe_parallel parallel = {0};

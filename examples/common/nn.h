@@ -222,35 +222,31 @@ EX_FUNC nn_patches nn_conv_back_patches(const nn_conv *v, const float *dy) {
                         .offset = (ptrdiff_t)v->pad};
 }
 
+// c (m, n) = op(patches) b (k, n), or += it
+EX_FUNC void nn_patches_product(nn *s, nn_patches *p, int transpose, size_t m, size_t n, size_t k, const float *b,
+                                int accumulate, float *c) {
+    moe_gemm_args g = {0};
+    g.m = m, g.n = n, g.k = k;
+    g.a_fill = nn_patches_fill;
+    g.a_user = p;
+    g.ta = transpose;
+    g.b = b;
+    g.c = c;
+    g.accumulate = accumulate;
+    g.parallel = &s->parallel;
+    nn_must(moe_gemm(&g));
+}
+
 // y = patches(x) weight
 EX_FUNC void nn_conv_forward(nn *s, const nn_conv *v, const float *x, const float *weight, float *y) {
     nn_patches p = nn_conv_patches(v, x);
-    moe_gemm_args g = {0};
-    g.m = v->n * p.h * p.w;
-    g.n = v->filters;
-    g.k = v->size * v->size * v->c;
-    g.a_fill = nn_patches_fill;
-    g.a_user = &p;
-    g.b = weight;
-    g.c = y;
-    g.parallel = &s->parallel;
-    nn_must(moe_gemm(&g));
+    nn_patches_product(s, &p, 0, v->n * p.h * p.w, v->filters, v->size * v->size * v->c, weight, 0, y);
 }
 
 // dweight = patches(x)^T dy
 EX_FUNC void nn_conv_backward_weight(nn *s, const nn_conv *v, const float *x, const float *dy, float *dweight) {
     nn_patches p = nn_conv_patches(v, x);
-    moe_gemm_args g = {0};
-    g.m = v->size * v->size * v->c;
-    g.n = v->filters;
-    g.k = v->n * p.h * p.w;
-    g.ta = 1;
-    g.a_fill = nn_patches_fill;
-    g.a_user = &p;
-    g.b = dy;
-    g.c = dweight;
-    g.parallel = &s->parallel;
-    nn_must(moe_gemm(&g));
+    nn_patches_product(s, &p, 1, v->size * v->size * v->c, v->filters, v->n * p.h * p.w, dy, 0, dweight);
 }
 
 // dx = (or +=) patches(dy) weight', weight' (size, size, filters, c) the weight with its last two axes exchanged
@@ -265,17 +261,7 @@ EX_FUNC void nn_conv_backward_data(nn *s, const nn_conv *v, const float *dy, con
             for (size_t c = 0; c < v->c; c++) to[f * v->c + c] = from[c * v->filters + f];
     }
     nn_patches p = nn_conv_back_patches(v, dy);
-    moe_gemm_args g = {0};
-    g.m = v->n * v->h * v->w;
-    g.n = v->c;
-    g.k = taps * v->filters;
-    g.a_fill = nn_patches_fill;
-    g.a_user = &p;
-    g.b = exchanged;
-    g.c = dx;
-    g.accumulate = accumulate;
-    g.parallel = &s->parallel;
-    nn_must(moe_gemm(&g));
+    nn_patches_product(s, &p, 0, v->n * v->h * v->w, v->c, taps * v->filters, exchanged, accumulate, dx);
 }
 
 // ---- whitening ----
@@ -547,6 +533,12 @@ EX_FUNC void nn_norm_gradient(nn *s, const nn_norm *m, nn_bank *bank, size_t row
 
 // ---- activations ----
 
+// Runs an activation's task over n floats: forward if dy is NULL, else backward.
+EX_FUNC void nn_each(nn *s, moe_task *task, size_t n, const float *x, const float *dy, float *out) {
+    nn_job j = {.rows = n, .c = 1, .x = x, .dy = dy, .out = out};
+    nn_run(s, &j, task);
+}
+
 EX_FUNC void nn_relu_task(void *arg, size_t i, size_t worker) {
     nn_job *j = arg;
     size_t begin, end;
@@ -561,14 +553,10 @@ EX_FUNC void nn_relu_task(void *arg, size_t i, size_t worker) {
 }
 
 // y = max(x, 0), n floats; y may be x.
-EX_FUNC void nn_relu_forward(nn *s, size_t n, const float *x, float *y) {
-    nn_job j = {.rows = n, .c = 1, .x = x, .out = y};
-    nn_run(s, &j, nn_relu_task);
-}
+EX_FUNC void nn_relu_forward(nn *s, size_t n, const float *x, float *y) { nn_each(s, nn_relu_task, n, x, NULL, y); }
 // x may be the input or the output of the forward: both have the same sign. dx may be dy.
 EX_FUNC void nn_relu_backward(nn *s, size_t n, const float *x, const float *dy, float *dx) {
-    nn_job j = {.rows = n, .c = 1, .x = x, .dy = dy, .out = dx};
-    nn_run(s, &j, nn_relu_task);
+    nn_each(s, nn_relu_task, n, x, dy, dx);
 }
 
 EX_FUNC void nn_gelu_task(void *arg, size_t i, size_t worker) {
@@ -596,14 +584,10 @@ EX_FUNC void nn_gelu_task(void *arg, size_t i, size_t worker) {
 }
 
 // y = x * Phi(x), the exact GELU, n floats; y may be x.
-EX_FUNC void nn_gelu_forward(nn *s, size_t n, const float *x, float *y) {
-    nn_job j = {.rows = n, .c = 1, .x = x, .out = y};
-    nn_run(s, &j, nn_gelu_task);
-}
+EX_FUNC void nn_gelu_forward(nn *s, size_t n, const float *x, float *y) { nn_each(s, nn_gelu_task, n, x, NULL, y); }
 // x is the input of the forward; dx may be dy.
 EX_FUNC void nn_gelu_backward(nn *s, size_t n, const float *x, const float *dy, float *dx) {
-    nn_job j = {.rows = n, .c = 1, .x = x, .dy = dy, .out = dx};
-    nn_run(s, &j, nn_gelu_task);
+    nn_each(s, nn_gelu_task, n, x, dy, dx);
 }
 
 // ---- pooling ----

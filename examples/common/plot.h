@@ -247,7 +247,7 @@ EX_FUNC void page_begin(FILE *f, const char *title, const char *about) {
           "svg{display:block;width:100%;height:auto}\n"
           "table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}\n"
           "th,td{padding:5px 10px;text-align:right;border-bottom:1px solid " PLOT_GRID "}\n"
-          "th{color:" PLOT_SOFT ";font-weight:600}th:first-child,td:first-child,td.text{text-align:left}\n"
+          "th{color:" PLOT_SOFT ";font-weight:600}th:first-child,td:first-child,.text{text-align:left}\n"
           "tr:last-child td{border-bottom:0}pre{white-space:pre-wrap;word-break:break-all;font-size:12px;margin:6px}\n"
           "</style></head><body><main>\n<h1>",
           f);
@@ -270,7 +270,7 @@ EX_FUNC void page_pre(FILE *f, const char *text) {
     fputs("</pre>\n", f);
 }
 
-// One row of a table; the header row first. Cells are given as "a|b|c".
+// One row of a table; the header row first. Cells are given as "a|b|c"; one that begins with '<' stands at the left.
 EX_FUNC void page_table_begin(FILE *f) { fputs("<table>\n", f); }
 EX_FUNC void page_table_end(FILE *f) { fputs("</table>\n", f); }
 EX_PRINTF(3, 4) EX_FUNC void page_row(FILE *f, int header, const char *format, ...) {
@@ -283,9 +283,9 @@ EX_PRINTF(3, 4) EX_FUNC void page_row(FILE *f, int header, const char *format, .
     for (char *end; cell; cell = end) {
         end = strchr(cell, '|');
         if (end) *end++ = 0;
-        int number = (*cell >= '0' && *cell <= '9') || *cell == '-' || *cell == '+';
-        fputs(header ? "<th>" : number ? "<td>" : "<td class=\"text\">", f);
-        plot_escape(f, cell);
+        int left = *cell == '<';
+        fprintf(f, "<%s%s>", header ? "th" : "td", left ? " class=\"text\"" : "");
+        plot_escape(f, cell + left);
         fputs(header ? "</th>" : "</td>", f);
     }
     fputs("</tr>\n", f);

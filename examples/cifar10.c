@@ -643,7 +643,7 @@ int main(int argc, char **argv) {
     cifar_load(&data, o.data, argv[0]);
     static const size_t small[] = {32, 64, FEATURES}, large[] = {32, 96, FEATURES};
     memcpy(o.width, data.sample ? small : large, sizeof o.width);
-    if (!o.epochs) o.epochs = data.sample ? 20 : 4;
+    if (!o.epochs) o.epochs = data.sample ? 20 : 5;
     if (!o.batch) o.batch = data.sample ? 50 : 250;
     if (o.lr <= 0) o.lr = data.sample ? 2e-3 : 4e-3;
     o.shift = data.sample ? 4 : 2;

@@ -19,6 +19,18 @@
 static const char *test_name = "(no test)";
 static int test_passed, test_failed, test_skipped, test_errors; /* test_errors: of the running test */
 
+/* TEST_SANITIZED: 1 under the address sanitizer, where the scalar kernels are some 20 times slower: fewer rounds do. */
+#if defined(__SANITIZE_ADDRESS__)
+#define TEST_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define TEST_SANITIZED 1
+#endif
+#endif
+#ifndef TEST_SANITIZED
+#define TEST_SANITIZED 0
+#endif
+
 #define TEST_MAX_MESSAGES 10 /* for each test */
 #define TEST_FLOOR 1e-3      /* CHECK_NEAR: below this size the tolerance no longer shrinks with the value */
 

@@ -46,8 +46,8 @@ test: $(TESTS) $(SANITIZED) $(EXAMPLES)
 	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) sh tests/run.sh $(TESTS) $(SANITIZED) $(SCRIPTS)
 
 bench: $(BENCHES)
-	$(BUILD)/bench_gemm $(ARGS)
-	$(BUILD)/bench_layer $(ARGS)
+	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)
+	$(BUILD)/bench_layer $(if $(PEERS),--peers all) $(ARGS)
 
 data:
 	sh examples/data/fetch.sh data

@@ -49,8 +49,8 @@
  *               memory that you give. The only global state is the chosen kernel table.
  *     Errors    Functions that can fail return moe_status (0 = MOE_OK). Each code has its own sentence,
  *               which names the argument (moe_status_string). Bad input never aborts and never half-changes a layer.
- *     Threads   None is started behind your back: OpenMP when compiled with it, else desc.parallel.run,
- *               else serial. A layer's parameters may be read by many threads, each with its own moe_tape.
+ *     Threads   None is started behind your back: desc.parallel.run if you give one, else OpenMP when compiled
+ *               with it, else serial. A layer's parameters may be read by many threads, each with its own moe_tape.
  *     Same bits Forward, backward and step give identical bits for every instruction set and number of
  *               threads (docs/determinism.md). MOE_USE_CBLAS and double-precision diagnostics stand outside.
  *     Truth     Each function says where its formula is from: "as in" = read in the source, "after" = our
@@ -73,7 +73,8 @@
  *   MOE_NO_STDIO         no functions that open files (the memory forms remain)
  *   MOE_NO_OPENMP        ignore OpenMP even when compiled with it
  *   MOE_FILENAME         this file's name, if you renamed it (default "moe.h"): it includes itself
- *   MOE_USE_CBLAS        large products go through cblas_sgemm (you link it; outside the same-bits contract)
+ *   MOE_USE_CBLAS        moe_gemm without a_fill goes through cblas_sgemm (you link it; outside the same-bits
+ *                        contract); a layer's own products do not: their weights are in panels
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -159,7 +160,7 @@ typedef enum moe_kind {
     X(MOE_E_LR, ARGUMENT, "lr", "lr: the learning rate must be finite and at least 0")                       \
     X(MOE_E_STEP, ARGUMENT, "step", "step: counts from 1")                                                   \
     X(MOE_E_RANGE, ARGUMENT, "lo", "lo, hi: must be finite and lo <= hi")                                    \
-    X(MOE_E_STD, ARGUMENT, "std", "mean, std: must be finite, and std at least 0")                           \
+    X(MOE_E_STD, ARGUMENT, "std", "std: must be finite and at least 0, and mean finite")                           \
     X(MOE_E_N_TOKENS, ARGUMENT, "n_tokens", "n_tokens: more than the tape was made for")                     \
     X(MOE_E_LD, ARGUMENT, "ld", "ld: a leading dimension is shorter than its row")                           \
     X(MOE_E_COEFFICIENT, ARGUMENT, "coefficient", "coefficient: must be finite")                             \
@@ -178,6 +179,7 @@ typedef enum moe_kind {
     X(MOE_E_NAN_LOGITS, NUMBER, "logits", "logits: NaN or infinite")                                         \
     X(MOE_E_NAN_WEIGHT, NUMBER, "weight", "weight: NaN or infinite")                                         \
     X(MOE_E_NAN_GRADS, NUMBER, "grads", "grads: the gradient's norm is NaN or infinite; nothing was changed") \
+    X(MOE_E_NO_ROUTES, STATE, "routes", "routes: none for the tape's tokens yet: moe_route, or moe_tape_tokens and moe_routes_fill, first") \
     X(MOE_E_NO_FORWARD, STATE, "backward", "backward: needs a training forward on the same tape first")      \
     X(MOE_E_INFERENCE, STATE, "training", "training: the layer was made with training = MOE_OFF")            \
     X(MOE_E_OPEN, IO, "path", "path: the file cannot be opened")                                             \
@@ -265,7 +267,8 @@ typedef enum moe_optimizer_kind {
 typedef enum moe_isa { MOE_ISA_AUTO, MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_NEON, MOE__ISA_COUNT } moe_isa;
 
 /* How to run n_tasks calls task(arg, i, worker), i = 0 .. n_tasks-1, worker < n_threads: in any order, on
- * any threads, returning when all are done; two calls at the same time need different workers.
+ * any threads, returning when all are done; two calls at the same time need different workers. run is only called
+ * with two threads or more.
  * run == NULL: OpenMP when compiled with it, else one after the other. n_threads 0: all that OpenMP has
  * (with run given: 1). Wherever a `const moe_parallel *` is asked for, NULL means {0}. */
 typedef void moe_task(void *arg, size_t i, size_t worker);
@@ -1809,9 +1812,6 @@ MOE_API void moe_run(const moe_parallel *p, size_t n_tasks, moe_task *task, void
 /* -- products over panels, one task's share each -- */
 static const float moe__zeros[MOE__W] = {0};
 
-/* Rows of a block are split evenly over the fewest tiles. */
-static size_t moe__tile_rows(size_t rows, size_t mr) { return moe__ceil_div(rows, moe__ceil_div(rows, mr)); }
-
 /* Where a product goes: `cols` columns from c on, panel apart for every 32 (MOE__W in a row-major array), each
  * starting with the init of its column, init_panel apart likewise (0: the same for all), or with what is there. */
 typedef struct moe__target { float *c; size_t ldc, panel, cols; const float *init; size_t init_panel; } moe__target;
@@ -1896,7 +1896,7 @@ static void moe__product_t(const moe__kernels *kn, size_t rows, size_t n, const 
 /* c (m, n) = or += a^T b, summed over t rows; a: one panel (t, 32) of which m columns are used, b: (t, n <= 32) */
 static void moe__product_outer(const moe__kernels *kn, size_t t, size_t m, const float *a, const float *b, size_t ldb,
                                float *c, size_t ldc, size_t n, int fresh) {
-    size_t step = moe__tile_rows(m, kn->mr);
+    size_t step = moe__ceil_div(m, moe__ceil_div(m, kn->mr)); /* even tiles: 11, 11, 10 rows, not 14, 14, 4 */
     for (size_t r = 0; r < m; r += step) {
         size_t rows = moe__min(step, m - r);
         for (size_t col = 0; col < n; col += kn->tile) {
@@ -2109,7 +2109,7 @@ typedef struct moe__group { /* rows that one expert computes */
 typedef struct moe__tape_memory {
     moe_desc d; /* resolved */
     moe__dims dims;
-    size_t max_tokens, n_rows;
+    size_t max_tokens, n_rows, n_routes; /* n_routes: of the forward that is kept */
     int training, state;
     void *own; /* the allocation, if the library made it */
     float *xp;           /* (dp, T, 32): the tokens, as panels */
@@ -2406,12 +2406,12 @@ static void moe__heap_down(uint32_t *heap, size_t n, size_t at, const float *wei
 
 MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t *index, const float *weight,
                                    size_t capacity, moe_order_kind order) {
-    if (!r) return MOE_E_NULL_ROUTES;
+    if (!r || !r->begin) return MOE_E_NULL_ROUTES;
     size_t E = r->n_experts, k = r->n_slots, pairs = n_tokens * k;
+    r->n_tokens = r->n_routes = r->n_dropped = 0;
     if (n_tokens > r->max_tokens) return MOE_E_N_TOKENS;
     if ((unsigned)order >= MOE__ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
     if (pairs && !index) return MOE_E_NULL_INDEX;
-    r->n_tokens = r->n_routes = r->n_dropped = 0;
     memset(r->load, 0, E * sizeof(uint64_t));
     memset(r->top1, 0, E * sizeof(uint64_t));
     memset(r->begin, 0, (E + 1) * sizeof(uint32_t));
@@ -3564,6 +3564,7 @@ static moe_status moe__tokens_begin(moe__job *j, const moe_desc *resolved, moe_t
     if (n && !x) return MOE_E_NULL_X;
     t->memory->state = 0;
     t->n_tokens = n;
+    t->routes.n_tokens = t->routes.n_routes = 0;
     j->x = x;
     return MOE_OK;
 }
@@ -3582,7 +3583,6 @@ static moe_status moe__route(const moe_desc *d, const float *router, const float
     j.router = router;
     moe__scores[d->score].prepare(&j);
     moe_run(&d->parallel, moe__ceil_div(n, MOE__TOKENS), moe__task_route, &j);
-    t->routes.n_tokens = t->routes.n_routes = 0;
     for (size_t i = 0; i < moe__ceil_div(n, MOE__TOKENS); i++)
         if (t->memory->bad[i]) return MOE_E_NAN_X;
     s = moe_routes_fill(&t->routes, n, t->index, t->weight, moe__capacity(d, n), d->capacity_order);
@@ -3639,7 +3639,7 @@ static moe_status moe__forward_experts(const moe_desc *d, const float *params, m
     if (s) return s;
     const moe__dims *s_ = p.j.dims;
     moe_routes *r = &t->routes;
-    if (!(t->memory->state & MOE__STATE_TOKENS) || r->n_tokens != t->n_tokens) return MOE_E_NO_FORWARD;
+    if (!(t->memory->state & MOE__STATE_TOKENS) || r->n_tokens != t->n_tokens) return MOE_E_NO_ROUTES;
     if (t->n_tokens && !y) return MOE_E_NULL_Y;
     for (size_t g = 0; g < s_->G; g++) {
         moe__group *gr = &t->memory->group[g];
@@ -3650,6 +3650,7 @@ static moe_status moe__forward_experts(const moe_desc *d, const float *params, m
         gr->weight = shared ? NULL : r->weight + r->begin[g];
     }
     p.y = y;
+    t->memory->n_routes = r->n_routes;
     moe__experts_forward(&p);
     if (t->memory->training) t->memory->state |= MOE__STATE_FORWARD;
     return MOE_OK;
@@ -3660,7 +3661,8 @@ static moe_status moe__backward_experts(const moe_desc *d, const float *params, 
     moe__pass p;
     moe_status s = moe__pass_begin(&p, d, params, t);
     if (s) return s;
-    if (!(t->memory->state & MOE__STATE_FORWARD)) return MOE_E_NO_FORWARD;
+    if (!(t->memory->state & MOE__STATE_FORWARD) || t->routes.n_tokens != t->n_tokens || t->routes.n_routes != t->memory->n_routes)
+        return MOE_E_NO_FORWARD;
     if (t->n_tokens && !dy) return MOE_E_NULL_DY;
     if (!dparams) return MOE_E_NULL_GRADS;
     t->memory->state &= ~MOE__STATE_FORWARD; /* the tape's activations are used up */

@@ -742,7 +742,7 @@ static void test_nan_batch(void) {
         CHECK_OK(moe_layer_grad_norm(F.m, &norm));
         CHECK(norm == 0);
     }
-    moe_health h;
+    moe_health h = {0};
     CHECK_OK(moe_layer_health(F.m, &h));
     CHECK(h.n_batches == 3 && h.n_tokens == 27); /* refused batches are not counted */
     fixture_free(&F);

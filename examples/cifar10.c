@@ -520,10 +520,9 @@ static void print_tables(FILE *f, const result *r, const result *dense, score li
 }
 
 static void draw(FILE *f, const config *o, const result *r, const result *dense, score linear) {
-    double line[2] = {linear.accuracy, linear.accuracy}, peak = 0, share = 0,
-           *level = allocate(r->epochs, sizeof *level);
+    double peak = 0, share = 0, *level = allocate(r->epochs, sizeof *level);
     double *load = allocate(r->experts * r->epochs, sizeof *load);
-    for (size_t i = 0; i < r->epochs; i++) level[i] = *line;
+    for (size_t i = 0; i < r->epochs; i++) level[i] = linear.accuracy;
     for (size_t e = 0; e < r->experts; e++)
         for (size_t i = 0; i < r->epochs; i++) {
             load[e * r->epochs + i] = r->load[e * o->epochs + i];
@@ -533,10 +532,13 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
     plot_line loss[] = {{"training", r->train_loss, r->epochs, 0},
                         {"test", r->test_loss, r->epochs, 0},
                         {"test, dense layer", dense ? dense->test_loss : NULL, dense ? dense->epochs : 0, 1}};
-    plot_line accuracy[] = {{"training", r->train_accuracy, r->epochs, 0},
-                            {"test", r->test_accuracy, r->epochs, 0},
-                            {"test, linear", level, r->epochs, 1},
-                            {"test, dense layer", dense ? dense->test_accuracy : NULL, dense ? dense->epochs : 0, 1}};
+    plot_line accuracy[] = {
+        {"training", r->train_accuracy, r->epochs, 0},
+        {"test", r->test_accuracy, r->epochs, 0},
+        {"test, dense layer", dense ? dense->test_accuracy : NULL, dense ? dense->epochs : 0, 1},
+        {"test, linear", level, r->epochs, 1},
+    };
+    if (!dense) accuracy[2] = accuracy[3];
     plot_begin(f, 960, 700, "CIFAR-10 with a Mixture of Experts");
     plot_lines(f, &(plot_chart){{0, 0, 480, 330}, "Loss", "epoch", loss, dense ? 3 : 2, 0, 0});
     plot_lines(f, &(plot_chart){{480, 0, 480, 330}, "Accuracy", "epoch", accuracy, dense ? 4 : 3, 0, 0});

@@ -52,7 +52,7 @@ done
 # ---- one implementation, other users; C and C++ together; static ----
 # shellcheck disable=SC2086
 for cc in $compilers; do
-    check "implementation $cc" $cc -std=c99 -O1 -I. -c tests/compile/implementation.c -o "$dir/$cc.o"
+    check "implementation $cc" $cc -std=c99 -I. -c tests/compile/implementation.c -o "$dir/$cc.o"
     check "user $cc" $cc -std=c99 -I. tests/compile/user.c "$dir/$cc.o" -o "$dir/user" -lm
     check "run user $cc" "$dir/user"
     check "C++ user of a C implementation $cc" $cc -x c++ -std=c++11 -I. -c tests/compile/user.c -o "$dir/user.o"
@@ -88,7 +88,7 @@ if command -v nm >/dev/null 2>&1; then
         check "only moe_* is exported, $cc" fails exported "$dir/$cc.o"
         check "static exports nothing of it, $cc" sh -c "! nm -g --defined-only '$dir/first.o' | grep -q ' moe_'"
         # shellcheck disable=SC2086
-        check "modes, $cc" $cc -std=c99 -O1 -DMOE_NO_STDIO '-DMOE_MALLOC(n,c)=my_malloc(n,c)' '-DMOE_FREE(p,c)=my_free(p,c)' \
+        check "modes, $cc" $cc -std=c99 -DMOE_NO_STDIO '-DMOE_MALLOC(n,c)=my_malloc(n,c)' '-DMOE_FREE(p,c)=my_free(p,c)' \
             -include tests/compile/allocator.h -I. -c tests/compile/implementation.c -o "$dir/modes.o"
         check "MOE_NO_STDIO opens no file, $cc" fails imported "$dir/modes.o" 'f?open|fopen64|fread|fwrite|fclose|rename|remove|v?f?printf'
         check "own allocator: malloc is not called, $cc" fails imported "$dir/modes.o" 'malloc|calloc|realloc|free'
@@ -117,7 +117,7 @@ for directory in /usr/include /usr/include/*/ /usr/local/include /opt/homebrew/o
 done
 if [ -n "$cblas" ]; then
     for cc in $compilers; do
-        check "MOE_USE_CBLAS $cc" $cc -std=c99 -O1 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" tests/compile/user.c -o "$dir/cblas" -lopenblas -lm
+        check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" tests/compile/user.c -o "$dir/cblas" -lopenblas -lm
         check "MOE_USE_CBLAS runs $cc" "$dir/cblas"
     done
 else

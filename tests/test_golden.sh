@@ -52,7 +52,7 @@ add() {
 
 for cc in gcc clang; do
     # the third is the hardest: GNU mode contracts by default, and the processor has the instruction
-    for options in '-std=c99 -O0' '-std=c99 -O2' '-std=gnu11 -O3 -march=native -ffp-contract=fast' '-std=c99 -Os' \
+    for options in '-std=c99 -O0' '-std=c99 -O2' '-std=gnu11 -O3 -march=native -ffp-contract=fast' \
         '-std=c99 -O2 -flto' '-std=c99 -O2 -fopenmp'; do
         name=$cc$(echo " ${options#-std=c99}" | tr -d ' =')
         # shellcheck disable=SC2086 # options are words

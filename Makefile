@@ -37,13 +37,16 @@ $(BUILD)/bench_%: bench/%.c moe.h $(wildcard bench/*.h) | $(BUILD)
 	$(CC) $(FLAGS) $< -o $@ $(LIBS)
 
 TEST_NEEDS = moe.h $(wildcard tests/*.h examples/common/*.h) | $(BUILD)
+TEST_FLAGS = $(FLAGS) -O2 -Itests
 $(BUILD)/test_%: tests/test_%.c $(TEST_NEEDS)
-	$(CC) $(FLAGS) -Itests $< -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) $< -o $@ $(LIBS)
 $(BUILD)/sanitized_test_%: tests/test_%.c $(TEST_NEEDS)
-	$(CC) $(FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Itests $< -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LIBS)
 
-test: $(TESTS) $(SANITIZED) $(EXAMPLES)
-	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) sh tests/run.sh $(TESTS) $(SANITIZED) $(SCRIPTS)
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+test:
+	@$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(SANITIZED) $(EXAMPLES)
+	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh $(TESTS) $(SANITIZED) $(SCRIPTS)
 
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)

@@ -190,7 +190,10 @@ static inline void oracle_forward(oracle *o, int select) {
     }
     if (select) {
         size_t per_expert = T / E + (T % E != 0), capacity = 0;
-        if (o->d.capacity_factor > 0) capacity = (size_t)((double)o->d.capacity_factor * (double)k * (double)per_expert);
+        if (o->d.capacity_factor > 0) {
+            double places = (double)o->d.capacity_factor * (double)k * (double)per_expert;
+            capacity = places < 1 ? 1 : places > (double)T ? T : (size_t)places;
+        }
         o->dropped = oracle_capacity(T, k, E, o->index, o->weight, capacity, o->d.capacity_order, o->kept);
         memset(o->load, 0, E * sizeof *o->load);
         for (size_t i = 0; i < T * k; i++) o->load[o->index[i]]++;

@@ -260,6 +260,17 @@ static void test_one_expert_takes_all(void) {
             }
 }
 
+/* However small the factor, an expert takes one token; however large, no more than there are. */
+static void test_capacity_bounds(void) {
+    static const float factor[] = {0.01f, 0.3f, 0.5f, 1, 3, 1e6f, 1e30f};
+    for (size_t i = 0; i < sizeof factor / sizeof *factor; i++)
+        for (size_t T = 0; T < 12; T += 5) {
+            moe_desc d = desc_of(6, 8, 3, 2);
+            d.capacity_factor = factor[i], d.capacity_order = (moe_order_kind)(i % MOE__ORDER_COUNT);
+            compare_with_oracle(&d, T);
+        }
+}
+
 /* ---- gradients of two micro-batches ---- */
 static float *grads_of(const moe_layer *m, const size_t count[ORACLE_PARTS], size_t *n) {
     *n = 0;
@@ -694,7 +705,7 @@ static void test_layer_health(void) {
     moe_desc d = desc_of(8, 8, 4, 2);
     d.capacity_factor = 1;
     fixture F;
-    moe_health h;
+    moe_health h = {0};
     uint64_t load[4] = {0}, dropped = 0;
     if (!fixture_new(&F, &d, 30)) return;
     for (int i = 0; i < 3; i++) {
@@ -783,6 +794,7 @@ int main(void) {
     RUN(test_shapes);
     RUN(test_token_counts);
     RUN(test_one_expert_takes_all);
+    RUN(test_capacity_bounds);
     RUN(test_micro_batches);
     RUN(test_batch_size_changes_no_bit);
     RUN(test_level_two);

@@ -187,7 +187,7 @@ typedef enum moe_kind {
     X(MOE_E_WRITE, IO, "path", "path: the file cannot be written")                                           \
     X(MOE_E_FILE_SHORT, FILE, "file", "file: shorter than its header says")                                  \
     X(MOE_E_FILE_HEADER, FILE, "file", "file: the safetensors header is not valid JSON of the format")       \
-    X(MOE_E_FILE_HEADER_SIZE, FILE, "file", "file: the safetensors header's length is over its cap of 100 MB or past the end") \
+    X(MOE_E_FILE_HEADER_SIZE, FILE, "file", "file: the safetensors header is over its cap of 100 MB or ends past the file") \
     X(MOE_E_FILE_DTYPE, FILE, "file", "file: a tensor has an element type that is not read here")            \
     X(MOE_E_FILE_SHAPE, FILE, "file", "file: a tensor's shape does not fit its bytes, or overflows")         \
     X(MOE_E_FILE_OFFSETS, FILE, "file", "file: tensors overlap, leave a hole or reach past the end")         \
@@ -1444,7 +1444,9 @@ MOE__FN void MOE__S(moe__transpose_)(const float *src, size_t ld, float *dst) {
         for (int c = 0; c < 32; c += 4) {
             __m256 q[4];
             const float *s = src + (size_t)r * ld + c;
-#define MOE__Q(j) q[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(s + (size_t)(j) * ld)), _mm_loadu_ps(s + (size_t)(j + 4) * ld), 1);
+#define MOE__Q(j)                                                                                        \
+    q[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(s + (size_t)(j) * ld)),              \
+                                _mm_loadu_ps(s + (size_t)(j + 4) * ld), 1);
             MOE__Q(0) MOE__Q(1) MOE__Q(2) MOE__Q(3)
 #undef MOE__Q
             __m256d t0 = _mm256_castps_pd(_mm256_unpacklo_ps(q[0], q[1])), t1 = _mm256_castps_pd(_mm256_unpacklo_ps(q[2], q[3]));

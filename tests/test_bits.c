@@ -26,7 +26,6 @@ static void run_on_threads(void *user, size_t n_threads, size_t n_tasks, moe_tas
     enum { MOST = 8 };
     pthread_t thread[MOST];
     crew c[MOST] = {{0, 1, 0, 0, 0, NULL, NULL}};
-    memset(c, 0, sizeof c);
     size_t n = n_threads < MOST ? n_threads : MOST, stride = n_tasks / 2 + 1;
     ++*(size_t *)user;
     if (n_tasks == 0) return;

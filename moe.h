@@ -148,7 +148,7 @@ typedef enum moe_kind {
     X(MOE_E_NORMALIZE, ARGUMENT, "normalize", "normalize: must be MOE_DEFAULT, MOE_ON or MOE_OFF")           \
     X(MOE_E_BIAS, ARGUMENT, "bias", "bias: must be MOE_DEFAULT, MOE_ON or MOE_OFF")                          \
     X(MOE_E_TRAINING, ARGUMENT, "training", "training: must be MOE_DEFAULT, MOE_ON or MOE_OFF")              \
-    X(MOE_E_TEMPERATURE, ARGUMENT, "temperature", "temperature: must be finite and above 0")                 \
+    X(MOE_E_TEMPERATURE, ARGUMENT, "temperature", "temperature: must be finite and above 0, and so must its inverse")                 \
     X(MOE_E_CAPACITY_FACTOR, ARGUMENT, "capacity_factor", "capacity_factor: must be finite and above 0, or MOE_OFF") \
     X(MOE_E_LOSS, ARGUMENT, "loss", "loss: every coefficient must be finite and at least 0, or MOE_OFF")     \
     X(MOE_E_BETA1, ARGUMENT, "beta1", "beta1: must be in [0, 1), or MOE_OFF")                                \
@@ -410,7 +410,8 @@ typedef struct moe_optimizer_args {
 MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *o, size_t n, float *params, const float *grads, float *m, float *v);
 /* Sum of squares of n floats, in double: the same bits for any number of threads. */
 MOE_API double moe_sum_squares(const moe_parallel *p, size_t n, const float *x);
-/* Learning rate at `step` (from 0): linear warm-up over `warmup` steps to peak, then half a cosine to `floor_lr` at `total`. */
+/* Learning rate at `step` (from 0): peak * (step + 1) / warmup for the first `warmup` steps, then half a cosine from peak
+ * down to `floor_lr` at `total`. */
 MOE_API float moe_schedule_cosine(uint64_t step, uint64_t warmup, uint64_t total, float peak, float floor_lr);
 
 /* ==== routes and tape =========================================================================
@@ -2196,9 +2197,11 @@ static const moe__score_row moe__scores[MOE__SCORE_COUNT] = {
 };
 
 /* ==== gate ==================================================================================== */
+static int moe__temperature_ok(float t) { return t > 0.0f && moe__finite(t) && moe__finite(1.0f / t); } /* not subnormal */
+
 MOE_API moe_status moe_softmax(size_t rows, size_t cols, float temperature, const float *logits, float *scores) {
     size_t n;
-    if (!(temperature > 0.0f) || !moe__finite(temperature)) return MOE_E_TEMPERATURE;
+    if (!moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
     if (!moe__mul(rows, cols, &n)) return MOE_E_OVERFLOW;
     if (!n) return MOE_OK;
     if (!logits) return MOE_E_NULL_LOGITS;
@@ -2214,7 +2217,7 @@ MOE_API moe_status moe_softmax(size_t rows, size_t cols, float temperature, cons
 MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperature, const float *scores,
                                         const float *d_scores, float *d_logits) {
     size_t n;
-    if (!(temperature > 0.0f) || !moe__finite(temperature)) return MOE_E_TEMPERATURE;
+    if (!moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
     if (!moe__mul(rows, cols, &n)) return MOE_E_OVERFLOW;
     if (!n) return MOE_OK;
     if (!scores || !d_scores) return MOE_E_NULL_SCORES;
@@ -2793,7 +2796,7 @@ static void moe__experts_backward(moe__pass *p) {
 MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
                                    const uint64_t *load, float coefficient, double *value, float *d_logits) {
     if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!(temperature > 0.0f) || !moe__finite(temperature)) return MOE_E_TEMPERATURE;
+    if (!moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
     if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
     size_t n;
     if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
@@ -3396,7 +3399,7 @@ MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
     if (!d.bias) d.bias = MOE_OFF;
     if (!d.training) d.training = MOE_ON;
     if (d.temperature == 0.0f) d.temperature = 1.0f;
-    if (!moe__not_off(d.temperature, 0)) return MOE_E_TEMPERATURE;
+    if (!moe__temperature_ok(d.temperature)) return MOE_E_TEMPERATURE;
     if (d.capacity_factor == 0.0f) d.capacity_factor = off;
     if (d.capacity_factor != off && !moe__not_off(d.capacity_factor, 0)) return MOE_E_CAPACITY_FACTOR;
     for (int i = 0; i < MOE_LOSS_COUNT; i++)

@@ -52,7 +52,7 @@ static void math_cases(void) {
             if (all[f].minus && i % 2) x[i] = -x[i];
         }
         CHECK_OK(all[f].f(N, x, x));
-        for (uint32_t i = 0; i < SHOWN; i++) { float t = x[i]; x[i] = x[N / 2 + i], x[N / 2 + i] = t; } /* show the middle */
+        for (uint32_t i = 0; i < SHOWN; i++) { float t = x[i]; x[i] = x[N / 2 + i], x[N / 2 + i] = t; } /* show these */
         add_array("math", all[f].name, x, N);
     }
 }
@@ -71,7 +71,8 @@ static void gemm_cases(void) {
             CHECK_OK(moe_rand_normal(2, s, g.k * g.n, 0, 1, b));
             CHECK_OK(moe_rand_normal(3, s, g.m * g.n, 0, 1, c));
             CHECK_OK(moe_gemm(&g));
-            snprintf(name, sizeof name, "%dx%dx%d%s%s%s", (int)g.m, (int)g.n, (int)g.k, g.ta ? "-ta" : "", g.tb ? "-tb" : "", g.accumulate ? "-add" : "");
+            snprintf(name, sizeof name, "%dx%dx%d%s%s%s", (int)g.m, (int)g.n, (int)g.k, g.ta ? "-ta" : "", g.tb ? "-tb" : "",
+                     g.accumulate ? "-add" : "");
             add_array("gemm", name, c, g.m * g.n);
         }
 }

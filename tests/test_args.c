@@ -87,7 +87,8 @@ static int same_desc(const moe_desc *a, const moe_desc *b) {
     same &= test_bits(a->beta2) == test_bits(b->beta2) && test_bits(a->epsilon) == test_bits(b->epsilon);
     same &= test_bits(a->momentum) == test_bits(b->momentum) && test_bits(a->weight_decay) == test_bits(b->weight_decay);
     same &= test_bits(a->clip_norm) == test_bits(b->clip_norm) && a->seed == b->seed && a->alloc_context == b->alloc_context;
-    return same && a->parallel.run == b->parallel.run && a->parallel.user == b->parallel.user && a->parallel.n_threads == b->parallel.n_threads;
+    same &= a->parallel.run == b->parallel.run && a->parallel.user == b->parallel.user;
+    return same && a->parallel.n_threads == b->parallel.n_threads;
 }
 
 static void test_desc_resolve_is_idempotent(void) {
@@ -265,6 +266,9 @@ static void test_array_functions(void) {
         CHECK_STATUS(moe_softmax_backward(2, 3, cold[i], a, a, b), MOE_E_TEMPERATURE);
         CHECK_STATUS(moe_loss_switch(2, 3, cold[i], a, load, 1, &value, b), MOE_E_TEMPERATURE);
     }
+    float hot[3] = {1, 2, 3}, out[3] = {0};
+    moe_status s = moe_softmax(1, 3, 1e-39f, hot, out); /* 1 / temperature is not a float */
+    CHECK(s == MOE_E_TEMPERATURE || (out[0] >= 0 && out[2] <= 1));
     CHECK_STATUS(moe_softmax(SIZE_MAX / 2, 3, 1, a, b), MOE_E_OVERFLOW);
     CHECK_STATUS(moe_softmax_backward(SIZE_MAX / 2, 3, 1, a, a, b), MOE_E_OVERFLOW);
     static const float bad[] = {NAN, INFINITY, -INFINITY};

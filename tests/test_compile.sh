@@ -117,7 +117,8 @@ for directory in /usr/include /usr/include/*/ /usr/local/include /opt/homebrew/o
 done
 if [ -n "$cblas" ]; then
     for cc in $compilers; do
-        check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" tests/compile/user.c -o "$dir/cblas" -lopenblas -lm
+        check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" tests/compile/user.c \
+            -o "$dir/cblas" -lopenblas -lm
         check "MOE_USE_CBLAS runs $cc" "$dir/cblas"
     done
 else
@@ -152,8 +153,10 @@ check "table of contents" same_contents
 for page in README.md docs/*.md; do
     [ -f "$page" ] || continue
     base=$dir/$(basename "$page" .md)
-    awk -v base="$base" '/^```/ { if (on) { on = 0; close(file) } else if ($0 ~ /^```c[ \t]*$/) { on = 1; file = base "-" NR ".c"; print file; printf "" >file }; next }
-                         on { print >file }' "$page" >"$dir/blocks"
+    awk -v base="$base" '
+        /^```/ && on { on = 0; close(file); next }
+        /^```c[ \t]*$/ { on = 1; file = base "-" NR ".c"; print file; printf "" >file; next }
+        on { print >file }' "$page" >"$dir/blocks"
     while read -r block; do
         where="$page, the block at line $(basename "$block" .c | sed 's/.*-//')"
         cc=gcc

@@ -790,6 +790,11 @@ static float moe__float_of(uint32_t b) {
 static int moe__finite(float x) {
     return (moe__bits_of(x) & 0x7f800000u) != 0x7f800000u; /* an exponent of all ones is NaN or infinity */
 }
+static int moe__all_finite(size_t n, const float *x) {
+    int all = 1;
+    for (size_t i = 0; i < n; i++) all &= moe__finite(x[i]);
+    return all;
+}
 
 /* log(1 + f) / f^2 - 1 / f for 1 + f in [sqrt(1/2), sqrt(2)), as a polynomial of degree 8; largest error 0.1 units of
  * 2^-24 of the logarithm. FMA(a, b, c) and K(constant) choose scalars or vectors. */
@@ -2207,8 +2212,7 @@ MOE_API moe_status moe_softmax(size_t rows, size_t cols, float temperature, cons
     if (!logits) return MOE_E_NULL_LOGITS;
     if (!scores) return MOE_E_NULL_SCORES;
     const moe__kernels *kn = moe__k();
-    for (size_t i = 0; i < n; i++)
-        if (!moe__finite(logits[i])) return MOE_E_NAN_LOGITS;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
     for (size_t r = 0; r < rows; r++) kn->softmax(cols, 1.0f / temperature, logits + r * cols, scores + r * cols);
     return MOE_OK;
 }
@@ -2843,8 +2847,7 @@ MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *lo
     if (value) *value = 0.0;
     if (!n_tokens) return MOE_OK;
     if (!logits) return MOE_E_NULL_LOGITS;
-    for (size_t i = 0; i < n; i++)
-        if (!moe__finite(logits[i])) return MOE_E_NAN_LOGITS;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
     float s = 2.0f * coefficient / (float)n_tokens;
@@ -3553,8 +3556,7 @@ static void moe__task_route(void *arg, size_t i, size_t worker) {
     (void)worker;
     moe__pack_tokens(j, t0, t1);
     moe__scores[j->d->score].forward(j, t0, t1);
-    j->m->bad[i] = 0;
-    for (size_t k = t0 * E; k < t1 * E; k++) j->m->bad[i] |= (unsigned char)!moe__finite(j->t->logits[k]);
+    j->m->bad[i] = (unsigned char)!moe__all_finite((t1 - t0) * E, j->t->logits + t0 * E);
     if (j->m->bad[i]) return;
     for (size_t t = t0; t < t1; t++)
         j->kn->softmax(E, 1.0f / j->d->temperature, j->t->logits + t * E, j->t->prob + t * E);

@@ -980,7 +980,23 @@ typedef struct moe__kernels {
                                         float *part, size_t part_ld);
     void (*adamw)(size_t n, const moe__adam *o, float *p, const float *g, float *m, float *v);
     void (*sgd)(size_t n, const moe__adam *o, float *p, const float *g, float *m);
+    /* the k highest of each row, descending, ties by index: index (rows, k), value (rows, k) or NULL. 0 at a NaN. */
+    int (*topk)(size_t rows, size_t n, size_t k, const float *s, int32_t *index, float *value);
 } moe__kernels;
+
+#define MOE__TOPK_K 16  /* up to here the k best of rows are found side by side; in longer rows one row at a time, as most of */
+#define MOE__TOPK_N 512 /* such a row is passed over quickly */
+
+/* The lowest bit that is set: b is not 0. */
+MOE__INLINE unsigned moe__first_bit(uint64_t b) {
+#if defined(__GNUC__)
+    return (unsigned)__builtin_ctzll(b);
+#else
+    unsigned i = 0;
+    while (!(b >> i & 1)) i++;
+    return i;
+#endif
+}
 
 #define MOE__ROWS_1(M) M(0)
 #define MOE__ROWS_2(M) MOE__ROWS_1(M) M(1)
@@ -1024,6 +1040,7 @@ typedef struct moe__kernels {
 #define moe__v_lt MOE__S(moe__v_lt_)
 #define moe__v_isnan MOE__S(moe__v_isnan_)
 #define moe__v_sel MOE__S(moe__v_sel_)
+#define moe__v_bits MOE__S(moe__v_bits_)
 #define moe__v_copysign MOE__S(moe__v_copysign_)
 #define moe__v_pow2 MOE__S(moe__v_pow2_)
 #define moe__v_frexp MOE__S(moe__v_frexp_)
@@ -1111,7 +1128,9 @@ typedef float moe__f;
 #define MOE__F_SQRT(a) sqrtf(a)
 #define MOE__F_LT(a, b) ((a) < (b))
 #define MOE__F_ISNAN(a) ((a) != (a))
+#define MOE__F_UNORD(a, b) ((a) != (a) || (b) != (b))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
+#define MOE__F_BITS(m) ((uint32_t)(m))
 #define MOE__F_AND(a, u) moe__float_of(moe__bits_of(a) & (u))
 #define MOE__F_XOR(a, u) moe__float_of(moe__bits_of(a) ^ (u))
 #define MOE__F_OR(a, b) moe__float_of(moe__bits_of(a) | moe__bits_of(b))
@@ -1140,7 +1159,9 @@ typedef __m256 moe__f;
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm256_cmp_ps(a, a, _CMP_UNORD_Q)
+#define MOE__F_UNORD(a, b) _mm256_cmp_ps(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
+#define MOE__F_BITS(m) ((uint32_t)_mm256_movemask_ps(m))
 #define MOE__F_AND(a, u) _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32((int)(u))))
 #define MOE__F_XOR(a, u) _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32((int)(u))))
 #define MOE__F_OR(a, b) _mm256_or_ps(a, b)
@@ -1169,7 +1190,9 @@ typedef __m512 moe__f;
 #define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
+#define MOE__F_UNORD(a, b) _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
+#define MOE__F_BITS(m) ((uint32_t)(m))
 #define MOE__F_AND(a, u) _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32((int)(u))))
 #define MOE__F_XOR(a, u) _mm512_xor_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32((int)(u))))
 #define MOE__F_OR(a, b) _mm512_or_ps(a, b)
@@ -1199,7 +1222,9 @@ typedef float32x4_t moe__f;
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
 #define MOE__F_ISNAN(a) vmvnq_u32(vceqq_f32(a, a))
+#define MOE__F_UNORD(a, b) vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b)))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
+#define MOE__F_BITS(m) vaddvq_u32(vandq_u32(m, vcombine_u32(vcreate_u32(0x200000001u), vcreate_u32(0x800000004u))))
 #define MOE__F_AND(a, u) vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(u)))
 #define MOE__F_XOR(a, u) vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(u)))
 #define MOE__F_OR(a, b) vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
@@ -1239,6 +1264,8 @@ MOE__FI moe__v moe__v_sel(moe__m m, moe__v a, moe__v b) {
     MOE__EACH_V(r.v[i] = MOE__F_SEL(m.v[i], a.v[i], b.v[i]);)
     return r;
 }
+/* bit i: lane i */
+MOE__FI uint32_t moe__v_bits(moe__m m) { uint32_t r = 0; MOE__EACH_V(r |= MOE__F_BITS(m.v[i]) << (i * MOE__VL);) return r; }
 /* to the nearest integer, even in the middle, for |a| < 2^22: 1.5 * 2^23 leaves no room for a fraction */
 MOE__FI moe__v moe__v_rint(moe__v a) {
     moe__v big = moe__v_set1(12582912.0f);
@@ -1637,6 +1664,162 @@ MOE__FN void MOE__S(moe__sgd_)(size_t n, const moe__adam *o, float *p, const flo
     }
 }
 
+/* -- selection: compares only, so exact in any order -- */
+/* One row, by insertion; 16 numbers are passed over at a time if none is above the k-th best so far. */
+MOE__FN int MOE__S(moe__topk_row_)(size_t n, size_t k, const float *s, int32_t *index) {
+    size_t have = 0;
+    for (size_t e = 0; e < n; e++) {
+#if MOE__PASS > 1
+        if (have == k && e % 16 == 0)
+            for (moe__v worst = moe__v_set1(s[index[k - 1]]); n - e >= 16; e += 16) {
+                moe__v x = moe__v_load(s + e);
+                if (moe__v_bits(moe__v_lt(worst, x)) | moe__v_bits(moe__v_isnan(x))) break;
+            }
+        if (e == n) break;
+#endif
+        float v = s[e];
+        if (v != v) return 0;
+        if (have == k && !(v > s[index[k - 1]])) continue;
+        size_t i = have < k ? have++ : k - 1;
+        for (; i && v > s[index[i - 1]]; i--) index[i] = index[i - 1];
+        index[i] = (int32_t)e;
+    }
+    return 1;
+}
+
+/* 32 rows side by side, row r in lane r: `cols` columns of them, 32 floats each, are inserted into the k best of every
+ * row. best[2 j] is the j-th, best[2 j + 1] its id, bits that are carried along. Two columns go down the list together;
+ * each pushes down what it is above. A NaN sets its lane of nan. */
+MOE__FN void MOE__S(moe__topk_insert_)(size_t cols, size_t k, const float *x, const float *id, float *best, float *nan) {
+    for (size_t i = 0; i < k * 64; i++) best[i] = -INFINITY;
+    for (size_t c = 0; c < cols; c += 2)
+        for (size_t l = 0; l < 32; l += MOE__VL) {
+            size_t p = c * 32 + l;
+            moe__f v0 = MOE__F_LOAD(x + p), id0 = MOE__F_LOAD(id + p), push0 = v0, push_id0 = id0;
+            moe__f v1 = MOE__F_SET1(-INFINITY), id1 = id0, push1, push_id1;
+            if (c + 1 < cols) v1 = MOE__F_LOAD(x + p + 32), id1 = MOE__F_LOAD(id + p + 32);
+            push1 = v1;
+            push_id1 = id1;
+            MOE__F_STORE(nan + l, MOE__F_SEL(MOE__F_UNORD(v0, v1), MOE__F_SET1(1.0f), MOE__F_LOAD(nan + l)));
+            for (float *b = best + l, *end = b + k * 64; b < end; b += 64) {
+                moe__f v = MOE__F_LOAD(b), i = MOE__F_LOAD(b + 32), above, above_id;
+                MOE__FMASK m = MOE__F_LT(v, v0);
+                above = MOE__F_SEL(m, push0, v);
+                above_id = MOE__F_SEL(m, push_id0, i);
+                push0 = MOE__F_SEL(m, v, v0);
+                push_id0 = MOE__F_SEL(m, i, id0);
+                m = MOE__F_LT(above, v1);
+                MOE__F_STORE(b, MOE__F_SEL(m, push1, above));
+                MOE__F_STORE(b + 32, MOE__F_SEL(m, push_id1, above_id));
+                push1 = MOE__F_SEL(m, above, v1);
+                push_id1 = MOE__F_SEL(m, above_id, id1);
+            }
+        }
+}
+/* The k-th best of 32 columns of each of 32 rows. */
+MOE__FN void MOE__S(moe__topk_floor_)(size_t k, const float *x, float *floor) {
+    MOE__ALIGN64 float best[MOE__TOPK_K * 32];
+    for (size_t i = 0; i < k * 32; i++) best[i] = -INFINITY;
+    for (size_t c = 0; c < 32 * 32; c += 2 * 32)
+        for (size_t l = 0; l < 32; l += MOE__VL) {
+            moe__f v0 = MOE__F_LOAD(x + c + l), v1 = MOE__F_LOAD(x + c + 32 + l);
+            for (float *b = best + l, *end = b + k * 32; b < end; b += 32) {
+                moe__f v = MOE__F_LOAD(b), above = MOE__F_MAX(v, v0);
+                v0 = MOE__F_MIN(v, v0);
+                MOE__F_STORE(b, MOE__F_MAX(above, v1));
+                v1 = MOE__F_MIN(above, v1);
+            }
+        }
+    memcpy(floor, best + (k - 1) * 32, 32 * sizeof(float));
+}
+
+/* 32 rows of more than 32 columns. Most of a row is below a floor that costs little: of the maxima of every 32nd column k
+ * are at least as high as the k-th of them, and so are the row's k best. What is not below it, a NaN too, goes into the
+ * columns of x; their number is returned. A row that has more than 32 is marked in `over`. */
+MOE__FN size_t MOE__S(moe__topk_filter_)(size_t n, size_t k, const float *s, size_t ahead, float *x, float *id, uint32_t *over) {
+    MOE__ALIGN64 float top[32 * 32], floor[32];
+    size_t cols = 0;
+    for (size_t r = 0; r < 32; r++) {
+        const float *row = s + r * n;
+        moe__v a = moe__v_set1(-INFINITY), b = a;
+        size_t e = 0;
+        for (; e + 32 <= n; e += 32) a = moe__v_max(moe__v_load(row + e), a), b = moe__v_max(moe__v_load(row + e + 16), b);
+        if (e + 16 <= n) a = moe__v_max(moe__v_load(row + e), a), e += 16;
+        if (e < n) b = moe__v_max(moe__v_load_n(row + e, n - e, -INFINITY), b);
+        moe__v_store(top + r * 32, a);
+        moe__v_store(top + r * 32 + 16, b);
+    }
+    MOE__S(moe__transpose_)(top, 32, x);
+    MOE__S(moe__topk_floor_)(k, x, floor);
+    for (size_t i = 0; i < 32 * 32; i++) x[i] = -INFINITY;
+    *over = 0;
+    for (size_t r = 0; r < 32; r++) {
+        const float *row = s + r * n;
+        moe__v least = moe__v_set1(floor[r]);
+        size_t have = 0;
+        for (size_t e = 0; e < n; e += 64) {
+            uint64_t bits = 0;
+            for (size_t b = 0; b < 64 && e + b < n; b += 16) {
+                size_t left = n - e - b;
+                moe__v v = left >= 16 ? moe__v_load(row + e + b) : moe__v_load_n(row + e + b, left, -INFINITY);
+                MOE__PREFETCH_L1(row + e + b + ahead);
+                bits |= (uint64_t)(~moe__v_bits(moe__v_lt(v, least)) & (left >= 16 ? 0xffffu : (1u << left) - 1)) << b;
+            }
+            for (; bits; bits &= bits - 1, have++) {
+                size_t at = e + moe__first_bit(bits);
+                if (have == 32) { *over |= (uint32_t)1 << r; break; }
+                x[have * 32 + r] = row[at];
+                id[have * 32 + r] = moe__float_of((uint32_t)at);
+            }
+            if (bits) break;
+        }
+        cols = moe__max(cols, have);
+    }
+    return cols;
+}
+
+/* 32 long rows: `part` rows of n <= 32 columns, or one. What is read next stands `ahead` floats further. */
+MOE__FN int MOE__S(moe__topk_block_)(size_t part, size_t n, size_t k, const float *s, size_t ahead, int32_t *index) {
+    MOE__ALIGN64 float x[32 * 32], id[32 * 32], edge[32 * 32], best[MOE__TOPK_K * 64], nan[32] = {0};
+    size_t width = part * n, cols = n;
+    uint32_t over = 0;
+    if (n > 32) {
+        cols = MOE__S(moe__topk_filter_)(n, k, s, ahead, x, id, &over);
+    } else {
+        for (size_t r = 0; r < 32 && width < 32; r++) memcpy(edge + r * 32, s + r * width, width * sizeof(float));
+        MOE__S(moe__transpose_)(width < 32 ? edge : s, 32, x);
+        for (size_t i = 0; i < n * 32; i++) id[i] = moe__float_of((uint32_t)(i / 32));
+    }
+    for (size_t p = 0; p < part; p++) {
+        MOE__S(moe__topk_insert_)(cols, k, x + p * n * 32, id, best, nan);
+        for (size_t r = 0; r < 32; r++) {
+            size_t row = r * part + p;
+            if (nan[r] > 0.0f) return 0;
+            if (over >> r & 1 || !(best[(k - 1) * 64 + r] > -INFINITY)) {
+                if (!MOE__S(moe__topk_row_)(n, k, s + row * n, index + row * k)) return 0;
+            } else {
+                for (size_t j = 0; j < k; j++) index[row * k + j] = (int32_t)moe__bits_of(best[j * 64 + 32 + r]);
+            }
+        }
+    }
+    return 1;
+}
+
+MOE__FN int MOE__S(moe__topk_)(size_t rows, size_t n, size_t k, const float *s, int32_t *index, float *value) {
+    for (size_t done; rows; rows -= done, s += done * n, index += done * k) {
+        size_t part = n > 16 ? 1 : moe__min(32 / n, rows / 32); /* short rows: so many in one of 32 lanes */
+        int together = MOE__PASS > 1 && rows >= 32 && k <= MOE__TOPK_K && n <= MOE__TOPK_N;
+        done = together ? 32 * part : 1;
+        if (!together) {
+            if (!MOE__S(moe__topk_row_)(n, k, s, index)) return 0;
+        } else if (!MOE__S(moe__topk_block_)(part, n, k, s, rows >= 64 ? 32 * n : 0, index)) return 0;
+        if (value)
+            for (size_t i = 0; i < done; i++)
+                for (size_t j = 0; j < k; j++) *value++ = s[i * n + (size_t)index[i * k + j]];
+    }
+    return 1;
+}
+
 #define MOE__NN_ENTRY(R) , MOE__S(moe__nn##R##_)
 #define MOE__TN_ENTRY(R) , MOE__S(moe__tn##R##_)
 static const moe__kernels MOE__S(moe__kernels_) = {
@@ -1649,7 +1832,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
      MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
      MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_)},
-    MOE__S(moe__adamw_), MOE__S(moe__sgd_)};
+    MOE__S(moe__adamw_), MOE__S(moe__sgd_), MOE__S(moe__topk_)};
 
 #undef MOE__FN
 #undef MOE__FI
@@ -1673,6 +1856,8 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_LT
 #undef MOE__F_ISNAN
 #undef MOE__F_SEL
+#undef MOE__F_BITS
+#undef MOE__F_UNORD
 #undef MOE__F_AND
 #undef MOE__F_XOR
 #undef MOE__F_OR
@@ -2308,20 +2493,6 @@ static const moe__gate_row moe__gates[MOE__GATE_COUNT] = {
 };
 
 /* ==== select ================================================================================== */
-/* The k highest of n, descending, ties by index. Returns 0 at a NaN. */
-static int moe__topk_row(size_t n, size_t k, const float *s, int32_t *index) {
-    size_t have = 0;
-    for (size_t e = 0; e < n; e++) {
-        float v = s[e];
-        if (v != v) return 0;
-        if (have == k && !(v > s[index[k - 1]])) continue;
-        size_t i = have < k ? have++ : k - 1;
-        for (; i && v > s[index[i - 1]]; i--) index[i] = index[i - 1];
-        index[i] = (int32_t)e;
-    }
-    return 1;
-}
-
 MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *scores, int32_t *index, float *value) {
     size_t n;
     if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
@@ -2330,16 +2501,12 @@ MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *sco
     if (!rows) return MOE_OK;
     if (!scores) return MOE_E_NULL_SCORES;
     if (!index) return MOE_E_NULL_INDEX;
-    for (size_t r = 0; r < rows; r++, scores += cols, index += k) {
-        if (!moe__topk_row(cols, k, scores, index)) return MOE_E_NAN_LOGITS;
-        for (size_t i = 0; value && i < k; i++) *value++ = scores[index[i]];
-    }
-    return MOE_OK;
+    return moe__k()->topk(rows, cols, k, scores, index, value) ? MOE_OK : MOE_E_NAN_LOGITS;
 }
 
 static void moe__select_topk(const moe__job *j, size_t t0, size_t t1) {
     size_t k = j->dims->S, E = j->dims->E;
-    for (size_t t = t0; t < t1; t++) moe__topk_row(E, k, j->t->scores + t * E, j->t->index + t * k);
+    j->kn->topk(t1 - t0, E, k, j->t->scores + t0 * E, j->t->index + t0 * k, NULL);
 }
 
 typedef struct moe__select_row {

@@ -178,7 +178,7 @@ typedef enum moe_kind {
     X(MOE_E_WEIGHT_SCALE, ARGUMENT, "weight_scale", "weight_scale: must be finite and above 0")              \
     X(MOE_E_TEMPERATURE_END, ARGUMENT, "temperature_end", "temperature_end: must be finite and above 0, or 0, and needs schedule_steps") \
     X(MOE_E_MASK_JITTER, ARGUMENT, "mask_jitter", "mask_jitter: must be finite and above 0")                 \
-    X(MOE_E_TOP_P, ARGUMENT, "top_p", "p, top_p: must be 0 to 1 (in a desc 0 = 0.4)")                              \
+    X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be 0 to 1")                              \
     X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite (and every expert's own), or in a desc MOE_OFF") \
     X(MOE_E_SINKHORN, ARGUMENT, "sinkhorn_epsilon", "sinkhorn_epsilon: must be finite and above 0")          \
     X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1]")                                \

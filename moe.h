@@ -133,6 +133,32 @@ typedef enum moe_kind {
     X(MOE_E_NULL_INDEX, ARGUMENT, "index", "index: must not be NULL")                                        \
     X(MOE_E_NULL_WEIGHT, ARGUMENT, "weight", "weight: must not be NULL")                                     \
     X(MOE_E_NULL_LOAD, ARGUMENT, "load", "load: must not be NULL")                                           \
+    X(MOE_E_NULL_MEAN, ARGUMENT, "mean", "mean: must not be NULL")                                           \
+    X(MOE_E_NULL_ROUTER, ARGUMENT, "router", "router: must not be NULL")                                     \
+    X(MOE_E_NULL_TEACHER, ARGUMENT, "teacher", "teacher: must not be NULL")                                  \
+    X(MOE_E_NULL_OUTPUTS, ARGUMENT, "outputs", "outputs: must not be NULL")                                  \
+    X(MOE_E_NULL_NOISE, ARGUMENT, "std", "std, threshold: must not be NULL")                                 \
+    X(MOE_E_NULL_LATENT, ARGUMENT, "latent", "latent: must not be NULL")                                     \
+    X(MOE_E_NULL_CODEBOOK, ARGUMENT, "codebook", "codebook: must not be NULL")                               \
+    X(MOE_E_NULL_MATRIX, ARGUMENT, "matrix", "matrix: must not be NULL")                                     \
+    X(MOE_E_NAN_PROB, NUMBER, "prob", "prob: NaN or infinite")                                               \
+    X(MOE_E_NAN_MEAN, NUMBER, "mean", "mean: every mean must be finite and at least 0")                      \
+    X(MOE_E_NAN_SCORES, NUMBER, "scores", "scores: NaN or infinite (or negative, where they are shares of a sum)")\
+    X(MOE_E_NAN_ROUTER, NUMBER, "router", "router: NaN or infinite")                                         \
+    X(MOE_E_NAN_MATRIX, NUMBER, "matrix", "matrix: NaN or infinite")                                         \
+    X(MOE_E_NAN_OUTPUTS, NUMBER, "outputs", "outputs: NaN or infinite")                                      \
+    X(MOE_E_NAN_LATENT, NUMBER, "latent", "latent: NaN or infinite")                                         \
+    X(MOE_E_NAN_CODEBOOK, NUMBER, "codebook", "codebook: NaN or infinite")                                   \
+    X(MOE_E_NOISE, NUMBER, "std", "std, threshold: a standard deviation must be finite and above 0, a threshold finite")\
+    X(MOE_E_TEACHER, ARGUMENT, "teacher", "teacher: an expert index is not below n_experts")                 \
+    X(MOE_E_CODE, ARGUMENT, "index", "index: the code of a token is not below n_codes")                      \
+    X(MOE_E_N_DEVICES, ARGUMENT, "n_devices", "n_devices: must be at least 1 and divide n_experts")          \
+    X(MOE_E_DEVICE_LIMIT, ARGUMENT, "device_limit", "device_limit: the devices that a token may use must be 1 to n_devices")\
+    X(MOE_E_HOME, ARGUMENT, "home", "home: must be below n_devices")                                         \
+    X(MOE_E_SMOOTHING, ARGUMENT, "smoothing", "smoothing: must be above 0 and below 1")                      \
+    X(MOE_E_SEQUENCE, ARGUMENT, "sequence", "sequence: its length must be at least 1")                       \
+    X(MOE_E_COMMITMENT, ARGUMENT, "commitment", "commitment: must be finite and at least 0")                 \
+    X(MOE_E_LOSS_STAGE, SUPPORT, "loss", "loss: the layer lacks what one that is on needs; its own function takes it as an argument") \
     X(MOE_E_NULL_NAME, ARGUMENT, "name", "name: must not be NULL")                                           \
     X(MOE_E_NULL_PATH, ARGUMENT, "path", "path: must not be NULL")                                           \
     X(MOE_E_NULL_BYTES, ARGUMENT, "bytes", "bytes: must not be NULL")                                        \
@@ -251,9 +277,35 @@ typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d)
     MOE__EXPERT_COUNT
 } moe_expert_kind;
 
-typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used */
-    MOE_LOSS_SWITCH, /* E * sum_e f_e P_e, as in Switch / GShard [C] */
-    MOE_LOSS_Z,      /* mean_t (logsumexp z_t)^2, as in ST-MoE [C] */
+typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used; moe_loss_info says more */
+    MOE_LOSS_SWITCH,      /* even load: E * sum_e f_e P_e, as in Switch / GShard [C] */
+    MOE_LOSS_Z,           /* small logits: mean_t (logsumexp z_t)^2, as in ST-MoE [C] */
+    MOE_LOSS_IMPORTANCE,  /* CV^2 of the mean probabilities P */
+    MOE_LOSS_IMPORTANCE_SELECTED, /* CV^2 of the sums of the selected weights */
+    MOE_LOSS_LOAD,        /* CV^2 of the probability, over the noise, of being selected */
+    MOE_LOSS_ENTROPY,     /* -(mean entropy of a token): a token spreads over the experts */
+    MOE_LOSS_CERTAINTY,   /* +(mean entropy of a token): a token is sure of its expert */
+    MOE_LOSS_KL_UNIFORM,  /* KL(P || uniform) = ln E - entropy of P */
+    MOE_LOSS_KL_REVERSE,  /* KL(uniform || P): strong on dead experts */
+    MOE_LOSS_MUTUAL_INFORMATION, /* -(entropy of P - mean entropy of a token) */
+    MOE_LOSS_L2_UNIFORM,  /* sum_e (P_e - 1/E)^2 */
+    MOE_LOSS_SEQUENCE,    /* switch in each sequence, on shares of the scores */
+    MOE_LOSS_DEVICE,      /* switch between devices: groups of experts */
+    MOE_LOSS_COMMUNICATION, /* the same, of the tokens that a device receives */
+    MOE_LOSS_LOCALITY,    /* KL(shares of the devices || nearly all at home) */
+    MOE_LOSS_RELU_L1,     /* sparsity of a ReLU gate, the busy experts first */
+    MOE_LOSS_VARIANCE,    /* -(variance of the scores over the tokens) */
+    MOE_LOSS_ORACLE,      /* cross entropy to a teacher's choice */
+    MOE_LOSS_SIMBAL,      /* sum abs(R^T R - I) of the router */
+    MOE_LOSS_DIVERSE_SIMPLE, /* norm of R^T R - I, and mean norm of the router's columns */
+    MOE_LOSS_PROTOTYPE_ORTHOGONALITY, /* squared norm of C^T C - I, C the router's columns at unit length */
+    MOE_LOSS_PROTOTYPE_DIVERSITY, /* mean exp(2 cos - 2) between two prototypes */
+    MOE_LOSS_PROTOTYPE_ALIGNMENT, /* 1 - mean cos of a latent token and its prototypes */
+    MOE_LOSS_LATENT_KL,   /* KL(q || N(0, I)) of a variational latent */
+    MOE_LOSS_REDUNDANCY,  /* mean relu(cos) between the logits of two experts */
+    MOE_LOSS_OUTPUT_ORTHOGONALITY, /* projections of a token's expert outputs on each other */
+    MOE_LOSS_ORTHONORMAL, /* squared norm of V^T V - I of an expert's basis V */
+    MOE_LOSS_CODEBOOK,    /* codes to tokens, tokens to codes */
     MOE_LOSS_COUNT
 } moe_loss_kind;
 
@@ -321,6 +373,13 @@ MOE_API const char *moe_order_name(moe_order_kind v);
 MOE_API const char *moe_expert_name(moe_expert_kind v);
 MOE_API const char *moe_loss_name(moe_loss_kind v);
 MOE_API const char *moe_optimizer_name(moe_optimizer_kind v);
+/* A row of the tables of losses and of controllers in docs/math.md. */
+typedef struct moe_info {
+    const char *name, *formula, *source;
+    const char *mark;  /* how sure the source is: "P" paper, "C" code, "S" summary, "K" general knowledge, "D" derived here */
+    float coefficient; /* the usual one; 0 = none is known */
+} moe_info;
+MOE_API const moe_info *moe_loss_info(moe_loss_kind v); /* static storage; NULL past the end */
 MOE_API const char *moe_isa_name(moe_isa v);
 /* Writes the desc as one JSON object, e.g. {"d_model":8,...}, NUL-terminated, cut at `size`. Returns the
  * length that it needs without the NUL, like snprintf. NULL desc: 0. */
@@ -389,13 +448,112 @@ MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperat
  * value (rows, k) may be NULL. NaN: MOE_E_NAN_LOGITS; -infinity is allowed. */
 MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *scores, int32_t *index, float *value);
 
-/* Auxiliary losses: the value, unweighted, into *value (may be NULL), and coefficient * gradient added to
- * d_logits (T, E) (may be NULL). prob (T, E) = softmax of the logits; load (E) = tokens an expert was
- * selected by (summed over micro-batches or ranks if you wish); the load is a constant in the gradient. */
+/* Auxiliary losses: the value, unweighted, into *value (may be NULL), and coefficient * gradient added to the arrays d_...
+ * (each may be NULL). prob (T, E) = softmax of the logits / temperature, and d_logits is by the logits; where a loss takes
+ * scores (T, E), those of any gate, d_scores is by them, and the gate's own backward follows.
+ *
+ * Some read statistics of the batch, which you make first and may sum (a mean: average) over micro-batches or ranks: then
+ * every part is balanced for the whole. load (E) = tokens that selected an expert (moe_routes.load); the other statistics
+ * have a function here. Counts are constant in the gradient; through a mean it flows, as if this batch were all of it. */
+
+/* mean (E) = mean over the tokens of prob or of scores (T, E). */
+MOE_API moe_status moe_mean_scores(size_t n_tokens, size_t n_experts, const float *scores, double *mean);
+/* mean (E) = sum of the selected weights (T, k) of an expert, divided by T. A negative index is no choice. */
+MOE_API moe_status moe_mean_weights(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const float *weight, double *mean);
+/* load (number of sequences, E): selections in each run of `sequence` tokens; the last run may be shorter. */
+MOE_API moe_status moe_sequence_load(size_t n_tokens, size_t n_experts, size_t k, size_t sequence, const int32_t *index, uint64_t *load);
+/* Experts stand on devices in equal blocks: expert e on device e / (E / n_devices). out (n_devices): selections of a
+ * device's experts; its tokens (each once); its share of the mean probability. */
+MOE_API moe_status moe_device_load(size_t n_experts, size_t n_devices, const uint64_t *load, uint64_t *out);
+MOE_API moe_status moe_device_tokens(size_t n_tokens, size_t n_experts, size_t n_devices, size_t k, const int32_t *index, uint64_t *out);
+MOE_API moe_status moe_device_prob(size_t n_experts, size_t n_devices, const double *mean, double *out);
+/* mean (E) of the probability, over the noise, of being selected: Phi((logits - threshold) / std), all (T, E). */
+MOE_API moe_status moe_mean_selection(size_t n_tokens, size_t n_experts, const float *logits, const float *std,
+                                      const float *threshold, double *mean);
+/* teacher (T): the expert with the least task loss, given (T, E) in `scores`; ties go to the lowest index. */
+MOE_API moe_status moe_teacher_best(size_t n_tokens, size_t n_experts, const float *scores, int32_t *teacher);
+
+/* The load: E * sum_e f_e P_e, f = shares of the load. Summed over micro-batches, with each one's coefficient divided by
+ * their number, the gradients are those of one large batch (global-batch balance). */
 MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
                                    const uint64_t *load, float coefficient, double *value, float *d_logits);
+/* The same between devices, and with the tokens that each receives: device_load from moe_device_load; device_tokens from
+ * moe_device_tokens over `counted` tokens, of which each may use device_limit devices. */
+MOE_API moe_status moe_loss_device(size_t n_tokens, size_t n_experts, size_t n_devices, float temperature, const float *prob,
+                                   const uint64_t *device_load, float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_communication(size_t n_tokens, size_t n_experts, size_t n_devices, size_t device_limit, float temperature,
+                                          const float *prob, const uint64_t *device_tokens, uint64_t counted, float coefficient,
+                                          double *value, float *d_logits);
+/* The same in each sequence, on shares of scores that are at least 0 (softmax, sigmoid, ReLU): load from moe_sequence_load. */
+MOE_API moe_status moe_loss_sequence(size_t n_tokens, size_t n_experts, size_t sequence, const float *scores, const uint64_t *load,
+                                     float coefficient, double *value, float *d_scores);
+/* All tokens of the call are at device `home`: KL of where their probability goes (device_prob from moe_device_prob) from
+ * 1 - smoothing at home and the rest even elsewhere. */
+MOE_API moe_status moe_loss_locality(size_t n_tokens, size_t n_experts, size_t n_devices, size_t home, float smoothing, float temperature,
+                                     const float *prob, const double *device_prob, float coefficient, double *value, float *d_logits);
+/* The mean probabilities P, mean (E) from moe_mean_scores(prob): CV^2; KL from and to uniform; squared distance to uniform;
+ * -(entropy of P - mean entropy of a token). */
+MOE_API moe_status moe_loss_importance(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_kl_uniform(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_kl_reverse(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_l2_uniform(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_mutual_information(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
+                                               const double *mean, float coefficient, double *value, float *d_logits);
+/* Each token alone: its entropy (its negative as a loss, and itself), cross entropy to teacher (T), negative = none. */
+MOE_API moe_status moe_loss_entropy(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits);
+MOE_API moe_status moe_loss_certainty(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                      double *value, float *d_logits);
+MOE_API moe_status moe_loss_oracle(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const int32_t *teacher,
+                                   float coefficient, double *value, float *d_logits);
+/* The logits: mean (logsumexp)^2; mean relu(cos) between the columns of two experts. */
 MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
                               double *value, float *d_logits);
+MOE_API moe_status moe_loss_redundancy(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
+                                       double *value, float *d_logits);
+/* Noisy top-k: CV^2 of mean (E) from moe_mean_selection. d_threshold NULL: the threshold is constant. */
+MOE_API moe_status moe_loss_load(size_t n_tokens, size_t n_experts, const float *logits, const float *std, const float *threshold,
+                                 const double *mean, float coefficient, double *value, float *d_logits, float *d_std,
+                                 float *d_threshold);
+/* The weights of the selected (T, k): CV^2 of mean (E) from moe_mean_weights. */
+MOE_API moe_status moe_loss_importance_selected(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const double *mean,
+                                                float coefficient, double *value, float *d_weight);
+/* Scores: -(sum over experts of the variance over tokens), mean (E) from moe_mean_scores(scores); E sum_e f_e mean_t
+ * max(0, s_te), f_e = load_e / (k * counted), load over `counted` tokens (of a ReLU gate d_scores is by its logits too). */
+MOE_API moe_status moe_loss_variance(size_t n_tokens, size_t n_experts, const float *scores, const double *mean, float coefficient,
+                                     double *value, float *d_scores);
+MOE_API moe_status moe_loss_relu_l1(size_t n_tokens, size_t n_experts, size_t k, const float *scores, const uint64_t *load,
+                                    uint64_t counted, float coefficient, double *value, float *d_scores);
+/* The router's or the prototypes' columns, (d, E): sum abs(R^T R - I); its Frobenius norm + mean norm of a column; the
+ * squared norm with columns at unit length; mean exp(2 cos - 2) of two different columns. A column of zeros has no angle. */
+MOE_API moe_status moe_loss_simbal(size_t d, size_t n_experts, const float *router, float coefficient, double *value, float *d_router);
+MOE_API moe_status moe_loss_diverse_simple(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                           float *d_router);
+MOE_API moe_status moe_loss_prototype_orthogonality(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                    float *d_router);
+MOE_API moe_status moe_loss_prototype_diversity(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                float *d_router);
+/* Squared norm of V^T V - I, V (rows, cols). */
+MOE_API moe_status moe_loss_orthonormal(size_t rows, size_t cols, const float *matrix, float coefficient, double *value, float *d_matrix);
+/* Latent tokens (T, d): mean of 1 - cos with the prototypes (d, E) that index (T, k) selects; KL of N(latent, exp(log_var))
+ * from N(0, I). */
+MOE_API moe_status moe_loss_prototype_alignment(size_t n_tokens, size_t d, size_t n_experts, size_t k, const float *latent,
+                                                const float *router, const int32_t *index, float coefficient, double *value,
+                                                float *d_latent, float *d_router);
+MOE_API moe_status moe_loss_latent_kl(size_t n_tokens, size_t d, const float *latent, const float *log_var, float coefficient,
+                                      double *value, float *d_latent, float *d_log_var);
+/* Outputs (T, k, d) of a token's experts: mean_t of sum over j != l of <o_j, o_l>^2 / <o_l, o_l>. */
+MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size_t d, const float *outputs, float coefficient,
+                                                 double *value, float *d_outputs);
+/* Tokens x (T, d) and their codes index (T) (negative = none) of codebook (n_codes, d): mean over them of |C - sg x|^2 +
+ * commitment |sg C - x|^2, sg = without gradient; commitment is usually 0.25. */
+MOE_API moe_status moe_loss_codebook(size_t n_tokens, size_t d, size_t n_codes, const float *x, const float *codebook,
+                                     const int32_t *index, float commitment, float coefficient, double *value, float *dx,
+                                     float *d_codebook);
 
 /* Optimisers on n floats; an array without weight decay (a bias) takes weight_decay = MOE_OFF. */
 typedef struct moe_optimizer_args {
@@ -974,6 +1132,7 @@ typedef struct moe__kernels {
     float (*lse)(size_t n, const float *x);
     float (*dot)(size_t n, const float *x, const float *y);
     void (*axpy)(size_t n, float a, const float *x, float *y); /* y = fma(a, x, y) */
+    void (*slope)(size_t n, float s, float scale, float mean, const float *c, const float *p, float *dz); /* dz += s p (scale c - mean) */
     void (*act[MOE__EXPERT_COUNT])(size_t rows, const float *z0, const float *z1, float *h);
     /* z -> dz, h -> w h in place; part[r * part_ld] = this panel's share of <h, dh> */
     void (*act_back[MOE__EXPERT_COUNT])(size_t rows, const float *w, float *z0, float *z1, float *h, const float *dh,
@@ -1530,6 +1689,16 @@ MOE__FN void MOE__S(moe__axpy_)(size_t n, float a, const float *x, float *y) {
     if (n) moe__v_store_n(y, n, moe__v_fma(s, moe__v_load_n(x, n, 0.0f), moe__v_load_n(y, n, 0.0f)));
 }
 
+/* The gradient of a loss with dL/dp = c through a softmax p: dz = fma(s p, fma(scale, c, -mean), dz). */
+MOE__FN void MOE__S(moe__slope_)(size_t n, float s, float scale, float mean, const float *c, const float *p, float *dz) {
+    moe__v sv = moe__v_set1(s), kv = moe__v_set1(scale), mv = moe__v_set1(-mean);
+    for (; n >= 16; n -= 16, c += 16, p += 16, dz += 16)
+        moe__v_store(dz, moe__v_fma(moe__v_mul(sv, moe__v_load(p)), moe__v_fma(moe__v_load(c), kv, mv), moe__v_load(dz)));
+    if (n)
+        moe__v_store_n(dz, n, moe__v_fma(moe__v_mul(sv, moe__v_load_n(p, n, 0.0f)), moe__v_fma(moe__v_load_n(c, n, 0.0f), kv, mv),
+                                         moe__v_load_n(dz, n, 0.0f)));
+}
+
 /* -- activations: value and derivative together -- */
 MOE__FI moe__v MOE__S(moe__relu_)(moe__v z, moe__v *slope) {
     moe__v zero = moe__v_set1(0.0f), one = moe__v_set1(1.0f);
@@ -1644,7 +1813,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
     {0 MOE__KERNEL_ROWS(MOE__NN_ENTRY)}, {0 MOE__KERNEL_ROWS(MOE__TN_ENTRY)},
     MOE__S(moe__transpose_),
     MOE__S(moe__map_exp_), MOE__S(moe__map_log_), MOE__S(moe__map_tanh_), MOE__S(moe__map_erf_),
-    MOE__S(moe__softmax_), MOE__S(moe__lse_), MOE__S(moe__dot_), MOE__S(moe__axpy_),
+    MOE__S(moe__softmax_), MOE__S(moe__lse_), MOE__S(moe__dot_), MOE__S(moe__axpy_), MOE__S(moe__slope_),
     {0, MOE__S(moe__relu_forward_), MOE__S(moe__gelu_forward_), MOE__S(moe__silu_forward_),
      MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
@@ -2131,6 +2300,7 @@ typedef struct moe__tape_memory {
     float *z, *h;        /* before and after the activation, as panels */
     float *o;            /* outputs, row-major, ldo; in backward the gathered dy, then dx */
     float *part, *dweight;
+    double *mean; /* (E) */
 } moe__tape_memory;
 
 typedef struct moe__job {
@@ -2141,6 +2311,7 @@ typedef struct moe__job {
     moe__tape_memory *m;
     const float *x, *router;
     const float *dweight; /* (n_routes) or NULL */
+    const double *mean;   /* (E): of tape.prob, for the losses */
     float *drouter, *dx;
 } moe__job;
 
@@ -2794,102 +2965,1099 @@ static void moe__experts_backward(moe__pass *p) {
     }
 }
 
-/* ==== losses ================================================================================== */
-/* E * sum_e f_e P_e, f_e = load_e / sum of loads, P = mean p, as in GShard and Switch [C]. f is constant in the
- * gradient: dL/dz = (p / (T temperature)) (c - <c, p>), c = E f [D]. */
+/* ==== losses ==================================================================================
+ * Most losses have a slope c_te = dL/dp_te (times T) on the softmax p of a token, so that by its logits
+ * dL/dz_te = p_te (c_te - sum_j c_tj p_tj) / (T temperature) [D]. A loss is then a way to fill c. */
+#define MOE__MAX_EXPERTS ((size_t)1 << 20)
+#define MOE__SLOPES 256 /* columns that are filled at a time */
+
+typedef struct moe__slope moe__slope;
+struct moe__slope {
+    void (*fill)(const moe__slope *l, const float *p, size_t e, size_t n, float *c); /* of experts e .. e + n - 1; p: of this token */
+    int each;    /* c differs from token to token */
+    float scale; /* c is multiplied by it last */
+    double a, b;
+    const double *mean;
+    const uint64_t *load;
+    size_t group; /* experts of a device */
+};
+
+static float moe__positive(double x) { return x > (double)FLT_MIN ? (float)x : FLT_MIN; } /* what a logarithm can take */
+
+/* d_logits (may be NULL) += coefficient times the gradient. Returns mean_t sum_e c_te p_te: the value of a loss that is
+ * linear in p. The inner products run in blocks of the panel's width, whatever MOE__SLOPES is. */
+static double moe__through_softmax(const moe__slope *l, size_t T, size_t E, float temperature, const float *prob, float coefficient,
+                                   float *d_logits) {
+    const moe__kernels *kn = moe__k();
+    float c[MOE__SLOPES], scaled[MOE__SLOPES], s = coefficient / (temperature * (float)T);
+    int whole = E <= MOE__SLOPES;
+    double sum = 0.0;
+    for (size_t t = 0; t < T; t++) {
+        const float *p = prob + t * E;
+        float mean = 0.0f;
+        for (size_t e = 0; e < E; e += MOE__SLOPES) {
+            size_t n = moe__min(MOE__SLOPES, E - e);
+            if (!whole || l->each || !t) {
+                l->fill(l, p + e, e, n, c);
+                for (size_t i = 0; i < n; i++) scaled[i] = c[i] * l->scale;
+            }
+            for (size_t i = 0; i < n; i += MOE__W) mean += kn->dot(moe__min(MOE__W, n - i), scaled + i, p + e + i);
+        }
+        sum += (double)mean;
+        for (size_t e = 0; d_logits && e < E; e += MOE__SLOPES) {
+            size_t n = moe__min(MOE__SLOPES, E - e);
+            if (!whole) l->fill(l, p + e, e, n, c);
+            kn->slope(n, s, l->scale, mean, c, p + e, d_logits + t * E + e);
+        }
+    }
+    return sum / (double)T;
+}
+
+static moe_status moe__loss_shape(size_t T, size_t E, float coefficient, double *value) {
+    size_t n;
+    if (!E || E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(T, E, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    return MOE_OK;
+}
+static moe_status moe__loss_prob(size_t T, size_t E, float temperature, const float *prob, float coefficient, double *value) {
+    if (E && E <= MOE__MAX_EXPERTS && !moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
+    moe_status s = moe__loss_shape(T, E, coefficient, value);
+    if (s || !T) return s;
+    if (!prob) return MOE_E_NULL_PROB;
+    return moe__all_finite(T * E, prob) ? MOE_OK : MOE_E_NAN_PROB;
+}
+static moe_status moe__loss_scores(size_t T, size_t E, const float *scores, float coefficient, double *value) {
+    moe_status s = moe__loss_shape(T, E, coefficient, value);
+    if (s || !T) return s;
+    if (!scores) return MOE_E_NULL_SCORES;
+    return moe__all_finite(T * E, scores) ? MOE_OK : MOE_E_NAN_SCORES;
+}
+static moe_status moe__loss_mean(size_t E, const double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    for (size_t e = 0; e < E; e++)
+        if (!(mean[e] >= 0.0 && mean[e] <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    return MOE_OK;
+}
+static moe_status moe__loss_index(size_t n, size_t most, const int32_t *index, moe_status bad) {
+    if (!index) return MOE_E_NULL_INDEX;
+    for (size_t i = 0; i < n; i++)
+        if (index[i] >= 0 && (size_t)index[i] >= most) return bad;
+    return MOE_OK;
+}
+
+/* -- statistics -- */
+MOE_API moe_status moe_mean_scores(size_t n_tokens, size_t n_experts, const float *scores, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, 0.0f, NULL);
+    if (s) return s;
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) mean[e] += (double)scores[t * n_experts + e];
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+
+static moe_status moe__loss_choices(size_t T, size_t k, size_t E, const int32_t *index) {
+    size_t n;
+    if (!k || k > E) return E ? MOE_E_TOP_K : MOE_E_N_EXPERTS;
+    if (E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!moe__mul(T, k, &n)) return MOE_E_OVERFLOW;
+    return T ? moe__loss_index(n, E, index, MOE_E_INDEX) : MOE_OK;
+}
+
+MOE_API moe_status moe_mean_weights(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const float *weight, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (n_tokens && !weight) return MOE_E_NULL_WEIGHT;
+    if (!moe__all_finite(n_tokens * k, weight)) return MOE_E_NAN_WEIGHT;
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t i = 0; i < n_tokens * k; i++)
+        if (index[i] >= 0) mean[index[i]] += (double)weight[i];
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_sequence_load(size_t n_tokens, size_t n_experts, size_t k, size_t sequence, const int32_t *index, uint64_t *load) {
+    size_t n;
+    moe_status s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (!sequence) return MOE_E_SEQUENCE;
+    if (!moe__mul(moe__ceil_div(n_tokens, sequence), n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !load) return MOE_E_NULL_LOAD;
+    for (size_t i = 0; i < n; i++) load[i] = 0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < k; i++)
+            if (index[t * k + i] >= 0) load[t / sequence * n_experts + (size_t)index[t * k + i]]++;
+    return MOE_OK;
+}
+
+static moe_status moe__devices(size_t E, size_t D) {
+    if (!E || E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    return !D || E % D ? MOE_E_N_DEVICES : MOE_OK;
+}
+MOE_API moe_status moe_device_load(size_t n_experts, size_t n_devices, const uint64_t *load, uint64_t *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (s) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!out) return MOE_E_NULL_OUT;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0;
+    for (size_t e = 0; e < n_experts; e++) out[e / (n_experts / n_devices)] += load[e];
+    return MOE_OK;
+}
+MOE_API moe_status moe_device_tokens(size_t n_tokens, size_t n_experts, size_t n_devices, size_t k, const int32_t *index, uint64_t *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t group = n_experts / n_devices;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0;
+    for (size_t t = 0; t < n_tokens; t++, index += k)
+        for (size_t i = 0; i < k; i++) {
+            size_t j = 0;
+            if (index[i] < 0) continue;
+            while (j < i && (index[j] < 0 || (size_t)index[j] / group != (size_t)index[i] / group)) j++;
+            if (j == i) out[(size_t)index[i] / group]++;
+        }
+    return MOE_OK;
+}
+MOE_API moe_status moe_device_prob(size_t n_experts, size_t n_devices, const double *mean, double *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (!s) s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    if (!out) return MOE_E_NULL_OUT;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0.0;
+    for (size_t e = 0; e < n_experts; e++) out[e / (n_experts / n_devices)] += mean[e];
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_teacher_best(size_t n_tokens, size_t n_experts, const float *scores, int32_t *teacher) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, 0.0f, NULL);
+    if (s || !n_tokens) return s;
+    if (!teacher) return MOE_E_NULL_TEACHER;
+    for (size_t t = 0; t < n_tokens; t++, scores += n_experts) {
+        teacher[t] = 0;
+        for (size_t e = 1; e < n_experts; e++)
+            if (scores[e] < scores[teacher[t]]) teacher[t] = (int32_t)e;
+    }
+    return MOE_OK;
+}
+
+/* -- the load -- */
+static void moe__fill_load(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)l->load[(e + i) / l->group];
+}
+
+/* sum_e f_e P_e times the number of groups, f_e = load / sum of loads of e's group, P = mean p */
+static moe_status moe__loss_even(size_t T, size_t E, size_t n_groups, float temperature, const float *prob, const uint64_t *load,
+                                 double scale, float coefficient, double *value, float *d_logits) {
+    moe__slope l;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_load;
+    l.load = load;
+    l.group = E / n_groups;
+    l.scale = (float)scale;
+    if (d_logits) moe__through_softmax(&l, T, E, temperature, prob, coefficient, d_logits);
+    if (!value) return MOE_OK;
+    double sum = 0.0;
+    for (size_t e = 0; e < E; e += MOE__W) {
+        double P[MOE__W] = {0};
+        size_t n = moe__min(MOE__W, E - e);
+        for (size_t t = 0; t < T; t++)
+            for (size_t i = 0; i < n; i++) P[i] += (double)prob[t * E + e + i];
+        for (size_t i = 0; i < n; i++) sum += P[i] * (double)load[(e + i) / l.group];
+    }
+    *value = sum * scale / (double)T;
+    return MOE_OK;
+}
+static uint64_t moe__total(size_t n, const uint64_t *load) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++) total += load[i];
+    return total;
+}
+
+/* As in GShard and Switch [C]; DeepSeekMoE's expert level is the same [K]; with loads of the global batch after Qwen [C]. */
 MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
                                    const uint64_t *load, float coefficient, double *value, float *d_logits) {
-    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
-    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
-    size_t n;
-    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
-    if (value) *value = 0.0;
-    if (!n_tokens) return MOE_OK;
-    if (!prob) return MOE_E_NULL_PROB;
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
     if (!load) return MOE_E_NULL_LOAD;
-    uint64_t total = 0;
-    double sum = 0.0;
-    for (size_t e = 0; e < n_experts; e++) total += load[e];
-    if (!total) return MOE_OK;
-    if (value) {
-        for (size_t e = 0; e < n_experts; e++) {
-            double P = 0.0;
-            for (size_t t = 0; t < n_tokens; t++) P += (double)prob[t * n_experts + e];
-            sum += P * (double)load[e];
-        }
-        *value = sum * (double)n_experts / ((double)total * (double)n_tokens);
-    }
-    if (!d_logits) return MOE_OK;
+    uint64_t total = moe__total(n_experts, load);
+    return !total ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_experts, temperature, prob, load,
+                                            (double)n_experts / (double)total, coefficient, value, d_logits);
+}
+
+/* sum_d F_d P_d, F = mean over a device's experts of E f_e, P_d = sum of their P_e: after DeepSeekMoE [K]. */
+MOE_API moe_status moe_loss_device(size_t n_tokens, size_t n_experts, size_t n_devices, float temperature, const float *prob,
+                                   const uint64_t *device_load, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (s || !n_tokens) return s;
+    if (!device_load) return MOE_E_NULL_LOAD;
+    uint64_t total = moe__total(n_devices, device_load);
+    return !total ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_devices, temperature, prob, device_load,
+                                            (double)n_devices / (double)total, coefficient, value, d_logits);
+}
+
+/* sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d: after DeepSeek-V2 [K]. */
+MOE_API moe_status moe_loss_communication(size_t n_tokens, size_t n_experts, size_t n_devices, size_t device_limit, float temperature,
+                                          const float *prob, const uint64_t *device_tokens, uint64_t counted, float coefficient,
+                                          double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (!s && (!device_limit || device_limit > n_devices)) s = MOE_E_DEVICE_LIMIT;
+    if (s || !n_tokens) return s;
+    if (!device_tokens) return MOE_E_NULL_LOAD;
+    return !counted ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_devices, temperature, prob, device_tokens,
+                                              (double)n_devices / ((double)device_limit * (double)counted), coefficient, value, d_logits);
+}
+
+/* The switch loss of each sequence on q = s / sum s, averaged: after DeepSeek-V3 [K]. dL/ds = (c - <c, q>) / sum s [D]. */
+MOE_API moe_status moe_loss_sequence(size_t n_tokens, size_t n_experts, size_t sequence, const float *scores, const uint64_t *load,
+                                     float coefficient, double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (s) return s;
+    if (!sequence) return MOE_E_SEQUENCE;
+    if (!n_tokens) return MOE_OK;
+    if (!load) return MOE_E_NULL_LOAD;
+    for (size_t i = 0; i < n_tokens * n_experts; i++)
+        if (scores[i] < 0.0f) return MOE_E_NAN_SCORES;
     const moe__kernels *kn = moe__k();
-    float s = coefficient / (temperature * (float)n_tokens), scale = (float)((double)n_experts / (double)total);
-    for (size_t t = 0; t < n_tokens; t++, prob += n_experts, d_logits += n_experts) {
-        float mean = 0.0f; /* <c, p>, c_e = E f_e: in blocks of the panel's width, so that no array of E is needed */
-        for (size_t e = 0; e < n_experts; e += MOE__W) {
-            float c[MOE__W];
-            size_t cols = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < cols; i++) c[i] = (float)load[e + i] * scale;
-            mean += kn->dot(cols, c, prob + e);
+    size_t n_sequences = moe__ceil_div(n_tokens, sequence);
+    double sum = 0.0;
+    float c[MOE__W], one[MOE__W];
+    for (size_t i = 0; i < MOE__W; i++) one[i] = 1.0f;
+    for (size_t q = 0; q < n_sequences; q++, load += n_experts) {
+        size_t begin = q * sequence, length = moe__min(sequence, n_tokens - begin);
+        uint64_t total = moe__total(n_experts, load);
+        float scale = total ? (float)((double)n_experts / (double)total) : 0.0f;
+        double share = 1.0 / ((double)n_sequences * (double)length);
+        for (size_t t = begin; total && t < begin + length; t++) {
+            const float *p = scores + t * n_experts;
+            float mean = 0.0f, all = 0.0f;
+            for (size_t e = 0; e < n_experts; e += MOE__W) {
+                size_t n = moe__min(MOE__W, n_experts - e);
+                for (size_t i = 0; i < n; i++) c[i] = (float)load[e + i] * scale;
+                mean += kn->dot(n, c, p + e);
+                all += kn->dot(n, one, p + e);
+            }
+            if (!(all >= FLT_MIN) || !moe__finite(all)) continue; /* a token without scores has no shares */
+            mean /= all;
+            sum += share * (double)mean;
+            float step = (float)((double)coefficient * share / (double)all);
+            for (size_t e = 0; d_scores && e < n_experts; e += MOE__W) {
+                size_t n = moe__min(MOE__W, n_experts - e);
+                for (size_t i = 0; i < n; i++) c[i] = (float)load[e + i];
+                kn->slope(n, step, scale, mean, c, one, d_scores + t * n_experts + e);
+            }
         }
-        for (size_t e = 0; e < n_experts; e++)
-            d_logits[e] = moe__fma(s * prob[e], moe__fma((float)load[e], scale, -mean), d_logits[e]);
     }
+    if (value) *value = sum;
+    return MOE_OK;
+}
+
+static void moe__fill_locality(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = moe__positive(l->mean[(e + i) / l->group]);
+    moe__k()->log(n, c, c);
+    for (size_t i = 0; i < n; i++) c[i] -= (float)((e + i) / l->group == (size_t)l->load[0] ? l->a : l->b);
+}
+/* KL(Q || local), Q_d = a device's share of the probability: after LocMoE [K]; softmax mass and smoothing [D]. */
+MOE_API moe_status moe_loss_locality(size_t n_tokens, size_t n_experts, size_t n_devices, size_t home, float smoothing, float temperature,
+                                     const float *prob, const double *device_prob, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (!s && home >= n_devices) s = MOE_E_HOME;
+    if (!s && !(smoothing >= FLT_MIN && smoothing < 1.0f)) s = MOE_E_SMOOTHING;
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_devices, device_prob);
+    if (s) return s;
+    float local[2];
+    local[0] = n_devices > 1 ? 1.0f - smoothing : 1.0f;
+    local[1] = moe__positive((double)smoothing / (double)moe__max(1, n_devices - 1));
+    double sum = 0.0;
+    for (size_t d = 0; value && d < n_devices; d++)
+        if (device_prob[d] > 0.0) sum += device_prob[d] * log(device_prob[d] / (double)local[d != home]);
+    if (value) *value = sum;
+    if (!d_logits) return MOE_OK;
+    uint64_t at = home;
+    moe__slope l;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_locality;
+    l.scale = 1.0f;
+    l.mean = device_prob;
+    l.load = &at;
+    l.group = n_experts / n_devices;
+    moe__k()->log(2, local, local);
+    l.a = (double)local[0];
+    l.b = (double)local[1];
+    moe__through_softmax(&l, n_tokens, n_experts, temperature, prob, coefficient, d_logits);
+    return MOE_OK;
+}
+
+/* -- the mean probabilities P: the value f(P), and c = df/dP, up to a constant that the softmax does not see -- */
+typedef struct moe__mean_row {
+    double (*value)(size_t E, moe__slope *l); /* also sets l->a, l->b */
+    void (*fill)(const moe__slope *l, const float *p, size_t e, size_t n, float *c);
+} moe__mean_row;
+
+static void moe__fill_linear(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)(l->a * (l->mean[e + i] - l->b));
+}
+/* CV^2 = Var / Mean^2. With a sum that is constant its slope is a (P - b) [D]; *rest is what must be added where it is not. */
+static double moe__cv2(size_t E, const double *mean, double *a, double *b, double *rest) {
+    double mu = 0.0, square = 0.0;
+    for (size_t e = 0; e < E; e++) mu += mean[e];
+    mu /= (double)E;
+    *a = *rest = 0.0;
+    *b = mu;
+    if (!(mu > (double)FLT_MIN)) return 0.0;
+    for (size_t e = 0; e < E; e++) square += (mean[e] - mu) / mu * ((mean[e] - mu) / mu);
+    square /= (double)E;
+    *a = 2.0 / ((double)E * mu * mu);
+    *rest = -2.0 * square / ((double)E * mu);
+    return square;
+}
+static double moe__importance(size_t E, moe__slope *l) {
+    double rest;
+    return moe__cv2(E, l->mean, &l->a, &l->b, &rest);
+}
+static double moe__l2_uniform(size_t E, moe__slope *l) {
+    double sum = 0.0;
+    l->a = 2.0;
+    l->b = 1.0 / (double)E;
+    for (size_t e = 0; e < E; e++) sum += (l->mean[e] - l->b) * (l->mean[e] - l->b);
+    return sum;
+}
+static double moe__kl_uniform(size_t E, moe__slope *l) {
+    double sum = log((double)E);
+    for (size_t e = 0; e < E; e++)
+        if (l->mean[e] > 0.0) sum += l->mean[e] * log(l->mean[e]);
+    return sum;
+}
+static void moe__fill_kl_uniform(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = moe__positive(l->mean[e + i]);
+    moe__k()->log(n, c, c);
+}
+static double moe__kl_reverse(size_t E, moe__slope *l) {
+    double sum = 0.0;
+    l->a = -1.0 / (double)E;
+    for (size_t e = 0; e < E; e++) sum -= log((double)moe__positive(l->mean[e]));
+    return sum / (double)E - log((double)E);
+}
+static void moe__fill_kl_reverse(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)(l->a / (double)moe__positive(l->mean[e + i]));
+}
+
+static moe_status moe__loss_of_mean(double (*f)(size_t E, moe__slope *l), moe__slope *l, size_t T, size_t E, float temperature,
+                                    const float *prob, const double *mean, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(T, E, temperature, prob, coefficient, value);
+    if (s || !T) return s;
+    s = moe__loss_mean(E, mean);
+    if (s) return s;
+    l->mean = mean;
+    double v = f(E, l);
+    if (value) *value = v;
+    if (d_logits) moe__through_softmax(l, T, E, temperature, prob, coefficient, d_logits);
+    return MOE_OK;
+}
+#define MOE__MEAN_LOSS(name, fill_)                                                                                        \
+    MOE_API moe_status moe_loss_##name(size_t n_tokens, size_t n_experts, float temperature, const float *prob,             \
+                                       const double *mean, float coefficient, double *value, float *d_logits) {            \
+        moe__slope l;                                                                                                      \
+        memset(&l, 0, sizeof l);                                                                                           \
+        l.fill = fill_;                                                                                                    \
+        l.scale = 1.0f;                                                                                                    \
+        return moe__loss_of_mean(moe__##name, &l, n_tokens, n_experts, temperature, prob, mean, coefficient, value, d_logits); \
+    }
+MOE__MEAN_LOSS(importance, moe__fill_linear)       /* after V-MoE [K] */
+MOE__MEAN_LOSS(kl_uniform, moe__fill_kl_uniform)   /* after the ecology paper [S] */
+MOE__MEAN_LOSS(kl_reverse, moe__fill_kl_reverse)   /* [D] */
+MOE__MEAN_LOSS(l2_uniform, moe__fill_linear)       /* [C] */
+#undef MOE__MEAN_LOSS
+
+/* -- each token alone -- */
+static void moe__fill_entropy(const moe__slope *l, const float *p, size_t e, size_t n, float *c) { /* ln p */
+    (void)l;
+    (void)e;
+    for (size_t i = 0; i < n; i++) c[i] = p[i] > FLT_MIN ? p[i] : FLT_MIN;
+    moe__k()->log(n, c, c);
+}
+static void moe__fill_mutual(const moe__slope *l, const float *p, size_t e, size_t n, float *c) { /* ln P - ln p */
+    float own[MOE__SLOPES];
+    moe__fill_kl_uniform(l, p, e, n, c);
+    moe__fill_entropy(l, p, e, n, own);
+    for (size_t i = 0; i < n; i++) c[i] -= own[i];
+}
+static void moe__fill_variance(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    for (size_t i = 0; i < n; i++) c[i] = (float)(-2.0 * ((double)p[i] - l->mean[e + i]));
+}
+
+/* The sign is a choice [D]: dS_t/dz = -p (ln p + S_t). */
+static moe_status moe__loss_entropy(float scale, size_t T, size_t E, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits) {
+    moe__slope l;
+    moe_status s = moe__loss_prob(T, E, temperature, prob, coefficient, value);
+    if (s || !T) return s;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_entropy;
+    l.each = 1;
+    l.scale = scale;
+    double v = moe__through_softmax(&l, T, E, temperature, prob, coefficient, d_logits);
+    if (value) *value = v;
+    return MOE_OK;
+}
+MOE_API moe_status moe_loss_entropy(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits) {
+    return moe__loss_entropy(1.0f, n_tokens, n_experts, temperature, prob, coefficient, value, d_logits);
+}
+MOE_API moe_status moe_loss_certainty(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                      double *value, float *d_logits) {
+    return moe__loss_entropy(-1.0f, n_tokens, n_experts, temperature, prob, coefficient, value, d_logits);
+}
+
+/* As in Mod-Squad and ModuleFormer [C], without their tasks. */
+MOE_API moe_status moe_loss_mutual_information(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
+                                               const double *mean, float coefficient, double *value, float *d_logits) {
+    moe__slope l;
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_mutual;
+    l.each = 1;
+    l.scale = 1.0f;
+    l.mean = mean;
+    double v = moe__through_softmax(&l, n_tokens, n_experts, temperature, prob, coefficient, d_logits);
+    if (value) *value = v;
+    return MOE_OK;
+}
+
+/* After the ecology paper [S], which does not say who teaches. */
+MOE_API moe_status moe_loss_oracle(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const int32_t *teacher,
+                                   float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
+    if (!teacher) return MOE_E_NULL_TEACHER;
+    s = moe__loss_index(n_tokens, n_experts, teacher, MOE_E_TEACHER);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    size_t taught = 0;
+    double sum = 0.0;
+    for (size_t t = 0; t < n_tokens; t++) taught += teacher[t] >= 0;
+    if (!taught) return MOE_OK;
+    float step = coefficient / (temperature * (float)taught);
+    for (size_t t = 0; t < n_tokens; t++) {
+        if (teacher[t] < 0) continue;
+        size_t at = t * n_experts + (size_t)teacher[t];
+        sum -= log((double)moe__positive((double)prob[at]));
+        if (!d_logits) continue;
+        kn->axpy(n_experts, step, prob + t * n_experts, d_logits + t * n_experts);
+        d_logits[at] -= step;
+    }
+    if (value) *value = sum / (double)taught;
     return MOE_OK;
 }
 
 /* mean_t (logsumexp z_t)^2, as in ST-MoE [C]. */
 MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
                               double *value, float *d_logits) {
-    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
-    size_t n;
-    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
-    if (value) *value = 0.0;
-    if (!n_tokens) return MOE_OK;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (s || !n_tokens) return s;
     if (!logits) return MOE_E_NULL_LOGITS;
-    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    if (!moe__all_finite(n_tokens * n_experts, logits)) return MOE_E_NAN_LOGITS;
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
-    float s = 2.0f * coefficient / (float)n_tokens;
+    float step = 2.0f * coefficient / (float)n_tokens;
     for (size_t t = 0; t < n_tokens; t++) {
         const float *z = logits + t * n_experts;
         float lse = kn->lse(n_experts, z);
         sum += (double)lse * (double)lse;
         if (!d_logits) continue;
-        for (size_t e = 0; e < n_experts; e += MOE__W) { /* p = exp(z - lse) */
-            float p[MOE__W], *dz = d_logits + t * n_experts + e;
-            size_t cols = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < cols; i++) p[i] = z[e + i] - lse;
-            kn->exp(cols, p, p);
-            for (size_t i = 0; i < cols; i++) dz[i] = moe__fma(s * lse, p[i], dz[i]);
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) { /* p = exp(z - lse) */
+            float p[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e);
+            for (size_t i = 0; i < n; i++) p[i] = z[e + i] - lse;
+            kn->exp(n, p, p);
+            kn->axpy(n, step * lse, p, d_logits + t * n_experts + e);
         }
     }
     if (value) *value = sum / (double)n_tokens;
     return MOE_OK;
 }
 
+/* -- what stands on other things than the softmax -- */
+/* -(1/T) sum_te (s_te - mean_e)^2, after 2505.22323 [K]: a sum over the experts, a mean over the tokens [D]. */
+MOE_API moe_status moe_loss_variance(size_t n_tokens, size_t n_experts, const float *scores, const double *mean, float coefficient,
+                                     double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (s || !n_tokens) return s;
+    if (!mean) return MOE_E_NULL_MEAN;
+    double sum = 0.0, step = -2.0 * (double)coefficient / (double)n_tokens;
+    for (size_t e = 0; e < n_experts; e++)
+        if (!(fabs(mean[e]) <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) {
+            double off = (double)scores[t * n_experts + e] - mean[e];
+            sum -= off * off;
+            if (d_scores) d_scores[t * n_experts + e] += (float)(step * off);
+        }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* As in ReMoE [C]. */
+MOE_API moe_status moe_loss_relu_l1(size_t n_tokens, size_t n_experts, size_t k, const float *scores, const uint64_t *load,
+                                    uint64_t counted, float coefficient, double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (!s && (!k || k > n_experts)) s = MOE_E_TOP_K;
+    if (s || !n_tokens) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!counted) return MOE_OK;
+    double sum = 0.0, scale = (double)n_experts / ((double)k * (double)counted * (double)n_tokens);
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) {
+            size_t i = t * n_experts + e;
+            if (!(scores[i] > 0.0f)) continue;
+            sum += (double)load[e] * (double)scores[i];
+            if (d_scores) d_scores[i] += (float)((double)coefficient * scale * (double)load[e]);
+        }
+    if (value) *value = sum * scale;
+    return MOE_OK;
+}
+
+/* As in Shazeer 2017 [K]. dL/dw does not depend on w but through the mean. */
+MOE_API moe_status moe_loss_importance_selected(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const double *mean,
+                                                float coefficient, double *value, float *d_weight) {
+    double a, b, rest;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    double v = moe__cv2(n_experts, mean, &a, &b, &rest), step = (double)coefficient / (double)n_tokens;
+    if (value) *value = v;
+    for (size_t i = 0; d_weight && i < n_tokens * k; i++)
+        if (index[i] >= 0) d_weight[i] += (float)(step * (a * (mean[index[i]] - b) + rest));
+    return MOE_OK;
+}
+
+/* The load loss of noisy top-k, as in Shazeer 2017 [C]: u = (z - threshold) / std, mean over the tokens of Phi(u). */
+static moe_status moe__noise_check(size_t n, const float *logits, const float *std, const float *threshold) {
+    if (!logits) return MOE_E_NULL_LOGITS;
+    if (!std || !threshold) return MOE_E_NULL_NOISE;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    for (size_t i = 0; i < n; i++)
+        if (!(std[i] >= FLT_MIN) || !moe__finite(std[i]) || !moe__finite(threshold[i])) return MOE_E_NOISE;
+    return MOE_OK;
+}
+static void moe__noise_units(size_t n, const float *logits, const float *std, const float *threshold, float *u) {
+    for (size_t i = 0; i < n; i++) {
+        float x = logits[i] / std[i] - threshold[i] / std[i];
+        u[i] = x > 40.0f ? 40.0f : x > -40.0f ? x : -40.0f; /* Phi is 0 or 1 there, and its slope 0 */
+    }
+}
+MOE_API moe_status moe_mean_selection(size_t n_tokens, size_t n_experts, const float *logits, const float *std,
+                                      const float *threshold, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, 0.0f, NULL);
+    if (!s && n_tokens) s = moe__noise_check(n_tokens * n_experts, logits, std, threshold);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) {
+            float u[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e), at = t * n_experts + e;
+            moe__noise_units(n, logits + at, std + at, threshold + at, u);
+            for (size_t i = 0; i < n; i++) u[i] *= 0.707106781f; /* sqrt(1/2) */
+            kn->erf(n, u, u);
+            for (size_t i = 0; i < n; i++) mean[e + i] += 0.5 + 0.5 * (double)u[i];
+        }
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+MOE_API moe_status moe_loss_load(size_t n_tokens, size_t n_experts, const float *logits, const float *std, const float *threshold,
+                                 const double *mean, float coefficient, double *value, float *d_logits, float *d_std,
+                                 float *d_threshold) {
+    double a, b, rest;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (s || !n_tokens) return s;
+    s = moe__noise_check(n_tokens * n_experts, logits, std, threshold);
+    if (!s) s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    double v = moe__cv2(n_experts, mean, &a, &b, &rest), step = (double)coefficient / (double)n_tokens;
+    if (value) *value = v;
+    if (!d_logits && !d_std && !d_threshold) return MOE_OK;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) {
+            float u[MOE__SLOPES], pdf[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e), at = t * n_experts + e;
+            moe__noise_units(n, logits + at, std + at, threshold + at, u);
+            for (size_t i = 0; i < n; i++) pdf[i] = -0.5f * u[i] * u[i];
+            kn->exp(n, pdf, pdf);
+            for (size_t i = 0; i < n; i++) {
+                float c = (float)(step * (a * (mean[e + i] - b) + rest));
+                float g = c * (pdf[i] * 0.398942280f / std[at + i]); /* 1 / sqrt(2 pi) */
+                if (d_logits) d_logits[at + i] += g;
+                if (d_threshold) d_threshold[at + i] -= g;
+                if (d_std) d_std[at + i] = moe__fma(-g, u[i], d_std[at + i]);
+            }
+        }
+    return MOE_OK;
+}
+
+/* -- pairs of columns: losses sum_ij h(G_ij), G = A^T A, of a matrix A (rows, cols), or of A with columns at unit length -- */
+#define MOE__GRAM_ROWS 64
+typedef struct moe__gram {
+    void (*tile)(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum); /* (32, 32): g -> h'(g), *sum += h(g) */
+    int unit;
+} moe__gram;
+
+/* 1 / length of n columns, 0 for a column of zeros */
+static void moe__gram_inverse(const float *a, size_t rows, size_t cols, size_t j0, size_t n, float *inverse) {
+    double square[MOE__W] = {0};
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < n; j++) square[j] += (double)a[r * cols + j0 + j] * (double)a[r * cols + j0 + j];
+    for (size_t j = 0; j < n; j++) inverse[j] = square[j] > 0.0 ? (float)(1.0 / sqrt(square[j])) : 0.0f;
+}
+static void moe__gram_panel(const float *a, size_t cols, size_t r0, size_t rows, size_t j0, size_t n, const float *inverse, float *panel) {
+    moe__fill_panel(a, cols, r0, rows, j0, n, panel);
+    for (size_t r = 0; inverse && r < rows; r++)
+        for (size_t j = 0; j < n; j++) panel[r * MOE__W + j] *= inverse[j];
+}
+
+/* Returns sum h; da (may be NULL) += scale times the gradient. With M = h'(G), symmetric: dA = 2 A M; at unit length
+ * du_j = 2 sum_i M_ij u_i and da_j = (du_j - u_j <u_j, du_j>) / |a_j| [D]. */
+static double moe__gram_loss(const moe__gram *l, size_t rows, size_t cols, const float *a, float scale, float *da) {
+    const moe__kernels *kn = moe__k();
+    MOE__ALIGN64 float pi[MOE__GRAM_ROWS * MOE__W], pj[MOE__GRAM_ROWS * MOE__W], g[MOE__W * MOE__W], cosine[MOE__W * MOE__W];
+    float inverse_i[MOE__W], inverse_j[MOE__W], along[MOE__W];
+    double sum = 0.0;
+    for (size_t j0 = 0; j0 < cols; j0 += MOE__W) {
+        size_t m = moe__min(MOE__W, cols - j0);
+        if (l->unit) moe__gram_inverse(a, rows, cols, j0, m, inverse_j);
+        memset(along, 0, sizeof along);
+        for (size_t i0 = 0; i0 < cols; i0 += MOE__W) {
+            size_t n = moe__min(MOE__W, cols - i0);
+            if (l->unit) moe__gram_inverse(a, rows, cols, i0, n, inverse_i);
+            memset(g, 0, sizeof g);
+            for (size_t r = 0; r < rows; r += MOE__GRAM_ROWS) {
+                size_t count = moe__min(MOE__GRAM_ROWS, rows - r);
+                moe__gram_panel(a, cols, r, count, i0, n, l->unit ? inverse_i : NULL, pi);
+                moe__gram_panel(a, cols, r, count, j0, m, l->unit ? inverse_j : NULL, pj);
+                moe__product_outer(kn, count, n, pi, pj, MOE__W, g, MOE__W, MOE__W, !r);
+            }
+            memcpy(cosine, g, sizeof g);
+            l->tile(i0, j0, n, m, g, &sum);
+            if (!da) continue;
+            for (size_t i = 0; i < n; i++)
+                for (size_t j = 0; j < m; j++) {
+                    float w = 2.0f * scale * g[i * MOE__W + j];
+                    if (l->unit) {
+                        w *= inverse_j[j];
+                        along[j] = moe__fma(w, cosine[i * MOE__W + j], along[j]);
+                        w *= inverse_i[i];
+                    }
+                    g[i * MOE__W + j] = w;
+                }
+            for (size_t r = 0; r < rows; r += MOE__W) { /* da += A_i W: the rows of A_i as columns of a panel */
+                size_t count = moe__min(MOE__W, rows - r);
+                moe__fill_panel_t(kn, a, cols, i0, n, r, count, pi);
+                moe__product_outer(kn, n, count, pi, g, MOE__W, da + r * cols + j0, cols, m, 0);
+            }
+        }
+        for (size_t r = 0; da && l->unit && r < rows; r++)
+            for (size_t j = 0; j < m; j++) {
+                size_t at = r * cols + j0 + j;
+                da[at] = moe__fma(-along[j] * inverse_j[j], a[at], da[at]);
+            }
+    }
+    return sum;
+}
+
+static void moe__tile_abs(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* abs(g - [i = j]) */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, off = *x - (i0 + i == j0 + j ? 1.0f : 0.0f);
+            *sum += fabs((double)off);
+            *x = off > 0.0f ? 1.0f : off < 0.0f ? -1.0f : 0.0f;
+        }
+}
+static void moe__tile_square(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* (g - [i = j])^2 */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, off = *x - (i0 + i == j0 + j ? 1.0f : 0.0f);
+            *sum += (double)off * (double)off;
+            *x = 2.0f * off;
+        }
+}
+/* at unit length the diagonal is constant */
+static void moe__tile_unit(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* g^2, i != j */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, v = i0 + i == j0 + j ? 0.0f : *x;
+            *sum += (double)v * (double)v;
+            *x = 2.0f * v;
+        }
+}
+static void moe__tile_relu(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* max(0, g), i != j */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, v = i0 + i == j0 + j || !(*x > 0.0f) ? 0.0f : *x;
+            *sum += (double)v;
+            *x = v > 0.0f ? 1.0f : 0.0f;
+        }
+}
+static void moe__tile_near(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* exp(2 g - 2), i != j */
+    for (size_t i = 0; i < n; i++) {
+        float *row = g + i * MOE__W;
+        for (size_t j = 0; j < m; j++) row[j] = 2.0f * (row[j] - 1.0f);
+        moe__k()->exp(m, row, row);
+        for (size_t j = 0; j < m; j++) {
+            if (i0 + i == j0 + j) row[j] = 0.0f;
+            *sum += (double)row[j];
+            row[j] *= 2.0f;
+        }
+    }
+}
+
+static moe_status moe__gram_check(size_t rows, size_t cols, const float *a, float coefficient, double *value, moe_status null,
+                                  moe_status nan) {
+    moe_status s = moe__loss_shape(rows, cols, coefficient, value);
+    if (s || !rows) return s;
+    if (!a) return null;
+    return moe__all_finite(rows * cols, a) ? MOE_OK : nan;
+}
+static moe_status moe__router_loss(void (*tile)(size_t, size_t, size_t, size_t, float *, double *), int unit, double divisor, size_t d,
+                                   size_t E, const float *router, float coefficient, double *value, float *d_router) {
+    moe__gram l;
+    l.tile = tile;
+    l.unit = unit;
+    moe_status s = !d ? MOE_E_D_MODEL : moe__gram_check(d, E, router, coefficient, value, MOE_E_NULL_ROUTER, MOE_E_NAN_ROUTER);
+    if (s || !(divisor > 0.0)) return s;
+    double v = moe__gram_loss(&l, d, E, router, (float)((double)coefficient / divisor), d_router);
+    if (value) *value = v / divisor;
+    return MOE_OK;
+}
+
+/* As in SimBal [P]: dR = 2 R sign(R^T R - I). */
+MOE_API moe_status moe_loss_simbal(size_t d, size_t n_experts, const float *router, float coefficient, double *value, float *d_router) {
+    return moe__router_loss(moe__tile_abs, 0, 1.0, d, n_experts, router, coefficient, value, d_router);
+}
+/* After the ecology paper [S], whose form is not published [D]. */
+MOE_API moe_status moe_loss_prototype_orthogonality(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                    float *d_router) {
+    return moe__router_loss(moe__tile_unit, 1, 1.0, d, n_experts, router, coefficient, value, d_router);
+}
+/* After latent prototype routing (2506.21328): it asks for prototypes far apart; this form is ours [D]. */
+MOE_API moe_status moe_loss_prototype_diversity(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                float *d_router) {
+    double pairs = (double)n_experts * ((double)n_experts - 1.0);
+    return moe__router_loss(moe__tile_near, 1, pairs, d, n_experts, router, coefficient, value, d_router);
+}
+/* As in DynMoE [C]: norm(W^T W - I) + mean norm(w_e). */
+MOE_API moe_status moe_loss_diverse_simple(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                           float *d_router) {
+    double square, lengths = 0.0;
+    float inverse[MOE__W];
+    moe_status s = moe__router_loss(moe__tile_square, 0, 1.0, d, n_experts, router, 0.0f, &square, NULL);
+    if (!s) s = moe__loss_shape(d, n_experts, coefficient, value);
+    if (s) return s;
+    double norm = sqrt(square), step = (double)coefficient / (double)n_experts;
+    if (d_router && norm > 0.0)
+        moe__router_loss(moe__tile_square, 0, 2.0 * norm, d, n_experts, router, coefficient, NULL, d_router);
+    for (size_t e = 0; e < n_experts; e += MOE__W) {
+        size_t n = moe__min(MOE__W, n_experts - e);
+        moe__gram_inverse(router, d, n_experts, e, n, inverse);
+        for (size_t i = 0; i < n; i++) lengths += inverse[i] > 0.0f ? 1.0 / (double)inverse[i] : 0.0;
+        for (size_t r = 0; d_router && r < d; r++)
+            for (size_t i = 0; i < n; i++) {
+                size_t at = r * n_experts + e + i;
+                d_router[at] = moe__fma((float)(step * (double)inverse[i]), router[at], d_router[at]);
+            }
+    }
+    if (value) *value = norm + lengths / (double)n_experts;
+    return MOE_OK;
+}
+/* As in ERMoE's penalty [S]. */
+MOE_API moe_status moe_loss_orthonormal(size_t rows, size_t cols, const float *matrix, float coefficient, double *value, float *d_matrix) {
+    moe__gram l;
+    l.tile = moe__tile_square;
+    l.unit = 0;
+    moe_status s = moe__gram_check(rows, cols, matrix, coefficient, value, MOE_E_NULL_MATRIX, MOE_E_NAN_MATRIX);
+    if (s || !rows) return s;
+    double v = moe__gram_loss(&l, rows, cols, matrix, coefficient, d_matrix);
+    if (value) *value = v;
+    return MOE_OK;
+}
+/* mean over i < j of max(0, cos), cos between the logits of two experts over the tokens [C]. */
+MOE_API moe_status moe_loss_redundancy(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
+                                       double *value, float *d_logits) {
+    moe__gram l;
+    l.tile = moe__tile_relu;
+    l.unit = 1;
+    moe_status s = moe__gram_check(n_tokens, n_experts, logits, coefficient, value, MOE_E_NULL_LOGITS, MOE_E_NAN_LOGITS);
+    double pairs = (double)n_experts * ((double)n_experts - 1.0);
+    if (s || !n_tokens || n_experts < 2) return s;
+    double v = moe__gram_loss(&l, n_tokens, n_experts, logits, (float)((double)coefficient / pairs), d_logits);
+    if (value) *value = v / pairs;
+    return MOE_OK;
+}
+
+/* -- latent tokens, outputs, codes -- */
+static moe_status moe__latent_check(size_t T, size_t d, const float *latent, float coefficient, double *value) {
+    size_t n;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(T, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!T) return MOE_OK;
+    if (!latent) return MOE_E_NULL_LATENT;
+    return moe__all_finite(n, latent) ? MOE_OK : MOE_E_NAN_LATENT;
+}
+
+/* After latent prototype routing [D]. d cos / dx = (c / |c| - cos x / |x|) / |x|, and the other way round. */
+MOE_API moe_status moe_loss_prototype_alignment(size_t n_tokens, size_t d, size_t n_experts, size_t k, const float *latent,
+                                                const float *router, const int32_t *index, float coefficient, double *value,
+                                                float *d_latent, float *d_router) {
+    moe_status s = moe__latent_check(n_tokens, d, latent, coefficient, value);
+    if (!s) s = moe__gram_check(d, n_experts, router, 0.0f, NULL, MOE_E_NULL_ROUTER, MOE_E_NAN_ROUTER);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    size_t choices = 0;
+    double sum = 0.0;
+    for (size_t i = 0; i < n_tokens * k; i++) choices += index[i] >= 0;
+    if (!choices) return MOE_OK;
+    double step = -(double)coefficient / (double)choices;
+    for (size_t i = 0; i < n_tokens * k; i++) {
+        if (index[i] < 0) continue;
+        const float *x = latent + i / k * d, *c = router + index[i];
+        double xx = 0.0, cc = 0.0, xc = 0.0, cosine = 0.0;
+        for (size_t r = 0; r < d; r++) {
+            double a = (double)x[r], b = (double)c[r * n_experts];
+            xx += a * a;
+            cc += b * b;
+            xc += a * b;
+        }
+        int angle = xx > 0.0 && cc > 0.0;
+        if (angle) cosine = xc / sqrt(xx * cc);
+        sum += 1.0 - cosine;
+        for (size_t r = 0; angle && r < d; r++) {
+            double a = (double)x[r], b = (double)c[r * n_experts], across = 1.0 / sqrt(xx * cc);
+            if (d_latent) d_latent[i / k * d + r] += (float)(step * (b * across - cosine * a / xx));
+            if (d_router) d_router[r * n_experts + (size_t)index[i]] += (float)(step * (a * across - cosine * b / cc));
+        }
+    }
+    if (value) *value = sum / (double)choices;
+    return MOE_OK;
+}
+
+/* mean_t (1/2) sum (m^2 + v - ln v - 1), v = exp(log_var): after latent prototype routing [D]. */
+MOE_API moe_status moe_loss_latent_kl(size_t n_tokens, size_t d, const float *latent, const float *log_var, float coefficient,
+                                      double *value, float *d_latent, float *d_log_var) {
+    moe_status s = moe__latent_check(n_tokens, d, latent, coefficient, value);
+    if (!s) s = moe__latent_check(n_tokens, d, log_var, coefficient, value);
+    if (s || !n_tokens) return s;
+    const moe__kernels *kn = moe__k();
+    double sum = 0.0;
+    float step = coefficient / (float)n_tokens;
+    for (size_t i = 0; i < n_tokens * d; i++)
+        if (log_var[i] > 88.0f) return MOE_E_NAN_LATENT; /* the variance would overflow */
+    for (size_t i = 0; i < n_tokens * d; i += MOE__SLOPES) {
+        float v[MOE__SLOPES];
+        size_t n = moe__min(MOE__SLOPES, n_tokens * d - i);
+        kn->exp(n, log_var + i, v);
+        if (d_latent) kn->axpy(n, step, latent + i, d_latent + i);
+        for (size_t j = 0; j < n; j++) {
+            sum += 0.5 * ((double)latent[i + j] * (double)latent[i + j] + (double)v[j] - (double)log_var[i + j] - 1.0);
+            v[j] -= 1.0f;
+        }
+        if (d_log_var) kn->axpy(n, 0.5f * step, v, d_log_var + i);
+    }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* Squared lengths of the projections of output j on output l, after 2505.22323 [K]; the square is ours [D]. */
+MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size_t d, const float *outputs, float coefficient,
+                                                 double *value, float *d_outputs) {
+    size_t n;
+    if (!k) return MOE_E_TOP_K;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(n_tokens, k, &n) || !moe__mul(n, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!n_tokens) return MOE_OK;
+    if (!outputs) return MOE_E_NULL_OUTPUTS;
+    if (!moe__all_finite(n, outputs)) return MOE_E_NAN_OUTPUTS;
+    const moe__kernels *kn = moe__k();
+    double sum = 0.0;
+    float step = 2.0f * coefficient / (float)n_tokens;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t l = 0; l < k; l++) {
+            const float *on = outputs + (t * k + l) * d;
+            float *don = d_outputs ? d_outputs + (t * k + l) * d : NULL, square = kn->dot(d, on, on), along = 0.0f;
+            if (!(square >= FLT_MIN) || !moe__finite(square)) continue; /* nothing to project on */
+            for (size_t j = 0; j < k; j++) {
+                if (j == l) continue;
+                const float *o = outputs + (t * k + j) * d;
+                float share = kn->dot(d, o, on) / square; /* the projection is share * on */
+                sum += (double)share * (double)share * (double)square;
+                if (!don) continue;
+                kn->axpy(d, step * share, on, d_outputs + (t * k + j) * d);
+                kn->axpy(d, step * share, o, don);
+                along = moe__fma(share, share, along);
+            }
+            if (don) kn->axpy(d, -step * along, on, don);
+        }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* As in VQMoE [C]. */
+MOE_API moe_status moe_loss_codebook(size_t n_tokens, size_t d, size_t n_codes, const float *x, const float *codebook,
+                                     const int32_t *index, float commitment, float coefficient, double *value, float *dx,
+                                     float *d_codebook) {
+    size_t n, coded = 0;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!(commitment >= 0.0f) || !moe__finite(commitment)) return MOE_E_COMMITMENT;
+    if (!moe__mul(n_tokens, d, &n) || !moe__mul(n_codes, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!n_tokens) return MOE_OK;
+    if (!x) return MOE_E_NULL_X;
+    if (!codebook) return MOE_E_NULL_CODEBOOK;
+    if (!moe__all_finite(n_tokens * d, x)) return MOE_E_NAN_X;
+    if (!moe__all_finite(n_codes * d, codebook)) return MOE_E_NAN_CODEBOOK;
+    moe_status s = moe__loss_index(n_tokens, n_codes, index, MOE_E_CODE);
+    if (s) return s;
+    double sum = 0.0;
+    for (size_t t = 0; t < n_tokens; t++) coded += index[t] >= 0;
+    if (!coded) return MOE_OK;
+    float step = 2.0f * coefficient / (float)coded;
+    for (size_t t = 0; t < n_tokens; t++) {
+        if (index[t] < 0) continue;
+        size_t at = t * d, code = (size_t)index[t] * d;
+        for (size_t i = 0; i < d; i++) {
+            float off = codebook[code + i] - x[at + i];
+            sum += (double)off * (double)off;
+            if (d_codebook) d_codebook[code + i] = moe__fma(step, off, d_codebook[code + i]);
+            if (dx) dx[at + i] = moe__fma(-step * commitment, off, dx[at + i]);
+        }
+    }
+    if (value) *value = (1.0 + (double)commitment) * sum / (double)coded;
+    return MOE_OK;
+}
+
+/* -- the table -- */
 typedef struct moe__loss_row {
-    const char *name;
-    moe_status (*add)(const moe__job *j, const uint64_t *load, float coefficient, double *value); /* += m->dlogits */
+    moe_info info;
+    /* += m->dlogits or drouter; NULL: the layer does not have what it needs */
+    moe_status (*add)(const moe__job *j, const uint64_t *load, float coefficient, double *value);
 } moe__loss_row;
 static moe_status moe__add_switch(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
     return moe_loss_switch(j->t->n_tokens, j->dims->E, j->d->temperature, j->t->prob, load, coefficient, value, j->m->dlogits);
 }
-static moe_status moe__add_z(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+static moe_status moe__add_variance(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    moe__slope l; /* of the softmax, and through it */
     (void)load;
-    return moe_loss_z(j->t->n_tokens, j->dims->E, j->t->logits, coefficient, value, j->m->dlogits);
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_variance;
+    l.each = 1;
+    l.scale = 1.0f;
+    l.mean = j->mean;
+    moe_status s = moe_loss_variance(j->t->n_tokens, j->dims->E, j->t->prob, j->mean, coefficient, value, NULL);
+    if (!s && j->t->n_tokens)
+        moe__through_softmax(&l, j->t->n_tokens, j->dims->E, j->d->temperature, j->t->prob, coefficient, j->m->dlogits);
+    return s;
 }
+#define MOE__ADD(name, call)                                                                                            \
+    static moe_status moe__add_##name(const moe__job *j, const uint64_t *load, float coefficient, double *value) {      \
+        (void)load;                                                                                                     \
+        return call;                                                                                                    \
+    }
+#define MOE__ADD_LOGITS(name) MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, j->t->logits, coefficient, value, j->m->dlogits))
+#define MOE__ADD_PROB(name) \
+    MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, j->d->temperature, j->t->prob, coefficient, value, j->m->dlogits))
+#define MOE__ADD_MEAN(name) \
+    MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, j->d->temperature, j->t->prob, j->mean, coefficient, value, j->m->dlogits))
+#define MOE__ADD_ROUTER(name) MOE__ADD(name, moe_loss_##name(j->dims->d, j->dims->E, j->router, coefficient, value, j->drouter))
+MOE__ADD_LOGITS(z)
+MOE__ADD_LOGITS(redundancy)
+MOE__ADD_PROB(entropy)
+MOE__ADD_PROB(certainty)
+MOE__ADD_MEAN(importance)
+MOE__ADD_MEAN(kl_uniform)
+MOE__ADD_MEAN(kl_reverse)
+MOE__ADD_MEAN(l2_uniform)
+MOE__ADD_MEAN(mutual_information)
+MOE__ADD_ROUTER(simbal)
+MOE__ADD_ROUTER(diverse_simple)
+MOE__ADD_ROUTER(prototype_orthogonality)
+MOE__ADD_ROUTER(prototype_diversity)
+#undef MOE__ADD_LOGITS
+#undef MOE__ADD_PROB
+#undef MOE__ADD_MEAN
+#undef MOE__ADD_ROUTER
+#undef MOE__ADD
+
+/* In the order of moe_loss_kind. docs/math.md has the same rows, with their gradients. */
 static const moe__loss_row moe__losses[MOE_LOSS_COUNT] = {
-    {"switch", moe__add_switch},
-    {"z", moe__add_z},
+    {{"switch", "E sum_e f_e P_e, f_e = c_e / sum_j c_j", "GShard, Switch", "C", 0.01f}, moe__add_switch},
+    {{"z", "mean_t (logsumexp z_t)^2", "ST-MoE", "C", 0.001f}, moe__add_z},
+    {{"importance", "Var(P) / Mean(P)^2", "V-MoE, after Shazeer 2017", "K", 0.005f}, moe__add_importance},
+    {{"importance-selected", "Var(I) / Mean(I)^2, I_e = sum of the selected w_te", "Shazeer 2017", "K", 0.1f}, NULL},
+    {{"load", "Var(I) / Mean(I)^2, I_e = sum_t Phi((z_te - thr_te) / sigma_te)", "Shazeer 2017, V-MoE", "C", 0.005f}, NULL},
+    {{"entropy", "-mean_t S_t, S_t = -sum_e p_te ln p_te", "ecology paper; the sign is a choice", "D", 0.0f}, moe__add_entropy},
+    {{"certainty", "mean_t S_t", "top-p routing", "K", 1e-4f}, moe__add_certainty},
+    {{"kl-uniform", "sum_e P_e ln P_e + ln E", "ecology paper, part of its B", "S", 0.4f}, moe__add_kl_uniform},
+    {{"kl-reverse", "-ln E - (1/E) sum_e ln P_e", "this library", "D", 0.0f}, moe__add_kl_reverse},
+    {{"mutual-information", "-(H(P) - mean_t S_t), H(P) = -sum_e P_e ln P_e", "Mod-Squad, ModuleFormer", "C", 5e-4f},
+     moe__add_mutual_information},
+    {{"l2-uniform", "sum_e (P_e - 1/E)^2", "public code", "C", 0.05f}, moe__add_l2_uniform},
+    {{"sequence", "mean over sequences of E sum_e f_e Q_e, Q_e = mean of s_te / sum_j s_tj", "DeepSeek-V3", "K", 1e-4f}, NULL},
+    {{"device", "sum_d F_d P_d, F_d = mean of E f_e in d, P_d = sum of P_e in d", "DeepSeekMoE", "K", 0.05f}, NULL},
+    {{"communication", "sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d", "DeepSeek-V2", "K", 0.02f}, NULL},
+    {{"locality", "sum_d P_d ln(P_d / L_d), L = 1 - s at home, s / (D - 1) elsewhere", "LocMoE (2401.13920)", "K", 0.0f}, NULL},
+    {{"relu-l1", "E sum_e f_e mean_t max(0, s_te), f_e = c_e / (k T)", "ReMoE", "C", 1e-8f}, NULL},
+    {{"variance", "-mean_t sum_e (s_te - mean_t s_te)^2", "2505.22323", "K", 0.0f}, moe__add_variance},
+    {{"oracle", "-mean_t ln p_te, e = teacher of t", "ecology paper; the teacher is a choice", "S", 0.0f}, NULL},
+    {{"simbal", "sum_ij abs((R^T R - I)_ij)", "SimBal (2506.14038)", "P", 0.1f}, moe__add_simbal},
+    {{"diverse-simple", "norm(R^T R - I) + mean_e norm(R_e)", "DynMoE", "C", 0.0f}, moe__add_diverse_simple},
+    {{"prototype-orthogonality", "sum_ij ((C^T C - I)_ij)^2, C_e = R_e / norm(R_e)", "ecology paper; form", "D", 0.05f},
+     moe__add_prototype_orthogonality},
+    {{"prototype-diversity", "mean over i != j of exp(2 cos_ij - 2), cos of R_i and R_j", "2506.21328; form", "D", 0.0f},
+     moe__add_prototype_diversity},
+    {{"prototype-alignment", "mean over choices of 1 - cos(x_t, R_e)", "2506.21328; form", "D", 0.0f}, NULL},
+    {{"latent-kl", "mean_t (1/2) sum_i (m_ti^2 + v_ti - ln v_ti - 1)", "2506.21328; form", "D", 0.0f}, NULL},
+    {{"redundancy", "mean over i < j of max(0, cos(z_i, z_j))", "public code", "C", 0.1f}, moe__add_redundancy},
+    {{"output-orthogonality", "mean_t sum over j != l of (o_j . o_l)^2 / (o_l . o_l)", "2505.22323", "K", 0.0f}, NULL},
+    {{"orthonormal", "sum_ij ((V^T V - I)_ij)^2", "ERMoE", "S", 0.001f}, NULL},
+    {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2)", "VQMoE", "C", 0.08f}, NULL},
 };
+/* Whether the layer can add every loss that is on. */
+static moe_status moe__losses_check(const moe_desc *d) {
+    for (int i = 0; i < MOE_LOSS_COUNT; i++)
+        if (d->loss[i] > 0.0f && !moe__losses[i].add) return MOE_E_LOSS_STAGE;
+    return MOE_OK;
+}
 
 #define MOE__NAME_API(kind, table, count) \
     MOE_API const char *moe_##kind##_name(moe_##kind##_kind v) { return (unsigned)v < count ? table[v].name : NULL; }
 MOE__NAME_API(score, moe__scores, MOE__SCORE_COUNT)
 MOE__NAME_API(gate, moe__gates, MOE__GATE_COUNT)
 MOE__NAME_API(select, moe__selects, MOE__SELECT_COUNT)
-MOE__NAME_API(loss, moe__losses, MOE_LOSS_COUNT)
+MOE_API const char *moe_loss_name(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? moe__losses[v].info.name : NULL; }
+MOE_API const moe_info *moe_loss_info(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? &moe__losses[v].info : NULL; }
 static const struct { const char *name; } moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}};
 static const struct { const char *name; } moe__orders[] = {{"default"}, {"token"}, {"choice"}, {"weight"}};
 static const struct { const char *name; } moe__optimizers[] = {{"default"}, {"adamw"}, {"sgd"}};
@@ -3316,6 +4484,7 @@ static void moe__fields_write(const moe_desc *d, int quoted, moe__text *t) {
     char name[32];
     size_t i;
     for (i = 0; moe__field_at(i, &f, name); i++) {
+        if (i + 1 >= MOE__FIELD_COUNT && d->loss[i + 1 - MOE__FIELD_COUNT] == 0.0f) continue; /* a missing key means the default */
         if (i) moe__text_char(t, ',');
         moe__text_char(t, '"');
         moe__text_add(t, f.name);
@@ -3469,6 +4638,7 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
         m.slot_grad = moe__take_floats(a, n, d->S);
         m.part = moe__take_floats(a, m.n_rows, d->hp);
         m.dweight = moe__take_floats(a, routed, 1);
+        m.mean = (double *)moe__take(a, d->E, sizeof(double));
     }
     if (a->overflow) return MOE_E_OVERFLOW;
     if (a->base) {
@@ -3620,7 +4790,12 @@ static moe_status moe__route_backward(const moe_desc *d, const float *router, mo
     j.dweight = dweight;
     j.drouter = drouter;
     j.dx = dx;
+    s = moe__losses_check(d);
+    if (s) return s;
     moe_run(&d->parallel, moe__ceil_div(t->n_tokens, MOE__TOKENS), moe__task_gate_back, &j);
+    j.mean = t->memory->mean;
+    s = moe_mean_scores(t->n_tokens, j.dims->E, t->prob, t->memory->mean);
+    if (s) return s;
     for (int i = 0; i < MOE_LOSS_COUNT; i++) {
         t->loss[i] = 0.0;
         if (!(d->loss[i] > 0.0f)) continue;
@@ -3928,6 +5103,7 @@ MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy,
     float *drouter = moe__layer_router(m, MOE_PART_GRADS);
     moe__job j;
     moe_status s = moe__job_begin(&j, &m->d, t);
+    if (!s) s = moe__losses_check(&m->d);
     if (s) return s;
     if (dx) memset(dx, 0, t->n_tokens * m->dims.d * sizeof(float));
     s = moe__backward_experts(&m->d, m->part[MOE_PART_PARAMS], t, dy, m->fresh, m->part[MOE_PART_GRADS], t->memory->dweight, dx);

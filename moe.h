@@ -28,7 +28,7 @@
  *
  *     declarations: configuration, status, types, arrays, routes and tape, layer, files
  *     implementation: platform, memory, random, kernels, dispatch, threads, score, gate, select, routes,
- *         experts, combine, losses, optimiser, health, layer, files
+ *         experts, combine, losses, controllers, optimiser, health, layer, files
  *
  * Calls go only upward in the implementation: a section may call those above it.
  *
@@ -159,6 +159,15 @@ typedef enum moe_kind {
     X(MOE_E_SEQUENCE, ARGUMENT, "sequence", "sequence: its length must be at least 1")                       \
     X(MOE_E_COMMITMENT, ARGUMENT, "commitment", "commitment: must be finite and at least 0")                 \
     X(MOE_E_LOSS_STAGE, SUPPORT, "loss", "loss: the layer lacks what one that is on needs; its own function takes it as an argument") \
+    X(MOE_E_NULL_CONTROL, ARGUMENT, "control", "control: must not be NULL, and must be initialised")         \
+    X(MOE_E_NULL_INPUT, ARGUMENT, "input", "input: must not be NULL")                                        \
+    X(MOE_E_CONTROL, ARGUMENT, "control", "control: not a moe_control_kind")                                 \
+    X(MOE_E_RATE, ARGUMENT, "rate", "rate: must be finite and at least 0 (a factor: at least 1)")            \
+    X(MOE_E_DAMPING, ARGUMENT, "damping", "damping: must be finite and at least 0 (a decay: at most 1)")     \
+    X(MOE_E_BOUNDS, ARGUMENT, "low", "low, high: must be finite, and bounds of a coefficient 0 < low <= high")\
+    X(MOE_E_SPARSITY, ARGUMENT, "sparsity", "sparsity: must be in [0, 1]")                                   \
+    X(MOE_E_DROP_RATE, ARGUMENT, "drop_rate", "drop_rate: must be in [0, 1]")                                \
+    X(MOE_E_SCHEDULE, ARGUMENT, "schedule", "schedule: not a moe_schedule_kind")                             \
     X(MOE_E_NULL_NAME, ARGUMENT, "name", "name: must not be NULL")                                           \
     X(MOE_E_NULL_PATH, ARGUMENT, "path", "path: must not be NULL")                                           \
     X(MOE_E_NULL_BYTES, ARGUMENT, "bytes", "bytes: must not be NULL")                                        \
@@ -554,6 +563,63 @@ MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size
 MOE_API moe_status moe_loss_codebook(size_t n_tokens, size_t d, size_t n_codes, const float *x, const float *codebook,
                                      const int32_t *index, float commitment, float coefficient, double *value, float *dx,
                                      float *d_codebook);
+
+/* Controllers balance without a gradient. After a step they read its statistics (loads may be summed over micro-batches or
+ * ranks) and move a bias (E) or a coefficient. The bias is added to the scores for the selection only: weights come from
+ * the scores without it, and no gradient reaches it. All state is `state`, plain floats, to be saved and restored. */
+typedef enum moe_control_kind {
+    MOE_CONTROL_NONE,
+    MOE_CONTROL_BIAS,        /* bias against the sign of the overload, as in DeepSeek's loss-free balancing [C] */
+    MOE_CONTROL_QUANTILE,    /* bias at which an expert's share of tokens would win, as in quantile balancing [C] */
+    MOE_CONTROL_ID,          /* integral and derivative of the relative error of the load [P] */
+    MOE_CONTROL_RELU_LAMBDA, /* coefficient of relu-l1 towards a sparsity, as in ReMoE [C] */
+    MOE_CONTROL_ADAPTIVE,    /* coefficient that follows the drop rate, after Skywork-MoE [K] */
+    MOE_CONTROL_USAGE_BOOST, /* bias for experts whose average usage is low [C] */
+    MOE_CONTROL_COUNT
+} moe_control_kind;
+typedef struct moe_control {
+    moe_control_kind kind;
+    size_t n_experts;
+    /* yours to change after moe_control_init; the defaults are the published ones (docs/math.md) */
+    float rate;    /* bias: u; id: Ki; relu-lambda: the factor; adaptive: xi; usage-boost: the boost */
+    float damping; /* id: Kd; adaptive, usage-boost: decay of the average */
+    float low, high; /* relu-lambda: bounds of the coefficient; adaptive: high, its cap; usage-boost: low, the usage below which */
+    /* state; what a kind does not have is NULL */
+    float *state; size_t n_state;
+    float *coefficient;           /* (1) */
+    float *bias, *error, *usage;  /* (E): usage in units of the even load */
+} moe_control;
+typedef struct moe_control_input {
+    const uint64_t *load;         /* (E): bias, id, usage-boost */
+    const float *scores;          /* (n_tokens, E), without the bias: quantile */
+    size_t n_tokens, top_k;       /* quantile; relu-lambda: top_k */
+    double sparsity;              /* share of the scores that are 0: relu-lambda */
+    double drop_rate;             /* dropped / selected: adaptive */
+    void *scratch; size_t scratch_bytes; void *alloc_context; /* quantile; scratch NULL = the library allocates */
+} moe_control_input;
+MOE_API moe_status moe_control_size(moe_control_kind kind, size_t n_experts, size_t *bytes);
+/* The memory stays yours. */
+MOE_API moe_status moe_control_init(moe_control *c, moe_control_kind kind, size_t n_experts, void *memory, size_t bytes);
+MOE_API moe_status moe_control_scratch(const moe_control *c, size_t n_tokens, size_t *bytes);
+/* One step. A load of zeros, or no tokens, changes nothing; neither does an error. */
+MOE_API moe_status moe_control_step(moe_control *c, const moe_control_input *in);
+MOE_API const char *moe_control_name(moe_control_kind v);
+MOE_API const moe_info *moe_control_info(moe_control_kind v); /* coefficient: the usual rate */
+
+/* From `from` at step 0 to `to` at step `total` and later. */
+typedef enum moe_schedule_kind {
+    MOE_SCHEDULE_DEFAULT,
+    MOE_SCHEDULE_LINEAR,
+    MOE_SCHEDULE_EXPONENTIAL, /* from * (to / from)^share */
+    MOE_SCHEDULE_COSINE,      /* half a cosine */
+    MOE__SCHEDULE_COUNT
+} moe_schedule_kind;
+MOE_API const char *moe_schedule_name(moe_schedule_kind v);
+MOE_API moe_status moe_schedule_k(moe_schedule_kind kind, uint64_t step, uint64_t total, size_t from, size_t to, size_t *k);
+MOE_API moe_status moe_schedule_temperature(moe_schedule_kind kind, uint64_t step, uint64_t total, float from, float to,
+                                            float *temperature);
+/* Share of tokens to route at random: 1 for `warmup` steps, then down to 0 in a line over `fade` steps. */
+MOE_API float moe_schedule_random(uint64_t step, uint64_t warmup, uint64_t fade);
 
 /* Optimisers on n floats; an array without weight decay (a bias) takes weight_decay = MOE_OFF. */
 typedef struct moe_optimizer_args {
@@ -4064,6 +4130,277 @@ static const struct { const char *name; } moe__optimizers[] = {{"default"}, {"ad
 MOE__NAME_API(expert, moe__experts_table, MOE__EXPERT_COUNT)
 MOE__NAME_API(order, moe__orders, MOE__ORDER_COUNT)
 MOE__NAME_API(optimizer, moe__optimizers, MOE__OPTIMIZER_COUNT)
+
+/* ==== controllers =============================================================================
+ * One row a kind: its defaults, the state that it has, and its step. */
+typedef struct moe__control_row {
+    moe_info info;
+    float damping, low, high, coefficient;
+    int has_coefficient, has_bias, has_error, has_usage;
+    moe_status (*check)(const moe_control *c, const moe_control_input *in);
+    moe_status (*step)(moe_control *c, const moe_control_input *in);
+} moe__control_row;
+
+static double moe__control_mean(const moe_control *c, const moe_control_input *in) {
+    double total = 0.0;
+    for (size_t e = 0; e < c->n_experts; e++) total += (double)in->load[e];
+    return total / (double)c->n_experts;
+}
+static moe_status moe__control_needs_load(const moe_control *c, const moe_control_input *in) {
+    (void)c;
+    return in->load ? MOE_OK : MOE_E_NULL_LOAD;
+}
+
+/* b += rate * sign(mean - load), as in DeepSeek's loss-free balancing [C]. */
+static moe_status moe__control_bias(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in);
+    for (size_t e = 0; e < c->n_experts; e++) {
+        double n = (double)in->load[e];
+        c->bias[e] += n < mean ? c->rate : n > mean ? -c->rate : 0.0f;
+    }
+    return MOE_OK;
+}
+
+/* e = (mean - load) / mean; b += Ki e + Kd [e_prev de > 0] de, de = e - e_prev; then mean b = 0: as in ID balancing [P]. */
+static moe_status moe__control_id(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in), centre = 0.0;
+    if (!(mean > 0.0)) return MOE_OK;
+    for (size_t e = 0; e < c->n_experts; e++) {
+        double error = (mean - (double)in->load[e]) / mean, before = (double)c->error[e], change = error - before;
+        double step = (double)c->rate * error;
+        if (before * change > 0.0) step += (double)c->damping * change;
+        c->bias[e] = (float)((double)c->bias[e] + step);
+        c->error[e] = (float)error;
+        centre += (double)c->bias[e];
+    }
+    centre /= (double)c->n_experts;
+    for (size_t e = 0; e < c->n_experts; e++) c->bias[e] = (float)((double)c->bias[e] - centre);
+    return MOE_OK;
+}
+
+/* u = decay u + (1 - decay) load / mean; b = boost where u < low, else 0. The constants are [C], the unit of u is ours [D]. */
+static moe_status moe__control_usage(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in), decay = (double)c->damping;
+    if (!(mean > 0.0)) return MOE_OK;
+    for (size_t e = 0; e < c->n_experts; e++) {
+        c->usage[e] = (float)(decay * (double)c->usage[e] + (1.0 - decay) * ((double)in->load[e] / mean));
+        c->bias[e] = c->usage[e] < c->low ? c->rate : 0.0f;
+    }
+    return MOE_OK;
+}
+
+/* lambda *= rate where the gate is less sparse than 1 - k / E, else /= rate, as in ReMoE [C]. */
+static moe_status moe__control_lambda_check(const moe_control *c, const moe_control_input *in) {
+    if (!in->top_k || in->top_k > c->n_experts) return MOE_E_TOP_K;
+    return in->sparsity >= 0.0 && in->sparsity <= 1.0 ? MOE_OK : MOE_E_SPARSITY;
+}
+static moe_status moe__control_lambda(moe_control *c, const moe_control_input *in) {
+    double want = 1.0 - (double)in->top_k / (double)c->n_experts, v = (double)*c->coefficient;
+    v = in->sparsity < want ? v * (double)c->rate : v / (double)c->rate;
+    *c->coefficient = v < (double)c->low ? c->low : v > (double)c->high ? c->high : (float)v;
+    return MOE_OK;
+}
+
+/* a = decay a + (1 - decay) min(xi * drop rate, cap), after Skywork-MoE [K]. */
+static moe_status moe__control_adaptive_check(const moe_control *c, const moe_control_input *in) {
+    (void)c;
+    return in->drop_rate >= 0.0 && in->drop_rate <= 1.0 ? MOE_OK : MOE_E_DROP_RATE;
+}
+static moe_status moe__control_adaptive(moe_control *c, const moe_control_input *in) {
+    double goal = (double)c->rate * in->drop_rate, decay = (double)c->damping;
+    if (goal > (double)c->high) goal = (double)c->high;
+    *c->coefficient = (float)(decay * (double)*c->coefficient + (1.0 - decay) * goal);
+    return MOE_OK;
+}
+
+/* The value of rank r (0 = least) of n floats, none of them NaN: digit by digit, so without sorting or moving them. */
+static float moe__rank(size_t n, const float *v, size_t r) {
+    uint32_t prefix = 0, mask = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        size_t count[256] = {0};
+        uint32_t digit = 0;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t u = moe__bits_of(v[i]);
+            u ^= u >> 31 ? 0xffffffffu : 0x80000000u; /* orders as the floats do */
+            if ((u & mask) == prefix) count[u >> shift & 255]++;
+        }
+        for (; r >= count[digit]; digit++) r -= count[digit];
+        prefix |= digit << shift;
+        mask |= (uint32_t)255 << shift;
+    }
+    return moe__float_of(prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+/* b_j = -quantile over the tokens, at 1 - k/E, of s_ij - alpha_i, alpha_i = the (k+1)-th biased score of token i, as in
+ * quantile balancing [C]; between two tokens the quantile is on a straight line [D]. */
+static moe_status moe__control_quantile_check(const moe_control *c, const moe_control_input *in) {
+    size_t n;
+    if (!in->top_k || in->top_k > c->n_experts) return MOE_E_TOP_K;
+    if (!moe__mul(in->n_tokens, c->n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !in->scores) return MOE_E_NULL_SCORES;
+    return moe__all_finite(n, in->scores) ? MOE_OK : MOE_E_NAN_SCORES;
+}
+static moe_status moe__control_quantile(moe_control *c, const moe_control_input *in) {
+    size_t T = in->n_tokens, E = c->n_experts, k = in->top_k, bytes;
+    moe__arena arena;
+    if (!T || k == E) return MOE_OK;
+    moe_status s = moe_control_scratch(c, T, &bytes);
+    if (s) return s;
+    void *own = NULL, *memory = in->scratch;
+    if (!memory) {
+        memory = own = moe__alloc(in->alloc_context, bytes);
+        if (!own) return MOE_E_NO_MEMORY;
+    }
+    s = moe__arena_over(&arena, memory, own ? bytes : in->scratch_bytes, bytes);
+    if (!s) {
+        float *alpha = moe__take_floats(&arena, T, 1), *v = moe__take_floats(&arena, moe__max(T, E), 1);
+        for (size_t t = 0; t < T; t++) {
+            for (size_t e = 0; e < E; e++) v[e] = in->scores[t * E + e] + c->bias[e];
+            alpha[t] = moe__rank(E, v, E - k - 1);
+        }
+        double at = (1.0 - (double)k / (double)E) * (double)(T - 1);
+        size_t low = moe__min((size_t)at, T - 1);
+        for (size_t e = 0; e < E; e++) {
+            for (size_t t = 0; t < T; t++) v[t] = in->scores[t * E + e] - alpha[t];
+            double q = (double)moe__rank(T, v, low), next = (double)moe__rank(T, v, moe__min(low + 1, T - 1));
+            c->bias[e] = (float)-(q + (at - (double)low) * (next - q));
+        }
+    }
+    moe__free(in->alloc_context, own);
+    return s;
+}
+
+static const moe__control_row moe__controls[MOE_CONTROL_COUNT] = {
+    {{"none", "", "", "", 0.0f}, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0, 0, 0, NULL, NULL},
+    {{"bias", "b_e += u sign(nbar - c_e)", "DeepSeek, loss-free balancing", "C", 0.001f},
+     0.0f, 0.0f, 0.0f, 0.0f, 0, 1, 0, 0, moe__control_needs_load, moe__control_bias},
+    {{"quantile", "b_e = -quantile_{1 - k/E} over t of (s_te - alpha_t), alpha_t = the (k+1)-th biased score", "quantile balancing",
+      "C", 0.0f},
+     0.0f, 0.0f, 0.0f, 0.0f, 0, 1, 0, 0, moe__control_quantile_check, moe__control_quantile},
+    {{"id", "b_e += Ki e + Kd [e' (e - e') > 0] (e - e'), e = (nbar - c_e) / nbar, e' before; then mean b = 0", "ID balancing",
+      "P", 0.006f},
+     0.006f, 0.0f, 0.0f, 0.0f, 0, 1, 1, 0, moe__control_needs_load, moe__control_id},
+    {{"relu-lambda", "lambda *= 1.2 if sparsity < 1 - k/E, else /= 1.2; lambda_0 = 1e-8", "ReMoE", "C", 1.2f},
+     0.0f, FLT_MIN, FLT_MAX, 1e-8f, 1, 0, 0, 0, moe__control_lambda_check, moe__control_lambda},
+    {{"adaptive", "a = 0.99 a + 0.01 min(xi drop rate, 0.01)", "Skywork-MoE", "K", 0.2f},
+     0.99f, 0.0f, 0.01f, 0.01f, 1, 0, 0, 0, moe__control_adaptive_check, moe__control_adaptive},
+    {{"usage-boost", "u_e = 0.9 u_e + 0.1 c_e / nbar; b_e = 0.4 if u_e < 0.35, else 0", "public code; unit of u", "C", 0.4f},
+     0.9f, 0.35f, 0.0f, 0.0f, 0, 1, 0, 1, moe__control_needs_load, moe__control_usage},
+};
+MOE_API const char *moe_control_name(moe_control_kind v) { return (unsigned)v < MOE_CONTROL_COUNT ? moe__controls[v].info.name : NULL; }
+MOE_API const moe_info *moe_control_info(moe_control_kind v) { return (unsigned)v < MOE_CONTROL_COUNT ? &moe__controls[v].info : NULL; }
+
+static moe_status moe__control_layout(moe_control *c, moe_control_kind kind, size_t n_experts, moe__arena *a) {
+    if ((unsigned)kind >= MOE_CONTROL_COUNT) return MOE_E_CONTROL;
+    if (!n_experts || n_experts > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    const moe__control_row *row = &moe__controls[kind];
+    memset(c, 0, sizeof *c);
+    c->kind = kind;
+    c->n_experts = n_experts;
+    c->rate = row->info.coefficient;
+    c->damping = row->damping;
+    c->low = row->low;
+    c->high = row->high;
+    c->n_state = (size_t)row->has_coefficient + n_experts * (size_t)(row->has_bias + row->has_error + row->has_usage);
+    float *at = c->state = moe__take_floats(a, c->n_state, 1);
+    if (a->overflow) return MOE_E_OVERFLOW;
+    if (!a->base) return MOE_OK;
+    if (row->has_coefficient) c->coefficient = at++;
+    if (row->has_bias) c->bias = at, at += n_experts;
+    if (row->has_error) c->error = at, at += n_experts;
+    if (row->has_usage) c->usage = at;
+    for (size_t i = 0; i < c->n_state; i++) c->state[i] = 0.0f;
+    if (c->coefficient) *c->coefficient = row->coefficient;
+    for (size_t e = 0; c->usage && e < n_experts; e++) c->usage[e] = 1.0f; /* even: no boost before there is news */
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_control_size(moe_control_kind kind, size_t n_experts, size_t *bytes) {
+    moe_control c;
+    moe__arena a = {NULL, 0, 0};
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status s = moe__control_layout(&c, kind, n_experts, &a);
+    return s ? s : moe__arena_bytes(&a, bytes);
+}
+MOE_API moe_status moe_control_init(moe_control *c, moe_control_kind kind, size_t n_experts, void *memory, size_t bytes) {
+    size_t needed;
+    moe__arena a;
+    if (!c) return MOE_E_NULL_CONTROL;
+    moe_status s = moe_control_size(kind, n_experts, &needed);
+    if (!s) s = moe__arena_over(&a, memory, bytes, needed);
+    return s ? s : moe__control_layout(c, kind, n_experts, &a);
+}
+MOE_API moe_status moe_control_scratch(const moe_control *c, size_t n_tokens, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    if (!c) return MOE_E_NULL_CONTROL;
+    if (!bytes) return MOE_E_NULL_OUT;
+    *bytes = 0;
+    if (c->kind != MOE_CONTROL_QUANTILE) return MOE_OK;
+    moe__take_floats(&a, n_tokens, 1);
+    moe__take_floats(&a, moe__max(n_tokens, c->n_experts), 1);
+    return moe__arena_bytes(&a, bytes);
+}
+
+MOE_API moe_status moe_control_step(moe_control *c, const moe_control_input *in) {
+    if (!c || !c->n_experts) return MOE_E_NULL_CONTROL;
+    if ((unsigned)c->kind >= MOE_CONTROL_COUNT) return MOE_E_CONTROL;
+    if (c->kind == MOE_CONTROL_NONE) return MOE_OK;
+    const moe__control_row *row = &moe__controls[c->kind];
+    int average = c->kind == MOE_CONTROL_ADAPTIVE || c->kind == MOE_CONTROL_USAGE_BOOST;
+    if (!(c->rate >= (c->kind == MOE_CONTROL_RELU_LAMBDA ? 1.0f : 0.0f)) || !moe__finite(c->rate)) return MOE_E_RATE;
+    if (!(c->damping >= 0.0f) || !moe__finite(c->damping) || (average && c->damping > 1.0f)) return MOE_E_DAMPING;
+    if (!moe__finite(c->low) || !moe__finite(c->high) || (c->kind == MOE_CONTROL_RELU_LAMBDA && !(c->low > 0.0f && c->low <= c->high)))
+        return MOE_E_BOUNDS;
+    if (!in) return MOE_E_NULL_INPUT;
+    moe_status s = row->check(c, in);
+    return s ? s : row->step(c, in);
+}
+
+/* -- schedules -- */
+static const struct { const char *name; } moe__schedules[MOE__SCHEDULE_COUNT] = {{"default"}, {"linear"}, {"exponential"}, {"cosine"}};
+MOE__NAME_API(schedule, moe__schedules, MOE__SCHEDULE_COUNT)
+
+/* The shapes are those of SMoE-Dropout's schedules of k [C]; the formulas of all but the line are ours [D]. */
+static double moe__schedule(moe_schedule_kind kind, uint64_t step, uint64_t total, double from, double to) {
+    if (step >= total) return to;
+    double share = (double)step / (double)total;
+    if (kind == MOE_SCHEDULE_COSINE) {
+        float c, s;
+        moe__cos_sin_turn((uint32_t)(share * 8388608.0), &c, &s); /* half a turn of 2^24 */
+        return from + (to - from) * (0.5 * (1.0 - (double)c));
+    }
+    if (kind == MOE_SCHEDULE_EXPONENTIAL) {
+        float x[2];
+        x[0] = moe__positive(from);
+        x[1] = moe__positive(to);
+        moe__k()->log(2, x, x);
+        x[0] = (float)share * (x[1] - x[0]);
+        moe__k()->exp(1, x, x);
+        double v = from * (double)x[0], least = from < to ? from : to, most = from < to ? to : from;
+        return v < least ? least : v > most ? most : v;
+    }
+    return from + (to - from) * share;
+}
+MOE_API moe_status moe_schedule_k(moe_schedule_kind kind, uint64_t step, uint64_t total, size_t from, size_t to, size_t *k) {
+    if ((unsigned)kind >= MOE__SCHEDULE_COUNT) return MOE_E_SCHEDULE;
+    if (!from || !to || from > MOE__MAX_EXPERTS || to > MOE__MAX_EXPERTS) return MOE_E_TOP_K;
+    if (!k) return MOE_E_NULL_OUT;
+    double v = moe__schedule(kind, step, total, (double)from, (double)to) + 0.5;
+    *k = moe__min(moe__max((size_t)v, moe__min(from, to)), moe__max(from, to));
+    return MOE_OK;
+}
+MOE_API moe_status moe_schedule_temperature(moe_schedule_kind kind, uint64_t step, uint64_t total, float from, float to,
+                                            float *temperature) {
+    if ((unsigned)kind >= MOE__SCHEDULE_COUNT) return MOE_E_SCHEDULE;
+    if (!moe__temperature_ok(from) || !moe__temperature_ok(to)) return MOE_E_TEMPERATURE;
+    if (!temperature) return MOE_E_NULL_OUT;
+    *temperature = (float)moe__schedule(kind, step, total, (double)from, (double)to);
+    return MOE_OK;
+}
+MOE_API float moe_schedule_random(uint64_t step, uint64_t warmup, uint64_t fade) {
+    if (step < warmup) return 1.0f;
+    return step - warmup < fade ? (float)(1.0 - (double)(step - warmup) / (double)fade) : 0.0f;
+}
 
 /* ==== optimiser =============================================================================== */
 static float moe__value(float v, float unset) { return v == 0.0f ? unset : v == (float)MOE_OFF ? 0.0f : v; }

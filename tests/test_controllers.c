@@ -396,8 +396,8 @@ static void test_schedules(void) {
         for (uint64_t i = 0; i <= 101; i++) {
             CHECK_OK(moe_schedule_temperature((moe_schedule_kind)kind, i, 100, 5, 0.1f, &t));
             double s = i < 100 ? (double)i / 100 : 1;
-            double want = kind == MOE_SCHEDULE_LINEAR ? 5 + (0.1 - 5) * s : kind == MOE_SCHEDULE_COSINE ? 5 + (0.1 - 5) * (1 - cos(acos(-1.0) * s)) / 2
-                                                                                                        : 5 * pow(0.1 / 5, s);
+            double want = kind == MOE_SCHEDULE_EXPONENTIAL ? 5 * pow(0.1 / 5, s) : 5 + (0.1 - 5) * s;
+            if (kind == MOE_SCHEDULE_COSINE) want = 5 + (0.1 - 5) * (1 - cos(acos(-1.0) * s)) / 2;
             CHECK_WITHIN(t, want, 5e-6);
             CHECK(t <= last && t >= 0.1f);
             last = t;

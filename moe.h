@@ -1022,7 +1022,7 @@ MOE_API moe_side *moe_layer_side(moe_layer *m);
 /* The layer's controller, to read or to tune (its state is saved with the layer); and the loads (E) of the backward calls since
  * the last step, to which those of other ranks may be added before moe_step. NULL for NULL. */
 MOE_API moe_control *moe_layer_control(moe_layer *m);
-MOE_API uint64_t *moe_layer_load(moe_layer *m);
+MOE_API uint64_t *moe_layer_step_load(moe_layer *m);
 /* Pairwise similarity of all experts' outputs: mean over the n tokens of the mean cosine of two different experts [P, SimBal]. */
 MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes);
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m);   /* resolved; NULL for NULL */
@@ -8775,7 +8775,7 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
 
 MOE_API moe_side *moe_layer_side(moe_layer *m) { return m ? &m->side : NULL; }
 MOE_API moe_control *moe_layer_control(moe_layer *m) { return m ? &m->control : NULL; }
-MOE_API uint64_t *moe_layer_load(moe_layer *m) { return m ? m->load : NULL; }
+MOE_API uint64_t *moe_layer_step_load(moe_layer *m) { return m ? m->load : NULL; }
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m) { return m ? &m->d : NULL; }
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m) { return m ? m->tape : NULL; }
 static size_t moe__expert_params(const moe__dims *d) {

@@ -3328,7 +3328,8 @@ MOE_API moe_status moe_robust_weights(size_t k, size_t d, const float *const *ou
             reliability[e] = mad > 0.0f ? (far < INFINITY ? -(far / mad) / tau : -INFINITY) : far > 0.0f ? -INFINITY : 0.0f;
         }
         kn->exp(k, reliability, reliability);
-        for (size_t e = 0; e < k; e++) sum += out[e] = weight[e] * reliability[e];
+        for (size_t e = 0; e < k; e++) out[e] = weight[e] * reliability[e];
+        for (size_t e = 0; e < k; e++) sum += out[e];
         for (size_t e = 0; e < k; e++) out[e] = sum > 0.0f || sum < 0.0f ? out[e] / sum : 0.0f;
     }
     moe__scratch_end(&mem);

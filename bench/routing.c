@@ -206,11 +206,12 @@ static void bench_layer_share(const bench_options *o, size_t threads)
                 s[j].median * 1e3, 100 * share, 100 * s[j].median / s[ROUTE].median,
                 j == ROUTE ? share < 0.06 ? "   under 6%" : "   OVER 6%" : j > ROUTE && threads > 1 && j < FILL ? "   alone, one thread" : "");
         if (o->json) {
-            printf("{\"shape\":\"layer\",\"isa\":\"%s\",\"threads\":%zu,\"tokens\":%zu,\"stage\":\"%s\",\"ms\":%.6g,\"forward_share\":%.4g}\n",
-                   isa, threads, n_tokens, s[j].name, s[j].median * 1e3, share);
+            printf("{\"shape\":\"layer\",\"isa\":\"%s\",\"threads\":%zu,\"tokens\":%zu,\"stage\":\"%s\",\"ms\":%.6g,"
+                   "\"forward_share\":%.4g}\n", isa, threads, n_tokens, s[j].name, s[j].median * 1e3, share);
         }
         if (o->csv) {
-            fprintf(o->csv, "layer-%s,%s,%zu,64,8,%zu,,%.6g,,,,,%.4g\n", s[j].name, isa, threads, n_tokens, s[j].median * 1e3, share);
+            fprintf(o->csv, "layer-%s,%s,%zu,64,8,%zu,,%.6g,,,,,%.4g\n", s[j].name, isa, threads, n_tokens, s[j].median * 1e3,
+                    share);
         }
     }
     fflush(stdout), fflush(o->human);

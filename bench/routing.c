@@ -204,7 +204,7 @@ static void bench_layer_share(const bench_options *o, size_t threads)
         const char *isa = moe_isa_name(moe_active_isa());
         fprintf(o->human, "layer  %-6s %3zu %8zu %-12s %10.3f %7.2f%% %7.2f%%%s\n", isa, threads, n_tokens, s[j].name,
                 s[j].median * 1e3, 100 * share, 100 * s[j].median / s[ROUTE].median,
-                j == ROUTE ? share < 0.06 ? "   under 6%" : "   OVER 6%" : j > ROUTE && threads > 1 && j < FILL ? "   alone, one thread" : "");
+                j == ROUTE ? share < 0.06 ? "   under 6%" : "   OVER 6%" : j > ROUTE && threads > 1 ? "   alone, one thread" : "");
         if (o->json) {
             printf("{\"shape\":\"layer\",\"isa\":\"%s\",\"threads\":%zu,\"tokens\":%zu,\"stage\":\"%s\",\"ms\":%.6g,"
                    "\"forward_share\":%.4g}\n", isa, threads, n_tokens, s[j].name, s[j].median * 1e3, share);

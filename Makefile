@@ -52,6 +52,7 @@ bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)
 	$(BUILD)/bench_layer $(if $(PEERS),--peers all) $(ARGS)
 	$(BUILD)/bench_routing
+	$(BUILD)/bench_losses $(ARGS)
 
 data:
 	sh examples/data/fetch.sh data

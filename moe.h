@@ -6180,23 +6180,37 @@ MOE_API moe_status moe_loss_prototype_alignment(size_t n_tokens, size_t d, size_
     for (size_t i = 0; i < n_tokens * k; i++) choices += index[i] >= 0;
     if (!choices) return MOE_OK;
     double step = -(double)coefficient / (double)choices;
-    for (size_t i = 0; i < n_tokens * k; i++) {
-        if (index[i] < 0) continue;
-        const float *x = latent + i / k * d, *c = router + index[i];
-        double xx = 0.0, cc = 0.0, xc = 0.0, cosine = 0.0;
+    /* up to 32 choices of a token at a time, down the rows of the prototypes */
+    for (size_t i0 = 0; i0 < n_tokens * k; i0 += moe__min(MOE__W, k - i0 % k)) {
+        size_t t = i0 / k, at[MOE__W], n = 0;
+        double xx = 0.0, cc[MOE__W] = {0}, xc[MOE__W] = {0}, across[MOE__W], own_x[MOE__W], own_c[MOE__W];
+        for (size_t i = i0; i < i0 + moe__min(MOE__W, k - i0 % k); i++)
+            if (index[i] >= 0) at[n++] = (size_t)index[i];
         for (size_t r = 0; r < d; r++) {
-            double a = (double)x[r], b = (double)c[r * n_experts];
+            double a = (double)latent[t * d + r];
             xx += a * a;
-            cc += b * b;
-            xc += a * b;
+            for (size_t i = 0; i < n; i++) {
+                double b = (double)router[r * n_experts + at[i]];
+                cc[i] += b * b;
+                xc[i] += a * b;
+            }
         }
-        int angle = xx > 0.0 && cc > 0.0;
-        if (angle) cosine = xc / sqrt(xx * cc);
-        sum += 1.0 - cosine;
-        for (size_t r = 0; angle && r < d; r++) {
-            double a = (double)x[r], b = (double)c[r * n_experts], across = 1.0 / sqrt(xx * cc);
-            if (d_latent) d_latent[i / k * d + r] += (float)(step * (b * across - cosine * a / xx));
-            if (d_router) d_router[r * n_experts + (size_t)index[i]] += (float)(step * (a * across - cosine * b / cc));
+        for (size_t i = 0; i < n; i++) {
+            int angle = xx > 0.0 && cc[i] > 0.0;
+            double cosine = angle ? xc[i] / sqrt(xx * cc[i]) : 0.0;
+            across[i] = angle ? step / sqrt(xx * cc[i]) : 0.0;
+            own_x[i] = angle ? step * cosine / xx : 0.0;
+            own_c[i] = angle ? step * cosine / cc[i] : 0.0;
+            sum += 1.0 - cosine;
+        }
+        for (size_t r = 0; (d_latent || d_router) && r < d; r++) {
+            double a = (double)latent[t * d + r], dx = 0.0;
+            for (size_t i = 0; i < n; i++) {
+                double b = (double)router[r * n_experts + at[i]];
+                dx += across[i] * b - own_x[i] * a;
+                if (d_router) d_router[r * n_experts + at[i]] += (float)(across[i] * a - own_c[i] * b);
+            }
+            if (d_latent) d_latent[t * d + r] += (float)dx;
         }
     }
     if (value) *value = sum / (double)choices;

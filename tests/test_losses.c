@@ -872,7 +872,8 @@ static void test_arguments(void) {
         CHECK(refused >= 1 && refused <= 5 && refused + needless == 23);
         grads_free(g), grads_new(&b, c->by, g); /* the calls that did not need it have added */
         static const moe_status nan_of[VARS] = {MOE_E_NAN_LOGITS, MOE_E_NAN_SCORES, MOE_E_NOISE_VALUE, MOE_E_NOISE_VALUE, MOE_OK, MOE_E_NAN_ROUTER,
-                                                MOE_E_NAN_LATENT, MOE_E_NAN_LATENT, MOE_E_NAN_OUTPUTS, MOE_E_NAN_CODEBOOK, MOE_E_NAN_MATRIX};
+                                                MOE_E_NAN_LATENT, MOE_E_NAN_LATENT, MOE_E_NAN_OUTPUTS, MOE_E_NAN_CODEBOOK,
+                                                MOE_E_NAN_MATRIX};
         for (int v = 0; v < VARS; v++) {
             int direct = c->by & BY(v) && !(v == Z && c->shift) && v != W; /* read, not through prob */
             for (int j = 0; j < 3 && direct; j++) {

@@ -103,7 +103,7 @@ static double system_pes(moe_layer *m, const float *x, size_t n) {
 
 typedef struct config {
     const char *data, *system, *isa, *out;
-    size_t epochs, steps, batch, threads, experts, top_k;
+    size_t epochs, steps, batch, images, threads, experts, top_k;
     size_t total; // steps that are done
     uint64_t seed;
     int json, quiet, markdown;
@@ -439,7 +439,7 @@ static void draw(FILE *f, const result *r, size_t n) {
                                  .rows = r[i].experts,
                                  .cols = WINDOWS,
                                  .value = r[i].load,
-                                 .hi = 3,
+                                 .hi = 2,
                                  .col_first = 1,
                                  .scale_format = "%.0f"});
     }
@@ -470,7 +470,7 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     page_result(f, without);
     page_table_end(f);
     page_card_end(f);
-    snprintf(text, sizeof text, "Load of the experts in training, %d spans of time: 1 = an even share, 3 = three or more",
+    snprintf(text, sizeof text, "Load of the experts in training, %d spans of time: 1 = an even share, 2 = twice that or more",
              WINDOWS);
     page_heading(f, text);
     page_card(f);
@@ -532,6 +532,7 @@ int main(int argc, char **argv) {
         ARGS_EXPERTS(&o.experts),
         ARGS_TOP_K(&o.top_k),
         {"batch", ARGS_SIZE, &o.batch, "N", "images a step (0: by the data)", 0, 8192},
+        {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
         {"lr", ARGS_REAL, &o.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
         {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
         ARGS_OUT(&o.out),
@@ -546,6 +547,8 @@ int main(int argc, char **argv) {
     cifar pictures;
     samples data;
     cifar_load(&pictures, o.data, argv[0]);
+    if (o.images && o.images < pictures.train.count) pictures.train.count = o.images;
+    if (o.images && o.images < pictures.test.count) pictures.test.count = o.images;
     if (!o.epochs) o.epochs = pictures.sample ? 20 : 5;
     if (!o.batch) o.batch = pictures.sample ? 50 : 250;
     if (o.lr <= 0) o.lr = pictures.sample ? 2e-3 : 4e-3;

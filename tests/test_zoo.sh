@@ -5,6 +5,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 zoo=${BUILD:-build}/zoo
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-zoo.XXXXXX") || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
@@ -31,7 +32,7 @@ differ() { ! cmp -s "$1" "$2"; }
 [ -x "$zoo" ] || make -s "$zoo" || exit 1
 
 # every system
-run all 0 --steps 2 --threads 1 --json
+run all 0 --steps 2 --images 100 --threads 1 --json
 n=$(count all)
 check "several systems" [ "$n" -ge 4 ]
 check "a result for every layer of the configuration" \
@@ -69,28 +70,30 @@ check "zoo.html and zoo.svg are whole" \
     [ "$(tail -n 1 "$tmp/all/zoo.html") $(tail -n 1 "$tmp/all/zoo.svg")" = "</main></body></html> </svg>" ]
 
 # the same numbers
-run other 0 --steps 2 --threads 3 --isa scalar --json
+run threads 0 --steps 2 --images 100 --threads 3 --json
 untimed all >"$tmp/a"
-untimed other >"$tmp/b"
-check "the same for 1 thread and for 3 with scalar kernels" cmp -s "$tmp/a" "$tmp/b"
-run seed 0 --system switch --steps 2 --seed 2 --json
-untimed seed >"$tmp/c"
-grep '"system":"switch"' "$tmp/a" >"$tmp/d"
-check "another seed, another result" differ "$tmp/c" "$tmp/d"
+untimed threads >"$tmp/b"
+check "the same results for 1 and 3 threads" cmp -s "$tmp/a" "$tmp/b"
+few="--system switch,dense --steps 2 --images 25 --batch 5 --json"
+run auto 0 $few
+run scalar 0 $few --isa scalar
+run seed 0 $few --seed 2
+for name in auto scalar seed; do untimed $name >"$tmp/$name.final"; done
+check "the same results with scalar kernels" cmp -s "$tmp/auto.final" "$tmp/scalar.final"
+check "other results with another seed" differ "$tmp/auto.final" "$tmp/seed.final"
 
 # learning, choosing, shapes
-run some 0 --system switch,dense --steps 40 --experts 4 --json
+run some 0 --system switch,dense --steps 80 --images 100 --batch 25 --experts 4 --json
 check "only what was asked for" [ "$(count some)" -eq 2 ]
 check "--experts: four for switch, one for dense" \
     [ "$(head -n 1 "$tmp/some.out" | grep -o '"n_experts":[0-9]*' | sort | tr '\n' ' ')" = '"n_experts":1 "n_experts":4 ' ]
-better() { awk -v a="$(finals some | sed -n 's/.*"switch".*"test_loss":\([^,]*\).*/\1/p')" \
-    -v b="$(sed -n 's/.*"switch".*"test_loss":\([^,]*\).*/\1/p' "$tmp/d")" 'BEGIN { exit !(a < b - 0.1) }'; }
-check "40 steps are better than 2" better
-run markdown 0 --system dense,switch --steps 2 --markdown
+finals some | sed 's/.*"train_loss":\([^,]*\).*/\1/' >"$tmp/learned"
+check "80 steps learn these images" awk '$1 > 2 { exit 1 }' "$tmp/learned"
+run markdown 0 --system dense,switch --steps 2 --images 50 --markdown
 check "a table in Markdown" [ "$(grep -c '^|.*|$' "$tmp/markdown.out")" -eq 5 ] # heading, line, two, no mixture
 
 # numbers that leave their range
-run diverged 0 --system dense,switch --steps 30 --lr 1e20 --json
+run diverged 0 --system dense,switch --steps 30 --images 100 --lr 1e20 --json
 check "both diverge, and are reported" [ "$(finals diverged | grep -c '"test_loss":null,.*"pes":null,"diverged":true}$')" -eq 2 ]
 check "the files of a diverged zoo" [ -s "$tmp/diverged/zoo.html" ]
 
@@ -103,7 +106,8 @@ run empty 2 --system dense,
 run shape 2 --system switch --experts 2 --top-k 3
 check "a shape that does not fit names the system" says shape 'switch: top_k'
 run isa 2 --isa mmx
-check "nothing is written then" [ ! -e "$tmp/unknown" ] && [ ! -e "$tmp/shape" ]
+check "nothing is written then" [ ! -e "$tmp/unknown" ]
+check "nor for a bad shape" [ ! -e "$tmp/shape" ]
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -131,7 +131,7 @@ EX_FUNC void features_patch(const float *image, size_t row, size_t col, float *p
 
 // Whitening and filters, from random patches of the images x (n, 32, 32, 3).
 EX_FUNC void features_fit_filters(nn *s, features *f, size_t n, const float *x, uint64_t seed) {
-    enum { SAMPLES = 20000, N = FEATURES_PIXELS, K = FEATURES_FILTERS };
+    enum { SAMPLES = 10000, N = FEATURES_PIXELS, K = FEATURES_FILTERS };
     float *patch = allocate(SAMPLES * N, sizeof(float)), *white = allocate(SAMPLES * N, sizeof(float));
     float *whitening = allocate(N * N, sizeof(float)), *centre = allocate(K * N, sizeof(float)), mean[N];
     double *value = allocate(N, sizeof(double)), *vector = allocate(N * N, sizeof(double));

@@ -28,7 +28,7 @@
  *
  *     declarations: configuration, status, types, arrays, routes and tape, layer, files
  *     implementation: platform, memory, random, kernels, dispatch, threads, score, gate, select, routes,
- *         experts, combine, losses, optimiser, health, layer, files
+ *         experts, combine, losses, optimiser, health, layer, systems, files
  *
  * Calls go only upward in the implementation: a section may call those above it.
  *
@@ -150,6 +150,47 @@ typedef enum moe_kind {
     X(MOE_E_TRAINING, ARGUMENT, "training", "training: must be MOE_DEFAULT, MOE_ON or MOE_OFF")              \
     X(MOE_E_TEMPERATURE, ARGUMENT, "temperature", "temperature: must be finite and above 0, and so must its inverse")                 \
     X(MOE_E_CAPACITY_FACTOR, ARGUMENT, "capacity_factor", "capacity_factor: must be finite and above 0, or MOE_OFF") \
+    X(MOE_E_COMBINE, ARGUMENT, "combine", "combine: not a moe_combine_kind")                                 \
+    X(MOE_E_NOISE, ARGUMENT, "noise", "noise: not a moe_noise_kind")                                         \
+    X(MOE_E_K_SCHEDULE, ARGUMENT, "k_schedule", "k_schedule: not a moe_schedule_kind, or one without schedule_steps") \
+    X(MOE_E_ROUTER_INIT, ARGUMENT, "router_init", "router_init: not a moe_init_kind")                        \
+    X(MOE_E_ROUTE_SEQUENCE, ARGUMENT, "route_sequence", "route_sequence: must be MOE_DEFAULT, MOE_ON or MOE_OFF, and on for combine = merge") \
+    X(MOE_E_FREEZE_ROUTER, ARGUMENT, "freeze_router", "freeze_router: must be MOE_DEFAULT, MOE_ON or MOE_OFF") \
+    X(MOE_E_RESIDUAL, ARGUMENT, "residual", "residual: must be MOE_DEFAULT, MOE_ON or MOE_OFF, and off for combine = soft") \
+    X(MOE_E_LEARN_TEMPERATURE, ARGUMENT, "learn_temperature", "learn_temperature: must be MOE_DEFAULT, MOE_ON or MOE_OFF") \
+    X(MOE_E_FALLBACK, ARGUMENT, "fallback", "fallback: must be MOE_DEFAULT, MOE_ON or MOE_OFF")              \
+    X(MOE_E_RANDOM_SECOND, ARGUMENT, "random_second", "random_second: must be MOE_DEFAULT, MOE_ON or MOE_OFF") \
+    X(MOE_E_GATE_DROP_EXPERTS, ARGUMENT, "gate_drop_experts", "gate_drop_experts: must be MOE_DEFAULT, MOE_ON or MOE_OFF") \
+    X(MOE_E_ZERO_OUTPUT, ARGUMENT, "zero_output", "zero_output: must be MOE_DEFAULT, MOE_ON or MOE_OFF")     \
+    X(MOE_E_SPECIAL_EXPERTS, ARGUMENT, "n_zero", "n_zero, n_copy, n_constant: together at most n_experts - 1, and none with combine = soft, merge or robust") \
+    X(MOE_E_D_FF, ARGUMENT, "d_ff", "d_ff: must be below d_model for expert = orthonormal")                  \
+    X(MOE_E_N_RANKS, ARGUMENT, "n_ranks", "n_ranks: must be at most n_experts")                              \
+    X(MOE_E_SLICE, ARGUMENT, "d_model", "d_model: must be a multiple of n_experts for score = slice")        \
+    X(MOE_E_SUBSPACE, ARGUMENT, "score", "score: subspace needs expert = orthonormal and no special experts") \
+    X(MOE_E_GATE_SELECT, ARGUMENT, "gate", "gate: sparsemixer goes with select = sampled, and sign with select = threshold, only") \
+    X(MOE_E_SELECT_COMBINE, ARGUMENT, "select", "select: combine = soft and merge go with all experts and gate = softmax only") \
+    X(MOE_E_N_CODES, ARGUMENT, "n_codes", "n_codes: must be 0 or at least n_experts, with combine = sum, no noise on x and no special experts") \
+    X(MOE_E_SOFT_SLOTS, ARGUMENT, "soft_slots", "soft_slots: must be 1 unless combine = soft, and E times it at most 1048576") \
+    X(MOE_E_GROUPS, ARGUMENT, "n_groups", "n_groups, top_groups: n_experts must be a multiple of n_groups, top_groups at most n_groups, and they must hold top_k experts") \
+    X(MOE_E_TOP_K_MIN, ARGUMENT, "top_k_min", "top_k_min: must be at most top_k")                            \
+    X(MOE_E_ROUTER_GAIN, ARGUMENT, "router_gain", "router_gain: must be finite and above 0")                 \
+    X(MOE_E_JITTER, ARGUMENT, "jitter", "jitter: must be in [0, 1)")                                         \
+    X(MOE_E_NOISE_STD, ARGUMENT, "noise_std", "noise_std: must be finite and above 0")                       \
+    X(MOE_E_WEIGHT_SCALE, ARGUMENT, "weight_scale", "weight_scale: must be finite and above 0")              \
+    X(MOE_E_TEMPERATURE_END, ARGUMENT, "temperature_end", "temperature_end: must be finite and above 0, or 0, and needs schedule_steps") \
+    X(MOE_E_MASK_JITTER, ARGUMENT, "mask_jitter", "mask_jitter: must be finite and above 0")                 \
+    X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be in (0, 1]")                                            \
+    X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite, or MOE_OFF")                       \
+    X(MOE_E_SINKHORN, ARGUMENT, "sinkhorn_epsilon", "sinkhorn_epsilon: must be finite and above 0")          \
+    X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1]")                                \
+    X(MOE_E_EXPERT_DROP, ARGUMENT, "expert_drop", "expert_drop: must be in [0, 1)")                          \
+    X(MOE_E_CAPACITY_FACTOR_EVAL, ARGUMENT, "capacity_factor_eval", "capacity_factor_eval: must be finite and above 0, or 0, or MOE_OFF") \
+    X(MOE_E_ROBUST_TAU, ARGUMENT, "robust_tau", "robust_tau: must be finite and above 0")                    \
+    X(MOE_E_AUCTION_TOKENS, ARGUMENT, "n_tokens", "n_tokens: must be a multiple of n_experts for select = auction in training") \
+    X(MOE_E_NULL_EXPERTS, ARGUMENT, "experts", "experts: score = subspace needs side.experts (a layer sets it)") \
+    X(MOE_E_SYSTEM, ARGUMENT, "system", "system: the table of systems has no row of this name")              \
+    X(MOE_E_FIELD, ARGUMENT, "field", "field: moe_desc has no such field")                                   \
+    X(MOE_E_VALUE, ARGUMENT, "value", "value: not one that this field can have")                             \
     X(MOE_E_LOSS, ARGUMENT, "loss", "loss: every coefficient must be finite and at least 0, or MOE_OFF")     \
     X(MOE_E_BETA1, ARGUMENT, "beta1", "beta1: must be in [0, 1), or MOE_OFF")                                \
     X(MOE_E_BETA2, ARGUMENT, "beta2", "beta2: must be in [0, 1), or MOE_OFF")                                \
@@ -214,24 +255,83 @@ MOE_API moe_kind moe_status_kind(moe_status s);
  * "Off" has a name, MOE_OFF, because 0 is taken. */
 enum { MOE_DEFAULT = 0, MOE_ON = 1, MOE_OFF = -1 };
 
-typedef enum moe_score_kind { /* x (T, d) -> logits (T, E) */
+typedef enum moe_score_kind { /* x (T, d) -> logits (T, E); h = d_router */
     MOE_SCORE_DEFAULT,
-    MOE_SCORE_LINEAR, /* logits = x R, R (d, E) */
+    MOE_SCORE_LINEAR,    /* x R, R (d, E) */
+    MOE_SCORE_UNIT,      /* x R with the columns of R scaled to length 1: the scale constraint of SimBal alone */
+    MOE_SCORE_MLP,       /* relu(x W + b) R + c, W (d, h), R (h, E): the ecology paper's router [S], its ReLU [D] */
+    MOE_SCORE_COSINE,    /* cos(x, R_e), as in DynMoE [C] */
+    MOE_SCORE_PROJECTED, /* cos(x W, R_e), W (d, h), as in X-MoE [P] */
+    MOE_SCORE_NORMED,    /* LN(x) . LN(R_e) + c, LN = minus the mean, over the standard deviation; as in SMEAR [C] */
+    MOE_SCORE_PROTOTYPE, /* cos(silu(LN(x)) W + b, R_e), after latent prototype routing [S] */
+    MOE_SCORE_SLICE,     /* relu(mean of slice e of x), d % E == 0, as in LocMoE [P]; no parameters */
+    MOE_SCORE_SUBSPACE,  /* |V_e^T x| / |x|, V_e = w1 of expert e, after ERMoE [S]; needs expert = orthonormal */
+    MOE_SCORE_HASH,      /* by side.id alone (NULL: the token's position in its sequence); no parameters, no gradient */
+    MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each forward; no parameters, no gradient */
     MOE__SCORE_COUNT
 } moe_score_kind;
+
+typedef enum moe_noise_kind { /* added to the logits in training */
+    MOE_NOISE_DEFAULT,
+    MOE_NOISE_NONE,
+    MOE_NOISE_GAUSSIAN, /* N(0, noise_std^2) */
+    MOE_NOISE_UNIFORM,  /* uniform in [0, noise_std) */
+    MOE_NOISE_GUMBEL,   /* noise_std times standard Gumbel numbers */
+    MOE_NOISE_LEARNED,  /* N(0, 1) softplus(x Wn), as in noisy top-k [K]; tensor "router.noise" */
+    MOE__NOISE_COUNT
+} moe_noise_kind;
 
 typedef enum moe_gate_kind { /* logits (T, E) -> scores (T, E), and the weights of the selected */
     MOE_GATE_DEFAULT,
     MOE_GATE_SOFTMAX,          /* softmax(logits / temperature) over all experts */
     MOE_GATE_SOFTMAX_SELECTED, /* softmax(logits / temperature) over the selected experts: sums to 1 whatever `normalize` says */
+    MOE_GATE_SIGMOID,          /* sigmoid(logits / temperature) */
+    MOE_GATE_RELU,             /* relu(logits) */
+    MOE_GATE_SIGN,             /* 1 / (number selected); straight-through gradient by sigmoid(logits / temperature) minus the same of
+                                  the learned threshold, as in DynMoE [C] */
+    MOE_GATE_SPARSEMIXER,      /* p of the selected among those not masked, with SparseMixer's gradient, as in GRIN [C] */
     MOE__GATE_COUNT
 } moe_gate_kind;
 
 typedef enum moe_select_kind { /* scores (T, E) -> routes */
     MOE_SELECT_DEFAULT,
-    MOE_SELECT_TOP_K, /* the k highest scores of each token; ties go to the lowest index */
+    MOE_SELECT_TOP_K,         /* the k highest scores of each token; ties go to the lowest index. With `threshold`: only those above */
+    MOE_SELECT_GROUPS,        /* top-k inside the top_groups best of n_groups groups, as in DeepSeek-V3 [C] */
+    MOE_SELECT_TOP_P,         /* highest first, through the first whose running sum exceeds top_p */
+    MOE_SELECT_THRESHOLD,     /* all scores above `threshold` (gate sign: logits above the learned thresholds) */
+    MOE_SELECT_EXPERT_CHOICE, /* each expert takes its T top_k / E highest tokens; sees the whole batch: not causal */
+    MOE_SELECT_SINKHORN,      /* training: top-k of the balanced plan of the batch; evaluation: top-k of the logits */
+    MOE_SELECT_AUCTION,       /* training: T / E tokens each, highest total logit, by auction, as in BASE [C]; evaluation: the highest */
+    MOE_SELECT_SAMPLED,       /* training: by Gumbel noise among the logits near the highest, as in GRIN [C]; evaluation: the highest */
+    MOE_SELECT_ALL,           /* every expert */
     MOE__SELECT_COUNT
 } moe_select_kind;
+
+typedef enum moe_combine_kind { /* expert outputs -> y */
+    MOE_COMBINE_DEFAULT,
+    MOE_COMBINE_SUM,    /* sum of weight * output */
+    MOE_COMBINE_SOFT,   /* soft slots: experts read mixtures of a sequence's tokens, as in Soft MoE [K] */
+    MOE_COMBINE_MERGE,  /* one expert a sequence, its parameters the weighted mean of all, as in SMEAR [C] */
+    MOE_COMBINE_ROBUST, /* weights times reliability exp(-distance from the median output / (robust_tau MAD)), renormalised [D] */
+    MOE__COMBINE_COUNT
+} moe_combine_kind;
+
+typedef enum moe_schedule_kind { /* how k goes from top_k_min to top_k in schedule_steps */
+    MOE_SCHEDULE_DEFAULT,
+    MOE_SCHEDULE_NONE,
+    MOE_SCHEDULE_LINEAR,
+    MOE_SCHEDULE_EXPONENTIAL,
+    MOE_SCHEDULE_COSINE,
+    MOE__SCHEDULE_COUNT
+} moe_schedule_kind;
+
+typedef enum moe_init_kind { /* of the tensor "router" */
+    MOE_INIT_DEFAULT,
+    MOE_INIT_UNIFORM,    /* +- router_gain / sqrt(rows) */
+    MOE_INIT_ORTHOGONAL, /* columns of length router_gain, orthogonal as far as there are rows */
+    MOE_INIT_ZERO,
+    MOE__INIT_COUNT
+} moe_init_kind;
 
 typedef enum moe_order_kind { /* who gets an expert's last places when capacity is short */
     MOE_ORDER_DEFAULT,
@@ -248,6 +348,8 @@ typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d)
     MOE_EXPERT_SILU,   /* silu(x W1) W2 */
     MOE_EXPERT_SWIGLU, /* (silu(x Wg) * (x Wu)) W2 */
     MOE_EXPERT_GEGLU,  /* (gelu(x Wg) * (x Wu)) W2 */
+    MOE_EXPERT_ORTHONORMAL, /* x V diag(s) U^T: W1 = V with orthonormal columns, W2 = diag(s) U^T with orthogonal rows, kept so after each
+                               step; after ERMoE [S]. d_ff < d_model */
     MOE__EXPERT_COUNT
 } moe_expert_kind;
 
@@ -285,18 +387,59 @@ typedef struct moe_desc {
     size_t n_experts; /* 0 = 8 */
     size_t top_k;     /* experts a token; 0 = 2, or 1 if there is only one */
     size_t n_shared;  /* experts that every token uses with weight 1, added to the routed sum; 0 = none */
-    /* the stages */
-    moe_score_kind score;          /* default linear */
-    moe_gate_kind gate;            /* default softmax */
-    moe_select_kind select;        /* default top-k */
-    moe_expert_kind expert;        /* default SwiGLU */
-    moe_order_kind capacity_order; /* default token */
+    size_t n_zero, n_copy, n_constant; /* of the n_experts, the last: they give 0, the token, a learned mix of the token and a
+                                          vector (MoE++ [C]); 0 = none. A zero expert's weight is 0, before normalisation */
+    size_t sequence;  /* tokens of a sequence, in order; the last may be shorter; 0 = the whole batch is one */
+    size_t n_ranks;   /* devices of gating dropout and locality: token t lives on rank t P / T, expert e on e P / E; 0 = 1 */
+    /* score */
+    moe_score_kind score; /* default linear */
+    size_t d_router;      /* hidden or latent width of the router; 0 = d_model / 2 (mlp, prototype) or n_experts / 2 (projected), at least 1 */
+    int route_sequence;   /* the router sees the mean of the token's sequence: a sequence goes one way; default off, on for combine = merge */
+    int freeze_router;    /* the router's tensors keep their initial values; default off */
+    moe_init_kind router_init; /* default uniform */
+    float router_gain;    /* 0 = 1 */
+    float jitter;         /* in training the router sees x times uniform numbers in [1 - jitter, 1 + jitter); 0 = none */
+    moe_noise_kind noise; /* default none */
+    float noise_std;      /* 0 = 1 */
+    int residual;         /* logits += previous A, previous = side.previous, tensor "router.residual" A (E, E), as in MoE++ [C]; default off */
+    /* gate */
+    moe_gate_kind gate;    /* default softmax */
     int normalize;         /* divide the selected weights by their sum; default on if top_k > 1 (with one
                               expert the weight would be 1 and the router would learn nothing) */
-    int bias;              /* experts have biases b1 (f), b2 (d); default off */
+    float weight_scale;    /* weights are multiplied by it at the end; 0 = 1 */
     float temperature;     /* of the gate; higher is softer; 0 = 1 */
+    int learn_temperature; /* the gate's is a parameter ("router.log_scale" = -log temperature) that begins at `temperature`; prob, and
+                              with it the losses, keep `temperature`; default off */
+    float temperature_end; /* temperature goes there in a straight line over schedule_steps; 0 = stays */
+    float mask_jitter;     /* SparseMixer masks logits further below the highest than 2 * mask_jitter of it; 0 = 0.1 */
+    /* select */
+    moe_select_kind select; /* default top-k */
+    size_t top_k_min;       /* where the schedule of k begins; 0 = top_k */
+    moe_schedule_kind k_schedule; /* default none */
+    uint64_t schedule_steps;      /* of k and temperature */
+    uint64_t random_steps;        /* routing is uniformly random for this many steps (warm-up) */
+    size_t n_groups, top_groups;  /* 0 = 1, 1 */
+    float top_p;                  /* 0 = 0.4 */
+    float threshold;              /* 0 or MOE_OFF = 0 for select = threshold, none for top-k */
+    int fallback;                 /* a token with no score above the threshold takes its best expert: default in evaluation only */
+    int random_second;            /* in training a second or later choice stays if top_k p > U(0, 1), as in GShard [C]; default off */
+    float sinkhorn_epsilon;       /* 0 = 1 */
+    size_t sinkhorn_iterations;   /* 0 = 20 */
+    float gate_drop;              /* probability, one draw a step, that all tokens stay on their rank (gating dropout [S]); 0 = none */
+    int gate_drop_experts;        /* then no expert runs at all; default off */
+    float expert_drop;            /* probability that an expert is left out for a sequence, in training (SMEAR [C]); 0 = none */
+    moe_order_kind capacity_order; /* default token */
     float capacity_factor; /* an expert takes at most (size_t)(factor * k * ceil(T/E)) tokens, but at
                               least 1; 0 or MOE_OFF = dropless */
+    float capacity_factor_eval; /* the same in evaluation; 0 = capacity_factor */
+    /* experts and combine */
+    moe_expert_kind expert; /* default SwiGLU */
+    int bias;               /* experts have biases b1 (f), b2 (d); default off */
+    int zero_output;        /* w2 begins at 0, so that the layer does (BASE [C]); default off */
+    moe_combine_kind combine; /* default sum */
+    size_t soft_slots;      /* slots of an expert, for combine = soft; 0 = 1 */
+    float robust_tau;       /* 0 = 1 */
+    size_t n_codes;         /* > 0: y = g_0 y + g_1 LN(f_e(LN(q))), q the nearest of n_codes codes, e = code % E, g = softmax(x G): VQMoE [C] */
     float loss[MOE_LOSS_COUNT];
     /* training */
     int training; /* MOE_OFF: no gradients, no optimiser state; default on */
@@ -311,6 +454,23 @@ typedef struct moe_desc {
     void *alloc_context;
 } moe_desc;
 
+/* The systems of the literature, one row each: docs/systems.md. */
+typedef struct moe_system {
+    const char *name, *title;
+    const char *source;  /* arXiv number or DOI, and year */
+    const char *mark;    /* how sure the form is: [P] paper, [C] authors' code, [S] summary, [K] general knowledge, [D] derived */
+    const char *choices; /* the desc that it stands for, as moe_desc_parse reads it */
+    const char *purpose; /* one line: what it is for */
+    const char *limits;  /* what it cannot do, or needs */
+} moe_system;
+MOE_API size_t moe_systems_count(void);
+MOE_API const moe_system *moe_system_at(size_t i);            /* NULL past the end */
+MOE_API const moe_system *moe_system_find(const char *name);  /* NULL if there is none */
+/* The names most like `name`, separated by ", ", into buffer, cut at size, NUL-terminated: for an error message. */
+MOE_API void moe_system_near(const char *name, char *buffer, size_t size);
+/* Sets the row's choices in *d; what the row does not mention stays as it was. MOE_E_SYSTEM for an unknown name. */
+MOE_API moe_status moe_desc_system(moe_desc *d, const char *name);
+
 /* Fills *out with the effective values of *in (out may be in). Idempotent. Errors name the field. */
 MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out);
 /* Names of the table rows, for printing and parsing: e.g. moe_gate_name(MOE_GATE_SOFTMAX) = "softmax"; NULL past the end. */
@@ -322,6 +482,16 @@ MOE_API const char *moe_expert_name(moe_expert_kind v);
 MOE_API const char *moe_loss_name(moe_loss_kind v);
 MOE_API const char *moe_optimizer_name(moe_optimizer_kind v);
 MOE_API const char *moe_isa_name(moe_isa v);
+MOE_API const char *moe_noise_name(moe_noise_kind v);
+MOE_API const char *moe_combine_name(moe_combine_kind v);
+MOE_API const char *moe_schedule_name(moe_schedule_kind v);
+MOE_API const char *moe_init_name(moe_init_kind v);
+/* Sets one field by its name in the JSON and its value as text: ("gate", "sigmoid"), ("top_k", "4"), ("loss.switch", "0.01"),
+ * ("capacity_factor", "off"), ("bias", "true"). */
+MOE_API moe_status moe_desc_set(moe_desc *d, const char *field, const char *value);
+/* Sets fields from "field=value field=value ..." (blanks between). On error *d is as it was, and *at (may be NULL) the
+ * place in the text. */
+MOE_API moe_status moe_desc_parse(moe_desc *d, const char *text, size_t *at);
 /* Writes the desc as one JSON object, e.g. {"d_model":8,...}, NUL-terminated, cut at `size`. Returns the
  * length that it needs without the NUL, like snprintf. NULL desc: 0. */
 MOE_API size_t moe_desc_json(const moe_desc *d, char *buffer, size_t size);
@@ -442,15 +612,32 @@ MOE_API moe_status moe_routes_init(moe_routes *r, size_t n_tokens, size_t n_slot
 MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t *index, const float *weight,
                                    size_t capacity, moe_order_kind order);
 
+/* What a router may want besides x. Zero = nothing special. Arrays are yours and must stay until the backward. */
+typedef struct moe_side {
+    int evaluate;       /* 1: no noise, jitter, dropout, sampling; the evaluation's choice where a system has one */
+    uint64_t step;      /* where the schedules stand, and the one draw of gating dropout (a layer sets it: its steps so far) */
+    uint64_t draw;      /* which random numbers (a layer sets it: its training forwards so far) */
+    size_t top_k;       /* 0 = as desc and schedule say; else at most desc.top_k */
+    float temperature;  /* 0 = as desc and schedule say (for a scan of temperatures) */
+    const uint32_t *id; /* (n) token ids for score = hash; NULL = positions in the sequence */
+    const float *previous;                    /* (n, E) logits of the layer before, for desc.residual; NULL = zeros */
+    float *d_previous;                        /* (n, E) += its gradient; may be NULL */
+    const float *bias;                        /* (E) added to what the selection sees, never to weights (a layer sets it); NULL = none */
+    const float *experts; float *d_experts;   /* score = subspace: the experts' parameters and gradients (a layer sets them) */
+} moe_side;
+
 /* moe_tape is what one forward keeps for its backward, and its scratch: one for each batch in flight. */
 typedef struct moe_tape {
-    /* results that you may read after a forward */
-    size_t n_tokens;
-    float *logits;  /* (T, E) */
-    float *scores;  /* (T, E): what the selection sees: prob, or the logits for MOE_GATE_SOFTMAX_SELECTED */
+    moe_side side; /* yours to set before a forward */
+    /* results that you may read after a forward; S = top_k, or E where the number of experts a token varies (moe_tape_slots) */
+    size_t n_tokens, n_slots;
+    float *logits;  /* (T, E), noise included */
+    float *scores;  /* (T, E): softmax, sigmoid or relu of the logits, by the gate; the logits for MOE_GATE_SOFTMAX_SELECTED */
     float *prob;    /* (T, E): softmax(logits / temperature); the same as scores for MOE_GATE_SOFTMAX */
-    int32_t *index; /* (T, top_k): selected, before capacity */
-    float *weight;  /* (T, top_k) */
+    float *clean, *noise_std; /* (T, E) for MOE_NOISE_LEARNED: logits without noise, and its standard deviation; else NULL */
+    int32_t *index; /* (T, S): selected, before capacity; -1 = no choice */
+    float *weight;  /* (T, S) */
+    int dropped;    /* gating dropout: this forward's tokens stayed on their ranks */
     moe_routes routes;
     double loss[MOE_LOSS_COUNT]; /* values of the last backward, unweighted */
     /* private from here on */
@@ -464,10 +651,13 @@ MOE_API void moe_tape_free(moe_tape *t); /* NULL allowed */
 MOE_API moe_status moe_tape_size(const moe_desc *d, size_t max_tokens, int training, size_t *bytes);
 MOE_API moe_status moe_tape_init(moe_tape **out, const moe_desc *d, size_t max_tokens, int training, void *memory, size_t bytes);
 
-/* Router alone: x (n, d) -> logits, scores, index, weight, routes of the tape. router (d, E).  */
+/* Floats of the router's parameters: the tensors "router..." and "experts.constant..." of this desc, one after the other in
+ * the order of moe_desc_tensor. For a linear score without extras that is R (d, E). */
+MOE_API moe_status moe_router_count(const moe_desc *d, size_t *n_floats);
+/* Router alone: x (n, d) -> logits, scores, index, weight, routes of the tape. router: moe_router_count floats.  */
 MOE_API moe_status moe_route(const moe_desc *d, const float *router, const float *x, size_t n, moe_tape *t);
 /* Its backward: d_weight (n_routes) is the gradient by routes.weight (NULL = 0). Adds the auxiliary losses of
- * desc.loss. d_router (d, E) += ..., dx (n, d) += ...; either may be NULL. load (E), NULL = this batch's own:
+ * desc.loss. d_router (moe_router_count) += ..., dx (n, d) += ...; either may be NULL. load (E), NULL = this batch's own:
  * the loads that the losses see. */
 MOE_API moe_status moe_route_backward(const moe_desc *d, const float *router, moe_tape *t, const float *d_weight,
                                       const uint64_t *load, float *d_router, float *dx);
@@ -539,6 +729,11 @@ MOE_API moe_status moe_step(moe_layer *m, float lr);
 MOE_API moe_status moe_forward_tape(const moe_layer *m, moe_tape *t, const float *x, size_t n, float *y);
 MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy, float *dx);
 
+/* What the next moe_forward calls take as their tape's side; evaluate, top_k, temperature, id, previous and d_previous are yours
+ * to set (and to clear). NULL for NULL. */
+MOE_API moe_side *moe_layer_side(moe_layer *m);
+/* Pairwise similarity of all experts' outputs: mean over the n tokens of the mean cosine of two different experts [P, SimBal]. */
+MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes);
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m);   /* resolved; NULL for NULL */
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m);   /* of the last moe_forward, or NULL */
 MOE_API size_t moe_layer_params(const moe_layer *m);          /* number of parameters (padding not counted) */
@@ -555,10 +750,14 @@ MOE_API moe_status moe_layer_losses(const moe_layer *m, double value[MOE_LOSS_CO
 MOE_API moe_status moe_layer_grad_norm(const moe_layer *m, double *norm);
 MOE_API moe_status moe_layer_scale_grads(moe_layer *m, float factor);
 
-/* Tensors by name, row-major: "router" (d, E); "experts.w1", "experts.wu" (G, d, f); "experts.w2" (G, f, d);
+/* Tensors by name, row-major. The router's, as far as the desc has them (h = d_router): "router" (d, E), or (h, E) behind a
+ * projection, or (d, E soft_slots); "router.bias" (E); "router.proj" (d, h); "router.proj_bias" (h); "router.noise" (d, E);
+ * "router.threshold" (E); "router.log_scale" (1); "router.residual" (E, E); "router.codebook" (n_codes, d); "router.branch" (d, 2);
+ * "experts.constant_gate" (n_constant, 2, d); "experts.constant" (n_constant, d). The experts': "experts.w1", "experts.wu" (G, d, f); "experts.w2" (G, f, d);
  * "experts.b1", "experts.bu" (G, f); "experts.b2" (G, d); G = n_experts + n_shared, the shared ones last. */
 typedef struct moe_tensor { const char *name; size_t n_dims, dim[3], count; } moe_tensor;
 MOE_API size_t moe_layer_tensors(const moe_layer *m); /* how many */
+MOE_API moe_status moe_desc_tensor(const moe_desc *d, size_t i, moe_tensor *out); /* tensor i of such a layer; MOE_E_NAME past the last */
 MOE_API moe_status moe_layer_tensor(const moe_layer *m, size_t i, moe_tensor *out);
 typedef enum moe_part { MOE_PART_PARAMS, MOE_PART_GRADS, MOE_PART_MOMENT1, MOE_PART_MOMENT2, MOE__PART_COUNT } moe_part;
 MOE_API moe_status moe_layer_get(const moe_layer *m, moe_part part, const char *name, float *out, size_t count);
@@ -704,6 +903,7 @@ MOE_API moe_kind moe_status_kind(moe_status s) {
 
 MOE__INLINE size_t moe__min(size_t a, size_t b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__max(size_t a, size_t b) { return a > b ? a : b; }
+MOE__INLINE uint64_t moe__min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 static int moe__mul(size_t a, size_t b, size_t *out) {
@@ -874,20 +1074,38 @@ MOE_API moe_status moe_rand_uniform(uint64_t seed, uint64_t stream, size_t n, fl
     return MOE_OK;
 }
 
+/* Numbers start .. start + n - 1 of a stream, standard normal. */
+static void moe__normal_at(uint64_t seed, uint64_t stream, uint64_t start, size_t n, float *out) {
+    uint32_t word[4] = {0, 0, 0, 0};
+    for (size_t i = 0; i < n;) {
+        uint64_t at = start + i;
+        if (!i || at % 4 == 0) moe_philox(seed, at / 4, stream, word);
+        size_t pair = at % 4 & 2;
+        /* all 32 bits, in (0, 1], so that the radius reaches 6.7 */
+        float u = moe__fma((float)word[pair], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
+        float radius = sqrtf(-2.0f * moe__logf1(u)), c, s;
+        moe__cos_sin_turn(word[pair + 1] >> 8, &c, &s);
+        if (at % 2 == 0) out[i++] = radius * c;
+        if (i < n) out[i++] = radius * s;
+    }
+}
 MOE_API moe_status moe_rand_normal(uint64_t seed, uint64_t stream, size_t n, float mean, float std, float *out) {
     if (!moe__finite(mean) || !moe__finite(std) || std < 0.0f) return MOE_E_STD;
     if (n && !out) return MOE_E_NULL_OUT;
-    uint32_t word[4] = {0, 0, 0, 0};
-    for (size_t i = 0; i < n; i += 2) {
-        if (i % 4 == 0) moe_philox(seed, i / 4, stream, word);
-        /* all 32 bits, in (0, 1], so that the radius reaches 6.7 */
-        float u = moe__fma((float)word[i % 4], 1.0f / 4294967296.0f, 0.5f / 4294967296.0f);
-        float radius = sqrtf(-2.0f * moe__logf1(u)), c, s;
-        moe__cos_sin_turn(word[i % 4 + 1] >> 8, &c, &s);
-        out[i] = moe__fma(std, radius * c, mean);
-        if (i + 1 < n) out[i + 1] = moe__fma(std, radius * s, mean);
-    }
+    moe__normal_at(seed, stream, 0, n, out);
+    for (size_t i = 0; i < n; i++) out[i] = moe__fma(std, out[i], mean);
     return MOE_OK;
+}
+
+/* The same of the standard Gumbel distribution: -log(-log u), u in (0, 1). */
+static void moe__gumbel_at(uint64_t seed, uint64_t stream, uint64_t start, size_t n, float *out) {
+    uint32_t word[4] = {0, 0, 0, 0};
+    for (size_t i = 0; i < n; i++) {
+        uint64_t at = start + i;
+        if (!i || at % 4 == 0) moe_philox(seed, at / 4, stream, word);
+        float u = ((float)(word[at % 4] >> 9) + 0.5f) * (1.0f / 8388608.0f); /* 23 bits and a half: exact, never 0 or 1 */
+        out[i] = -moe__logf1(-moe__logf1(u));
+    }
 }
 
 /* Eight bytes as two 32-bit words in the machine's own order, the first one low: equal floats give equal words
@@ -1595,7 +1813,12 @@ MOE__FI moe__v MOE__S(moe__gelu_)(moe__v z, moe__v *slope) {
             part[r * part_ld] = moe__v_sum(dot);                                                                \
         }                                                                                                       \
     }
+MOE__FI moe__v MOE__S(moe__same_)(moe__v z, moe__v *slope) {
+    *slope = moe__v_set1(1.0f);
+    return z;
+}
 MOE__ACT(moe__relu, MOE__S(moe__relu_))
+MOE__ACT(moe__same, MOE__S(moe__same_))
 MOE__ACT(moe__gelu, MOE__S(moe__gelu_))
 MOE__ACT(moe__silu, MOE__S(moe__silu_))
 MOE__GLU(moe__swiglu, MOE__S(moe__silu_))
@@ -1646,9 +1869,9 @@ static const moe__kernels MOE__S(moe__kernels_) = {
     MOE__S(moe__map_exp_), MOE__S(moe__map_log_), MOE__S(moe__map_tanh_), MOE__S(moe__map_erf_),
     MOE__S(moe__softmax_), MOE__S(moe__lse_), MOE__S(moe__dot_), MOE__S(moe__axpy_),
     {0, MOE__S(moe__relu_forward_), MOE__S(moe__gelu_forward_), MOE__S(moe__silu_forward_),
-     MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_)},
+     MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_), MOE__S(moe__same_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
-     MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_)},
+     MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_), MOE__S(moe__same_backward_)},
     MOE__S(moe__adamw_), MOE__S(moe__sgd_)};
 
 #undef MOE__FN
@@ -1886,7 +2109,7 @@ static void moe__transpose_block(const moe__kernels *kn, const float *src, size_
         for (size_t c = 0; c < moe__min(cols, MOE__W); c++) dst[c * MOE__W + r] = src[r * ld + c];
 }
 
-/* c (rows, cols) = a (rows, n) w^T: w (k, n) in panels of n; c's columns are the rows k0 .. of w */
+/* c (rows, cols) = a (rows, n) w^T, or += where to->init is NULL: w (k, n) in panels of n; c's columns are the rows k0 .. of w */
 static void moe__product_t(const moe__kernels *kn, size_t rows, size_t n, const float *a, size_t a_panel, const float *w,
                            size_t k, size_t k0, const moe__target *to) {
     MOE__ALIGN64 float b[MOE__KC * MOE__W];
@@ -1896,8 +2119,8 @@ static void moe__product_t(const moe__kernels *kn, size_t rows, size_t n, const 
                 size_t nc = moe__min(MOE__KC, n - n0), row = k0 + q * MOE__W;
                 for (size_t j = 0; j < nc; j += MOE__W) /* (n0 + j) / 32 panels of k * 32 */
                     moe__transpose_block(kn, w + (n0 + j) * k + row * MOE__W, MOE__W, k - row, MOE__W, b + j * MOE__W);
-                moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, to->c + q * to->panel, to->ldc, MOE__W,
-                           n0 ? NULL : to->init + q * to->init_panel, NULL);
+                moe__sweep(kn, rows, nc, a + n0 / MOE__W * a_panel, a_panel, b, to->c + q * to->panel, to->ldc,
+                           moe__min(MOE__W, to->cols - q * MOE__W), n0 || !to->init ? NULL : to->init + q * to->init_panel, NULL);
             }
 }
 
@@ -2099,38 +2322,81 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *g) {
 }
 
 /* ==== score ===================================================================================
- * A stage's function works on a block of tokens [t0, t1) of a batch. */
-typedef struct moe__dims { /* what follows from a desc */
-    size_t d, f, E, G, S;  /* G: routed and shared experts; S: slots of a token */
-    size_t dp, hp, zp, ep; /* panels of d, of the hidden values, of the values before the activation, of E */
-    int gated, bias;
-    size_t w1, b1, w2, b2, expert; /* floats: where in an expert's block; the block's length */
-    size_t ldo;                    /* row of an expert's output */
+ * A stage's function works on a block of tokens [t0, t1) of a batch, or on the whole batch. */
+
+/* The router's tensors, in the order in which they stand in its block. */
+enum {
+    MOE__R_ROUTER, MOE__R_BIAS, MOE__R_PROJ, MOE__R_PROJ_BIAS, MOE__R_NOISE, MOE__R_THRESHOLD, MOE__R_SCALE, MOE__R_RESIDUAL,
+    MOE__R_CODEBOOK, MOE__R_BRANCH, MOE__R_COUNT
+};
+
+typedef struct moe__dims { /* what follows from a desc: a tape fits a desc if these are equal. Only size_t: compared as bytes */
+    size_t d, f, E, F, G, S;   /* F: routed experts with parameters; G: with the shared; S: slots of a token */
+    size_t L, N;               /* the score's last product: from L numbers a token to N = E times soft_slots */
+    size_t dp, hp, zp, ep, np, lp; /* panels of d, of the hidden values, of the values before the activation, of E, N, L */
+    size_t gated, bias;
+    size_t b1, w2, b2, expert; /* floats: where in an expert's block; the block's length */
+    size_t special, experts;   /* after all blocks the constant experts: gates (n, 2, d), vectors (n, d); the end */
+    size_t ldo;                /* row of an expert's output */
+    size_t at[MOE__R_COUNT + 1]; /* where the router's tensors begin in its block; the last: its length */
+    size_t score, gate, select, combine, noise, jitter, by_sequence, sequence, codes, constants, k, expert_kind; /* what else decides on the memory */
 } moe__dims;
 
-typedef struct moe__group { /* rows that one expert computes */
-    size_t begin, rows;
-    const uint32_t *token; /* NULL: all tokens in order */
-    const float *weight;   /* NULL: 1 */
+typedef struct moe__group { /* rows that one set of an expert's parameters computes */
+    size_t begin, rows, first; /* first: token of the first row, where all tokens from there follow */
+    const uint32_t *token;     /* NULL: in order from `first` */
+    const float *weight;       /* NULL: 1 */
+    const float *x; size_t x_panel; /* the rows' inputs, as panels */
+    const float *params;
+    float *dparams;
+    int fresh; /* the gradient is set, not added to */
 } moe__group;
+
+typedef struct moe__now { /* what holds for one forward and its backward */
+    int training, random, local, skip; /* random warm-up; gating dropout: only experts of the token's rank, or none */
+    size_t k, sequence;                /* choices of a token; tokens of a sequence */
+    float inv_t, prob_inv_t;           /* 1 / temperature of the gate, of prob */
+    uint64_t draw;
+} moe__now;
 
 typedef struct moe__tape_memory {
     moe_desc d; /* resolved */
     moe__dims dims;
-    size_t max_tokens, n_rows, n_routes; /* n_routes: of the forward that is kept */
+    size_t max_tokens, n_rows, n_routed, n_routes; /* rows of all experts, of the routed ones; n_routes: of the forward that is kept */
     int training, state;
     void *own; /* the allocation, if the library made it */
+    moe__now now;
+    /* score */
     float *xp;           /* (dp, T, 32): the tokens, as panels */
-    float *router;       /* router as panels, either way round */
-    float *dlogits, *dl; /* (T, E); the same as panels (ep, T, 32) */
+    float *xr;           /* what the router sees of them: xp, or with jitter, or the means of the sequences */
+    float *xs, *inv_x;   /* silu(LN(xr)), and 1 / its standard deviation (T) */
+    float *lat, *dlat, *inv; /* what the last product reads (lp, T, 32), its gradient, 1 / its length before (T) */
+    float *cols, *dcols, *inv_col; /* the router's columns scaled (L, N), their gradient, 1 / their length (N) */
+    float *packed;       /* a matrix of the router as panels, either way round */
+    float *soft, *dsoft; /* (T, N): logits of the soft slots; the gradient */
+    float *raw;          /* (T, E): x Wn of the learned noise; in backward its gradient */
+    float *draw;         /* (T, E): the noise's random numbers */
+    float *own_scores;   /* (T, E), where scores are not prob or logits */
+    const float *seen;   /* (T, E): what the selection sees: logits, scores, or sel */
+    float *sel, *work;   /* (T, E): these with a bias or masked; scratch of a token */
+    float *dlogits, *dl; /* (T, E); a gradient of N or E columns as panels */
+    float *dxr;          /* (T, d): gradient by xr, where it is not the gradient by x */
     float *slot_grad;    /* (T, S) */
+    void *scratch; size_t scratch_bytes; /* of the selections over a batch */
     unsigned char *bad;  /* a block of tokens has logits that are not finite */
-    moe__group *group;   /* (G) */
-    size_t *first;       /* (G + 1): first task of each group */
+    /* experts and combine */
+    size_t n_groups, first_shared, shared_row; /* groups in use; the first shared one, and its first row */
+    moe__group *group;   /* (most groups) */
+    size_t *first;       /* (most groups + 1): first task of each group */
     float *xg;           /* each group's rows as panels (dp, rows, 32); shared experts use xp */
     float *z, *h;        /* before and after the activation, as panels */
     float *o;            /* outputs, row-major, ldo; in backward the gathered dy, then dx */
     float *part, *dweight;
+    float *merged, *dmerged; /* (sequences, expert): parameters of combine = merge */
+    float *dispatch, *mix, *ddispatch, *dmix; /* (T, N): soft slots: weights of tokens in a slot, of slots in a token; gradients */
+    float *reliability, *robust_weight;  /* (T, S): r / sum g r; (n_routes): the weights that robust combination uses */
+    unsigned char *robust; size_t robust_bytes; /* scratch of a block of tokens */
+    struct moe__branch *branch;
 } moe__tape_memory;
 
 typedef struct moe__job {
@@ -2141,65 +2407,538 @@ typedef struct moe__job {
     moe__tape_memory *m;
     const float *x, *router;
     const float *dweight; /* (n_routes) or NULL */
-    float *drouter, *dx;
+    float *drouter, *dx;  /* dx: where the gradient by what the router sees goes */
 } moe__job;
 
 #define MOE__TOKENS 64 /* a block of tokens */
 #define MOE__BLOCK_BEGIN(i) ((i) * MOE__TOKENS)
 #define MOE__BLOCK_END(i, n) moe__min((n), ((i) + 1) * MOE__TOKENS)
 
-/* linear: logits = x R. Backward: dR += x^T dlogits, dx += dlogits R^T. */
-static void moe__linear_prepare(const moe__job *j) {
-    for (size_t p = 0; p < j->dims->ep; p++)
-        moe__fill_panel(j->router, j->dims->E, 0, j->dims->d, p * MOE__W, moe__min(MOE__W, j->dims->E - p * MOE__W),
-                        j->m->router + p * MOE__W * j->dims->d);
+static void moe__run_blocks(const moe__job *j, moe_task *task, void *arg) {
+    moe_run(&j->d->parallel, moe__ceil_div(j->t->n_tokens, MOE__TOKENS), task, arg);
 }
-static void moe__linear_forward(const moe__job *j, size_t t0, size_t t1) {
-    size_t E = j->dims->E;
-    moe__target to = {j->t->logits + t0 * E, E, MOE__W, E, moe__zeros, 0};
-    moe__product(j->kn, t1 - t0, j->dims->d, j->m->xp + t0 * MOE__W, j->t->n_tokens * MOE__W, j->m->router, &to, 1, NULL);
+/* A tensor of the router, or of its gradient; NULL if this desc has it not. */
+static const float *moe__router_part(const moe__job *j, int part) {
+    const size_t *at = j->dims->at;
+    return j->router && at[part + 1] > at[part] ? j->router + at[part] : NULL;
 }
-static void moe__linear_back_router(void *arg, size_t i, size_t worker) { /* i: a panel of d */
-    const moe__job *j = (const moe__job *)arg;
-    size_t d = j->dims->d, E = j->dims->E, n = j->t->n_tokens;
+static float *moe__router_grad(const moe__job *j, int part) {
+    const size_t *at = j->dims->at;
+    return j->drouter && at[part + 1] > at[part] ? j->drouter + at[part] : NULL;
+}
+
+/* Random numbers of a forward: one stream for each use. */
+enum { MOE__USE_JITTER, MOE__USE_NOISE, MOE__USE_SECOND, MOE__USE_EXPERT_DROP, MOE__USE_WARM_UP, MOE__USE_SAMPLE, MOE__USE_KEEP,
+       MOE__USE_SCORE, MOE__USE_GATE_DROP, MOE__USES = 16 };
+#define MOE__DRAW_KEY(j) ((j)->d->seed ^ 0xa54ff53a5f1d36f1ull) /* other streams than the initial parameters' */
+static uint64_t moe__stream_of(uint64_t draw, int use) { return draw * MOE__USES + (uint64_t)use; }
+static uint64_t moe__stream(const moe__job *j, int use) { return moe__stream_of(j->m->now.draw, use); }
+static void moe__uniforms(const moe__job *j, int use, uint64_t at, size_t n, float lo, float hi, float *out) {
+    moe__uniform_at(MOE__DRAW_KEY(j), moe__stream(j, use), at, n, lo, hi, out);
+}
+/* The row of random numbers of token t: a sequence that goes one way has one. */
+static size_t moe__draw_row(const moe__job *j, size_t t) { return j->dims->by_sequence ? t / j->m->now.sequence : t; }
+
+/* -- one matrix product of the router: out (T, n) = a (T, k) w (k, n); tokens as panels -- */
+typedef struct moe__map {
+    const moe__job *j;
+    const float *a; size_t k; /* panels (k, T) */
+    const float *w; size_t n; /* row-major (k, n) */
+    const float *dout;        /* panels (n, T) */
+    float *dw;                /* (k, n) += */
+    float *da; size_t lda, da_panel; /* += (T, k): row-major (panel 32), or set as panels where da_fresh */
+    int da_fresh;
+} moe__map;
+static size_t moe__map_floats(size_t k, size_t n) { return moe__max(moe__ceil_div(n, MOE__W) * k, moe__ceil_div(k, MOE__W) * n); } /* times 32 */
+
+static void moe__map_pack(const moe__map *v) {
+    for (size_t p = 0; p < moe__ceil_div(v->n, MOE__W); p++)
+        moe__fill_panel(v->w, v->n, 0, v->k, p * MOE__W, moe__min(MOE__W, v->n - p * MOE__W), v->j->m->packed + p * MOE__W * v->k);
+}
+/* after moe__map_pack: rows [t0, t1) of out, cols = n or, in panels, n rounded up */
+static void moe__map_forward(const moe__map *v, float *out, size_t ldo, size_t panel, size_t cols, size_t t0, size_t t1) {
+    moe__target to = {out + t0 * ldo, ldo, panel, cols, moe__zeros, 0};
+    moe__product(v->j->kn, t1 - t0, v->k, v->a + t0 * MOE__W, v->j->t->n_tokens * MOE__W, v->j->m->packed, &to, 1, NULL);
+}
+static void moe__task_map_dw(void *arg, size_t i, size_t worker) { /* i: a panel of k */
+    const moe__map *v = (const moe__map *)arg;
+    size_t n = v->j->t->n_tokens;
     (void)worker;
     for (size_t t = 0; t < n; t += MOE__KC)
-        for (size_t p = 0; p < j->dims->ep; p++)
-            moe__product_outer(j->kn, moe__min(MOE__KC, n - t), moe__min(MOE__W, d - i * MOE__W), j->m->xp + (i * n + t) * MOE__W,
-                               j->m->dl + (p * n + t) * MOE__W, MOE__W, j->drouter + i * MOE__W * E + p * MOE__W, E,
-                               moe__min(MOE__W, E - p * MOE__W), 0);
+        for (size_t p = 0; p < moe__ceil_div(v->n, MOE__W); p++)
+            moe__product_outer(v->j->kn, moe__min(MOE__KC, n - t), moe__min(MOE__W, v->k - i * MOE__W), v->a + (i * n + t) * MOE__W,
+                               v->dout + (p * n + t) * MOE__W, MOE__W, v->dw + i * MOE__W * v->n + p * MOE__W, v->n,
+                               moe__min(MOE__W, v->n - p * MOE__W), 0);
 }
-static void moe__linear_back_x(void *arg, size_t i, size_t worker) { /* i: a block of tokens */
-    const moe__job *j = (const moe__job *)arg;
-    size_t d = j->dims->d, E = j->dims->E, n = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, n);
+static void moe__task_map_da(void *arg, size_t i, size_t worker) { /* i: a block of tokens */
+    const moe__map *v = (const moe__map *)arg;
+    size_t n = v->j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, n);
+    size_t cols = v->da_fresh ? moe__ceil_div(v->k, MOE__W) * MOE__W : v->k;
     (void)worker;
-    moe__target to = {j->dx + t0 * d, d, MOE__W, d, moe__zeros, 0};
-    moe__product(j->kn, t1 - t0, E, j->m->dl + t0 * MOE__W, n * MOE__W, j->m->router, &to, 0, NULL);
+    moe__target to = {v->da + t0 * v->lda, v->lda, v->da_panel, cols, moe__zeros, 0};
+    moe__product(v->j->kn, t1 - t0, v->n, v->dout + t0 * MOE__W, n * MOE__W, v->j->m->packed, &to, v->da_fresh, NULL);
 }
-static void moe__linear_backward(const moe__job *j) {
-    const moe__dims *s = j->dims;
-    size_t n = j->t->n_tokens;
-    for (size_t p = 0; p < s->ep; p++)
-        moe__fill_panel(j->m->dlogits, s->E, 0, n, p * MOE__W, moe__min(MOE__W, s->E - p * MOE__W), j->m->dl + p * n * MOE__W);
-    if (j->drouter) moe_run(&j->d->parallel, s->dp, moe__linear_back_router, (void *)(uintptr_t)j);
-    if (j->dx) {
-        for (size_t p = 0; p < s->dp; p++) /* R^T (E, d) */
-            moe__fill_panel_t(j->kn, j->router, s->E, 0, s->E, p * MOE__W, moe__min(MOE__W, s->d - p * MOE__W),
-                              j->m->router + p * MOE__W * s->E);
-        moe_run(&j->d->parallel, moe__ceil_div(n, MOE__TOKENS), moe__linear_back_x, (void *)(uintptr_t)j);
+static void moe__map_backward(moe__map *v) {
+    const moe__job *j = v->j;
+    if (v->dw) moe_run(&j->d->parallel, moe__ceil_div(v->k, MOE__W), moe__task_map_dw, v);
+    if (!v->da) return;
+    for (size_t p = 0; p < moe__ceil_div(v->k, MOE__W); p++) /* w^T (n, k) */
+        moe__fill_panel_t(j->kn, v->w, v->n, 0, v->n, p * MOE__W, moe__min(MOE__W, v->k - p * MOE__W), j->m->packed + p * MOE__W * v->n);
+    moe__run_blocks(j, moe__task_map_da, v);
+}
+/* row-major (T, n) -> panels m->dl */
+static void moe__to_panels(const moe__job *j, const float *src, size_t n) {
+    for (size_t p = 0; p < moe__ceil_div(n, MOE__W); p++)
+        moe__fill_panel(src, n, 0, j->t->n_tokens, p * MOE__W, moe__min(MOE__W, n - p * MOE__W), j->m->dl + p * j->t->n_tokens * MOE__W);
+}
+
+/* -- rows as panels: row t of panels (n, T) -- */
+static float moe__row_dot(const moe__job *j, const float *a, const float *b, size_t n, size_t t) {
+    size_t T = j->t->n_tokens;
+    float sum = 0.0f;
+    for (size_t p = 0; p * MOE__W < n; p++) sum += j->kn->dot(MOE__W, a + (p * T + t) * MOE__W, b + (p * T + t) * MOE__W);
+    return sum;
+}
+static float moe__row_mean(const moe__job *j, const float *a, size_t n, size_t t) {
+    size_t T = j->t->n_tokens;
+    float sum = 0.0f;
+    for (size_t i = 0; i < n; i++) sum += a[(i / MOE__W * T + t) * MOE__W + i % MOE__W];
+    return sum / (float)n;
+}
+/* The row at u into y (may be u): divided by its length, or with `ln` by its standard deviation after taking its mean
+ * away. Returns 1 / that; 0 for a row of zeros, which stays. */
+static float moe__row_unit(const moe__job *j, const float *u, float *y, size_t n, size_t t, int ln) {
+    size_t T = j->t->n_tokens;
+    float mean = ln ? moe__row_mean(j, u, n, t) : 0.0f, inv = 0.0f;
+    for (size_t i = 0; i < n; i++) {
+        size_t at = (i / MOE__W * T + t) * MOE__W + i % MOE__W;
+        y[at] = u[at] - mean;
     }
+    for (size_t i = n; i % MOE__W; i++) y[(i / MOE__W * T + t) * MOE__W + i % MOE__W] = 0.0f;
+    float square = moe__row_dot(j, y, y, n, t);
+    if (ln) square = square / (float)n;
+    if (square >= FLT_MIN) inv = 1.0f / sqrtf(square);
+    for (size_t p = 0; p * MOE__W < n; p++)
+        for (size_t c = 0; c < MOE__W; c++) y[(p * T + t) * MOE__W + c] *= inv;
+    return inv;
+}
+/* du from dy, in place, given y and inv of moe__row_unit */
+static void moe__row_unit_back(const moe__job *j, const float *y, float *dy, size_t n, size_t t, int ln, float inv) {
+    size_t T = j->t->n_tokens;
+    float along = moe__row_dot(j, y, dy, n, t), mean = ln ? moe__row_mean(j, dy, n, t) : 0.0f;
+    if (ln) along = along / (float)n;
+    for (size_t i = 0; i < n; i++) {
+        size_t at = (i / MOE__W * T + t) * MOE__W + i % MOE__W;
+        dy[at] = moe__fma(-along, y[at], dy[at] - mean) * inv;
+    }
+}
+
+/* -- the scores that end in a product with the router's columns: one row of choices each -- */
+typedef enum moe__unit { MOE__RAW, MOE__RELU, MOE__LENGTH, MOE__LN } moe__unit;
+typedef struct moe__latent { /* z = act(pre(x) [W + b]) . columns(R) [+ c] */
+    int pre, proj, proj_bias, out_bias; /* pre: silu(LN(x)) */
+    moe__unit act, cols;
+} moe__latent;
+static const moe__latent moe__latents[MOE__SCORE_COUNT] = {
+    {0, 0, 0, 0, MOE__RAW, MOE__RAW},
+    {0, 0, 0, 0, MOE__RAW, MOE__RAW},       /* linear */
+    {0, 0, 0, 0, MOE__RAW, MOE__LENGTH},    /* unit */
+    {0, 1, 1, 1, MOE__RELU, MOE__RAW},      /* mlp */
+    {0, 0, 0, 0, MOE__LENGTH, MOE__LENGTH}, /* cosine */
+    {0, 1, 0, 0, MOE__LENGTH, MOE__LENGTH}, /* projected */
+    {0, 0, 0, 1, MOE__LN, MOE__LN},         /* normed */
+    {1, 1, 1, 0, MOE__LENGTH, MOE__LENGTH}, /* prototype */
+    {0, 0, 0, 0, MOE__RAW, MOE__RAW}, {0, 0, 0, 0, MOE__RAW, MOE__RAW}, {0, 0, 0, 0, MOE__RAW, MOE__RAW}, {0, 0, 0, 0, MOE__RAW, MOE__RAW}
+};
+static int moe__latent_score(moe_score_kind s) { return s >= MOE_SCORE_LINEAR && s <= MOE_SCORE_PROTOTYPE; }
+
+/* Columns of R (L, N) scaled into m->cols, as moe__row_unit does with rows. */
+static void moe__columns_unit(const moe__job *j, const float *r, int ln) {
+    size_t L = j->dims->L, N = j->dims->N;
+    float *c = j->m->cols, *inv = j->m->inv_col;
+    for (size_t e = 0; e < N; e++) {
+        float mean = 0.0f, square = 0.0f;
+        for (size_t i = 0; ln && i < L; i++) mean += r[i * N + e];
+        mean = mean / (float)L;
+        for (size_t i = 0; i < L; i++) {
+            float v = r[i * N + e] - mean;
+            square = moe__fma(v, v, square);
+        }
+        if (ln) square = square / (float)L;
+        inv[e] = square >= FLT_MIN ? 1.0f / sqrtf(square) : 0.0f;
+        for (size_t i = 0; i < L; i++) c[i * N + e] = (r[i * N + e] - mean) * inv[e];
+    }
+}
+static void moe__columns_unit_back(const moe__job *j, float *dr, int ln) {
+    size_t L = j->dims->L, N = j->dims->N;
+    const float *c = j->m->cols, *dc = j->m->dcols;
+    for (size_t e = 0; e < N; e++) {
+        float mean = 0.0f, along = 0.0f;
+        for (size_t i = 0; i < L; i++) {
+            mean += dc[i * N + e];
+            along = moe__fma(c[i * N + e], dc[i * N + e], along);
+        }
+        mean = ln ? mean / (float)L : 0.0f;
+        if (ln) along = along / (float)L;
+        for (size_t i = 0; i < L; i++)
+            dr[i * N + e] = moe__fma(j->m->inv_col[e], moe__fma(-along, c[i * N + e], dc[i * N + e] - mean), dr[i * N + e]);
+    }
+}
+
+static moe__map moe__latent_map(const moe__job *j, int projection) { /* the projection, or the last product */
+    const moe__latent *l = &moe__latents[j->d->score];
+    moe__map v;
+    memset(&v, 0, sizeof v);
+    v.j = j;
+    v.k = projection ? j->dims->d : j->dims->L;
+    v.n = projection ? j->dims->L : j->dims->N;
+    v.a = projection || (!l->proj && l->act == MOE__RAW) ? (l->pre ? j->m->xs : j->m->xr) : j->m->lat;
+    v.w = projection ? moe__router_part(j, MOE__R_PROJ) : l->cols == MOE__RAW ? moe__router_part(j, MOE__R_ROUTER) : j->m->cols;
+    return v;
+}
+static float *moe__score_out(const moe__job *j) { return j->m->soft ? j->m->soft : j->t->logits; }
+
+static void moe__task_project(void *arg, size_t i, size_t worker) { /* m->lat of a block of tokens */
+    const moe__job *j = (const moe__job *)arg;
+    const moe__latent *l = &moe__latents[j->d->score];
+    size_t T = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, T), d = j->dims->d, L = j->dims->L;
+    float *lat = j->m->lat;
+    (void)worker;
+    if (l->pre)
+        for (size_t t = t0; t < t1; t++) {
+            j->m->inv_x[t] = moe__row_unit(j, j->m->xr, j->m->xs, d, t, 1);
+            for (size_t p = 0; p < j->dims->dp; p++) { /* silu in place; its derivative is made again from xr */
+                float *y = j->m->xs + (p * T + t) * MOE__W;
+                j->kn->act[MOE_EXPERT_SILU](1, y, NULL, y);
+            }
+        }
+    if (l->proj) {
+        moe__map v = moe__latent_map(j, 1);
+        const float *b = moe__router_part(j, MOE__R_PROJ_BIAS);
+        moe__map_forward(&v, lat, MOE__W, T * MOE__W, j->dims->lp * MOE__W, t0, t1);
+        for (size_t t = t0; b && t < t1; t++)
+            for (size_t c = 0; c < L; c++) lat[(c / MOE__W * T + t) * MOE__W + c % MOE__W] += b[c];
+    }
+    const float *u = l->proj ? lat : j->m->xr;
+    if (l->act == MOE__RELU)
+        for (size_t p = 0; p < j->dims->lp; p++) j->kn->act[MOE_EXPERT_RELU](t1 - t0, lat + (p * T + t0) * MOE__W, NULL, lat + (p * T + t0) * MOE__W);
+    else
+        for (size_t t = t0; t < t1; t++) j->m->inv[t] = moe__row_unit(j, u, lat, L, t, l->act == MOE__LN);
+}
+static void moe__latent_prepare(const moe__job *j) {
+    const moe__latent *l = &moe__latents[j->d->score];
+    moe__map v;
+    if (l->act != MOE__RAW) {
+        if (l->proj) {
+            v = moe__latent_map(j, 1);
+            moe__map_pack(&v);
+        }
+        moe__run_blocks(j, moe__task_project, (void *)(uintptr_t)j);
+    }
+    if (l->cols != MOE__RAW) moe__columns_unit(j, moe__router_part(j, MOE__R_ROUTER), l->cols == MOE__LN);
+    v = moe__latent_map(j, 0);
+    moe__map_pack(&v);
+}
+static void moe__latent_forward(const moe__job *j, size_t t0, size_t t1) {
+    size_t N = j->dims->N;
+    const float *c = moe__router_part(j, MOE__R_BIAS);
+    moe__map v = moe__latent_map(j, 0);
+    float *z = moe__score_out(j);
+    moe__map_forward(&v, z, N, MOE__W, N, t0, t1);
+    for (size_t t = t0; c && t < t1; t++) j->kn->axpy(N, 1.0f, c, z + t * N);
+}
+
+static void moe__task_unproject(void *arg, size_t i, size_t worker) { /* dlat -> gradient before the activation, in place */
+    const moe__job *j = (const moe__job *)arg;
+    const moe__latent *l = &moe__latents[j->d->score];
+    size_t T = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, T), L = j->dims->L;
+    (void)worker;
+    for (size_t t = t0; t < t1; t++) {
+        if (l->act != MOE__RELU) moe__row_unit_back(j, j->m->lat, j->m->dlat, L, t, l->act == MOE__LN, j->m->inv[t]);
+        else
+            for (size_t c = 0; c < L; c++) {
+                size_t at = (c / MOE__W * T + t) * MOE__W + c % MOE__W;
+                if (!(j->m->lat[at] > 0.0f)) j->m->dlat[at] = 0.0f;
+            }
+    }
+}
+/* dx += the gradient by xr: dlat itself, or through silu(LN(.)), whose output's gradient is then in xs */
+static void moe__task_into_x(void *arg, size_t i, size_t worker) {
+    const moe__job *j = (const moe__job *)arg;
+    size_t T = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, T), d = j->dims->d;
+    int pre = moe__latents[j->d->score].pre;
+    (void)worker;
+    for (size_t t = t0; t < t1; t++) {
+        float *g = pre ? j->m->xs : j->m->dlat;
+        if (pre) { /* y = LN(x) again, into lat's place: d <= room? no: into work of its own, dlat (d, T) */
+            float *y = j->m->dlat;
+            float inv = moe__row_unit(j, j->m->xr, y, d, t, 1), part;
+            for (size_t p = 0; p < j->dims->dp; p++) { /* dy = g * silu'(y): the expert's backward does it in place of its z */
+                float z[MOE__W], h[MOE__W], one = 1.0f;
+                memcpy(z, y + (p * T + t) * MOE__W, sizeof z);
+                memcpy(h, z, sizeof h);
+                j->kn->act_back[MOE_EXPERT_SILU](1, &one, z, NULL, h, g + (p * T + t) * MOE__W, &part, 1);
+                memcpy(g + (p * T + t) * MOE__W, z, sizeof z);
+            }
+            moe__row_unit_back(j, y, g, d, t, 1, inv);
+        }
+        for (size_t p = 0; p < j->dims->dp; p++)
+            j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), 1.0f, g + (p * T + t) * MOE__W, j->dx + t * d + p * MOE__W);
+    }
+}
+/* Sum over tokens of a gradient (T, n) in panels, added to g (n). */
+static void moe__bias_grad(const moe__job *j, const float *panels, size_t n, float *g) {
+    for (size_t p = 0; p * MOE__W < n; p++)
+        for (size_t t = 0; t < j->t->n_tokens; t++)
+            j->kn->axpy(moe__min(MOE__W, n - p * MOE__W), 1.0f, panels + (p * j->t->n_tokens + t) * MOE__W, g + p * MOE__W);
+}
+static void moe__latent_backward(const moe__job *j) {
+    const moe__latent *l = &moe__latents[j->d->score];
+    size_t T = j->t->n_tokens;
+    int direct = l->act == MOE__RAW; /* the product reads x itself */
+    moe__map v = moe__latent_map(j, 0);
+    float *dr = moe__router_grad(j, MOE__R_ROUTER), *dc = moe__router_grad(j, MOE__R_BIAS);
+    moe__to_panels(j, j->m->soft ? j->m->dsoft : j->m->dlogits, j->dims->N);
+    v.dout = j->m->dl;
+    v.dw = dr;
+    if (dr && l->cols != MOE__RAW) {
+        memset(j->m->dcols, 0, j->dims->L * j->dims->N * sizeof(float));
+        v.dw = j->m->dcols;
+    }
+    v.da = direct ? j->dx : j->m->dlat;
+    v.lda = direct ? j->dims->d : MOE__W;
+    v.da_panel = direct ? MOE__W : T * MOE__W;
+    v.da_fresh = !direct;
+    moe__map_backward(&v);
+    if (dr && l->cols != MOE__RAW) moe__columns_unit_back(j, dr, l->cols == MOE__LN);
+    if (dc) moe__bias_grad(j, j->m->dl, j->dims->N, dc);
+    if (direct) return;
+    moe__run_blocks(j, moe__task_unproject, (void *)(uintptr_t)j);
+    if (l->proj) {
+        v = moe__latent_map(j, 1);
+        float *db = moe__router_grad(j, MOE__R_PROJ_BIAS);
+        v.dout = j->m->dlat;
+        v.dw = moe__router_grad(j, MOE__R_PROJ);
+        if (db) moe__bias_grad(j, j->m->dlat, j->dims->L, db);
+        if (l->pre && j->dx) { /* the gradient by silu(LN(x)) takes the place of that */
+            moe__map w = v;
+            w.da = NULL;
+            moe__map_backward(&w);
+            v.dw = NULL;
+            v.da = j->m->xs;
+            v.lda = MOE__W;
+            v.da_panel = T * MOE__W;
+            v.da_fresh = 1;
+        } else {
+            v.da = j->dx;
+            v.lda = j->dims->d;
+            v.da_panel = MOE__W;
+        }
+        moe__map_backward(&v);
+    }
+    if (j->dx && (l->pre || !l->proj)) moe__run_blocks(j, moe__task_into_x, (void *)(uintptr_t)j);
+}
+
+/* slice: z_e = mean of slice e of x. The relu comes after the noise. */
+static void moe__slice_forward(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E, T = j->t->n_tokens, width = j->dims->d / E;
+    for (size_t t = t0; t < t1; t++)
+        for (size_t e = 0; e < E; e++) {
+            float sum = 0.0f;
+            for (size_t i = e * width; i < (e + 1) * width; i++) sum += j->m->xr[(i / MOE__W * T + t) * MOE__W + i % MOE__W];
+            j->t->logits[t * E + e] = sum / (float)width;
+        }
+}
+static void moe__slice_backward(const moe__job *j) {
+    size_t E = j->dims->E, width = j->dims->d / E;
+    for (size_t t = 0; j->dx && t < j->t->n_tokens; t++)
+        for (size_t e = 0; e < E; e++)
+            for (size_t i = e * width; i < (e + 1) * width; i++)
+                j->dx[t * j->dims->d + i] += j->m->dlogits[t * E + e] / (float)width;
+}
+
+/* subspace: z_e = |V_e^T x| / |x|; u = V_e^T x is made again for the gradient: dV = x du^T, du = dz u / (|u| |x|) [D] */
+static const float *moe__basis(const moe__job *j, size_t e) { return j->t->side.experts + e * j->dims->expert; }
+static float moe__subspace_u(const moe__job *j, size_t e, size_t t0, size_t t1) { /* m->lat rows [t0, t1), panels (f, T) */
+    size_t T = j->t->n_tokens;
+    moe__target to = {j->m->lat + t0 * MOE__W, MOE__W, T * MOE__W, j->dims->hp * MOE__W, moe__zeros, 0};
+    moe__product(j->kn, t1 - t0, j->dims->d, j->m->xr + t0 * MOE__W, T * MOE__W, moe__basis(j, e), &to, 1, NULL);
+    return 0.0f;
+}
+static void moe__subspace_forward(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E;
+    for (size_t t = t0; t < t1; t++) j->m->inv_x[t] = sqrtf(moe__row_dot(j, j->m->xr, j->m->xr, j->dims->d, t));
+    for (size_t e = 0; e < E; e++) {
+        moe__subspace_u(j, e, t0, t1);
+        for (size_t t = t0; t < t1; t++)
+            j->t->logits[t * E + e] = j->m->inv_x[t] > 0.0f ? sqrtf(moe__row_dot(j, j->m->lat, j->m->lat, j->dims->f, t)) / j->m->inv_x[t] : 0.0f;
+    }
+}
+typedef struct moe__subspace_job { const moe__job *j; size_t e; } moe__subspace_job;
+static void moe__task_subspace_u(void *arg, size_t i, size_t worker) {
+    const moe__subspace_job *s = (const moe__subspace_job *)arg;
+    const moe__job *j = s->j;
+    size_t T = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, T), E = j->dims->E, d = j->dims->d;
+    (void)worker;
+    moe__subspace_u(j, s->e, t0, t1);
+    for (size_t t = t0; t < t1; t++) {
+        float norm = j->m->inv_x[t], z = j->t->logits[t * E + s->e], dz = j->m->dlogits[t * E + s->e], length = z * norm;
+        float scale = length > 0.0f && norm > 0.0f ? dz / (length * norm) : 0.0f;
+        for (size_t p = 0; p < j->dims->hp; p++)
+            for (size_t c = 0; c < MOE__W; c++) j->m->dlat[(p * T + t) * MOE__W + c] = scale * j->m->lat[(p * T + t) * MOE__W + c];
+        if (!j->dx || !(norm > 0.0f)) continue;
+        for (size_t p = 0; p < j->dims->dp; p++) /* the length of x */
+            j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), -(dz * z) / (norm * norm), j->m->xr + (p * T + t) * MOE__W, j->dx + t * d + p * MOE__W);
+    }
+    if (!j->dx) return;
+    moe__target to = {j->dx + t0 * d, d, MOE__W, d, NULL, 0};
+    moe__product_t(j->kn, t1 - t0, j->dims->hp * MOE__W, j->m->dlat + t0 * MOE__W, T * MOE__W, moe__basis(j, s->e), d, 0, &to);
+}
+static void moe__task_subspace_dv(void *arg, size_t i, size_t worker) { /* i: a panel of d */
+    const moe__subspace_job *s = (const moe__subspace_job *)arg;
+    const moe__job *j = s->j;
+    size_t T = j->t->n_tokens, d = j->dims->d;
+    float *dv = j->t->side.d_experts + s->e * j->dims->expert;
+    (void)worker;
+    for (size_t t = 0; t < T; t += MOE__KC)
+        for (size_t p = 0; p < j->dims->hp; p++)
+            moe__product_outer(j->kn, moe__min(MOE__KC, T - t), moe__min(MOE__W, d - i * MOE__W), j->m->xr + (i * T + t) * MOE__W,
+                               j->m->dlat + (p * T + t) * MOE__W, MOE__W, dv + (p * d + i * MOE__W) * MOE__W, MOE__W, MOE__W, 0);
+}
+static void moe__subspace_backward(const moe__job *j) {
+    moe__subspace_job s;
+    s.j = j;
+    for (s.e = 0; s.e < j->dims->E; s.e++) {
+        moe__run_blocks(j, moe__task_subspace_u, &s);
+        if (j->t->side.d_experts) moe_run(&j->d->parallel, j->dims->dp, moe__task_subspace_dv, &s);
+    }
+}
+
+/* hash: consecutive ids of a run of E go to E different experts, in an order of the run's own: balanced over evenly used
+ * ids; the next choices are the next experts. A logit of 30 is certainty in float32. */
+#define MOE__CERTAIN 30.0f
+static void moe__hash_forward(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E;
+    for (size_t t = t0; t < t1; t++) {
+        uint64_t id = j->t->side.id ? j->t->side.id[t] : t % j->m->now.sequence;
+        uint64_t first = (id % E + moe_rand_u32(j->d->seed, ~(uint64_t)0, id / E)) % E;
+        memset(j->t->logits + t * E, 0, E * sizeof(float));
+        for (size_t i = 0; i < moe__min(j->d->top_k, E); i++) j->t->logits[t * E + (first + i) % E] = MOE__CERTAIN - (float)i / (float)E;
+    }
+}
+static void moe__random_forward(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E;
+    for (size_t t = t0; t < t1; t++) moe__uniforms(j, MOE__USE_SCORE, (uint64_t)moe__draw_row(j, t) * E, E, 0.0f, 1.0f, j->t->logits + t * E);
 }
 
 typedef struct moe__score_row {
     const char *name;
-    void (*prepare)(const moe__job *j);                      /* once a batch */
-    void (*forward)(const moe__job *j, size_t t0, size_t t1); /* tape.logits */
-    void (*backward)(const moe__job *j);                     /* from m->dlogits: += drouter, += dx */
+    int relu;                                                 /* of the logits, after the noise */
+    void (*prepare)(const moe__job *j);                       /* once a batch, after m->xr */
+    void (*forward)(const moe__job *j, size_t t0, size_t t1); /* tape.logits, or m->soft */
+    void (*backward)(const moe__job *j);                      /* from m->dlogits, or m->dsoft: += drouter, += dx; NULL: no gradient */
 } moe__score_row;
 static const moe__score_row moe__scores[MOE__SCORE_COUNT] = {
-    {"default", NULL, NULL, NULL},
-    {"linear", moe__linear_prepare, moe__linear_forward, moe__linear_backward},
+    {"default", 0, NULL, NULL, NULL},
+    {"linear", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"unit", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"mlp", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"cosine", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"projected", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"normed", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"prototype", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"slice", 1, NULL, moe__slice_forward, moe__slice_backward},
+    {"subspace", 0, NULL, moe__subspace_forward, moe__subspace_backward},
+    {"hash", 0, NULL, moe__hash_forward, NULL},
+    {"random", 0, NULL, moe__random_forward, NULL},
 };
+
+/* -- noise on the logits -- */
+static moe__map moe__noise_map(const moe__job *j) {
+    moe__map v;
+    memset(&v, 0, sizeof v);
+    v.j = j;
+    v.a = j->m->xr;
+    v.k = j->dims->d;
+    v.w = moe__router_part(j, MOE__R_NOISE);
+    v.n = j->dims->E;
+    return v;
+}
+static void moe__task_noise_raw(void *arg, size_t i, size_t worker) {
+    const moe__job *j = (const moe__job *)arg;
+    size_t E = j->dims->E, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, j->t->n_tokens);
+    moe__map v = moe__noise_map(j);
+    (void)worker;
+    moe__map_forward(&v, j->m->raw, E, MOE__W, E, t0, t1);
+    /* softplus r = max(r, 0) + log(1 + e^-|r|) */
+    float *s = j->t->noise_std + t0 * E, *r = j->m->raw + t0 * E;
+    for (size_t k = 0; k < (t1 - t0) * E; k++) s[k] = -fabsf(r[k]);
+    j->kn->exp((t1 - t0) * E, s, s);
+    for (size_t k = 0; k < (t1 - t0) * E; k++) s[k] += 1.0f;
+    j->kn->log((t1 - t0) * E, s, s);
+    for (size_t k = 0; k < (t1 - t0) * E; k++) s[k] += r[k] > 0.0f ? r[k] : 0.0f;
+}
+static void moe__noise_prepare(const moe__job *j) {
+    if (j->d->noise != MOE_NOISE_LEARNED) return;
+    moe__map v = moe__noise_map(j);
+    moe__map_pack(&v);
+    moe__run_blocks(j, moe__task_noise_raw, (void *)(uintptr_t)j);
+}
+static void moe__noise_add(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E;
+    if (j->t->clean) memcpy(j->t->clean + t0 * E, j->t->logits + t0 * E, (t1 - t0) * E * sizeof(float));
+    if (j->d->noise == MOE_NOISE_NONE || !j->m->now.training) return;
+    for (size_t t = t0; t < t1; t++) {
+        float *z = j->t->logits + t * E, *r = j->m->draw + t * E;
+        uint64_t at = (uint64_t)moe__draw_row(j, t) * E, stream = moe__stream(j, MOE__USE_NOISE);
+        if (j->d->noise == MOE_NOISE_UNIFORM) moe__uniform_at(MOE__DRAW_KEY(j), stream, at, E, 0.0f, 1.0f, r);
+        else if (j->d->noise == MOE_NOISE_GUMBEL) moe__gumbel_at(MOE__DRAW_KEY(j), stream, at, E, r);
+        else moe__normal_at(MOE__DRAW_KEY(j), stream, at, E, r);
+        for (size_t e = 0; e < E; e++)
+            z[e] = moe__fma(r[e], j->d->noise == MOE_NOISE_LEARNED ? j->t->noise_std[t * E + e] : j->d->noise_std, z[e]);
+    }
+}
+/* d raw = dz N sigmoid(raw), sigmoid(raw) = 1 - e^-softplus(raw); then Wn and x */
+static void moe__noise_backward(const moe__job *j) {
+    size_t n = j->t->n_tokens * j->dims->E;
+    if (j->d->noise != MOE_NOISE_LEARNED) return;
+    if (j->m->now.training) {
+        for (size_t i = 0; i < n; i++) j->m->raw[i] = -j->t->noise_std[i];
+        j->kn->exp(n, j->m->raw, j->m->raw);
+        for (size_t i = 0; i < n; i++) j->m->raw[i] = j->m->dlogits[i] * j->m->draw[i] * (1.0f - j->m->raw[i]);
+    } else memset(j->m->raw, 0, n * sizeof(float));
+}
+static void moe__noise_backward_map(const moe__job *j) {
+    if (j->d->noise != MOE_NOISE_LEARNED) return;
+    moe__map v = moe__noise_map(j);
+    moe__to_panels(j, j->m->raw, j->dims->E);
+    v.dout = j->m->dl;
+    v.dw = moe__router_grad(j, MOE__R_NOISE);
+    v.da = j->dx;
+    v.lda = j->dims->d;
+    v.da_panel = MOE__W;
+    moe__map_backward(&v);
+}
+
+/* -- logits += previous A -- */
+static void moe__residual_add(const moe__job *j, size_t t0, size_t t1) {
+    const float *a = moe__router_part(j, MOE__R_RESIDUAL), *previous = j->t->side.previous;
+    size_t E = j->dims->E;
+    if (!a || !previous) return;
+    for (size_t t = t0; t < t1; t++)
+        for (size_t i = 0; i < E; i++) j->kn->axpy(E, previous[t * E + i], a + i * E, j->t->logits + t * E);
+}
+static void moe__residual_backward(const moe__job *j) {
+    const float *a = moe__router_part(j, MOE__R_RESIDUAL), *previous = j->t->side.previous;
+    float *da = moe__router_grad(j, MOE__R_RESIDUAL);
+    size_t E = j->dims->E;
+    if (!a || !previous) return;
+    for (size_t t = 0; t < j->t->n_tokens; t++)
+        for (size_t i = 0; i < E; i++) {
+            if (da) j->kn->axpy(E, previous[t * E + i], j->m->dlogits + t * E, da + i * E);
+            if (j->t->side.d_previous) j->t->side.d_previous[t * E + i] += j->kn->dot(E, a + i * E, j->m->dlogits + t * E);
+        }
+}
 
 /* ==== gate ==================================================================================== */
 static int moe__temperature_ok(float t) { return t > 0.0f && moe__finite(t) && moe__finite(1.0f / t); } /* not subnormal */
@@ -2235,77 +2974,253 @@ MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperat
     return MOE_OK;
 }
 
-/* Weights are divided by their sum, in slot order. */
+/* Weights are divided by their sum, in slot order; all zero stays so. */
 static void moe__normalize(size_t k, float *w) {
     float sum = 0.0f;
     for (size_t i = 0; i < k; i++) sum += w[i];
-    for (size_t i = 0; i < k; i++) w[i] /= sum;
+    for (size_t i = 0; sum > 0.0f && i < k; i++) w[i] /= sum;
 }
 /* dw of normalised weights -> dw of the unnormalised, whose sum was `sum` */
 static void moe__normalize_back(size_t k, const float *w, float sum, float *dw) {
     float mean = 0.0f;
     for (size_t i = 0; i < k; i++) mean = moe__fma(w[i], dw[i], mean);
-    for (size_t i = 0; i < k; i++) dw[i] = (dw[i] - mean) / sum;
+    for (size_t i = 0; i < k; i++) dw[i] = sum > 0.0f ? (dw[i] - mean) / sum : 0.0f;
 }
 
-static void moe__softmax_weights(const moe__job *j, size_t t0, size_t t1) {
-    size_t k = j->dims->S, E = j->dims->E;
-    for (size_t t = t0; t < t1; t++) {
-        float *w = j->t->weight + t * k;
-        for (size_t i = 0; i < k; i++) w[i] = j->t->prob[t * E + (size_t)j->t->index[t * k + i]];
-        if (j->d->normalize == MOE_ON) moe__normalize(k, w);
+/* 1 / (1 + e^-(scale z)) of n numbers, without overflow; y may be z */
+static void moe__sigmoids(const moe__kernels *kn, size_t n, float scale, const float *z, float *y) {
+    float e[MOE__W];
+    for (size_t i = 0; i < n; i += MOE__W) {
+        size_t c = moe__min(MOE__W, n - i);
+        for (size_t l = 0; l < c; l++) e[l] = -fabsf(scale * z[i + l]);
+        kn->exp(c, e, e);
+        for (size_t l = 0; l < c; l++) y[i + l] = (scale * z[i + l] < 0.0f ? e[l] : 1.0f) / (1.0f + e[l]);
     }
 }
-static void moe__softmax_back(const moe__job *j, size_t t0, size_t t1) {
+
+/* The scores of a block of tokens, from the logits; prob is there. */
+static void moe__gate_scores(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E, n = (t1 - t0) * E;
+    const float *z = j->t->logits + t0 * E;
+    float *s = j->m->own_scores;
+    if (!s) return;
+    s += t0 * E;
+    if (j->d->gate == MOE_GATE_RELU)
+        for (size_t i = 0; i < n; i++) s[i] = z[i] > 0.0f ? z[i] : 0.0f;
+    else if (j->d->gate == MOE_GATE_SOFTMAX) /* with a temperature of its own */
+        for (size_t t = 0; t < t1 - t0; t++) j->kn->softmax(E, j->m->now.inv_t, z + t * E, s + t * E);
+    else moe__sigmoids(j->kn, n, j->m->now.inv_t, z, s);
+}
+
+/* What a gate gives for one token: value = weights of its choices before normalisation, for index >= 0; back = from their
+ * gradient dw (k) to dz (E), the token's row of m->dlogits. */
+static void moe__scores_value(const moe__job *j, size_t t, float *w) {
+    const int32_t *index = j->t->index + t * j->dims->S;
+    for (size_t i = 0; i < j->dims->S; i++) w[i] = index[i] < 0 ? 0.0f : j->t->scores[t * j->dims->E + (size_t)index[i]];
+}
+static void moe__softmax_back(const moe__job *j, size_t t, const float *dw, float *dz) {
     size_t k = j->dims->S, E = j->dims->E;
-    float inv_t = 1.0f / j->d->temperature;
-    for (size_t t = t0; t < t1; t++) {
-        const float *p = j->t->prob + t * E;
-        const int32_t *index = j->t->index + t * k;
-        float *dw = j->m->slot_grad + t * k, *dz = j->m->dlogits + t * E, mean = 0.0f, sum = 0.0f;
-        if (j->d->normalize == MOE_ON) {
-            for (size_t i = 0; i < k; i++) sum += p[index[i]];
-            moe__normalize_back(k, j->t->weight + t * k, sum, dw);
+    const float *p = j->t->scores + t * E;
+    const int32_t *index = j->t->index + t * k;
+    float inv_t = j->m->now.inv_t, mean = 0.0f;
+    for (size_t i = 0; i < k; i++)
+        if (index[i] >= 0) mean = moe__fma(p[index[i]], dw[i], mean);
+    j->kn->axpy(E, -(mean * inv_t), p, dz);
+    for (size_t i = 0; i < k; i++)
+        if (index[i] >= 0) dz[index[i]] = moe__fma(inv_t * p[index[i]], dw[i], dz[index[i]]);
+}
+static void moe__selected_value(const moe__job *j, size_t t, float *w) {
+    size_t k = j->dims->S, n = 0;
+    const int32_t *index = j->t->index + t * k;
+    for (size_t i = 0; i < k; i++) /* choices come first, then those that are none */
+        if (index[i] >= 0) w[n++] = j->t->logits[t * j->dims->E + (size_t)index[i]];
+    if (n) j->kn->softmax(n, j->m->now.inv_t, w, w);
+    for (size_t i = k; i-- > 0;) w[i] = index[i] < 0 ? 0.0f : w[--n];
+}
+static void moe__selected_back(const moe__job *j, size_t t, const float *dw, float *dz) {
+    size_t k = j->dims->S;
+    const int32_t *index = j->t->index + t * k;
+    const float *w = j->m->work + t * j->dims->E; /* the weights before scaling */
+    float inv_t = j->m->now.inv_t, mean = 0.0f;
+    for (size_t i = 0; i < k; i++) mean = moe__fma(w[i], dw[i], mean);
+    for (size_t i = 0; i < k; i++)
+        if (index[i] >= 0) dz[index[i]] = moe__fma(inv_t * w[i], dw[i] - mean, dz[index[i]]);
+}
+static void moe__sigmoid_back(const moe__job *j, size_t t, const float *dw, float *dz) {
+    const int32_t *index = j->t->index + t * j->dims->S;
+    for (size_t i = 0; i < j->dims->S; i++) {
+        if (index[i] < 0) continue;
+        float s = j->t->scores[t * j->dims->E + (size_t)index[i]];
+        dz[index[i]] = moe__fma(j->m->now.inv_t * (s * (1.0f - s)), dw[i], dz[index[i]]);
+    }
+}
+static void moe__relu_back(const moe__job *j, size_t t, const float *dw, float *dz) {
+    const int32_t *index = j->t->index + t * j->dims->S;
+    for (size_t i = 0; i < j->dims->S; i++)
+        if (index[i] >= 0 && j->t->scores[t * j->dims->E + (size_t)index[i]] > 0.0f) dz[index[i]] += dw[i];
+}
+static void moe__sign_value(const moe__job *j, size_t t, float *w) {
+    const int32_t *index = j->t->index + t * j->dims->S;
+    size_t n = 0;
+    for (size_t i = 0; i < j->dims->S; i++) n += index[i] >= 0;
+    for (size_t i = 0; i < j->dims->S; i++) w[i] = index[i] < 0 ? 0.0f : 1.0f / (float)n;
+}
+/* SparseMixer: the softmax among the experts that choice i of a token could have been. Earlier choices and logits further
+ * below the highest than 2 * mask_jitter of max(|z|, highest) are out: p = 0. Returns the highest of what is left. */
+static size_t moe__sparse_row(const moe__job *j, size_t t, size_t i, float *p) {
+    size_t E = j->dims->E, best = E;
+    const float *z = j->t->logits + t * E;
+    const int32_t *index = j->t->index + t * j->dims->S;
+    float sum = 0.0f;
+    for (size_t e = 0; e < E; e++) {
+        p[e] = 1.0f;
+        for (size_t l = 0; l < i; l++)
+            if (index[l] == (int32_t)e) p[e] = 0.0f;
+        if (p[e] > 0.0f && (best == E || z[e] > z[best])) best = e;
+    }
+    for (size_t e = 0; e < E; e++) {
+        float scale = fabsf(z[e]) > z[best] ? fabsf(z[e]) : z[best];
+        if (p[e] > 0.0f && z[best] - z[e] > 2.0f * j->d->mask_jitter * scale) p[e] = 0.0f;
+    }
+    for (size_t e = 0; e < E; e += MOE__W) {
+        float v[MOE__W];
+        size_t c = moe__min(MOE__W, E - e);
+        for (size_t l = 0; l < c; l++) v[l] = p[e + l] > 0.0f ? (z[e + l] - z[best]) * j->m->now.inv_t : 0.0f;
+        j->kn->exp(c, v, v);
+        for (size_t l = 0; l < c; l++) {
+            p[e + l] *= v[l];
+            sum += p[e + l];
         }
-        for (size_t i = 0; i < k; i++) mean = moe__fma(p[index[i]], dw[i], mean);
-        j->kn->axpy(E, -(mean * inv_t), p, dz);
-        for (size_t i = 0; i < k; i++) dz[index[i]] = moe__fma(inv_t * p[index[i]], dw[i], dz[index[i]]);
+    }
+    for (size_t e = 0; e < E; e++) p[e] /= sum;
+    return best;
+}
+/* p of the choice; in training a third of it unless it was the highest or a number above 0.75 is drawn */
+static void moe__sparse_value(const moe__job *j, size_t t, float *w) {
+    size_t S = j->dims->S, E = j->dims->E;
+    const int32_t *index = j->t->index + t * S;
+    float *p = j->m->work + t * E, u;
+    for (size_t i = 0; i < S; i++) {
+        w[i] = 0.0f;
+        if (index[i] < 0) continue;
+        size_t best = moe__sparse_row(j, t, i, p);
+        moe__uniforms(j, MOE__USE_KEEP, (uint64_t)t * S + i, 1, 0.0f, 1.0f, &u);
+        w[i] = p[index[i]] * (!j->m->now.training || (int32_t)best == index[i] || u > 0.75f ? 1.0f : 1.0f / 3.0f);
+    }
+}
+static void moe__sparse_back(const moe__job *j, size_t t, const float *dw, float *dz) {
+    size_t E = j->dims->E;
+    const int32_t *index = j->t->index + t * j->dims->S;
+    float *p = j->m->work + t * E;
+    for (size_t i = 0; i < j->dims->S; i++) {
+        if (index[i] < 0) continue;
+        moe__sparse_row(j, t, i, p);
+        float g = dw[i] * p[index[i]] * j->m->now.inv_t; /* the third is not in the gradient [C] */
+        j->kn->axpy(E, -g, p, dz);
+        dz[index[i]] += g;
     }
 }
 
-static void moe__selected_weights(const moe__job *j, size_t t0, size_t t1) {
-    size_t k = j->dims->S, E = j->dims->E;
-    for (size_t t = t0; t < t1; t++) {
-        float *w = j->t->weight + t * k;
-        for (size_t i = 0; i < k; i++) w[i] = j->t->logits[t * E + (size_t)j->t->index[t * k + i]];
-        j->kn->softmax(k, 1.0f / j->d->temperature, w, w);
-    }
-}
-static void moe__selected_back(const moe__job *j, size_t t0, size_t t1) {
-    size_t k = j->dims->S, E = j->dims->E;
-    float inv_t = 1.0f / j->d->temperature;
-    for (size_t t = t0; t < t1; t++) {
-        const float *w = j->t->weight + t * k, *dw = j->m->slot_grad + t * k;
-        float mean = 0.0f;
-        for (size_t i = 0; i < k; i++) mean = moe__fma(w[i], dw[i], mean);
-        for (size_t i = 0; i < k; i++) {
-            float *dz = j->m->dlogits + t * E + j->t->index[t * k + i];
-            *dz = moe__fma(inv_t * w[i], dw[i] - mean, *dz);
-        }
-    }
-}
-
+typedef enum moe__scores_are { MOE__SCORES_PROB, MOE__SCORES_LOGITS, MOE__SCORES_OWN } moe__scores_are;
 typedef struct moe__gate_row {
     const char *name;
-    int scores_are_prob; /* selection sees the softmax; else the logits, which order the same */
-    void (*weights)(const moe__job *j, size_t t0, size_t t1);  /* of tape.index -> tape.weight */
-    void (*backward)(const moe__job *j, size_t t0, size_t t1); /* m->slot_grad -> m->dlogits */
+    moe__scores_are scores;
+    int normalizes; /* its weights are what they should be: desc.normalize has no effect */
+    void (*value)(const moe__job *j, size_t t, float *w);
+    void (*back)(const moe__job *j, size_t t, const float *dw, float *dz);
 } moe__gate_row;
 static const moe__gate_row moe__gates[MOE__GATE_COUNT] = {
-    {"default", 0, NULL, NULL},
-    {"softmax", 1, moe__softmax_weights, moe__softmax_back},
-    {"softmax-selected", 0, moe__selected_weights, moe__selected_back},
+    {"default", MOE__SCORES_PROB, 0, NULL, NULL},
+    {"softmax", MOE__SCORES_PROB, 0, moe__scores_value, moe__softmax_back},
+    {"softmax-selected", MOE__SCORES_LOGITS, 1, moe__selected_value, moe__selected_back},
+    {"sigmoid", MOE__SCORES_OWN, 0, moe__scores_value, moe__sigmoid_back},
+    {"relu", MOE__SCORES_OWN, 0, moe__scores_value, moe__relu_back},
+    {"sign", MOE__SCORES_OWN, 1, moe__sign_value, moe__sigmoid_back},
+    {"sparsemixer", MOE__SCORES_LOGITS, 1, moe__sparse_value, moe__sparse_back},
 };
+
+/* Is choice i of token t one that adds nothing: a zero expert? */
+static int moe__zero_expert(const moe__job *j, int32_t e) {
+    return (size_t)e >= j->dims->F && (size_t)e < j->dims->F + j->d->n_zero;
+}
+
+/* index -> weight of a block of tokens; may take choices away (random second, expert dropout) */
+static void moe__weights(const moe__job *j, size_t t0, size_t t1) {
+    size_t S = j->dims->S;
+    const moe__now *now = &j->m->now;
+    for (size_t t = t0; t < t1; t++) {
+        int32_t *index = j->t->index + t * S;
+        float *w = j->t->weight + t * S, u, kept = 0.0f;
+        moe__gates[j->d->gate].value(j, t, w);
+        for (size_t i = 0; i < S; i++) {
+            if (index[i] < 0) continue;
+            if (now->training && i && j->d->random_second == MOE_ON) {
+                moe__uniforms(j, MOE__USE_SECOND, (uint64_t)t * S + i, 1, 0.0f, 1.0f, &u);
+                if (!((float)j->d->top_k * j->t->prob[t * j->dims->E + (size_t)index[i]] > u)) index[i] = -1, w[i] = 0.0f;
+            }
+            if (index[i] >= 0 && moe__zero_expert(j, index[i])) w[i] = 0.0f;
+        }
+        if (now->training && j->d->expert_drop > 0.0f) {
+            for (int pass = 0; pass < 2; pass++) /* unless none would be left */
+                for (size_t i = 0; i < S && (!pass || kept > 0.0f); i++) {
+                    if (index[i] < 0) continue;
+                    uint64_t at = (uint64_t)(t / now->sequence) * j->dims->E + (uint64_t)index[i];
+                    moe__uniforms(j, MOE__USE_EXPERT_DROP, at, 1, 0.0f, 1.0f, &u);
+                    if (!pass) kept += u >= j->d->expert_drop ? w[i] : 0.0f;
+                    else if (u < j->d->expert_drop) index[i] = -1, w[i] = 0.0f;
+                }
+        }
+        if (j->d->normalize == MOE_ON && !moe__gates[j->d->gate].normalizes) moe__normalize(S, w);
+        if (j->d->weight_scale != 1.0f)
+            for (size_t i = 0; i < S; i++) w[i] *= j->d->weight_scale;
+    }
+}
+/* m->slot_grad -> m->dlogits; slot_grad then holds the gradient of the gate's value */
+static void moe__weights_back(const moe__job *j, size_t t0, size_t t1) {
+    size_t S = j->dims->S, E = j->dims->E;
+    const moe__gate_row *gate = &moe__gates[j->d->gate];
+    for (size_t t = t0; t < t1; t++) {
+        const int32_t *index = j->t->index + t * S;
+        float *dw = j->m->slot_grad + t * S, *raw = j->m->work + t * E, sum = 0.0f;
+        if (j->d->weight_scale != 1.0f)
+            for (size_t i = 0; i < S; i++) dw[i] *= j->d->weight_scale;
+        if (j->d->normalize == MOE_ON && !gate->normalizes) { /* with the weights made again, without scale */
+            gate->value(j, t, raw);
+            for (size_t i = 0; i < S; i++)
+                if (index[i] < 0 || moe__zero_expert(j, index[i])) raw[i] = 0.0f;
+            for (size_t i = 0; i < S; i++) sum += raw[i];
+            moe__normalize(S, raw);
+            moe__normalize_back(S, raw, sum, dw);
+        } else if (j->d->gate == MOE_GATE_SOFTMAX_SELECTED) gate->value(j, t, raw);
+        else if (j->d->gate == MOE_GATE_SIGN) {
+            size_t n = 0;
+            for (size_t i = 0; i < S; i++) n += index[i] >= 0;
+            for (size_t i = 0; i < S; i++) dw[i] = index[i] < 0 ? 0.0f : dw[i] / (float)n;
+        }
+        for (size_t i = 0; i < S; i++)
+            if (index[i] >= 0 && moe__zero_expert(j, index[i])) dw[i] = 0.0f; /* its weight is 0 whatever the gate gives */
+        gate->back(j, t, dw, j->m->dlogits + t * E);
+    }
+}
+
+/* Gradients of the gate's own parameters, after moe__weights_back and before anything else adds to m->dlogits: with
+ * z' = z e^log_scale, d log_scale = sum dz z; a learned threshold g stands against z, so d g = -sum over choices [D]. */
+static void moe__gate_params_back(const moe__job *j) {
+    size_t S = j->dims->S, E = j->dims->E, T = j->t->n_tokens;
+    float *dscale = moe__router_grad(j, MOE__R_SCALE), *dg = moe__router_grad(j, MOE__R_THRESHOLD), scale = j->m->now.inv_t;
+    const float *g = moe__router_part(j, MOE__R_THRESHOLD);
+    if (dscale)
+        for (size_t t = 0; t < T; t++) *dscale += j->kn->dot(E, j->m->dlogits + t * E, j->t->logits + t * E);
+    for (size_t p = 0; g && p < T * S; p++) {
+        int32_t e = j->t->index[p];
+        if (e < 0) continue;
+        float s, back;
+        moe__sigmoids(j->kn, 1, scale, g + e, &s);
+        back = scale * (s * (1.0f - s)) * j->m->slot_grad[p];
+        if (dg) dg[e] -= back;
+        if (dscale) *dscale -= back * g[e];
+    }
+}
 
 /* ==== select ================================================================================== */
 /* The k highest of n, descending, ties by index. Returns 0 at a NaN. */
@@ -2337,19 +3252,137 @@ MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *sco
     return MOE_OK;
 }
 
+/* -- the selections of the pipeline: m->seen -> tape.index -- */
+static void moe__no_choice(const moe__job *j, size_t t, size_t from) {
+    for (size_t i = from; i < j->dims->S; i++) j->t->index[t * j->dims->S + i] = -1;
+}
 static void moe__select_topk(const moe__job *j, size_t t0, size_t t1) {
-    size_t k = j->dims->S, E = j->dims->E;
-    for (size_t t = t0; t < t1; t++) moe__topk_row(E, k, j->t->scores + t * E, j->t->index + t * k);
+    size_t S = j->dims->S, E = j->dims->E, k = moe__min(j->m->now.k, E);
+    int fallback = j->d->fallback == MOE_ON || (j->d->fallback == MOE_DEFAULT && !j->m->now.training);
+    for (size_t t = t0; t < t1; t++) {
+        if (j->d->threshold == (float)MOE_OFF) moe_topk(1, E, k, j->m->seen + t * E, j->t->index + t * S, NULL);
+        else moe_topk_threshold(1, E, k, j->d->threshold, NULL, fallback, j->m->seen + t * E, j->t->index + t * S);
+        moe__no_choice(j, t, k);
+    }
+}
+static void moe__select_groups(const moe__job *j, size_t t0, size_t t1) {
+    size_t S = j->dims->S, E = j->dims->E, k = j->m->now.k;
+    for (size_t t = t0; t < t1; t++) {
+        moe_topk_groups(1, E, k, j->d->n_groups, j->d->top_groups, j->m->seen + t * E, j->t->index + t * S);
+        moe__no_choice(j, t, k);
+    }
+}
+static void moe__select_top_p(const moe__job *j, size_t t0, size_t t1) {
+    moe_top_p(t1 - t0, j->dims->E, j->dims->S, j->d->top_p, j->m->seen + t0 * j->dims->E, j->t->index + t0 * j->dims->S);
+}
+static void moe__select_threshold(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E;
+    int fallback = j->d->fallback == MOE_ON || (j->d->fallback == MOE_DEFAULT && !j->m->now.training);
+    moe_topk_threshold(t1 - t0, E, j->dims->S, j->d->threshold, moe__router_part(j, MOE__R_THRESHOLD), fallback, j->m->seen + t0 * E,
+                       j->t->index + t0 * j->dims->S);
+}
+static void moe__select_all(const moe__job *j, size_t t0, size_t t1) {
+    moe_topk(t1 - t0, j->dims->E, j->dims->S, j->m->seen + t0 * j->dims->E, j->t->index + t0 * j->dims->S, NULL);
+}
+static void moe__select_sampled(const moe__job *j, size_t t0, size_t t1) {
+    size_t S = j->dims->S, E = j->dims->E;
+    for (size_t t = t0; t < t1; t++) {
+        int32_t *index = j->t->index + t * S;
+        float *p = j->m->work + t * E, gumbel;
+        moe__no_choice(j, t, 0);
+        for (size_t i = 0; i < moe__min(j->m->now.k, E); i++) {
+            size_t best = moe__sparse_row(j, t, i, p);
+            float top = -FLT_MAX;
+            for (size_t e = 0; j->m->now.training && e < E; e++) { /* the highest logit plus Gumbel noise among those with p > 0 */
+                if (!(p[e] > 0.0f)) continue;
+                moe__gumbel_at(MOE__DRAW_KEY(j), moe__stream(j, MOE__USE_SAMPLE), ((uint64_t)t * S + i) * E + e, 1, &gumbel);
+                float v = moe__fma(j->t->logits[t * E + e], j->m->now.inv_t, gumbel);
+                if (v > top) top = v, best = e;
+            }
+            index[i] = (int32_t)best;
+        }
+    }
+}
+static moe_status moe__select_expert_choice(const moe__job *j) {
+    size_t T = j->t->n_tokens, E = j->dims->E;
+    double share = (double)T * (double)j->m->now.k / (double)E;
+    size_t capacity = moe__min(T, moe__max(1, (size_t)share));
+    return moe_expert_choice(T, E, capacity, j->dims->S, j->m->seen, j->t->index, j->m->scratch, j->m->scratch_bytes);
+}
+static moe_status moe__select_sinkhorn(const moe__job *j) {
+    size_t T = j->t->n_tokens, E = j->dims->E;
+    const float *plan = j->m->seen;
+    moe_status s = MOE_OK;
+    if (j->m->now.training) {
+        s = moe_sinkhorn(T, E, j->d->sinkhorn_epsilon, j->d->sinkhorn_iterations, j->m->seen, j->m->work, j->m->scratch, j->m->scratch_bytes);
+        plan = j->m->work;
+    }
+    for (size_t t = 0; !s && t < T; t++) {
+        s = moe_topk(1, E, j->m->now.k, plan + t * E, j->t->index + t * j->dims->S, NULL);
+        moe__no_choice(j, t, j->m->now.k);
+    }
+    return s;
+}
+static moe_status moe__select_auction(const moe__job *j) {
+    size_t T = j->t->n_tokens, E = j->dims->E;
+    if (!j->m->now.training) return moe_topk(T, E, 1, j->m->seen, j->t->index, NULL);
+    if (T % E) return MOE_E_AUCTION_TOKENS;
+    return moe_auction(T, E, j->m->seen, j->t->index, j->m->scratch, j->m->scratch_bytes);
+}
+/* Room for the selections over a batch of up to n tokens. */
+static moe_status moe__select_scratch(const moe_desc *d, size_t n, size_t *bytes) {
+    *bytes = 0;
+    if (d->select == MOE_SELECT_EXPERT_CHOICE) return moe_expert_choice_scratch(n, d->n_experts, bytes);
+    if (d->select == MOE_SELECT_SINKHORN) return moe_sinkhorn_scratch(n, d->n_experts, bytes);
+    if (d->select == MOE_SELECT_AUCTION) return moe_auction_scratch(n - n % d->n_experts, d->n_experts, bytes);
+    return MOE_OK;
 }
 
 typedef struct moe__select_row {
     const char *name;
-    void (*select)(const moe__job *j, size_t t0, size_t t1); /* tape.scores -> tape.index */
+    int sees_logits, all; /* all: a token can have every expert */
+    void (*select)(const moe__job *j, size_t t0, size_t t1); /* token by token, or */
+    moe_status (*batch)(const moe__job *j);                  /* over the whole batch */
 } moe__select_row;
 static const moe__select_row moe__selects[MOE__SELECT_COUNT] = {
-    {"default", NULL},
-    {"top-k", moe__select_topk},
+    {"default", 0, 0, NULL, NULL},
+    {"top-k", 0, 0, moe__select_topk, NULL},
+    {"groups", 0, 0, moe__select_groups, NULL},
+    {"top-p", 0, 1, moe__select_top_p, NULL},
+    {"threshold", 0, 1, moe__select_threshold, NULL},
+    {"expert-choice", 0, 1, NULL, moe__select_expert_choice},
+    {"sinkhorn", 1, 0, NULL, moe__select_sinkhorn},
+    {"auction", 1, 0, NULL, moe__select_auction},
+    {"sampled", 1, 0, moe__select_sampled, NULL},
+    {"all", 0, 1, moe__select_all, NULL},
 };
+
+/* What a selection looks at when nothing interferes. */
+static const float *moe__selection_base(const moe__job *j) {
+    return moe__selects[j->d->select].sees_logits || j->d->gate == MOE_GATE_SIGN ? j->t->logits : j->t->scores;
+}
+/* What the selection sees of a block of tokens, where it is not simply logits or scores: with the bias, in warm-up random
+ * numbers, and without the experts of other ranks while gating dropout holds. */
+static void moe__select_view(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E, T = j->t->n_tokens, P = j->d->n_ranks;
+    const moe__now *now = &j->m->now;
+    if (j->m->seen != j->m->sel) return;
+    const float *base = moe__selection_base(j);
+    for (size_t t = t0; t < t1; t++) {
+        float *s = j->m->sel + t * E;
+        if (now->random) moe__uniforms(j, MOE__USE_WARM_UP, (uint64_t)moe__draw_row(j, t) * E, E, 0.0f, 1.0f, s);
+        else
+            for (size_t e = 0; e < E; e++) s[e] = base[t * E + e] + (j->t->side.bias ? j->t->side.bias[e] : 0.0f);
+        for (size_t e = 0; now->local && e < E; e++)
+            if (e * P / E != t * P / T) s[e] = -INFINITY;
+    }
+}
+/* Choices that gating dropout forbids were made for want of others. */
+static void moe__select_filter(const moe__job *j, size_t t0, size_t t1) {
+    size_t S = j->dims->S, E = j->dims->E;
+    for (size_t p = t0 * S; p < t1 * S && (j->m->now.local || j->m->now.skip); p++)
+        if (j->m->now.skip || (j->t->index[p] >= 0 && !moe__finite(j->m->seen[p / S * E + (size_t)j->t->index[p]]))) j->t->index[p] = -1;
+}
 
 /* ==== routes ================================================================================== */
 static moe_status moe__routes_layout(moe_routes *r, size_t n_tokens, size_t n_slots, size_t n_experts, moe__arena *a) {
@@ -2413,24 +3446,14 @@ static void moe__heap_down(uint32_t *heap, size_t n, size_t at, const float *wei
     }
 }
 
-MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t *index, const float *weight,
+/* index and weight are what they should be: the library made them. */
+static moe_status moe__routes_fill(moe_routes *r, size_t n_tokens, const int32_t *index, const float *weight,
                                    size_t capacity, moe_order_kind order) {
-    if (!r || !r->begin) return MOE_E_NULL_ROUTES;
     size_t E = r->n_experts, k = r->n_slots, pairs = n_tokens * k;
     r->n_tokens = r->n_routes = r->n_dropped = 0;
-    if (n_tokens > r->max_tokens) return MOE_E_N_TOKENS;
-    if ((unsigned)order >= MOE__ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
-    if (pairs && !index) return MOE_E_NULL_INDEX;
     memset(r->load, 0, E * sizeof(uint64_t));
     memset(r->top1, 0, E * sizeof(uint64_t));
     memset(r->begin, 0, (E + 1) * sizeof(uint32_t));
-    for (size_t p = 0; p < pairs; p++) {
-        if (index[p] < 0) continue;
-        if ((size_t)index[p] >= E) return MOE_E_INDEX;
-        for (size_t q = p - p % k; q < p; q++)
-            if (index[q] == index[p]) return MOE_E_INDEX_TWICE;
-        if (weight && !moe__finite(weight[p])) return MOE_E_NAN_WEIGHT;
-    }
     for (size_t p = 0; p < pairs; p++) {
         if (index[p] < 0) continue;
         r->load[index[p]]++;
@@ -2483,8 +3506,57 @@ MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t
     return MOE_OK;
 }
 
+MOE_API moe_status moe_routes_fill(moe_routes *r, size_t n_tokens, const int32_t *index, const float *weight,
+                                   size_t capacity, moe_order_kind order) {
+    if (!r || !r->begin) return MOE_E_NULL_ROUTES;
+    size_t E = r->n_experts, k = r->n_slots, pairs = n_tokens * k;
+    r->n_tokens = r->n_routes = r->n_dropped = 0;
+    if (n_tokens > r->max_tokens) return MOE_E_N_TOKENS;
+    if ((unsigned)order >= MOE__ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
+    if (pairs && !index) return MOE_E_NULL_INDEX;
+    memset(r->begin, 0, (E + 1) * sizeof(uint32_t));
+    for (size_t p = 0; p < pairs; p++) {
+        if (index[p] < 0) continue;
+        if ((size_t)index[p] >= E) return MOE_E_INDEX;
+        for (size_t q = p - p % k; q < p; q++)
+            if (index[q] == index[p]) return MOE_E_INDEX_TWICE;
+        if (weight && !moe__finite(weight[p])) return MOE_E_NAN_WEIGHT;
+    }
+    return moe__routes_fill(r, n_tokens, index, weight, capacity, order);
+}
+
 /* ==== experts ================================================================================= */
 static int moe__expert_gated(moe_expert_kind e) { return e == MOE_EXPERT_SWIGLU || e == MOE_EXPERT_GEGLU; }
+
+/* The shapes of the router's tensors: L, N, d, E as in moe__dims, c codes; "" = this desc has it not. */
+static const char *moe__router_shape(const moe_desc *d, int part) {
+    const moe__latent *l = &moe__latents[d->score];
+    switch (part) {
+    case MOE__R_ROUTER: return moe__latent_score(d->score) ? "LN" : "";
+    case MOE__R_BIAS: return l->out_bias ? "N" : "";
+    case MOE__R_PROJ: return l->proj ? "dL" : "";
+    case MOE__R_PROJ_BIAS: return l->proj_bias ? "L" : "";
+    case MOE__R_NOISE: return d->noise == MOE_NOISE_LEARNED ? "dE" : "";
+    case MOE__R_THRESHOLD: return d->gate == MOE_GATE_SIGN ? "E" : "";
+    case MOE__R_SCALE: return d->learn_temperature == MOE_ON ? "1" : "";
+    case MOE__R_RESIDUAL: return d->residual == MOE_ON ? "EE" : "";
+    case MOE__R_CODEBOOK: return d->n_codes ? "cd" : "";
+    default: return d->n_codes ? "d2" : ""; /* branch */
+    }
+}
+static size_t moe__extent(const moe__dims *s, char c) {
+    switch (c) {
+    case 'L': return s->L;
+    case 'N': return s->N;
+    case 'd': return s->d;
+    case 'E': return s->E;
+    case 'G': return s->G;
+    case 'f': return s->f;
+    case 'c': return s->codes;
+    case 'n': return s->constants;
+    default: return (size_t)(c - '0');
+    }
+}
 
 /* d is resolved */
 static moe_status moe__dims_of(const moe_desc *d, moe__dims *s) {
@@ -2492,15 +3564,33 @@ static moe_status moe__dims_of(const moe_desc *d, moe__dims *s) {
     s->d = d->d_model;
     s->f = d->d_ff;
     s->E = d->n_experts;
-    s->S = d->top_k;
-    s->gated = moe__expert_gated(d->expert);
+    s->F = d->n_experts - d->n_zero - d->n_copy - d->n_constant;
+    s->S = moe__selects[d->select].all ? s->E : d->top_k;
+    s->gated = (size_t)moe__expert_gated(d->expert);
     s->bias = d->bias == MOE_ON;
     s->dp = moe__ceil_div(s->d, MOE__W);
     s->hp = moe__ceil_div(s->f, MOE__W);
     s->zp = s->gated ? 2 * s->hp : s->hp;
     s->ep = moe__ceil_div(s->E, MOE__W);
+    s->L = moe__latents[d->score].proj ? d->d_router : s->d;
+    s->lp = moe__ceil_div(s->L, MOE__W);
+    s->N = s->E * d->soft_slots;
+    s->np = moe__ceil_div(s->N, MOE__W);
+    s->score = (size_t)d->score;
+    s->gate = (size_t)d->gate;
+    s->select = (size_t)d->select;
+    s->combine = (size_t)d->combine;
+    s->noise = (size_t)d->noise;
+    s->expert_kind = (size_t)d->expert;
+    s->jitter = d->jitter > 0.0f;
+    s->by_sequence = d->route_sequence == MOE_ON;
+    s->sequence = s->by_sequence || d->combine == MOE_COMBINE_SOFT ? d->sequence : 0;
+    s->codes = d->n_codes;
+    s->constants = d->n_constant;
+    s->k = d->top_k;
     size_t n, limit = SIZE_MAX / 64; /* floats, with room for a few more factors below */
-    if (s->d > limit / 64 || s->f > limit / 64 || !moe__add_size(s->E, d->n_shared, &s->G) || s->G > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    if (s->d > limit / 64 || s->f > limit / 64 || s->L > limit / 64 || !moe__add_size(s->F, d->n_shared, &s->G) || s->G > MOE__MAX_INDEX)
+        return MOE_E_OVERFLOW;
     if (!moe__mul(s->zp * MOE__W, s->d, &n) || n > limit / 4) return MOE_E_OVERFLOW;
     s->b1 = n;
     s->w2 = s->b1 + (s->bias ? s->zp * MOE__W : 0);
@@ -2508,7 +3598,17 @@ static moe_status moe__dims_of(const moe_desc *d, moe__dims *s) {
     s->b2 = s->w2 + n;
     s->expert = s->b2 + (s->bias ? s->dp * MOE__W : 0);
     if (!moe__mul(s->expert, s->G, &n) || n > limit / 4) return MOE_E_OVERFLOW;
-    if (!moe__mul(s->E, s->d, &n) || n > limit / 4) return MOE_E_OVERFLOW;
+    s->special = n;
+    if (!moe__mul(s->constants * 3, s->d, &n) || n > limit / 4) return MOE_E_OVERFLOW;
+    s->experts = s->special + n;
+    for (int part = 0; part < MOE__R_COUNT; part++) {
+        const char *shape = moe__router_shape(d, part);
+        size_t count = *shape != 0;
+        for (; *shape; shape++)
+            if (!moe__mul(count, moe__extent(s, *shape), &count)) return MOE_E_OVERFLOW;
+        if (count > limit / 16 || !moe__add_size(s->at[part], count, &s->at[part + 1])) return MOE_E_OVERFLOW;
+    }
+    if (!moe__mul(s->N, moe__max(s->d, s->L), &n) || n > limit / 4) return MOE_E_OVERFLOW;
     s->ldo = s->dp * MOE__W + 16; /* not a power of two: rows must not alias in L1 */
     return MOE_OK;
 }
@@ -2518,23 +3618,23 @@ typedef struct moe__phase { size_t units, chunk, chunks, most; } moe__phase;
 static size_t moe__blocks(size_t rows, size_t most) { return rows ? moe__ceil_div(rows, most) : 0; }
 static size_t moe__phase_plan(const moe__job *j, moe__phase *p, size_t units, size_t most, size_t cap) {
     size_t total = 0, workers = moe_workers(&j->d->parallel), blocks = 0;
-    for (size_t g = 0; g < j->dims->G; g++) blocks += moe__blocks(j->m->group[g].rows, most);
+    for (size_t g = 0; g < j->m->n_groups; g++) blocks += moe__blocks(j->m->group[g].rows, most);
     p->units = units;
     p->most = most;
     p->chunk = workers > 1 ? moe__max(1, moe__min(units, blocks * units / (workers * 16))) : units;
     if (cap) p->chunk = moe__min(p->chunk, cap);
     p->chunks = moe__ceil_div(units, p->chunk);
-    for (size_t g = 0; g < j->dims->G; g++) {
+    for (size_t g = 0; g < j->m->n_groups; g++) {
         j->m->first[g] = total;
         total += moe__blocks(j->m->group[g].rows, most) * p->chunks;
     }
-    j->m->first[j->dims->G] = total;
+    j->m->first[j->m->n_groups] = total;
     return total;
 }
 typedef struct moe__share { const moe__group *group; size_t g, r0, rows, u0, u1; } moe__share;
 static moe__share moe__phase_share(const moe__job *j, const moe__phase *p, size_t i) {
     moe__share s;
-    size_t lo = 0, hi = j->dims->G; /* the last group whose first task is <= i and that has any */
+    size_t lo = 0, hi = j->m->n_groups; /* the last group whose first task is <= i and that has any */
     while (hi - lo > 1) {
         size_t mid = lo + (hi - lo) / 2;
         if (j->m->first[mid] <= i) lo = mid;
@@ -2554,19 +3654,13 @@ static moe__share moe__phase_share(const moe__job *j, const moe__phase *p, size_
 typedef struct moe__pass { /* a forward or backward over the experts */
     moe__job j;
     moe__phase phase;
-    const float *params, *dy;
+    const float *params, *dy, *weight; /* weight (n_routes): what the combination uses */
     float *dparams, *y, *dx, *dweight;
     int fresh;
 } moe__pass;
 
 /* Rows of k columns that fill a megabyte of L2. */
 static size_t moe__block_rows(size_t k) { return moe__max(64, ((size_t)256 << 10) / moe__max(k, 1)); }
-
-/* The group's tokens as panels: gathered, or all tokens as they are. */
-static const float *moe__group_x(const moe__pass *p, const moe__group *g, size_t *stride) {
-    *stride = (g->token ? g->rows : p->j.t->n_tokens) * MOE__W;
-    return g->token ? p->j.m->xg + g->begin * p->j.dims->dp * MOE__W : p->j.m->xp;
-}
 
 static void moe__task_gather(void *arg, size_t i, size_t worker) {
     const moe__pass *p = (const moe__pass *)arg;
@@ -2588,9 +3682,8 @@ static void moe__task_up(void *arg, size_t i, size_t worker) { /* z = x W1 + b1,
     moe__tape_memory *m = p->j.m;
     moe__share s = moe__phase_share(&p->j, &p->phase, i);
     const moe__group *g = s.group;
-    const float *w = p->params + s.g * d->expert;
-    size_t stride, panels = d->gated ? 2 : 1;
-    const float *x = moe__group_x(p, g, &stride) + s.r0 * MOE__W;
+    const float *w = g->params, *x = g->x + s.r0 * MOE__W;
+    size_t panels = d->gated ? 2 : 1;
     MOE__ALIGN64 float scratch[2 * MOE__MB * MOE__W];
     (void)worker;
     for (size_t u = s.u0; u < s.u1; u++)
@@ -2605,7 +3698,7 @@ static void moe__task_up(void *arg, size_t i, size_t worker) { /* z = x W1 + b1,
                 z.init = w + d->b1 + u * panels * MOE__W;
                 z.init_panel = MOE__W;
             }
-            moe__product(p->j.kn, rows, d->d, x + r * MOE__W, stride, w + u * panels * MOE__W * d->d, &z, 1,
+            moe__product(p->j.kn, rows, d->d, x + r * MOE__W, g->x_panel, w + u * panels * MOE__W * d->d, &z, 1,
                          w + (u + 1) * panels * MOE__W * d->d);
             p->j.kn->act[p->j.d->expert](rows, z.c, z.c + z.panel, m->h + (g->begin * d->hp + u * g->rows + s.r0 + r) * MOE__W);
         }
@@ -2616,7 +3709,7 @@ static void moe__task_down(void *arg, size_t i, size_t worker) { /* o = h W2 + b
     const moe__dims *d = p->j.dims;
     moe__share s = moe__phase_share(&p->j, &p->phase, i);
     const moe__group *g = s.group;
-    const float *w = p->params + s.g * d->expert, *h = p->j.m->h + (g->begin * d->hp + s.r0) * MOE__W;
+    const float *w = g->params, *h = p->j.m->h + (g->begin * d->hp + s.r0) * MOE__W;
     (void)worker;
     moe__target o = {p->j.m->o + (g->begin + s.r0) * d->ldo + s.u0 * MOE__W, d->ldo, MOE__W, (s.u1 - s.u0) * MOE__W, moe__zeros, 0};
     if (d->bias) {
@@ -2627,18 +3720,324 @@ static void moe__task_down(void *arg, size_t i, size_t worker) { /* o = h W2 + b
 }
 
 /* ==== combine ================================================================================= */
+/* Row t of all tokens' panels: y += a x, and <w, x>. */
+static void moe__token_axpy(const moe__job *j, float a, size_t t, float *y) {
+    for (size_t p = 0; p < j->dims->dp; p++)
+        j->kn->axpy(moe__min(MOE__W, j->dims->d - p * MOE__W), a, j->m->xp + (p * j->t->n_tokens + t) * MOE__W, y + p * MOE__W);
+}
+static float moe__token_dot(const moe__job *j, const float *w, size_t t) {
+    float sum = 0.0f;
+    for (size_t p = 0; p < j->dims->dp; p++)
+        sum += j->kn->dot(moe__min(MOE__W, j->dims->d - p * MOE__W), j->m->xp + (p * j->t->n_tokens + t) * MOE__W, w + p * MOE__W);
+    return sum;
+}
+/* The expert of a route: the last whose routes begin at or before it. */
+static size_t moe__route_expert(const moe_routes *r, uint32_t route) {
+    size_t lo = 0, hi = r->n_experts;
+    while (hi - lo > 1) {
+        size_t mid = lo + (hi - lo) / 2;
+        if (r->begin[mid] <= route) lo = mid;
+        else hi = mid;
+    }
+    return lo;
+}
+
+/* -- experts that are no networks, as in MoE++ [C]: zero, copy, constant: o = a_0 x + a_1 v, a = softmax(W x) -- */
+typedef struct moe__constant { const float *w, *v; float *dw, *dv, a[2]; } moe__constant;
+/* 1 with c filled for a constant expert; 0 for a copy, -1 for a zero. */
+static int moe__special(const moe__pass *p, size_t e, size_t t, moe__constant *c) {
+    const moe__job *j = &p->j;
+    size_t d = j->dims->d, i = e - j->dims->F;
+    float z[2];
+    if (i < j->d->n_zero) return -1;
+    if (i < j->d->n_zero + j->d->n_copy) return 0;
+    i -= j->d->n_zero + j->d->n_copy;
+    size_t w = j->dims->special + i * 2 * d, v = j->dims->special + j->dims->constants * 2 * d + i * d;
+    c->w = p->params + w;
+    c->v = p->params + v;
+    c->dw = p->dparams ? p->dparams + w : NULL;
+    c->dv = p->dparams ? p->dparams + v : NULL;
+    for (int k = 0; k < 2; k++) z[k] = moe__token_dot(j, c->w + (size_t)k * d, t);
+    j->kn->softmax(2, 1.0f, z, c->a);
+    return 1;
+}
+static void moe__special_add(const moe__pass *p, size_t e, size_t t, float weight, float *y) {
+    moe__constant c;
+    int kind = moe__special(p, e, t, &c);
+    if (kind == 0) moe__token_axpy(&p->j, weight, t, y);
+    if (kind == 1) {
+        moe__token_axpy(&p->j, weight * c.a[0], t, y);
+        p->j.kn->axpy(p->j.dims->d, weight * c.a[1], c.v, y);
+    }
+}
+/* What the two gates of a constant expert get: dz = a (da - <a, da>), da = weight * (<dy, x>, <dy, v>). */
+static void moe__constant_dz(const moe__pass *p, const moe__constant *c, size_t t, float weight, float dz[2], float da[2]) {
+    const float *dy = p->dy + t * p->j.dims->d;
+    da[0] = moe__token_dot(&p->j, dy, t);
+    da[1] = p->j.kn->dot(p->j.dims->d, dy, c->v);
+    float mean = moe__fma(c->a[0], da[0], c->a[1] * da[1]);
+    for (int k = 0; k < 2; k++) dz[k] = weight * c->a[k] * (da[k] - mean);
+}
+static void moe__special_dx(const moe__pass *p, size_t e, size_t t, float weight, float *dx) {
+    moe__constant c;
+    const moe__kernels *kn = p->j.kn;
+    size_t d = p->j.dims->d;
+    float dz[2], da[2];
+    int kind = moe__special(p, e, t, &c);
+    if (kind == 0) kn->axpy(d, weight, p->dy + t * d, dx);
+    if (kind != 1) return;
+    moe__constant_dz(p, &c, t, weight, dz, da);
+    kn->axpy(d, weight * c.a[0], p->dy + t * d, dx);
+    for (size_t k = 0; k < 2; k++) kn->axpy(d, dz[k], c.w + k * d, dx);
+}
+/* i: a special expert: gradients of its weights and parameters, its routes in order */
+static void moe__task_special(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t e = j->dims->F + i, d = j->dims->d;
+    (void)worker;
+    for (uint32_t route = r->begin[e]; route < r->begin[e + 1]; route++) {
+        moe__constant c;
+        size_t t = r->token[route];
+        float dz[2], da[2], dw = 0.0f;
+        int kind = moe__special(p, e, t, &c);
+        if (kind == 0) dw = moe__token_dot(j, p->dy + t * d, t);
+        if (kind == 1) {
+            moe__constant_dz(p, &c, t, p->weight[route], dz, da);
+            dw = moe__fma(c.a[0], da[0], c.a[1] * da[1]);
+            for (size_t k = 0; k < 2; k++) moe__token_axpy(j, dz[k], t, c.dw + k * d);
+            j->kn->axpy(d, p->weight[route] * c.a[1], p->dy + t * d, c.dv);
+        }
+        if (p->dweight) p->dweight[route] = dw;
+    }
+}
+
+/* -- soft slots: m->soft (T, N) -> mix, dispatch -- */
+static size_t moe__sequences(const moe__job *j) { return j->t->n_tokens ? moe__ceil_div(j->t->n_tokens, j->m->now.sequence) : 0; }
+/* Softmax over a sequence's tokens for each slot: columns of (T, N). */
+static void moe__task_dispatch_weights(void *arg, size_t i, size_t worker) { /* i: a sequence */
+    const moe__job *j = (const moe__job *)arg;
+    size_t N = j->dims->N, t0 = i * j->m->now.sequence, t1 = moe__min(j->t->n_tokens, t0 + j->m->now.sequence);
+    float *w = j->m->dispatch, top[MOE__W], sum[MOE__W];
+    (void)worker;
+    for (size_t n = 0; n < N; n += MOE__W) {
+        size_t c = moe__min(MOE__W, N - n);
+        for (size_t l = 0; l < c; l++) top[l] = j->m->soft[t0 * N + n + l], sum[l] = 0.0f;
+        for (size_t t = t0; t < t1; t++)
+            for (size_t l = 0; l < c; l++)
+                if (j->m->soft[t * N + n + l] > top[l]) top[l] = j->m->soft[t * N + n + l];
+        for (size_t t = t0; t < t1; t++) {
+            for (size_t l = 0; l < c; l++) w[t * N + n + l] = (j->m->soft[t * N + n + l] - top[l]) * j->m->now.inv_t;
+            j->kn->exp(c, w + t * N + n, w + t * N + n);
+            for (size_t l = 0; l < c; l++) sum[l] += w[t * N + n + l];
+        }
+        for (size_t t = t0; t < t1; t++)
+            for (size_t l = 0; l < c; l++) w[t * N + n + l] /= sum[l];
+    }
+}
+/* Of a block of tokens: mix, and the tape's logits = log of the sum of exp over an expert's slots. */
+static void moe__soft_weights(const moe__job *j, size_t t0, size_t t1) {
+    size_t E = j->dims->E, N = j->dims->N, slots = N / E;
+    float inv_t = j->m->now.inv_t;
+    for (size_t t = t0; t < t1; t++) {
+        const float *z = j->m->soft + t * N;
+        float *work = j->m->mix + t * N;
+        if (slots == 1) memcpy(j->t->logits + t * E, z, E * sizeof(float));
+        else {
+            for (size_t n = 0; n < N; n++) work[n] = z[n] * inv_t;
+            for (size_t e = 0; e < E; e++) j->t->logits[t * E + e] = j->kn->lse(slots, work + e * slots) / inv_t;
+        }
+        j->kn->softmax(N, inv_t, z, work);
+    }
+}
+static size_t moe__soft_row(const moe__job *j, size_t t, size_t n) { /* of slot n of token t's sequence */
+    size_t slots = j->dims->N / j->dims->E;
+    return (n / slots * moe__sequences(j) + t / j->m->now.sequence) * slots + n % slots;
+}
+/* i: a slot. to (panels of its group) = sum over each sequence's tokens of weight (T, N) times a row: of the tokens, or of dy. */
+static void moe__soft_gather(const moe__pass *p, size_t i, const float *weight, const float *rows, float *to) {
+    const moe__job *j = &p->j;
+    size_t slots = j->dims->N / j->dims->E, count = moe__sequences(j), T = j->t->n_tokens, N = j->dims->N, d = j->dims->d;
+    to += i / slots * count * slots * j->dims->dp * MOE__W;
+    for (size_t s = 0; s < count; s++)
+        for (size_t u = 0; u < j->dims->dp; u++) {
+            float *out = to + (u * count * slots + s * slots + i % slots) * MOE__W;
+            size_t c = rows ? moe__min(MOE__W, d - u * MOE__W) : MOE__W;
+            memset(out, 0, MOE__W * sizeof(float));
+            for (size_t t = s * j->m->now.sequence; t < moe__min(T, (s + 1) * j->m->now.sequence); t++)
+                j->kn->axpy(c, weight[t * N + i], rows ? rows + t * d + u * MOE__W : j->m->xp + (u * T + t) * MOE__W, out);
+        }
+}
+static void moe__task_soft_x(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    (void)worker;
+    moe__soft_gather(p, i, p->j.m->dispatch, NULL, p->j.m->xg);
+}
+static void moe__task_soft_dy(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    (void)worker;
+    moe__soft_gather(p, i, p->j.m->mix, p->dy, p->j.m->o);
+}
+/* dmix_tn = <dy_t, o_n>, before o is used for dy; ddispatch_tn = <x_t, dx_n>, after o holds dx of the slots */
+static void moe__task_soft_dmix(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    size_t N = j->dims->N;
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++)
+        for (size_t n = 0; n < N; n++)
+            j->m->dmix[t * N + n] = j->kn->dot(j->dims->d, p->dy + t * j->dims->d, j->m->o + moe__soft_row(j, t, n) * j->dims->ldo);
+}
+static void moe__task_soft_ddispatch(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    size_t N = j->dims->N;
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++)
+        for (size_t n = 0; n < N; n++)
+            j->m->ddispatch[t * N + n] = moe__token_dot(j, j->m->o + moe__soft_row(j, t, n) * j->dims->ldo, t);
+}
+/* m->dsoft = the gradient by m->soft: softmax backward along rows (mix) and along columns (dispatch) */
+static void moe__task_soft_back(void *arg, size_t i, size_t worker) { /* i: a sequence */
+    const moe__job *j = (const moe__job *)arg;
+    size_t N = j->dims->N, t0 = i * j->m->now.sequence, t1 = moe__min(j->t->n_tokens, t0 + j->m->now.sequence);
+    float inv_t = j->m->now.inv_t, mean[MOE__W];
+    (void)worker;
+    for (size_t t = t0; t < t1; t++) {
+        const float *c = j->m->mix + t * N, *dc = j->m->dmix + t * N;
+        float along = j->kn->dot(N, c, dc);
+        for (size_t n = 0; n < N; n++) j->m->dsoft[t * N + n] = inv_t * c[n] * (dc[n] - along);
+    }
+    for (size_t n = 0; n < N; n += MOE__W) {
+        size_t c = moe__min(MOE__W, N - n);
+        for (size_t l = 0; l < c; l++) mean[l] = 0.0f;
+        for (size_t t = t0; t < t1; t++)
+            for (size_t l = 0; l < c; l++) mean[l] = moe__fma(j->m->dispatch[t * N + n + l], j->m->ddispatch[t * N + n + l], mean[l]);
+        for (size_t t = t0; t < t1; t++)
+            for (size_t l = 0; l < c; l++) {
+                size_t at = t * N + n + l;
+                j->m->dsoft[at] = moe__fma(inv_t * j->m->dispatch[at], j->m->ddispatch[at] - mean[l], j->m->dsoft[at]);
+            }
+    }
+}
+/* What the auxiliary losses put into m->dlogits goes on to the slots: by each slot's share of its expert. */
+static void moe__soft_losses_back(const moe__job *j) {
+    size_t E = j->dims->E, N = j->dims->N, slots = N / E;
+    for (size_t t = 0; t < j->t->n_tokens; t++)
+        for (size_t e = 0; e < E; e++) {
+            float sum = 0.0f, dz = j->m->dlogits[t * E + e];
+            for (size_t n = e * slots; n < (e + 1) * slots; n++) sum += j->m->mix[t * N + n];
+            for (size_t n = e * slots; n < (e + 1) * slots; n++)
+                if (sum > 0.0f) j->m->dsoft[t * N + n] = moe__fma(dz, j->m->mix[t * N + n] / sum, j->m->dsoft[t * N + n]);
+        }
+}
+
+/* -- merged parameters: W_s = sum_e p_e W_e, as in SMEAR [C]; dW_e = sum_s p_e dW_s, dp_e = <dW_s, W_e> -- */
+#define MOE__MERGE_SPAN ((size_t)4096)
+static void moe__task_merge(void *arg, size_t i, size_t worker) { /* i: a span of the parameters of a sequence */
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t spans = moe__ceil_div(j->dims->expert, MOE__MERGE_SPAN), s = i / spans, at = i % spans * MOE__MERGE_SPAN;
+    size_t n = moe__min(MOE__MERGE_SPAN, j->dims->expert - at), t = s * j->m->now.sequence;
+    float *to = j->m->merged + s * j->dims->expert + at;
+    (void)worker;
+    memset(to, 0, n * sizeof(float));
+    for (size_t k = 0; k < j->dims->S; k++) {
+        uint32_t route = r->slot[t * j->dims->S + k];
+        if (route != MOE_NONE) j->kn->axpy(n, r->weight[route], p->params + moe__route_expert(r, route) * j->dims->expert + at, to);
+    }
+}
+static void moe__task_unmerge(void *arg, size_t e, size_t worker) { /* e: an expert; its routes are in the order of the sequences */
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t n = j->dims->expert;
+    float *to = p->dparams + e * n;
+    (void)worker;
+    if (p->fresh) memset(to, 0, n * sizeof(float));
+    for (uint32_t route = r->begin[e]; route < r->begin[e + 1]; route++) {
+        size_t t = r->token[route];
+        const float *dw = j->m->dmerged + t / j->m->now.sequence * n;
+        if (p->dweight) p->dweight[route] = 0.0f;
+        if (t % j->m->now.sequence) continue; /* a sequence's weights are those of its first token */
+        j->kn->axpy(n, r->weight[route], dw, to);
+        if (p->dweight) p->dweight[route] = j->kn->dot(n, dw, p->params + e * n);
+    }
+}
+
+/* -- robust weights: w = g r / sum g r, r the reliability; r is constant in the gradient [D] -- */
+static void moe__task_robust(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t S = j->dims->S;
+    unsigned char *scratch = j->m->robust + i * j->m->robust_bytes;
+    const float **output = (const float **)(void *)scratch;
+    float *g = (float *)(void *)(scratch + S * sizeof *output), *out = g + S, *rel = out + S;
+    size_t used = (size_t)((unsigned char *)(rel + S) - scratch);
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
+        size_t n = 0;
+        float sum = 0.0f;
+        for (size_t k = 0; k < S; k++) {
+            uint32_t route = r->slot[t * S + k];
+            if (route == MOE_NONE) continue;
+            output[n] = j->m->o + route * j->dims->ldo;
+            g[n++] = r->weight[route];
+        }
+        if (n) moe_robust_weights(n, j->dims->d, output, g, j->d->robust_tau, rel, out, scratch + used, j->m->robust_bytes - used);
+        for (size_t k = 0; k < n; k++) sum = moe__fma(g[k], rel[k], sum);
+        for (size_t k = 0, l = 0; k < S; k++) {
+            uint32_t route = r->slot[t * S + k];
+            j->m->reliability[t * S + k] = 0.0f;
+            if (route == MOE_NONE) continue;
+            j->m->robust_weight[route] = out[l];
+            j->m->reliability[t * S + k] = sum > 0.0f ? rel[l] / sum : 0.0f;
+            l++;
+        }
+    }
+}
+static void moe__task_robust_back(void *arg, size_t i, size_t worker) { /* dweight: of w -> of g */
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t S = j->dims->S;
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
+        float mean = 0.0f;
+        for (size_t k = 0; k < S; k++) {
+            uint32_t route = r->slot[t * S + k];
+            if (route != MOE_NONE) mean = moe__fma(p->weight[route], p->dweight[route], mean);
+        }
+        for (size_t k = 0; k < S; k++) {
+            uint32_t route = r->slot[t * S + k];
+            if (route != MOE_NONE) p->dweight[route] = j->m->reliability[t * S + k] * (p->dweight[route] - mean);
+        }
+    }
+}
+
 /* y_t = shared experts' outputs, then w o of its routes in slot order: one chain. For the backward pass w is inside. */
-static void moe__combine_block(const moe__pass *p, size_t i, float *y, int weighted) {
+static void moe__combine_block(const moe__pass *p, size_t i, float *y, int backward) {
     const moe__job *j = &p->j;
     const moe__dims *d = j->dims;
     const moe_routes *r = &j->t->routes;
     for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
         float *row = y + t * d->d;
-        for (size_t g = d->E; g < d->G; g++) j->kn->axpy(d->d, 1.0f, j->m->o + (j->m->group[g].begin + t) * d->ldo, row);
-        for (size_t s = 0; s < d->S; s++) {
-            uint32_t route = r->slot[t * d->S + s];
-            if (route != MOE_NONE) j->kn->axpy(d->d, weighted ? r->weight[route] : 1.0f, j->m->o + route * d->ldo, row);
-        }
+        for (size_t g = j->m->first_shared; g < j->m->n_groups; g++) j->kn->axpy(d->d, 1.0f, j->m->o + (j->m->group[g].begin + t) * d->ldo, row);
+        if (j->d->combine == MOE_COMBINE_MERGE) j->kn->axpy(d->d, 1.0f, j->m->o + t * d->ldo, row);
+        else if (j->d->combine == MOE_COMBINE_SOFT) {
+            const float *w = (backward ? j->m->dispatch : j->m->mix) + t * d->N;
+            for (size_t n = 0; n < d->N; n++) j->kn->axpy(d->d, w[n], j->m->o + moe__soft_row(j, t, n) * d->ldo, row);
+        } else
+            for (size_t s = 0; s < d->S; s++) {
+                uint32_t route = r->slot[t * d->S + s];
+                if (route == MOE_NONE) continue;
+                if (route < r->begin[d->F]) j->kn->axpy(d->d, backward ? 1.0f : p->weight[route], j->m->o + route * d->ldo, row);
+                else if (backward) moe__special_dx(p, moe__route_expert(r, route), t, p->weight[route], row);
+                else moe__special_add(p, moe__route_expert(r, route), t, p->weight[route], row);
+            }
     }
 }
 static void moe__task_combine(void *arg, size_t i, size_t worker) {
@@ -2646,12 +4045,12 @@ static void moe__task_combine(void *arg, size_t i, size_t worker) {
     size_t t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, p->j.t->n_tokens);
     (void)worker;
     memset(p->y + t0 * p->j.dims->d, 0, (t1 - t0) * p->j.dims->d * sizeof(float));
-    moe__combine_block(p, i, p->y, 1);
+    moe__combine_block(p, i, p->y, 0);
 }
 static void moe__task_combine_dx(void *arg, size_t i, size_t worker) {
     const moe__pass *p = (const moe__pass *)arg;
     (void)worker;
-    moe__combine_block(p, i, p->dx, 0);
+    moe__combine_block(p, i, p->dx, 1);
 }
 
 /* -- the experts' backward pass -- */
@@ -2664,7 +4063,7 @@ static void moe__task_gather_dy(void *arg, size_t i, size_t worker) {
     for (size_t u = 0; u < d->dp; u++) {
         float *to = p->j.m->o + (g->begin * d->dp + u * g->rows + s.r0) * MOE__W;
         for (size_t r = 0; r < s.rows; r++, to += MOE__W)
-            moe__fill_panel(p->dy, d->d, g->token ? g->token[s.r0 + r] : s.r0 + r, 1, u * MOE__W, moe__min(MOE__W, d->d - u * MOE__W), to);
+            moe__fill_panel(p->dy, d->d, g->token ? g->token[s.r0 + r] : g->first + s.r0 + r, 1, u * MOE__W, moe__min(MOE__W, d->d - u * MOE__W), to);
     }
 }
 
@@ -2674,7 +4073,7 @@ static void moe__task_down_back(void *arg, size_t i, size_t worker) { /* dh = dy
     moe__tape_memory *m = p->j.m;
     moe__share s = moe__phase_share(&p->j, &p->phase, i);
     const moe__group *g = s.group;
-    const float *w = p->params + s.g * d->expert, *dy = m->o + (g->begin * d->dp + s.r0) * MOE__W;
+    const float *w = g->params, *dy = m->o + (g->begin * d->dp + s.r0) * MOE__W;
     size_t panels = d->gated ? 2 : 1;
     MOE__ALIGN64 float dh[MOE__MB * MOE__W];
     moe__target to = {dh, MOE__W, MOE__W, MOE__W, moe__zeros, 0};
@@ -2701,20 +4100,20 @@ static void moe__task_dweight(void *arg, size_t i, size_t worker) {
         float sum = 0.0f;
         for (size_t u = 0; u < d->hp; u++) sum += p->j.m->part[r * d->hp + u];
         if (d->bias)
-            sum += p->j.kn->dot(d->d, p->params + s.g * d->expert + d->b2, p->dy + p->j.t->routes.token[r] * d->d);
+            sum += p->j.kn->dot(d->d, s.group->params + d->b2, p->dy + p->j.t->routes.token[r] * d->d);
         p->dweight[r] = sum;
     }
 }
 
 /* dw (m, n panels) = or += a^T b over the rows of a group, for panels u0 .. u1 of a */
 static void moe__outer(const moe__pass *p, size_t rows, const float *a, size_t a_panel, size_t m, const float *b, size_t n_panels,
-                       float *dw, size_t u0, size_t u1) {
+                       float *dw, size_t u0, size_t u1, int fresh) {
     for (size_t t = 0; t < rows; t += MOE__TB)
         for (size_t n = 0; n < n_panels; n++)
             for (size_t u = u0; u < u1; u++)
                 moe__product_outer(p->j.kn, moe__min(MOE__TB, rows - t), moe__min(MOE__W, m - u * MOE__W), a + u * a_panel + t * MOE__W,
                                    b + (n * rows + t) * MOE__W, MOE__W, dw + (n * m + u * MOE__W) * MOE__W, MOE__W, MOE__W,
-                                   p->fresh && !t);
+                                   fresh && !t);
 }
 static void moe__task_dw2(void *arg, size_t i, size_t worker) {
     const moe__pass *p = (const moe__pass *)arg;
@@ -2723,17 +4122,15 @@ static void moe__task_dw2(void *arg, size_t i, size_t worker) {
     const moe__group *g = s.group;
     (void)worker;
     moe__outer(p, g->rows, p->j.m->h + g->begin * d->hp * MOE__W, g->rows * MOE__W, d->f, p->j.m->o + g->begin * d->dp * MOE__W, d->dp,
-               p->dparams + s.g * d->expert + d->w2, s.u0, s.u1);
+               g->dparams + d->w2, s.u0, s.u1, g->fresh);
 }
 static void moe__task_dw1(void *arg, size_t i, size_t worker) {
     const moe__pass *p = (const moe__pass *)arg;
     const moe__dims *d = p->j.dims;
     moe__share s = moe__phase_share(&p->j, &p->phase, i);
     const moe__group *g = s.group;
-    size_t stride;
-    const float *x = moe__group_x(p, g, &stride);
     (void)worker;
-    moe__outer(p, g->rows, x, stride, d->d, p->j.m->z + g->begin * d->zp * MOE__W, d->zp, p->dparams + s.g * d->expert, s.u0, s.u1);
+    moe__outer(p, g->rows, g->x, g->x_panel, d->d, p->j.m->z + g->begin * d->zp * MOE__W, d->zp, g->dparams, s.u0, s.u1, g->fresh);
 }
 static void moe__task_dx(void *arg, size_t i, size_t worker) { /* o = dz W1^T */
     const moe__pass *p = (const moe__pass *)arg;
@@ -2743,18 +4140,18 @@ static void moe__task_dx(void *arg, size_t i, size_t worker) { /* o = dz W1^T */
     (void)worker;
     moe__target o = {p->j.m->o + (g->begin + s.r0) * d->ldo + s.u0 * MOE__W, d->ldo, MOE__W, (s.u1 - s.u0) * MOE__W, moe__zeros, 0};
     moe__product_t(p->j.kn, s.rows, d->zp * MOE__W, p->j.m->z + (g->begin * d->zp + s.r0) * MOE__W, g->rows * MOE__W,
-                   p->params + s.g * d->expert, d->d, s.u0 * MOE__W, &o);
+                   g->params, d->d, s.u0 * MOE__W, &o);
 }
 /* Gradients of an expert's biases; all of them where no token came and the gradient is fresh. */
 static void moe__task_rest(void *arg, size_t g, size_t worker) {
     const moe__pass *p = (const moe__pass *)arg;
     const moe__dims *d = p->j.dims;
     const moe__group *gr = &p->j.m->group[g];
-    float *dw = p->dparams + g * d->expert;
+    float *dw = gr->dparams;
     (void)worker;
-    if (p->fresh && !gr->rows) memset(dw, 0, d->expert * sizeof(float));
+    if (gr->fresh && !gr->rows) memset(dw, 0, d->expert * sizeof(float));
     if (!d->bias) return;
-    if (p->fresh) {
+    if (gr->fresh) {
         memset(dw + d->b1, 0, (d->w2 - d->b1) * sizeof(float));
         memset(dw + d->b2, 0, (d->expert - d->b2) * sizeof(float));
     }
@@ -2772,26 +4169,94 @@ static void moe__phase_run(moe__pass *p, size_t units, size_t most, size_t cap, 
     moe_run(&p->j.d->parallel, n, task, p);
 }
 
+/* Which rows each set of parameters computes: an expert's routes; with soft slots its slots of every sequence; merged, a
+ * sequence's own parameters. The shared experts follow. */
+static void moe__groups_begin(moe__pass *p) {
+    const moe__job *j = &p->j;
+    const moe__dims *d = j->dims;
+    const moe_routes *r = &j->t->routes;
+    moe__tape_memory *m = j->m;
+    size_t T = j->t->n_tokens, count = moe__sequences(j), soft = d->N / d->E * count;
+    int combine = (int)j->d->combine;
+    p->weight = combine == MOE_COMBINE_ROBUST ? m->robust_weight : r->weight;
+    m->first_shared = combine == MOE_COMBINE_MERGE ? count : d->F;
+    m->shared_row = combine == MOE_COMBINE_MERGE ? T : combine == MOE_COMBINE_SOFT ? soft * d->E : r->n_routes;
+    m->n_groups = m->first_shared + d->G - d->F;
+    for (size_t g = 0; g < m->n_groups; g++) {
+        moe__group *gr = &m->group[g];
+        size_t shared = g - m->first_shared, expert = g < m->first_shared ? g : d->F + shared;
+        memset(gr, 0, sizeof *gr);
+        gr->params = p->params + expert * d->expert;
+        gr->dparams = p->dparams ? p->dparams + expert * d->expert : NULL;
+        gr->fresh = p->fresh;
+        gr->rows = T;
+        gr->x = m->xp;
+        gr->x_panel = T * MOE__W;
+        if (g >= m->first_shared) gr->begin = m->shared_row + shared * T;
+        else if (combine == MOE_COMBINE_MERGE) {
+            gr->begin = gr->first = g * m->now.sequence;
+            gr->rows = moe__min(T - gr->first, m->now.sequence);
+            gr->x = m->xp + gr->first * MOE__W;
+            gr->params = m->merged + g * d->expert;
+            gr->dparams = m->dmerged ? m->dmerged + g * d->expert : NULL;
+            gr->fresh = 1;
+        } else {
+            gr->begin = combine == MOE_COMBINE_SOFT ? g * soft : r->begin[g];
+            gr->rows = combine == MOE_COMBINE_SOFT ? soft : (size_t)(r->begin[g + 1] - r->begin[g]);
+            gr->token = combine == MOE_COMBINE_SOFT ? NULL : r->token + gr->begin;
+            gr->weight = combine == MOE_COMBINE_SOFT ? NULL : p->weight + gr->begin;
+            gr->x = m->xg + gr->begin * d->dp * MOE__W;
+            gr->x_panel = gr->rows * MOE__W;
+        }
+    }
+}
+
 static void moe__experts_forward(moe__pass *p) {
-    const moe__dims *d = p->j.dims;
-    moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather);
+    const moe__job *j = &p->j;
+    const moe__dims *d = j->dims;
+    moe__groups_begin(p);
+    if (j->d->combine == MOE_COMBINE_MERGE) moe_run(&j->d->parallel, moe__sequences(j) * moe__ceil_div(d->expert, MOE__MERGE_SPAN), moe__task_merge, p);
+    else if (j->d->combine == MOE_COMBINE_SOFT) moe_run(&j->d->parallel, moe__sequences(j) ? d->N : 0, moe__task_soft_x, p);
+    else moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather);
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_up);
     moe__phase_run(p, d->dp, moe__block_rows(moe__min(d->f, MOE__KG)), 0, moe__task_down);
-    moe_run(&p->j.d->parallel, moe__ceil_div(p->j.t->n_tokens, MOE__TOKENS), moe__task_combine, p);
+    if (j->d->combine == MOE_COMBINE_ROBUST) moe__run_blocks(j, moe__task_robust, p);
+    moe__run_blocks(j, moe__task_combine, p);
+}
+
+/* Soft slots read mixtures of dy; the shared experts' rows are the tokens. */
+static void moe__gather_dy(moe__pass *p) {
+    const moe__job *j = &p->j;
+    if (j->d->combine != MOE_COMBINE_SOFT) {
+        moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather_dy);
+        return;
+    }
+    moe__run_blocks(j, moe__task_soft_dmix, p);
+    moe_run(&j->d->parallel, moe__sequences(j) ? j->dims->N : 0, moe__task_soft_dy, p);
+    for (size_t g = 0; g < j->m->first_shared; g++) j->m->group[g].rows = 0; /* not these */
+    moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather_dy);
+    moe__groups_begin(p);
 }
 
 static void moe__experts_backward(moe__pass *p) {
-    const moe__dims *d = p->j.dims;
-    moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather_dy);
+    const moe__job *j = &p->j;
+    const moe__dims *d = j->dims;
+    int soft = j->d->combine == MOE_COMBINE_SOFT, any_fresh = p->fresh || j->d->combine == MOE_COMBINE_MERGE;
+    moe__groups_begin(p);
+    moe__gather_dy(p);
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_down_back);
     if (p->dweight) moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_dweight);
-    if (p->fresh || d->bias) moe_run(&p->j.d->parallel, d->G, moe__task_rest, p);
+    if (any_fresh || d->bias) moe_run(&j->d->parallel, j->m->n_groups, moe__task_rest, p);
     moe__phase_run(p, d->hp, SIZE_MAX, 8, moe__task_dw2);
     moe__phase_run(p, d->dp, SIZE_MAX, 8, moe__task_dw1);
-    if (p->dx) {
-        moe__phase_run(p, d->dp, moe__block_rows(moe__min(d->zp * MOE__W, MOE__KG)), 0, moe__task_dx);
-        moe_run(&p->j.d->parallel, moe__ceil_div(p->j.t->n_tokens, MOE__TOKENS), moe__task_combine_dx, p);
-    }
+    if (p->fresh) memset(p->dparams + d->special, 0, (d->experts - d->special) * sizeof(float));
+    if (d->E > d->F) moe_run(&j->d->parallel, d->E - d->F, moe__task_special, p);
+    if (j->d->combine == MOE_COMBINE_MERGE) moe_run(&j->d->parallel, d->F, moe__task_unmerge, p);
+    if (j->d->combine == MOE_COMBINE_ROBUST && p->dweight) moe__run_blocks(j, moe__task_robust_back, p);
+    if (!p->dx && !soft) return;
+    moe__phase_run(p, d->dp, moe__block_rows(moe__min(d->zp * MOE__W, MOE__KG)), 0, moe__task_dx);
+    if (soft) moe__run_blocks(j, moe__task_soft_ddispatch, p);
+    if (p->dx) moe__run_blocks(j, moe__task_combine_dx, p);
 }
 
 /* ==== losses ================================================================================== */
@@ -2890,11 +4355,19 @@ MOE__NAME_API(score, moe__scores, MOE__SCORE_COUNT)
 MOE__NAME_API(gate, moe__gates, MOE__GATE_COUNT)
 MOE__NAME_API(select, moe__selects, MOE__SELECT_COUNT)
 MOE__NAME_API(loss, moe__losses, MOE_LOSS_COUNT)
-static const struct { const char *name; } moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}};
+static const struct { const char *name; } moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}, {"orthonormal"}};
+static const struct { const char *name; } moe__noises[] = {{"default"}, {"none"}, {"gaussian"}, {"uniform"}, {"gumbel"}, {"learned"}};
+static const struct { const char *name; } moe__combines[] = {{"default"}, {"sum"}, {"soft"}, {"merge"}, {"robust"}};
+static const struct { const char *name; } moe__schedules[] = {{"default"}, {"none"}, {"linear"}, {"exponential"}, {"cosine"}};
+static const struct { const char *name; } moe__inits[] = {{"default"}, {"uniform"}, {"orthogonal"}, {"zero"}};
 static const struct { const char *name; } moe__orders[] = {{"default"}, {"token"}, {"choice"}, {"weight"}};
 static const struct { const char *name; } moe__optimizers[] = {{"default"}, {"adamw"}, {"sgd"}};
 MOE__NAME_API(expert, moe__experts_table, MOE__EXPERT_COUNT)
 MOE__NAME_API(order, moe__orders, MOE__ORDER_COUNT)
+MOE__NAME_API(noise, moe__noises, MOE__NOISE_COUNT)
+MOE__NAME_API(combine, moe__combines, MOE__COMBINE_COUNT)
+MOE__NAME_API(schedule, moe__schedules, MOE__SCHEDULE_COUNT)
+MOE__NAME_API(init, moe__inits, MOE__INIT_COUNT)
 MOE__NAME_API(optimizer, moe__optimizers, MOE__OPTIMIZER_COUNT)
 
 /* ==== optimiser =============================================================================== */
@@ -3143,6 +4616,10 @@ MOE__ENUM_WORD(select)
 MOE__ENUM_WORD(expert)
 MOE__ENUM_WORD(order)
 MOE__ENUM_WORD(optimizer)
+MOE__ENUM_WORD(noise)
+MOE__ENUM_WORD(combine)
+MOE__ENUM_WORD(schedule)
+MOE__ENUM_WORD(init)
 #undef MOE__ENUM_WORD
 
 #define MOE__FIELD(member, type, value_name)                                                                 \
@@ -3153,15 +4630,54 @@ static const moe__field moe__fields[] = {
     MOE__FIELD(n_experts, SIZE, NULL),
     MOE__FIELD(top_k, SIZE, NULL),
     MOE__FIELD(n_shared, SIZE, NULL),
+    MOE__FIELD(n_zero, SIZE, NULL),
+    MOE__FIELD(n_copy, SIZE, NULL),
+    MOE__FIELD(n_constant, SIZE, NULL),
+    MOE__FIELD(sequence, SIZE, NULL),
+    MOE__FIELD(n_ranks, SIZE, NULL),
     MOE__FIELD(score, ENUM, moe__score_word),
+    MOE__FIELD(d_router, SIZE, NULL),
+    MOE__FIELD(route_sequence, INT, moe__flag_word),
+    MOE__FIELD(freeze_router, INT, moe__flag_word),
+    MOE__FIELD(router_init, ENUM, moe__init_word),
+    MOE__FIELD(router_gain, FLOAT, NULL),
+    MOE__FIELD(jitter, FLOAT, NULL),
+    MOE__FIELD(noise, ENUM, moe__noise_word),
+    MOE__FIELD(noise_std, FLOAT, NULL),
+    MOE__FIELD(residual, INT, moe__flag_word),
     MOE__FIELD(gate, ENUM, moe__gate_word),
-    MOE__FIELD(select, ENUM, moe__select_word),
-    MOE__FIELD(expert, ENUM, moe__expert_word),
-    MOE__FIELD(capacity_order, ENUM, moe__order_word),
     MOE__FIELD(normalize, INT, moe__flag_word),
-    MOE__FIELD(bias, INT, moe__flag_word),
+    MOE__FIELD(weight_scale, FLOAT, NULL),
     MOE__FIELD(temperature, FLOAT, NULL),
+    MOE__FIELD(learn_temperature, INT, moe__flag_word),
+    MOE__FIELD(temperature_end, FLOAT, NULL),
+    MOE__FIELD(mask_jitter, FLOAT, NULL),
+    MOE__FIELD(select, ENUM, moe__select_word),
+    MOE__FIELD(top_k_min, SIZE, NULL),
+    MOE__FIELD(k_schedule, ENUM, moe__schedule_word),
+    MOE__FIELD(schedule_steps, U64, NULL),
+    MOE__FIELD(random_steps, U64, NULL),
+    MOE__FIELD(n_groups, SIZE, NULL),
+    MOE__FIELD(top_groups, SIZE, NULL),
+    MOE__FIELD(top_p, FLOAT, NULL),
+    MOE__FIELD(threshold, FLOAT, NULL),
+    MOE__FIELD(fallback, INT, moe__flag_word),
+    MOE__FIELD(random_second, INT, moe__flag_word),
+    MOE__FIELD(sinkhorn_epsilon, FLOAT, NULL),
+    MOE__FIELD(sinkhorn_iterations, SIZE, NULL),
+    MOE__FIELD(gate_drop, FLOAT, NULL),
+    MOE__FIELD(gate_drop_experts, INT, moe__flag_word),
+    MOE__FIELD(expert_drop, FLOAT, NULL),
+    MOE__FIELD(capacity_order, ENUM, moe__order_word),
     MOE__FIELD(capacity_factor, FLOAT, NULL),
+    MOE__FIELD(capacity_factor_eval, FLOAT, NULL),
+    MOE__FIELD(expert, ENUM, moe__expert_word),
+    MOE__FIELD(bias, INT, moe__flag_word),
+    MOE__FIELD(zero_output, INT, moe__flag_word),
+    MOE__FIELD(combine, ENUM, moe__combine_word),
+    MOE__FIELD(soft_slots, SIZE, NULL),
+    MOE__FIELD(robust_tau, FLOAT, NULL),
+    MOE__FIELD(n_codes, SIZE, NULL),
     MOE__FIELD(training, INT, moe__flag_word),
     MOE__FIELD(optimizer, ENUM, moe__optimizer_word),
     MOE__FIELD(beta1, FLOAT, NULL),
@@ -3338,33 +4854,140 @@ MOE_API size_t moe_desc_json(const moe_desc *d, char *buffer, size_t size) {
     return t.n;
 }
 
-/* Tensor i of a layer with this resolved desc: the same list for the layer and for its files; 0 past the end. */
-static int moe__desc_tensor(const moe_desc *d, size_t i, moe_tensor *out) {
-    static const struct {
-        const char *name, *dim; /* G experts with the shared, E routed, d = d_model, f = d_ff */
-        int gated, bias;        /* only for gated experts, only with biases */
-    } rows[] = {
-        { "router", "dE", 0, 0 },
-        { "experts.w1", "Gdf", 0, 0 },
-        { "experts.wu", "Gdf", 1, 0 },
-        { "experts.w2", "Gfd", 0, 0 },
-        { "experts.b1", "Gf", 0, 1 },
-        { "experts.bu", "Gf", 1, 1 },
-        { "experts.b2", "Gd", 0, 1 }
-    };
-    int gated = d->expert == MOE_EXPERT_SWIGLU || d->expert == MOE_EXPERT_GEGLU;
-    size_t r, k;
-    for (r = 0; r < sizeof rows / sizeof rows[0]; r++) {
-        if ((rows[r].gated && !gated) || (rows[r].bias && d->bias != MOE_ON) || i-- > 0) continue;
-        out->name = rows[r].name;
-        out->count = 1;
-        out->dim[2] = 1;
-        for (k = 0; rows[r].dim[k]; k++) {
-            char c = rows[r].dim[k];
-            out->dim[k] = c == 'd' ? d->d_model : c == 'f' ? d->d_ff : d->n_experts + (c == 'G' ? d->n_shared : 0);
-            out->count *= out->dim[k];
+/* Numbers as text. No locale is asked. */
+static int moe__parse_u64(const char *s, uint64_t *out) {
+    uint64_t v = 0;
+    if (!*s || (*s == '0' && s[1])) return 0;
+    for (; *s; s++) {
+        uint64_t digit = (uint64_t)(*s - '0');
+        if (*s < '0' || *s > '9' || v > (UINT64_MAX - digit) / 10) return 0;
+        v = v * 10 + digit;
+    }
+    *out = v;
+    return 1;
+}
+
+static int moe__parse_float(const char *s, float *out) {
+    uint64_t mantissa = 0, power = 0;
+    int negative = *s == '-', digits = 0, point = 0, e = 0;
+    double v;
+    for (s += negative; (*s >= '0' && *s <= '9') || (*s == '.' && !point); s++) {
+        if (*s == '.') {
+            point = 1;
+            continue;
         }
-        out->n_dims = k;
+        if (++digits > 64) return 0;
+        if (mantissa < UINT64_C(100000000000000000)) {
+            mantissa = mantissa * 10 + (uint64_t)(*s - '0');
+            e -= point;
+        } else e += !point;
+    }
+    if (!digits) return 0;
+    if (*s == 'e') {
+        int down = *++s == '-';
+        if (!moe__parse_u64(s + down, &power) || power > 999) return 0;
+        e += down ? -(int)power : (int)power;
+    } else if (*s) return 0;
+    v = mantissa ? moe__scale10((double)mantissa, e) : 0;
+    if (!(v < 3.4028235677973366e38)) return 0; /* from here on it rounds to infinity */
+    *out = (float)(negative ? -v : v);
+    return 1;
+}
+
+static int moe__field_read(const moe__field *f, const char *text, moe_desc *d) {
+    char *p = (char *)d + f->offset;
+    uint64_t u64 = 0;
+    size_t size;
+    float number = (float)MOE_OFF;
+    int v;
+    switch (f->type) {
+    case MOE__FIELD_SIZE:
+        if (!moe__parse_u64(text, &u64) || u64 > SIZE_MAX) return 0;
+        size = (size_t)u64;
+        memcpy(p, &size, sizeof size);
+        return 1;
+    case MOE__FIELD_U64:
+        if (!moe__parse_u64(text, &u64)) return 0;
+        memcpy(p, &u64, sizeof u64);
+        return 1;
+    case MOE__FIELD_FLOAT:
+    case MOE__FIELD_LOSS:
+        if (strcmp(text, "off") && !moe__parse_float(text, &number)) return 0;
+        memcpy(p, &number, sizeof number);
+        return 1;
+    case MOE__FIELD_INT:
+    case MOE__FIELD_ENUM:
+        for (v = MOE_OFF; v < 0 || f->value_name(v); v++) {
+            const char *name = f->value_name(v);
+            unsigned char small = (unsigned char)v;
+            if (!name || strcmp(text, name)) continue;
+            if (f->size == 1) memcpy(p, &small, 1);
+            else memcpy(p, &v, sizeof v);
+            return 1;
+        }
+        return 0;
+    }
+    return 0;
+}
+
+MOE_API moe_status moe_desc_set(moe_desc *d, const char *field, const char *value) {
+    moe__field f;
+    char name[32];
+    if (!d) return MOE_E_NULL_DESC;
+    if (!field || !value) return MOE_E_NULL_NAME;
+    for (size_t i = 0; moe__field_at(i, &f, name); i++)
+        if (!strcmp(f.name, field)) return moe__field_read(&f, value, d) ? MOE_OK : MOE_E_VALUE;
+    return MOE_E_FIELD;
+}
+MOE_API moe_status moe_desc_parse(moe_desc *d, const char *text, size_t *at) {
+    moe_desc r;
+    moe_status s = MOE_OK;
+    char word[2][48];
+    size_t i = 0, begin = 0;
+    if (!d) return MOE_E_NULL_DESC;
+    if (!text) return MOE_E_NULL_NAME;
+    r = *d;
+    while (!s) {
+        while (text[i] == ' ') i++;
+        begin = i;
+        if (!text[i]) break;
+        for (int k = 0; k < 2 && !s; k++, i++) {
+            size_t n = 0;
+            for (; text[i] && text[i] != ' ' && (k || text[i] != '='); i++)
+                if (n < sizeof word[k] - 1) word[k][n++] = text[i];
+            word[k][n] = 0;
+            if (!k && text[i] != '=') s = MOE_E_FIELD;
+            if (k) i--; /* the blank, or the end */
+        }
+        if (!s) s = moe_desc_set(&r, word[0], word[1]);
+    }
+    if (at) *at = begin;
+    if (!s) *d = r;
+    return s;
+}
+
+/* A tensor of a layer, from its dims: the router's first, then the experts'. id: < MOE__R_COUNT the router's part; above it one of
+ * the experts' blocks; -1 and -2 the constant experts' gates and vectors. 0 past the end. */
+enum { MOE__W1, MOE__WU, MOE__W2, MOE__B1, MOE__BU, MOE__B2, MOE__TENSORS };
+enum { MOE__T_CONSTANT_GATE = MOE__R_COUNT + MOE__TENSORS, MOE__T_CONSTANT, MOE__T_COUNT };
+static const struct { const char *name, *shape; int gated, bias; } moe__tensor_rows_table[MOE__T_COUNT] = {
+    {"router", NULL, 0, 0}, {"router.bias", NULL, 0, 0}, {"router.proj", NULL, 0, 0}, {"router.proj_bias", NULL, 0, 0},
+    {"router.noise", NULL, 0, 0}, {"router.threshold", NULL, 0, 0}, {"router.log_scale", NULL, 0, 0}, {"router.residual", NULL, 0, 0},
+    {"router.codebook", NULL, 0, 0}, {"router.branch", NULL, 0, 0},
+    {"experts.w1", "Gdf", 0, 0}, {"experts.wu", "Gdf", 1, 0}, {"experts.w2", "Gfd", 0, 0},
+    {"experts.b1", "Gf", 0, 1}, {"experts.bu", "Gf", 1, 1}, {"experts.b2", "Gd", 0, 1},
+    {"experts.constant_gate", "n2d", 0, 0}, {"experts.constant", "nd", 0, 0}
+};
+static int moe__tensor_at(const moe_desc *d, const moe__dims *s, size_t i, int *id, moe_tensor *out) {
+    for (*id = 0; *id < MOE__T_COUNT; ++*id) {
+        const char *shape = *id < MOE__R_COUNT ? moe__router_shape(d, *id) : moe__tensor_rows_table[*id].shape;
+        if (!*shape || (moe__tensor_rows_table[*id].gated && !s->gated) || (moe__tensor_rows_table[*id].bias && !s->bias)) continue;
+        if (*shape == 'n' && !s->constants) continue;
+        if (i--) continue;
+        memset(out, 0, sizeof *out);
+        out->name = moe__tensor_rows_table[*id].name;
+        out->count = 1;
+        for (; *shape; shape++) out->count *= out->dim[out->n_dims++] = moe__extent(s, *shape);
         return 1;
     }
     return 0;
@@ -3372,56 +4995,150 @@ static int moe__desc_tensor(const moe_desc *d, size_t i, moe_tensor *out) {
 
 static int moe__not_off(float v, int zero_allowed) { return moe__finite(v) && (v > 0.0f || (zero_allowed && v == 0.0f)); }
 
+/* Fields with a default and a range, in one table: lo, hi; open: lo itself is out. MOE_OFF may be a value of its own. */
+typedef struct moe__float_rule { size_t offset; float unset, lo, hi; int open, off; moe_status status; } moe__float_rule;
+typedef struct moe__flag_rule { size_t offset; moe_status status; } moe__flag_rule;
+#define MOE__AT(field) offsetof(moe_desc, field)
+static const moe__float_rule moe__float_rules[] = {
+    {MOE__AT(router_gain), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_ROUTER_GAIN},
+    {MOE__AT(jitter), 0.0f, 0.0f, 0.999999f, 0, 0, MOE_E_JITTER},
+    {MOE__AT(noise_std), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_NOISE_STD},
+    {MOE__AT(weight_scale), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_WEIGHT_SCALE},
+    {MOE__AT(temperature_end), 0.0f, 0.0f, FLT_MAX, 0, 0, MOE_E_TEMPERATURE_END},
+    {MOE__AT(mask_jitter), 0.1f, 0.0f, FLT_MAX, 1, 0, MOE_E_MASK_JITTER},
+    {MOE__AT(top_p), 0.4f, 0.0f, 1.0f, 1, 0, MOE_E_TOP_P},
+    {MOE__AT(threshold), (float)MOE_OFF, -FLT_MAX, FLT_MAX, 0, 1, MOE_E_THRESHOLD},
+    {MOE__AT(sinkhorn_epsilon), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_SINKHORN},
+    {MOE__AT(gate_drop), 0.0f, 0.0f, 1.0f, 0, 0, MOE_E_GATE_DROP},
+    {MOE__AT(expert_drop), 0.0f, 0.0f, 0.999999f, 0, 0, MOE_E_EXPERT_DROP},
+    {MOE__AT(robust_tau), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_ROBUST_TAU},
+    {MOE__AT(capacity_factor), (float)MOE_OFF, 0.0f, FLT_MAX, 1, 1, MOE_E_CAPACITY_FACTOR},
+    {MOE__AT(epsilon), 1e-8f, 0.0f, FLT_MAX, 1, 0, MOE_E_EPSILON},
+    {MOE__AT(beta1), 0.9f, 0.0f, 0.99999994f, 1, 1, MOE_E_BETA1},
+    {MOE__AT(beta2), 0.999f, 0.0f, 0.99999994f, 1, 1, MOE_E_BETA2},
+    {MOE__AT(momentum), 0.9f, 0.0f, 0.99999994f, 1, 1, MOE_E_MOMENTUM},
+    {MOE__AT(weight_decay), 0.01f, 0.0f, FLT_MAX, 1, 1, MOE_E_WEIGHT_DECAY},
+    {MOE__AT(clip_norm), (float)MOE_OFF, 0.0f, FLT_MAX, 1, 1, MOE_E_CLIP_NORM},
+};
+static const moe__flag_rule moe__flag_rules[] = {
+    {MOE__AT(normalize), MOE_E_NORMALIZE}, {MOE__AT(bias), MOE_E_BIAS}, {MOE__AT(training), MOE_E_TRAINING},
+    {MOE__AT(route_sequence), MOE_E_ROUTE_SEQUENCE}, {MOE__AT(freeze_router), MOE_E_FREEZE_ROUTER}, {MOE__AT(residual), MOE_E_RESIDUAL},
+    {MOE__AT(learn_temperature), MOE_E_LEARN_TEMPERATURE}, {MOE__AT(fallback), MOE_E_FALLBACK},
+    {MOE__AT(random_second), MOE_E_RANDOM_SECOND}, {MOE__AT(gate_drop_experts), MOE_E_GATE_DROP_EXPERTS},
+    {MOE__AT(zero_output), MOE_E_ZERO_OUTPUT},
+};
+#undef MOE__AT
+
+static moe_status moe__resolve_rules(moe_desc *d) {
+    for (size_t i = 0; i < sizeof moe__float_rules / sizeof *moe__float_rules; i++) {
+        const moe__float_rule *r = &moe__float_rules[i];
+        float v;
+        memcpy(&v, (char *)d + r->offset, sizeof v);
+        if (v == 0.0f) v = r->unset;
+        else if (!moe__finite(v) || (!(r->off && v == (float)MOE_OFF) && (r->open ? !(v > r->lo) : !(v >= r->lo))) || v > r->hi)
+            return r->status;
+        memcpy((char *)d + r->offset, &v, sizeof v);
+    }
+    for (size_t i = 0; i < sizeof moe__flag_rules / sizeof *moe__flag_rules; i++) {
+        int v;
+        memcpy(&v, (char *)d + moe__flag_rules[i].offset, sizeof v);
+        if (v < MOE_OFF || v > MOE_ON) return moe__flag_rules[i].status;
+    }
+    return MOE_OK;
+}
+/* What must fit together; d has its defaults. */
+static moe_status moe__resolve_fit(const moe_desc *d) {
+    size_t special = d->n_zero + d->n_copy + d->n_constant;
+    int soft = d->combine == MOE_COMBINE_SOFT, merge = d->combine == MOE_COMBINE_MERGE;
+    if (d->n_zero >= d->n_experts || d->n_copy >= d->n_experts || d->n_constant >= d->n_experts || special >= d->n_experts ||
+        (special && d->combine != MOE_COMBINE_SUM))
+        return MOE_E_SPECIAL_EXPERTS;
+    if (d->expert == MOE_EXPERT_ORTHONORMAL && d->d_ff >= d->d_model) return MOE_E_D_FF;
+    if (d->n_ranks > d->n_experts) return MOE_E_N_RANKS;
+    if (d->score == MOE_SCORE_SLICE && d->d_model % d->n_experts) return MOE_E_SLICE;
+    if (d->score == MOE_SCORE_SUBSPACE && (d->expert != MOE_EXPERT_ORTHONORMAL || special)) return MOE_E_SUBSPACE;
+    if ((d->gate == MOE_GATE_SPARSEMIXER) != (d->select == MOE_SELECT_SAMPLED) || (d->gate == MOE_GATE_SIGN && d->select != MOE_SELECT_THRESHOLD))
+        return MOE_E_GATE_SELECT;
+    if ((soft || merge) && (d->select != MOE_SELECT_ALL || d->gate != MOE_GATE_SOFTMAX || d->capacity_factor != (float)MOE_OFF)) return MOE_E_SELECT_COMBINE;
+    if (soft && (!moe__latent_score(d->score) || d->noise != MOE_NOISE_NONE)) return MOE_E_SELECT_COMBINE;
+    if (merge && d->route_sequence != MOE_ON) return MOE_E_ROUTE_SEQUENCE;
+    if (soft && d->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
+    if (soft && d->residual == MOE_ON) return MOE_E_RESIDUAL;
+    if (d->n_codes && (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special)) return MOE_E_N_CODES;
+    if (d->soft_slots != 1 && !soft) return MOE_E_SOFT_SLOTS;
+    if (d->soft_slots > ((size_t)1 << 20) / d->n_experts) return MOE_E_SOFT_SLOTS;
+    if (d->n_groups > d->n_experts || d->n_experts % d->n_groups || d->top_groups > d->n_groups ||
+        (d->select == MOE_SELECT_GROUPS && d->top_k > d->top_groups * (d->n_experts / d->n_groups)))
+        return MOE_E_GROUPS;
+    if (d->top_k_min > d->top_k) return MOE_E_TOP_K_MIN;
+    if (d->k_schedule != MOE_SCHEDULE_NONE && !d->schedule_steps) return MOE_E_K_SCHEDULE;
+    if (d->temperature_end != 0.0f && (!d->schedule_steps || !moe__temperature_ok(d->temperature_end))) return MOE_E_TEMPERATURE_END;
+    if (d->select == MOE_SELECT_AUCTION && d->top_k != 1) return MOE_E_TOP_K;
+    return MOE_OK;
+}
+
 MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
     if (!in) return MOE_E_NULL_DESC;
     if (!out) return MOE_E_NULL_OUT;
     moe_desc d = *in;
     const float off = MOE_OFF;
     if (!d.d_model) return MOE_E_D_MODEL;
-    if (!d.d_ff && !moe__mul(d.d_model, 4, &d.d_ff)) return MOE_E_OVERFLOW;
-    if (!d.n_experts) d.n_experts = 8;
-    if (d.n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!d.top_k) d.top_k = d.n_experts > 1 ? 2 : 1;
-    if (d.top_k > d.n_experts) return MOE_E_TOP_K;
-    if (!d.score) d.score = MOE_SCORE_LINEAR;
-    if (!d.gate) d.gate = MOE_GATE_SOFTMAX;
-    if (!d.select) d.select = MOE_SELECT_TOP_K;
-    if (!d.expert) d.expert = MOE_EXPERT_SWIGLU;
-    if (!d.capacity_order) d.capacity_order = MOE_ORDER_TOKEN;
-    if (!d.optimizer) d.optimizer = MOE_OPTIMIZER_ADAMW;
     if ((unsigned)d.score >= MOE__SCORE_COUNT) return MOE_E_SCORE;
+    if ((unsigned)d.noise >= MOE__NOISE_COUNT) return MOE_E_NOISE;
     if ((unsigned)d.gate >= MOE__GATE_COUNT) return MOE_E_GATE;
     if ((unsigned)d.select >= MOE__SELECT_COUNT) return MOE_E_SELECT;
     if ((unsigned)d.expert >= MOE__EXPERT_COUNT) return MOE_E_EXPERT;
+    if ((unsigned)d.combine >= MOE__COMBINE_COUNT) return MOE_E_COMBINE;
+    if ((unsigned)d.k_schedule >= MOE__SCHEDULE_COUNT) return MOE_E_K_SCHEDULE;
+    if ((unsigned)d.router_init >= MOE__INIT_COUNT) return MOE_E_ROUTER_INIT;
     if ((unsigned)d.capacity_order >= MOE__ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
     if ((unsigned)d.optimizer >= MOE__OPTIMIZER_COUNT) return MOE_E_OPTIMIZER;
-    if (d.normalize < MOE_OFF || d.normalize > MOE_ON) return MOE_E_NORMALIZE;
-    if (d.bias < MOE_OFF || d.bias > MOE_ON) return MOE_E_BIAS;
-    if (d.training < MOE_OFF || d.training > MOE_ON) return MOE_E_TRAINING;
-    if (!d.normalize) d.normalize = d.top_k > 1 ? MOE_ON : MOE_OFF;
+    if (!d.score) d.score = MOE_SCORE_LINEAR;
+    if (!d.noise) d.noise = MOE_NOISE_NONE;
+    if (!d.gate) d.gate = MOE_GATE_SOFTMAX;
+    if (!d.select) d.select = MOE_SELECT_TOP_K;
+    if (!d.expert) d.expert = MOE_EXPERT_SWIGLU;
+    if (!d.combine) d.combine = MOE_COMBINE_SUM;
+    if (!d.k_schedule) d.k_schedule = MOE_SCHEDULE_NONE;
+    if (!d.router_init) d.router_init = MOE_INIT_UNIFORM;
+    if (!d.capacity_order) d.capacity_order = MOE_ORDER_TOKEN;
+    if (!d.optimizer) d.optimizer = MOE_OPTIMIZER_ADAMW;
+    if (!d.d_ff && d.expert == MOE_EXPERT_ORTHONORMAL) d.d_ff = moe__max(1, d.d_model / 4);
+    if (!d.d_ff && !moe__mul(d.d_model, 4, &d.d_ff)) return MOE_E_OVERFLOW;
+    if (!d.n_experts) d.n_experts = 8;
+    if (d.n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!d.top_k) d.top_k = d.n_experts > 1 && d.select != MOE_SELECT_AUCTION ? 2 : 1;
+    if (d.top_k > d.n_experts) return MOE_E_TOP_K;
+    if (!d.n_ranks) d.n_ranks = 1;
+    if (!d.soft_slots) d.soft_slots = 1;
+    if (!d.n_groups) d.n_groups = 1;
+    if (!d.top_groups) d.top_groups = 1;
+    if (!d.top_k_min) d.top_k_min = d.top_k;
+    if (!d.sinkhorn_iterations) d.sinkhorn_iterations = 20;
+    if (!d.d_router) d.d_router = moe__max(1, (d.score == MOE_SCORE_PROJECTED ? d.n_experts : d.d_model) / 2);
+    moe_status st = moe__resolve_rules(&d);
+    if (st) return st;
+    if (!d.route_sequence) d.route_sequence = d.combine == MOE_COMBINE_MERGE ? MOE_ON : MOE_OFF;
+    if (!d.normalize) d.normalize = d.top_k > 1 && d.gate != MOE_GATE_RELU ? MOE_ON : MOE_OFF;
     if (!d.bias) d.bias = MOE_OFF;
     if (!d.training) d.training = MOE_ON;
+    if (!d.freeze_router) d.freeze_router = MOE_OFF;
+    if (!d.residual) d.residual = MOE_OFF;
+    if (!d.learn_temperature) d.learn_temperature = MOE_OFF;
+    if (!d.random_second) d.random_second = MOE_OFF;
+    if (!d.gate_drop_experts) d.gate_drop_experts = MOE_OFF;
+    if (!d.zero_output) d.zero_output = MOE_OFF;
+    if (d.select == MOE_SELECT_THRESHOLD && d.threshold == off) d.threshold = 0.0f;
     if (d.temperature == 0.0f) d.temperature = 1.0f;
     if (!moe__temperature_ok(d.temperature)) return MOE_E_TEMPERATURE;
-    if (d.capacity_factor == 0.0f) d.capacity_factor = off;
-    if (d.capacity_factor != off && !moe__not_off(d.capacity_factor, 0)) return MOE_E_CAPACITY_FACTOR;
+    if (d.capacity_factor_eval == 0.0f) d.capacity_factor_eval = d.capacity_factor;
+    if (d.capacity_factor_eval != off && !moe__not_off(d.capacity_factor_eval, 0)) return MOE_E_CAPACITY_FACTOR_EVAL;
     for (int i = 0; i < MOE_LOSS_COUNT; i++)
         if (d.loss[i] != off && !moe__not_off(d.loss[i], 1)) return MOE_E_LOSS;
-    if (d.beta1 == 0.0f) d.beta1 = 0.9f;
-    if (d.beta2 == 0.0f) d.beta2 = 0.999f;
-    if (d.epsilon == 0.0f) d.epsilon = 1e-8f;
-    if (d.momentum == 0.0f) d.momentum = 0.9f;
-    if (d.weight_decay == 0.0f) d.weight_decay = 0.01f;
-    if (d.clip_norm == 0.0f) d.clip_norm = off;
-    if (d.beta1 != off && !(d.beta1 > 0.0f && d.beta1 < 1.0f)) return MOE_E_BETA1;
-    if (d.beta2 != off && !(d.beta2 > 0.0f && d.beta2 < 1.0f)) return MOE_E_BETA2;
-    if (!moe__not_off(d.epsilon, 0)) return MOE_E_EPSILON;
-    if (d.momentum != off && !(d.momentum > 0.0f && d.momentum < 1.0f)) return MOE_E_MOMENTUM;
-    if (d.weight_decay != off && !moe__not_off(d.weight_decay, 0)) return MOE_E_WEIGHT_DECAY;
-    if (d.clip_norm != off && !moe__not_off(d.clip_norm, 0)) return MOE_E_CLIP_NORM;
     if (!d.seed) d.seed = 1;
+    st = moe__resolve_fit(&d);
     moe__dims s;
-    moe_status st = moe__dims_of(&d, &s);
+    if (!st) st = moe__dims_of(&d, &s);
     if (st) return st;
     *out = d;
     return MOE_OK;
@@ -3429,6 +5146,68 @@ MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
 
 /* -- tape -- */
 enum { MOE__STATE_TOKENS = 1, MOE__STATE_ROUTED = 2, MOE__STATE_FORWARD = 4 };
+
+/* Rows that the routed experts compute for n tokens, at most. */
+static int moe__routed_rows(const moe_desc *d, const moe__dims *s, size_t n, size_t *rows) {
+    size_t count = !n ? 0 : d->sequence ? moe__ceil_div(n, d->sequence) : 1;
+    if (d->combine == MOE_COMBINE_MERGE) *rows = n;
+    else if (d->combine == MOE_COMBINE_SOFT) return moe__mul(count, s->N, rows);
+    else if (d->select == MOE_SELECT_EXPERT_CHOICE) return moe__mul(n, d->top_k, rows) && moe__add_size(*rows, n ? s->E : 0, rows);
+    else return moe__mul(n, s->S, rows);
+    return 1;
+}
+
+/* -- the discrete branch of VQMoE [C]: y = g_0 y + g_1 LN(f_e(LN(C_j))), j = the nearest code, e = j mod E, g = softmax(x G).
+ * The gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone. -- */
+typedef struct moe__branch {
+    moe_tape *tape;      /* the experts' pass over the codes */
+    int32_t *code, *expert; /* (T) */
+    float *codes, *inv_code, *square; /* (codes, d) LN of the codes, 1 / their deviation, their squared length (codes) */
+    float *u, *y, *v, *inv_v, *g; /* (T, d) inputs, the other branch's output, LN of this one's; (T); (T, 2) */
+    float *dy, *dv;      /* (T, d) */
+} moe__branch;
+
+/* The pass over the codes: the same experts, one for each token. */
+static moe_desc moe__branch_desc(const moe_desc *d) {
+    moe_desc b;
+    memset(&b, 0, sizeof b);
+    b.d_model = d->d_model;
+    b.d_ff = d->d_ff;
+    b.n_experts = d->n_experts;
+    b.top_k = 1;
+    b.score = MOE_SCORE_RANDOM; /* no parameters: the routes are given */
+    b.expert = d->expert;
+    b.bias = d->bias;
+    b.parallel = d->parallel;
+    b.alloc_context = d->alloc_context;
+    return b;
+}
+static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, size_t n, int training, moe__arena *a);
+static moe_status moe__branch_layout(moe__tape_memory *m, const moe_desc *resolved, size_t n, moe__arena *a) {
+    moe_desc b = moe__branch_desc(resolved);
+    moe__branch br;
+    moe_status s = moe_desc_resolve(&b, &b);
+    if (s) return s;
+    memset(&br, 0, sizeof br);
+    m->branch = (moe__branch *)moe__take(a, 1, sizeof br);
+    s = moe__tape_layout(&br.tape, &b, n, m->training ? MOE_ON : MOE_OFF, a);
+    br.code = (int32_t *)moe__take(a, n, sizeof(int32_t));
+    br.expert = (int32_t *)moe__take(a, n, sizeof(int32_t));
+    br.codes = moe__take_floats(a, resolved->n_codes, resolved->d_model);
+    br.inv_code = moe__take_floats(a, resolved->n_codes, 1);
+    br.square = moe__take_floats(a, resolved->n_codes, 1);
+    br.u = moe__take_floats(a, n, resolved->d_model);
+    br.y = moe__take_floats(a, n, resolved->d_model);
+    br.v = moe__take_floats(a, n, resolved->d_model);
+    br.inv_v = moe__take_floats(a, n, 1);
+    br.g = moe__take_floats(a, n, 2);
+    if (m->training) {
+        br.dy = moe__take_floats(a, n, resolved->d_model);
+        br.dv = moe__take_floats(a, n, resolved->d_model);
+    }
+    if (a->base) *m->branch = br;
+    return s;
+}
 
 static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, size_t n, int training, moe__arena *a) {
     moe_tape t;
@@ -3440,35 +5219,96 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
     m.training = training != MOE_OFF;
     moe_status s = moe__dims_of(resolved, &m.dims);
     const moe__dims *d = &m.dims;
-    size_t routed, shared;
+    size_t routed, shared, slots, groups, count = !n ? 0 : resolved->sequence ? moe__ceil_div(n, resolved->sequence) : 1;
+    int soft = resolved->combine == MOE_COMBINE_SOFT, merge = resolved->combine == MOE_COMBINE_MERGE;
+    const moe__latent *l = &moe__latents[resolved->score];
     if (s) return s;
-    if (!moe__mul(n, d->S, &routed) || !moe__mul(n, d->G - d->E, &shared) || !moe__add_size(routed, shared, &m.n_rows) ||
-        m.n_rows > MOE__MAX_INDEX)
+    if (!moe__mul(n, d->S, &slots) || !moe__routed_rows(resolved, d, n, &routed) || !moe__mul(n, d->G - d->F, &shared) ||
+        !moe__add_size(routed, shared, &m.n_rows) || m.n_rows > MOE__MAX_INDEX || slots > MOE__MAX_INDEX)
         return MOE_E_OVERFLOW;
+    m.n_routed = routed;
+    groups = merge ? count + d->G - d->F : d->G;
     moe_tape *tp = (moe_tape *)moe__take(a, 1, sizeof t);
     t.memory = (moe__tape_memory *)moe__take(a, 1, sizeof m);
     s = moe__routes_layout(&t.routes, n, d->S, d->E, a);
+    if (!s) s = moe__select_scratch(resolved, n, &m.scratch_bytes);
     if (s) return s;
+    t.n_slots = d->S;
     t.logits = moe__take_floats(a, n, d->E);
     t.prob = moe__take_floats(a, n, d->E);
-    t.scores = moe__gates[resolved->gate].scores_are_prob ? t.prob : t.logits;
-    t.index = (int32_t *)moe__take(a, routed, sizeof(int32_t));
-    t.weight = (float *)moe__take(a, routed, sizeof(float));
+    if (moe__gates[resolved->gate].scores == MOE__SCORES_OWN || (resolved->gate == MOE_GATE_SOFTMAX && resolved->learn_temperature == MOE_ON))
+        m.own_scores = t.scores = moe__take_floats(a, n, d->E);
+    else t.scores = moe__gates[resolved->gate].scores == MOE__SCORES_PROB ? t.prob : t.logits;
+    t.index = (int32_t *)moe__take(a, slots, sizeof(int32_t));
+    t.weight = (float *)moe__take(a, slots, sizeof(float));
+    if (resolved->noise == MOE_NOISE_LEARNED) {
+        t.clean = moe__take_floats(a, n, d->E);
+        t.noise_std = moe__take_floats(a, n, d->E);
+        m.raw = moe__take_floats(a, n, d->E);
+    }
+    if (resolved->noise != MOE_NOISE_NONE) m.draw = moe__take_floats(a, n, d->E);
+    m.sel = moe__take_floats(a, n, d->E);
+    m.work = moe__take_floats(a, n, d->E);
+    m.scratch = moe__take(a, m.scratch_bytes, 1);
     m.xp = moe__take_floats(a, n, d->dp * MOE__W);
-    m.router = moe__take_floats(a, moe__max(d->ep * d->d, d->dp * d->E), MOE__W);
+    m.xr = m.xp;
+    if (d->jitter || d->by_sequence) m.xr = moe__take_floats(a, n, d->dp * MOE__W);
+    size_t pack = moe__map_floats(d->L, d->N);
+    if (l->proj) pack = moe__max(pack, moe__map_floats(d->d, d->L));
+    if (resolved->noise == MOE_NOISE_LEARNED) pack = moe__max(pack, moe__map_floats(d->d, d->E));
+    m.packed = moe__take_floats(a, pack, MOE__W);
+    if (l->act != MOE__RAW || resolved->score == MOE_SCORE_SUBSPACE) {
+        size_t wide = resolved->score == MOE_SCORE_SUBSPACE ? d->hp : l->pre ? moe__max(d->lp, d->dp) : d->lp;
+        m.lat = moe__take_floats(a, n, wide * MOE__W);
+        if (m.training) m.dlat = moe__take_floats(a, n, wide * MOE__W);
+        m.inv = moe__take_floats(a, n, 1);
+        m.inv_x = moe__take_floats(a, n, 1);
+    }
+    if (l->pre) m.xs = moe__take_floats(a, n, d->dp * MOE__W);
+    if (l->cols != MOE__RAW) {
+        m.cols = moe__take_floats(a, d->L, d->N);
+        m.inv_col = moe__take_floats(a, d->N, 1);
+        if (m.training) m.dcols = moe__take_floats(a, d->L, d->N);
+    }
+    if (soft) {
+        m.soft = moe__take_floats(a, n, d->N);
+        m.mix = moe__take_floats(a, n, d->N);
+        m.dispatch = moe__take_floats(a, n, d->N);
+    }
     m.bad = (unsigned char *)moe__take(a, moe__ceil_div(n, MOE__TOKENS), 1);
-    m.group = (moe__group *)moe__take(a, d->G, sizeof(moe__group));
-    m.first = (size_t *)moe__take(a, d->G + 1, sizeof(size_t));
-    m.xg = moe__take_floats(a, routed, d->dp * MOE__W);
+    m.group = (moe__group *)moe__take(a, groups, sizeof(moe__group));
+    m.first = (size_t *)moe__take(a, groups + 1, sizeof(size_t));
+    m.xg = moe__take_floats(a, merge ? 0 : routed, d->dp * MOE__W);
     m.h = moe__take_floats(a, m.n_rows, d->hp * MOE__W);
     m.o = moe__take_floats(a, m.n_rows, d->ldo);
+    if (merge) m.merged = moe__take_floats(a, count, d->expert);
+    if (resolved->combine == MOE_COMBINE_ROBUST) {
+        s = moe_robust_weights_scratch(d->S, d->d, &m.robust_bytes);
+        if (s) return s;
+        m.robust_bytes += d->S * (sizeof(float *) + 3 * sizeof(float));
+        m.robust_bytes = moe__ceil_div(m.robust_bytes + 64, 64) * 64;
+        m.robust = (unsigned char *)moe__take(a, moe__ceil_div(n, MOE__TOKENS), m.robust_bytes);
+        m.robust_weight = (float *)moe__take(a, routed, sizeof(float));
+        m.reliability = (float *)moe__take(a, slots, sizeof(float));
+    }
     if (m.training) {
         m.z = moe__take_floats(a, m.n_rows, d->zp * MOE__W);
         m.dlogits = moe__take_floats(a, n, d->E);
-        m.dl = moe__take_floats(a, n, d->ep * MOE__W);
+        m.dl = moe__take_floats(a, n, moe__max(d->np, d->ep) * MOE__W);
         m.slot_grad = moe__take_floats(a, n, d->S);
         m.part = moe__take_floats(a, m.n_rows, d->hp);
-        m.dweight = moe__take_floats(a, routed, 1);
+        m.dweight = moe__take_floats(a, slots, 1);
+        if (d->jitter || d->by_sequence) m.dxr = moe__take_floats(a, n, d->d);
+        if (merge) m.dmerged = moe__take_floats(a, count, d->expert);
+        if (soft) {
+            m.dsoft = moe__take_floats(a, n, d->N);
+            m.dmix = moe__take_floats(a, n, d->N);
+            m.ddispatch = moe__take_floats(a, n, d->N);
+        }
+    }
+    if (resolved->n_codes) {
+        s = moe__branch_layout(&m, resolved, n, a);
+        if (s) return s;
     }
     if (a->overflow) return MOE_E_OVERFLOW;
     if (a->base) {
@@ -3526,11 +5366,11 @@ MOE_API void moe_tape_free(moe_tape *t) {
 
 /* Whether a tape's memory fits a desc; the rest of the desc may differ. */
 static moe_status moe__job_begin(moe__job *j, const moe_desc *resolved, moe_tape *t) {
+    moe__dims s;
     if (!t) return MOE_E_NULL_TAPE;
-    const moe_desc *a = resolved, *b = &t->memory->d;
-    if (a->d_model != b->d_model || a->d_ff != b->d_ff || a->n_experts != b->n_experts || a->top_k != b->top_k ||
-        a->n_shared != b->n_shared || a->expert != b->expert || a->bias != b->bias || a->gate != b->gate)
-        return MOE_E_TAPE_DESC;
+    moe_status st = moe__dims_of(resolved, &s);
+    if (st) return st;
+    if (memcmp(&s, &t->memory->dims, sizeof s)) return MOE_E_TAPE_DESC;
     memset(j, 0, sizeof *j);
     j->d = resolved;
     j->dims = &t->memory->dims;
@@ -3540,28 +5380,148 @@ static moe_status moe__job_begin(moe__job *j, const moe_desc *resolved, moe_tape
     return MOE_OK;
 }
 
+/* Choices of a token at a step of training: from top_k_min to top_k, as in SMoE-Dropout [C] (linear), the other shapes [D]. */
+static size_t moe__schedule_k(const moe__job *j, uint64_t step) {
+    const moe_desc *d = j->d;
+    float lo = (float)d->top_k_min, hi = (float)d->top_k, c, unused;
+    if (d->k_schedule == MOE_SCHEDULE_NONE || step >= d->schedule_steps) return d->top_k;
+    float share = (float)((double)step / (double)d->schedule_steps), k = moe__fma(share, hi - lo, lo);
+    if (d->k_schedule == MOE_SCHEDULE_EXPONENTIAL) { /* lo (hi / lo)^share */
+        c = share * moe__logf1(hi / lo);
+        j->kn->exp(1, &c, &c);
+        k = lo * c;
+    }
+    if (d->k_schedule == MOE_SCHEDULE_COSINE) {
+        moe__cos_sin_turn((uint32_t)(share * 8388608.0f), &c, &unused);
+        k = moe__fma(0.5f * (hi - lo), 1.0f - c, lo);
+    }
+    return moe__max(d->top_k_min, moe__min(d->top_k, (size_t)(k + 0.5f)));
+}
+
+/* What holds for this forward: the schedules' values, the one draw of gating dropout, what the selection sees. */
+static void moe__now_begin(const moe__job *j) {
+    const moe_desc *d = j->d;
+    const moe_side *side = &j->t->side;
+    moe__now *now = &j->m->now;
+    float share = d->schedule_steps ? (float)((double)moe__min_u64(side->step, d->schedule_steps) / (double)d->schedule_steps) : 1.0f;
+    float temperature = d->temperature, u;
+    memset(now, 0, sizeof *now);
+    now->training = !side->evaluate && d->training != MOE_OFF;
+    now->sequence = d->sequence ? d->sequence : moe__max(j->t->n_tokens, 1);
+    now->draw = side->draw;
+    now->random = now->training && side->step < d->random_steps;
+    now->k = side->top_k ? moe__min(side->top_k, d->top_k) : now->training ? moe__schedule_k(j, side->step) : d->top_k;
+    if (d->temperature_end != 0.0f) temperature = moe__fma(share, d->temperature_end - d->temperature, d->temperature);
+    if (side->temperature > 0.0f) temperature = side->temperature;
+    now->inv_t = now->prob_inv_t = 1.0f / temperature;
+    const float *scale = moe__router_part(j, MOE__R_SCALE);
+    if (scale) {
+        float limit = *scale < 20.0f ? *scale : 20.0f; /* e^20: softer than this no float32 can tell */
+        j->kn->exp(1, &limit, &now->inv_t);
+        if (side->temperature > 0.0f) now->inv_t = 1.0f / temperature;
+    }
+    if (now->training && d->gate_drop > 0.0f) {
+        moe__uniform_at(MOE__DRAW_KEY(j), moe__stream_of(0, MOE__USE_GATE_DROP), side->step, 1, 0.0f, 1.0f, &u);
+        now->skip = u < d->gate_drop && d->gate_drop_experts == MOE_ON;
+        now->local = u < d->gate_drop && !now->skip;
+    }
+    j->t->dropped = now->local || now->skip;
+    if (now->random || now->local || side->bias) j->m->seen = j->m->sel;
+    else j->m->seen = moe__selection_base(j);
+}
+
+/* -- tokens -- */
+static void moe__jitter_row(const moe__job *j, size_t row, size_t t) { /* m->xr's row t times the numbers of `row` */
+    float u[MOE__W];
+    size_t d = j->dims->d, T = j->t->n_tokens;
+    if (!j->dims->jitter || !j->m->now.training) return;
+    for (size_t p = 0; p < j->dims->dp; p++) {
+        size_t c = moe__min(MOE__W, d - p * MOE__W);
+        moe__uniforms(j, MOE__USE_JITTER, (uint64_t)row * d + p * MOE__W, c, 1.0f - j->d->jitter, 1.0f + j->d->jitter, u);
+        for (size_t l = 0; l < c; l++) j->m->xr[(p * T + t) * MOE__W + l] *= u[l];
+    }
+}
 static void moe__pack_tokens(const moe__job *j, size_t t0, size_t t1) {
-    for (size_t p = 0; p < j->dims->dp; p++)
-        moe__fill_panel(j->x, j->dims->d, t0, t1 - t0, p * MOE__W, moe__min(MOE__W, j->dims->d - p * MOE__W),
-                        j->m->xp + (p * j->t->n_tokens + t0) * MOE__W);
+    size_t T = j->t->n_tokens;
+    for (size_t p = 0; p < j->dims->dp; p++) {
+        float *to = j->m->xp + (p * T + t0) * MOE__W;
+        moe__fill_panel(j->x, j->dims->d, t0, t1 - t0, p * MOE__W, moe__min(MOE__W, j->dims->d - p * MOE__W), to);
+        if (j->m->xr != j->m->xp && !j->dims->by_sequence) memcpy(j->m->xr + (p * T + t0) * MOE__W, to, (t1 - t0) * MOE__W * sizeof(float));
+    }
+    for (size_t t = t0; t < t1 && !j->dims->by_sequence; t++) moe__jitter_row(j, t, t);
 }
 static void moe__task_tokens(void *arg, size_t i, size_t worker) {
     const moe__job *j = (const moe__job *)arg;
     (void)worker;
     moe__pack_tokens(j, MOE__BLOCK_BEGIN(i), MOE__BLOCK_END(i, j->t->n_tokens));
 }
+static void moe__task_sequence(void *arg, size_t i, size_t worker) { /* i: a sequence; m->xr of its tokens = their mean */
+    const moe__job *j = (const moe__job *)arg;
+    size_t T = j->t->n_tokens, t0 = i * j->m->now.sequence, t1 = moe__min(T, t0 + j->m->now.sequence);
+    (void)worker;
+    for (size_t p = 0; p < j->dims->dp; p++) {
+        float *mean = j->m->xr + (p * T + t0) * MOE__W;
+        memset(mean, 0, MOE__W * sizeof(float));
+        for (size_t t = t0; t < t1; t++) j->kn->axpy(MOE__W, 1.0f, j->m->xp + (p * T + t) * MOE__W, mean);
+        for (size_t l = 0; l < MOE__W; l++) mean[l] = mean[l] / (float)(t1 - t0);
+    }
+    moe__jitter_row(j, i, t0);
+    for (size_t p = 0; p < j->dims->dp; p++)
+        for (size_t t = t0 + 1; t < t1; t++)
+            memcpy(j->m->xr + (p * T + t) * MOE__W, j->m->xr + (p * T + t0) * MOE__W, MOE__W * sizeof(float));
+}
+/* dx += the gradient by xr, back through jitter and mean. i: a sequence, or a token alone */
+static void moe__task_tokens_back(void *arg, size_t i, size_t worker) {
+    const moe__job *j = (const moe__job *)arg;
+    size_t d = j->dims->d, one = j->dims->by_sequence ? j->m->now.sequence : MOE__TOKENS;
+    size_t t0 = i * one, t1 = moe__min(j->t->n_tokens, t0 + one);
+    int seq = (int)j->dims->by_sequence;
+    float *g = j->m->dxr, u[MOE__W];
+    (void)worker;
+    for (size_t t = t0; t < t1; t++)
+        for (size_t c = 0; c < d && j->dims->jitter && j->m->now.training; c += MOE__W) {
+            size_t n = moe__min(MOE__W, d - c);
+            moe__uniforms(j, MOE__USE_JITTER, (uint64_t)(seq ? i : t) * d + c, n, 1.0f - j->d->jitter, 1.0f + j->d->jitter, u);
+            for (size_t l = 0; l < n; l++) g[t * d + c + l] *= u[l];
+        }
+    for (size_t t = t0 + 1; t < t1 && seq; t++) j->kn->axpy(d, 1.0f, g + t * d, g + t0 * d);
+    for (size_t t = t0; t < t1; t++) j->kn->axpy(d, seq ? 1.0f / (float)(t1 - t0) : 1.0f, g + (seq ? t0 : t) * d, j->dx + t * d);
+}
+
+/* -- route -- */
 static void moe__task_route(void *arg, size_t i, size_t worker) {
     const moe__job *j = (const moe__job *)arg;
     size_t t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, j->t->n_tokens), E = j->dims->E;
+    const moe__score_row *score = &moe__scores[j->d->score];
+    float *z = j->t->logits;
     (void)worker;
-    moe__pack_tokens(j, t0, t1);
-    moe__scores[j->d->score].forward(j, t0, t1);
-    j->m->bad[i] = (unsigned char)!moe__all_finite((t1 - t0) * E, j->t->logits + t0 * E);
+    score->forward(j, t0, t1);
+    j->m->bad[i] = (unsigned char)(j->m->soft && !moe__all_finite((t1 - t0) * j->dims->N, j->m->soft + t0 * j->dims->N));
     if (j->m->bad[i]) return;
-    for (size_t t = t0; t < t1; t++)
-        j->kn->softmax(E, 1.0f / j->d->temperature, j->t->logits + t * E, j->t->prob + t * E);
+    if (j->m->soft) moe__soft_weights(j, t0, t1);
+    moe__residual_add(j, t0, t1);
+    moe__noise_add(j, t0, t1);
+    for (size_t k = t0 * E; k < t1 * E && score->relu; k++) z[k] = z[k] < 0.0f ? 0.0f : z[k];
+    j->m->bad[i] = (unsigned char)!moe__all_finite((t1 - t0) * E, z + t0 * E);
+    if (j->m->bad[i]) return;
+    for (size_t t = t0; t < t1; t++) j->kn->softmax(E, j->m->now.prob_inv_t, z + t * E, j->t->prob + t * E);
+    moe__gate_scores(j, t0, t1);
+    moe__select_view(j, t0, t1);
+    if (!moe__selects[j->d->select].select) return;
     moe__selects[j->d->select].select(j, t0, t1);
-    moe__gates[j->d->gate].weights(j, t0, t1);
+    moe__select_filter(j, t0, t1);
+    moe__weights(j, t0, t1);
+}
+static void moe__task_pack_route(void *arg, size_t i, size_t worker) {
+    moe__task_tokens(arg, i, worker);
+    moe__task_route(arg, i, worker);
+}
+static void moe__task_weights(void *arg, size_t i, size_t worker) { /* after a selection over the whole batch */
+    const moe__job *j = (const moe__job *)arg;
+    size_t t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, j->t->n_tokens);
+    (void)worker;
+    moe__select_filter(j, t0, t1);
+    moe__weights(j, t0, t1);
 }
 
 static moe_status moe__tokens_begin(moe__job *j, const moe_desc *resolved, moe_tape *t, const float *x, size_t n) {
@@ -3576,9 +5536,10 @@ static moe_status moe__tokens_begin(moe__job *j, const moe_desc *resolved, moe_t
     return MOE_OK;
 }
 
-static size_t moe__capacity(const moe_desc *d, size_t n_tokens) {
-    if (d->capacity_factor < 0.0f || !n_tokens) return 0;
-    double c = (double)d->capacity_factor * (double)d->top_k * (double)moe__ceil_div(n_tokens, d->n_experts);
+static size_t moe__capacity(const moe_desc *d, size_t n_tokens, int training) {
+    float factor = training ? d->capacity_factor : d->capacity_factor_eval;
+    if (factor < 0.0f || !n_tokens) return 0;
+    double c = (double)factor * (double)d->top_k * (double)moe__ceil_div(n_tokens, d->n_experts);
     return c >= (double)n_tokens ? 0 : moe__max(1, (size_t)c);
 }
 
@@ -3586,13 +5547,33 @@ static moe_status moe__route(const moe_desc *d, const float *router, const float
     moe__job j;
     moe_status s = moe__tokens_begin(&j, d, t, x, n);
     if (s) return s;
-    if (!router) return MOE_E_NULL_PARAMS;
+    if (!router && j.dims->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
+    if (d->score == MOE_SCORE_SUBSPACE && !t->side.experts) return MOE_E_NULL_EXPERTS;
     j.router = router;
-    moe__scores[d->score].prepare(&j);
-    moe_run(&d->parallel, moe__ceil_div(n, MOE__TOKENS), moe__task_route, &j);
+    moe__now_begin(&j);
+    if (d->select == MOE_SELECT_AUCTION && j.m->now.training && n % d->n_experts) return MOE_E_AUCTION_TOKENS;
+    /* the common case in one pass over the tokens; what prepares over the whole batch needs all of them first */
+    int one_pass = j.m->xr == j.m->xp && moe__latents[d->score].act == MOE__RAW && d->noise != MOE_NOISE_LEARNED;
+    if (!one_pass) moe__run_blocks(&j, moe__task_tokens, &j);
+    if (j.dims->by_sequence) moe_run(&d->parallel, moe__sequences(&j), moe__task_sequence, &j);
+    if (moe__scores[d->score].prepare) moe__scores[d->score].prepare(&j);
+    if (d->noise == MOE_NOISE_LEARNED) { /* its matrix and the score's share a place */
+        moe__noise_prepare(&j);
+        if (moe__latent_score(d->score)) {
+            moe__map v = moe__latent_map(&j, 0);
+            moe__map_pack(&v);
+        }
+    }
+    moe__run_blocks(&j, one_pass ? moe__task_pack_route : moe__task_route, &j);
     for (size_t i = 0; i < moe__ceil_div(n, MOE__TOKENS); i++)
         if (t->memory->bad[i]) return MOE_E_NAN_X;
-    s = moe_routes_fill(&t->routes, n, t->index, t->weight, moe__capacity(d, n), d->capacity_order);
+    if (j.m->soft) moe_run(&d->parallel, moe__sequences(&j), moe__task_dispatch_weights, &j);
+    if (moe__selects[d->select].batch && n) {
+        s = moe__selects[d->select].batch(&j);
+        if (s) return s;
+        moe__run_blocks(&j, moe__task_weights, &j);
+    }
+    s = moe__routes_fill(&t->routes, n, t->index, t->weight, moe__capacity(d, n, j.m->now.training), d->capacity_order);
     if (!s) t->memory->state = MOE__STATE_TOKENS | MOE__STATE_ROUTED;
     return s;
 }
@@ -3606,7 +5587,7 @@ static void moe__task_gate_back(void *arg, size_t i, size_t worker) {
         j->m->slot_grad[p] = j->dweight && route != MOE_NONE ? j->dweight[route] : 0.0f;
     }
     memset(j->m->dlogits + t0 * E, 0, (t1 - t0) * E * sizeof(float));
-    if (j->dweight) moe__gates[j->d->gate].backward(j, t0, t1);
+    if (j->dweight && !j->m->soft) moe__weights_back(j, t0, t1);
 }
 
 static moe_status moe__route_backward(const moe_desc *d, const float *router, moe_tape *t, const float *dweight, const uint64_t *load,
@@ -3614,20 +5595,38 @@ static moe_status moe__route_backward(const moe_desc *d, const float *router, mo
     moe__job j;
     moe_status s = moe__job_begin(&j, d, t);
     if (s) return s;
-    if (!router) return MOE_E_NULL_PARAMS;
+    if (!router && j.dims->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
     if (!(t->memory->state & MOE__STATE_ROUTED) || !t->memory->training) return MOE_E_NO_FORWARD;
+    size_t E = j.dims->E, n = t->n_tokens;
+    float *z = t->logits;
     j.router = router;
     j.dweight = dweight;
-    j.drouter = drouter;
-    j.dx = dx;
-    moe_run(&d->parallel, moe__ceil_div(t->n_tokens, MOE__TOKENS), moe__task_gate_back, &j);
+    j.drouter = d->freeze_router == MOE_ON ? NULL : drouter;
+    j.dx = dx && j.m->dxr ? j.m->dxr : dx;
+    moe__run_blocks(&j, moe__task_gate_back, &j);
+    if (!j.m->soft) moe__gate_params_back(&j);
+    else if (dweight) {
+        float *dscale = moe__router_grad(&j, MOE__R_SCALE);
+        moe_run(&d->parallel, moe__sequences(&j), moe__task_soft_back, &j);
+        for (size_t i = 0; dscale && i < n; i++) *dscale += j.kn->dot(j.dims->N, j.m->dsoft + i * j.dims->N, j.m->soft + i * j.dims->N);
+    } else memset(j.m->dsoft, 0, n * j.dims->N * sizeof(float));
     for (int i = 0; i < MOE_LOSS_COUNT; i++) {
         t->loss[i] = 0.0;
         if (!(d->loss[i] > 0.0f)) continue;
         s = moe__losses[i].add(&j, load ? load : t->routes.load, d->loss[i], &t->loss[i]);
         if (s) return s;
     }
-    moe__scores[d->score].backward(&j);
+    if (j.m->soft) moe__soft_losses_back(&j);
+    for (size_t i = 0; i < n * E && moe__scores[d->score].relu; i++)
+        if (!(z[i] > 0.0f)) j.m->dlogits[i] = 0.0f;
+    moe__residual_backward(&j);
+    moe__noise_backward(&j);
+    if (j.m->dxr && j.dx) memset(j.m->dxr, 0, n * j.dims->d * sizeof(float));
+    if (moe__scores[d->score].backward) moe__scores[d->score].backward(&j);
+    moe__noise_backward_map(&j);
+    if (!dx || !j.m->dxr) return MOE_OK;
+    j.dx = dx;
+    moe_run(&d->parallel, j.dims->by_sequence ? moe__sequences(&j) : moe__ceil_div(n, MOE__TOKENS), moe__task_tokens_back, &j);
     return MOE_OK;
 }
 
@@ -3644,18 +5643,11 @@ static moe_status moe__forward_experts(const moe_desc *d, const float *params, m
     moe__pass p;
     moe_status s = moe__pass_begin(&p, d, params, t);
     if (s) return s;
-    const moe__dims *s_ = p.j.dims;
     moe_routes *r = &t->routes;
     if (!(t->memory->state & MOE__STATE_TOKENS) || r->n_tokens != t->n_tokens) return MOE_E_NO_ROUTES;
+    if (d->combine == MOE_COMBINE_SOFT && !(t->memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES; /* the slots' weights */
+    if (d->combine != MOE_COMBINE_SOFT && d->combine != MOE_COMBINE_MERGE && r->n_routes > t->memory->n_routed) return MOE_E_N_TOKENS;
     if (t->n_tokens && !y) return MOE_E_NULL_Y;
-    for (size_t g = 0; g < s_->G; g++) {
-        moe__group *gr = &t->memory->group[g];
-        int shared = g >= s_->E;
-        gr->begin = shared ? r->n_routes + (g - s_->E) * t->n_tokens : r->begin[g];
-        gr->rows = shared ? t->n_tokens : (size_t)(r->begin[g + 1] - r->begin[g]);
-        gr->token = shared ? NULL : r->token + r->begin[g];
-        gr->weight = shared ? NULL : r->weight + r->begin[g];
-    }
     p.y = y;
     t->memory->n_routes = r->n_routes;
     moe__experts_forward(&p);
@@ -3700,7 +5692,8 @@ MOE_API moe_status moe_tape_tokens(const moe_desc *d, moe_tape *t, const float *
     moe_status s = moe_desc_resolve(d, &r);
     if (!s) s = moe__tokens_begin(&j, &r, t, x, n);
     if (s) return s;
-    moe_run(&r.parallel, moe__ceil_div(n, MOE__TOKENS), moe__task_tokens, &j);
+    moe__now_begin(&j);
+    moe__run_blocks(&j, moe__task_tokens, &j);
     t->memory->state = MOE__STATE_TOKENS;
     return MOE_OK;
 }
@@ -3721,14 +5714,29 @@ MOE_API moe_status moe_experts_count(const moe_desc *d, size_t *n_floats) {
     if (!n_floats) return MOE_E_NULL_OUT;
     moe_status st = moe_desc_resolve(d, &r);
     if (!st) st = moe__dims_of(&r, &s);
-    if (!st) *n_floats = s.expert * s.G;
+    if (!st) *n_floats = s.experts;
     return st;
+}
+MOE_API moe_status moe_router_count(const moe_desc *d, size_t *n_floats) {
+    moe_desc r;
+    moe__dims s;
+    if (!n_floats) return MOE_E_NULL_OUT;
+    moe_status st = moe_desc_resolve(d, &r);
+    if (!st) st = moe__dims_of(&r, &s);
+    if (!st) *n_floats = s.at[MOE__R_COUNT];
+    return st;
+}
+MOE_API moe_status moe_desc_tensor(const moe_desc *d, size_t i, moe_tensor *out) {
+    moe_desc r;
+    moe__dims s;
+    int id;
+    if (!out) return MOE_E_NULL_OUT;
+    moe_status st = moe_desc_resolve(d, &r);
+    if (!st) st = moe__dims_of(&r, &s);
+    return st ? st : moe__tensor_at(&r, &s, i, &id, out) ? MOE_OK : MOE_E_NAME;
 }
 
 /* -- tensors: where element (row, column) of an expert's matrix stands in its block -- */
-enum { MOE__W1, MOE__WU, MOE__W2, MOE__B1, MOE__BU, MOE__B2, MOE__TENSORS };
-static const char *const moe__tensor_names[MOE__TENSORS] = {"experts.w1", "experts.wu", "experts.w2", "experts.b1", "experts.bu", "experts.b2"};
-
 static int moe__tensor_there(const moe__dims *d, int tensor) {
     return (tensor < MOE__B1 || d->bias) && ((tensor != MOE__WU && tensor != MOE__BU) || d->gated);
 }
@@ -3799,15 +5807,14 @@ struct moe_layer {
     size_t n_floats;                /* experts, then the router */
     float *part[MOE__PART_COUNT];   /* parameters, gradients, moments */
     int fresh;                      /* the gradients count as zero */
-    uint64_t step;
+    uint64_t step, draws;           /* optimiser steps, training forwards */
     moe_tape *tape;
+    moe_side side;
     double loss[MOE_LOSS_COUNT];
     moe_health health;
     void *own;
 };
-static float *moe__layer_router(const moe_layer *m, moe_part part) { return m->part[part] + m->dims.expert * m->dims.G; }
-static uint64_t moe__layer_step_count(const moe_layer *m) { return m->step; }
-static void moe__layer_set_step_count(moe_layer *m, uint64_t s) { m->step = s; }
+static float *moe__layer_router(const moe_layer *m, moe_part part) { return m->part[part] ? m->part[part] + m->dims.experts : NULL; }
 
 static moe_status moe__layer_layout(moe_layer *m, const moe_desc *resolved, moe__arena *a) {
     memset(m, 0, sizeof *m);
@@ -3815,7 +5822,7 @@ static moe_status moe__layer_layout(moe_layer *m, const moe_desc *resolved, moe_
     m->fresh = 1;
     moe_status s = moe__dims_of(resolved, &m->dims);
     if (s) return s;
-    m->n_floats = m->dims.expert * m->dims.G + m->dims.d * m->dims.E;
+    m->n_floats = m->dims.experts + m->dims.at[MOE__R_COUNT];
     (void)moe__take(a, 1, sizeof(moe_layer));
     for (int i = 0; i < MOE__PART_COUNT; i++) {
         if (i > 0 && resolved->training == MOE_OFF) continue;
@@ -3826,6 +5833,41 @@ static moe_status moe__layer_layout(moe_layer *m, const moe_desc *resolved, moe_
     return s ? s : a->overflow ? MOE_E_OVERFLOW : MOE_OK;
 }
 
+/* n vectors of length `rows`, element r of vector v at x[v * apart + r * step]: made orthogonal in order, as far as there
+ * are dimensions (modified Gram-Schmidt, twice for what the first round leaves); unit: and of that length, 0 = as they are.
+ * A vector that vanishes stays zero. */
+static void moe__orthogonalize(float *x, size_t n, size_t rows, size_t (*at)(const void *, size_t, size_t), const void *shape, float unit) {
+    for (size_t v = 0; v < n; v++) {
+        double before = 0.0, after = 0.0;
+        for (size_t r = 0; r < rows; r++) before += (double)x[at(shape, v, r)] * (double)x[at(shape, v, r)];
+        for (int round = 0; round < 2; round++)
+            for (size_t u = v >= rows ? v / rows * rows : 0; u < v; u++) {
+                double along = 0.0, square = 0.0;
+                for (size_t r = 0; r < rows; r++) {
+                    along += (double)x[at(shape, u, r)] * (double)x[at(shape, v, r)];
+                    square += (double)x[at(shape, u, r)] * (double)x[at(shape, u, r)];
+                }
+                if (!(square > 0.0)) continue;
+                for (size_t r = 0; r < rows; r++)
+                    x[at(shape, v, r)] = (float)((double)x[at(shape, v, r)] - along / square * (double)x[at(shape, u, r)]);
+            }
+        for (size_t r = 0; r < rows; r++) after += (double)x[at(shape, v, r)] * (double)x[at(shape, v, r)];
+        double scale = !(after > 1e-12 * before) ? 0.0 : unit > 0.0f ? (double)unit / sqrt(after) : 1.0;
+        for (size_t r = 0; r < rows; r++) x[at(shape, v, r)] = (float)((double)x[at(shape, v, r)] * scale);
+    }
+}
+static size_t moe__at_w1(const void *dims, size_t v, size_t r) { return moe__locate((const moe__dims *)dims, MOE__W1, r, v); }
+static size_t moe__at_w2(const void *dims, size_t v, size_t r) { return moe__locate((const moe__dims *)dims, MOE__W2, v, r); }
+static size_t moe__at_router(const void *dims, size_t v, size_t r) { return r * ((const moe__dims *)dims)->N + v; }
+/* Puts an orthonormal expert back onto its bases: V's columns of length 1, W2's rows orthogonal with the lengths that they have. */
+static void moe__task_retract(void *arg, size_t e, size_t worker) {
+    const moe_layer *m = (const moe_layer *)arg;
+    float *block = m->part[MOE_PART_PARAMS] + e * m->dims.expert;
+    (void)worker;
+    moe__orthogonalize(block, m->dims.f, m->dims.d, moe__at_w1, &m->dims, 1.0f);
+    moe__orthogonalize(block, m->dims.f, m->dims.d, moe__at_w2, &m->dims, 0.0f);
+}
+
 /* Initial parameters: uniform in +-1/sqrt(fan-in); element i of tensor t of expert e is number i of stream (e, t). */
 static void moe__task_init(void *arg, size_t e, size_t worker) {
     moe_layer *m = (moe_layer *)arg;
@@ -3834,7 +5876,7 @@ static void moe__task_init(void *arg, size_t e, size_t worker) {
     for (int t = 0; t < MOE__TENSORS; t++) {
         size_t rows = moe__tensor_rows(d, t), cols = moe__tensor_cols(d, t), fan = t == MOE__W2 || t == MOE__B2 ? d->f : d->d;
         float bound = 1.0f / sqrtf((float)fan), chunk[256];
-        if (!moe__tensor_there(d, t)) continue;
+        if (!moe__tensor_there(d, t) || ((t == MOE__W2 || t == MOE__B2) && m->d.zero_output == MOE_ON)) continue;
         for (size_t r = 0; r < rows; r++)
             for (size_t c = 0; c < cols; c += 256) {
                 size_t n = moe__min(256, cols - c);
@@ -3842,6 +5884,28 @@ static void moe__task_init(void *arg, size_t e, size_t worker) {
                 moe__tensor_set(d, t, m->part[0] + e * d->expert, r, c, n, chunk);
             }
     }
+    if (m->d.expert == MOE_EXPERT_ORTHONORMAL) moe__task_retract(arg, e, worker);
+}
+/* The router's: uniform likewise by their rows; tensor `part` has stream -part, the constant experts' the next two. Learned
+ * thresholds, biases, noise, the branch's and constant gates begin at 0 [C]; codes in +-1/n_codes [C]. */
+static void moe__init_router(moe_layer *m) {
+    const moe__dims *d = &m->dims;
+    float *block = moe__layer_router(m, MOE_PART_PARAMS);
+    for (int part = 0; part < MOE__R_COUNT; part++) {
+        float *p = block + d->at[part], bound = 1.0f / sqrtf((float)(part == MOE__R_ROUTER ? d->L : part == MOE__R_RESIDUAL ? d->E : d->d));
+        size_t n = d->at[part + 1] - d->at[part];
+        if (!n) continue;
+        if (part == MOE__R_SCALE) p[0] = -moe__logf1(m->d.temperature);
+        if (part == MOE__R_CODEBOOK) bound = 1.0f / (float)d->codes;
+        if (part == MOE__R_ROUTER) {
+            if (m->d.router_init == MOE_INIT_ZERO) continue;
+            if (m->d.router_init == MOE_INIT_UNIFORM && m->d.router_gain != 1.0f) bound = bound * m->d.router_gain;
+        } else if (part != MOE__R_PROJ && part != MOE__R_RESIDUAL && part != MOE__R_CODEBOOK) continue;
+        moe__uniform_at(m->d.seed, (uint64_t)0 - (uint64_t)part, 0, n, -bound, bound, p);
+        if (part == MOE__R_ROUTER && m->d.router_init == MOE_INIT_ORTHOGONAL) moe__orthogonalize(p, d->N, d->L, moe__at_router, d, m->d.router_gain);
+    }
+    float *constant = m->part[MOE_PART_PARAMS] + d->special + d->constants * 2 * d->d, bound = 1.0f / sqrtf((float)d->d);
+    moe__uniform_at(m->d.seed, (uint64_t)0 - MOE__R_COUNT, 0, d->constants * d->d, -bound, bound, constant);
 }
 static void moe__task_zero(void *arg, size_t i, size_t worker) {
     moe_layer *m = (moe_layer *)arg;
@@ -3871,8 +5935,7 @@ static moe_status moe__layer_make(moe_layer **out, const moe_desc *resolved, voi
     moe_health_reset(&layer->health);
     moe_run(&resolved->parallel, moe__ceil_div(m.n_floats, MOE__SPAN), moe__task_zero, layer);
     moe_run(&resolved->parallel, m.dims.G, moe__task_init, layer);
-    float bound = 1.0f / sqrtf((float)m.dims.d);
-    moe__uniform_at(resolved->seed, 0, 0, m.dims.d * m.dims.E, -bound, bound, moe__layer_router(layer, MOE_PART_PARAMS));
+    moe__init_router(layer);
     *out = layer;
     return MOE_OK;
 }
@@ -3911,11 +5974,133 @@ MOE_API void moe_layer_free(moe_layer *m) {
     if (m->own) moe__free(m->d.alloc_context, m->own);
 }
 
+/* LN of one row of n, in place allowed; returns 1 / the standard deviation, 0 for a constant row. And its backward, in place. */
+static float moe__ln(const moe__kernels *kn, size_t n, const float *x, float *y) {
+    float mean = 0.0f, square, inv = 0.0f;
+    for (size_t i = 0; i < n; i++) mean += x[i];
+    mean = mean / (float)n;
+    for (size_t i = 0; i < n; i++) y[i] = x[i] - mean;
+    square = kn->dot(n, y, y) / (float)n;
+    if (square >= FLT_MIN) inv = 1.0f / sqrtf(square);
+    for (size_t i = 0; i < n; i++) y[i] *= inv;
+    return inv;
+}
+static void moe__ln_back(const moe__kernels *kn, size_t n, const float *y, float inv, float *dy) {
+    float mean = 0.0f, along = kn->dot(n, y, dy) / (float)n;
+    for (size_t i = 0; i < n; i++) mean += dy[i];
+    mean = mean / (float)n;
+    for (size_t i = 0; i < n; i++) dy[i] = moe__fma(-along, y[i], dy[i] - mean) * inv;
+}
+
+typedef struct moe__branch_job { const moe_layer *m; moe_tape *t; moe__branch *b; const float *x, *router, *dy; float *y, *dx; } moe__branch_job;
+static void moe__task_branch_codes(void *arg, size_t i, size_t worker) { /* nearest code, its LN, the two weights */
+    const moe__branch_job *j = (const moe__branch_job *)arg;
+    const moe__dims *s = &j->m->dims;
+    const moe__kernels *kn = moe__k();
+    const float *codebook = j->router + s->at[MOE__R_CODEBOOK], *gate = j->router + s->at[MOE__R_BRANCH];
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
+        const float *x = j->x + t * s->d;
+        float best = 0.0f, z[2] = {0.0f, 0.0f};
+        for (size_t c = 0; c < s->codes; c++) { /* |x - C|^2 without |x|^2 */
+            float far = moe__fma(-2.0f, kn->dot(s->d, x, codebook + c * s->d), j->b->square[c]);
+            if (!c || far < best) best = far, j->b->code[t] = (int32_t)c;
+        }
+        j->b->expert[t] = (int32_t)((size_t)j->b->code[t] % s->E);
+        memcpy(j->b->u + t * s->d, j->b->codes + (size_t)j->b->code[t] * s->d, s->d * sizeof(float));
+        for (size_t c = 0; c < s->d; c++)
+            for (size_t k = 0; k < 2; k++) z[k] = moe__fma(x[c], gate[c * 2 + k], z[k]);
+        kn->softmax(2, 1.0f, z, j->b->g + t * 2);
+    }
+}
+static void moe__task_branch_mix(void *arg, size_t i, size_t worker) { /* v = LN(o); y = g_0 y + g_1 v */
+    const moe__branch_job *j = (const moe__branch_job *)arg;
+    size_t d = j->m->dims.d;
+    const moe__kernels *kn = moe__k();
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
+        float *y = j->y + t * d, *v = j->b->v + t * d;
+        j->b->inv_v[t] = moe__ln(kn, d, v, v);
+        memcpy(j->b->y + t * d, y, d * sizeof(float));
+        for (size_t c = 0; c < d; c++) y[c] *= j->b->g[t * 2];
+        kn->axpy(d, j->b->g[t * 2 + 1], v, y);
+    }
+}
+static moe_status moe__branch_forward(const moe_layer *m, moe_tape *t, const float *x, float *y) {
+    moe__branch *b = t->memory->branch;
+    moe__branch_job j = {m, t, b, x, moe__layer_router(m, MOE_PART_PARAMS), NULL, y, NULL};
+    const moe__dims *s = &m->dims;
+    const moe__kernels *kn = moe__k();
+    size_t blocks = moe__ceil_div(t->n_tokens, MOE__TOKENS);
+    for (size_t c = 0; c < s->codes; c++) {
+        const float *code = j.router + s->at[MOE__R_CODEBOOK] + c * s->d;
+        b->square[c] = kn->dot(s->d, code, code);
+        b->inv_code[c] = moe__ln(kn, s->d, code, b->codes + c * s->d);
+    }
+    moe_run(&m->d.parallel, blocks, moe__task_branch_codes, &j);
+    moe_desc d = moe__branch_desc(&m->d);
+    moe_status st = moe_tape_tokens(&d, b->tape, b->u, t->n_tokens);
+    if (!st) st = moe__routes_fill(&b->tape->routes, t->n_tokens, b->expert, NULL, 0, MOE_ORDER_TOKEN);
+    if (!st) st = moe__forward_experts(&b->tape->memory->d, m->part[MOE_PART_PARAMS], b->tape, b->v);
+    if (!st) moe_run(&m->d.parallel, blocks, moe__task_branch_mix, &j);
+    return st;
+}
+static void moe__task_branch_split(void *arg, size_t i, size_t worker) { /* dx += through the weights; dy, dv of the branches */
+    const moe__branch_job *j = (const moe__branch_job *)arg;
+    size_t d = j->m->dims.d;
+    const moe__kernels *kn = moe__k();
+    const float *gate = j->router + j->m->dims.at[MOE__R_BRANCH];
+    (void)worker;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
+        const float *dy = j->dy + t * d;
+        float *g = j->b->g + t * 2, *ya = j->b->dy + t * d, *v = j->b->dv + t * d;
+        float dg[2] = {kn->dot(d, dy, j->b->y + t * d), kn->dot(d, dy, j->b->v + t * d)}, mean = moe__fma(g[0], dg[0], g[1] * dg[1]);
+        for (size_t c = 0; c < d; c++) ya[c] = g[0] * dy[c], v[c] = g[1] * dy[c];
+        moe__ln_back(kn, d, j->b->v + t * d, j->b->inv_v[t], v);
+        for (size_t k = 0; k < 2; k++) g[k] = g[k] * (dg[k] - mean); /* now the gradient by the gate's logits */
+        for (size_t c = 0; j->dx && c < d; c++) j->dx[t * d + c] = moe__fma(g[0], gate[c * 2], moe__fma(g[1], gate[c * 2 + 1], j->dx[t * d + c]));
+    }
+}
+/* The gradient of y for the other branch; this one's waits in dv. */
+static const float *moe__branch_split(moe_layer *m, moe_tape *t, const float *dy, float *dx) {
+    moe__branch *b = t->memory->branch;
+    moe__branch_job j = {m, t, b, NULL, moe__layer_router(m, MOE_PART_PARAMS), dy, NULL, dx};
+    float *dgate = moe__layer_router(m, MOE_PART_GRADS) + m->dims.at[MOE__R_BRANCH];
+    size_t T = t->n_tokens;
+    moe_run(&m->d.parallel, moe__ceil_div(T, MOE__TOKENS), moe__task_branch_split, &j);
+    for (size_t i = 0; i < T && m->d.freeze_router != MOE_ON; i++)
+        for (size_t c = 0; c < m->dims.d; c++)
+            for (size_t k = 0; k < 2; k++) {
+                float x = t->memory->xp[(c / MOE__W * T + i) * MOE__W + c % MOE__W];
+                dgate[c * 2 + k] = moe__fma(x, b->g[i * 2 + k], dgate[c * 2 + k]);
+            }
+    return b->dy;
+}
+static moe_status moe__branch_backward(moe_layer *m, moe_tape *t, float *dx) {
+    moe__branch *b = t->memory->branch;
+    const moe__kernels *kn = moe__k();
+    size_t d = m->dims.d, n = t->n_tokens;
+    memset(b->u, 0, n * d * sizeof(float));
+    moe_status s = moe__backward_experts(&b->tape->memory->d, m->part[MOE_PART_PARAMS], b->tape, b->dv, 0, m->part[MOE_PART_GRADS], NULL, b->u);
+    for (size_t i = 0; i < n && !s && dx; i++) { /* back through LN(C_j), and straight through to x */
+        size_t c = (size_t)b->code[i];
+        moe__ln_back(kn, d, b->codes + c * d, b->inv_code[c], b->u + i * d);
+        kn->axpy(d, 1.0f, b->u + i * d, dx + i * d);
+    }
+    return s;
+}
+
 MOE_API moe_status moe_forward_tape(const moe_layer *m, moe_tape *t, const float *x, size_t n, float *y) {
     if (!m) return MOE_E_NULL_LAYER;
+    if (!t) return MOE_E_NULL_TAPE;
     if (n && !y) return MOE_E_NULL_Y;
+    t->side.step = m->step;
+    t->side.bias = m->side.bias;
+    t->side.experts = m->part[MOE_PART_PARAMS];
+    t->side.d_experts = m->part[MOE_PART_GRADS];
     moe_status s = moe__route(&m->d, moe__layer_router(m, MOE_PART_PARAMS), x, n, t);
-    return s ? s : moe__forward_experts(&m->d, m->part[MOE_PART_PARAMS], t, y);
+    if (!s) s = moe__forward_experts(&m->d, m->part[MOE_PART_PARAMS], t, y);
+    return s || !m->dims.codes ? s : moe__branch_forward(m, t, x, y);
 }
 
 MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy, float *dx) {
@@ -3930,11 +6115,13 @@ MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy,
     moe_status s = moe__job_begin(&j, &m->d, t);
     if (s) return s;
     if (dx) memset(dx, 0, t->n_tokens * m->dims.d * sizeof(float));
+    if (m->fresh) memset(drouter, 0, m->dims.at[MOE__R_COUNT] * sizeof(float));
+    if (m->dims.codes) dy = moe__branch_split(m, t, dy, dx);
     s = moe__backward_experts(&m->d, m->part[MOE_PART_PARAMS], t, dy, m->fresh, m->part[MOE_PART_GRADS], t->memory->dweight, dx);
     if (s) return s;
-    if (m->fresh) memset(drouter, 0, m->dims.d * m->dims.E * sizeof(float));
     m->fresh = 0;
     s = moe__route_backward(&m->d, moe__layer_router(m, MOE_PART_PARAMS), t, t->memory->dweight, NULL, drouter, dx);
+    if (!s && m->dims.codes) s = moe__branch_backward(m, t, dx);
     memcpy(m->loss, t->loss, sizeof m->loss);
     return s;
 }
@@ -3952,8 +6139,12 @@ MOE_API moe_status moe_forward(moe_layer *m, const float *x, size_t n, float *y)
         moe_tape_free(m->tape);
         m->tape = bigger;
     }
+    m->tape->side = m->side;
+    m->tape->side.draw = m->draws;
     moe_status s = moe_forward_tape(m, m->tape, x, n, y);
-    return s ? s : moe_health_add(&m->health, &m->tape->routes, m->tape->prob);
+    if (s) return s;
+    if (m->tape->memory->now.training) m->draws++;
+    return moe_health_add(&m->health, &m->tape->routes, m->tape->prob);
 }
 MOE_API moe_status moe_backward(moe_layer *m, const float *dy, float *dx) {
     if (!m) return MOE_E_NULL_LAYER;
@@ -3989,6 +6180,15 @@ MOE_API moe_status moe_layer_scale_grads(moe_layer *m, float factor) {
     return MOE_OK;
 }
 
+/* Floats [*at, end) of the layer, with weight decay or without; *at = end. */
+static moe_status moe__step_span(moe_layer *m, moe_optimizer_args *o, size_t *at, size_t end, int decay) {
+    size_t from = *at;
+    float *v = m->part[MOE_PART_MOMENT2];
+    *at = end;
+    o->weight_decay = decay ? m->d.weight_decay : (float)MOE_OFF;
+    return moe_optimizer_step(o, end - from, m->part[0] + from, m->part[1] + from, m->part[2] + from, v ? v + from : NULL);
+}
+
 MOE_API moe_status moe_step(moe_layer *m, float lr) {
     double norm;
     moe_status s = moe_layer_grad_norm(m, &norm);
@@ -4009,32 +6209,81 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
     o.step = m->step + 1;
     o.parallel = &m->d.parallel;
     const moe__dims *d = &m->dims;
-    /* runs of floats that share weight decay: all of them, or cut at the biases */
+    /* runs of floats that share weight decay: the experts' matrices between their biases, then the constant experts, then
+     * the router's tensors, of which a frozen router's are left alone */
     size_t at = 0, cut[4] = {d->b1, d->w2, d->b2, d->expert};
-    for (size_t g = 0; g <= d->G && at < m->n_floats; g++)
-        for (int i = d->bias && g < d->G ? 0 : 3; i < 4; i++) {
-            size_t end = !d->bias || g == d->G ? m->n_floats : g * d->expert + cut[i];
-            int is_bias = d->bias && g < d->G && i % 2 == 1;
-            o.weight_decay = is_bias ? (float)MOE_OFF : m->d.weight_decay;
-            float *v = m->part[MOE_PART_MOMENT2];
-            s = moe_optimizer_step(&o, end - at, m->part[0] + at, m->part[1] + at, m->part[2] + at, v ? v + at : NULL);
-            if (s) return s;
-            at = end;
-        }
+    for (size_t g = 0; g < d->G && d->bias && !s; g++)
+        for (int i = 0; i < 4 && !s; i++)
+            s = moe__step_span(m, &o, &at, g * d->expert + cut[i], i % 2 == 0);
+    if (!s) s = moe__step_span(m, &o, &at, d->experts, 1);
+    for (int part = 0; part < MOE__R_COUNT && !s; part++) {
+        int matrix = part == MOE__R_ROUTER || part == MOE__R_PROJ || part == MOE__R_NOISE || part == MOE__R_RESIDUAL || part == MOE__R_BRANCH;
+        if (m->d.freeze_router == MOE_ON) at = d->experts + d->at[part + 1];
+        else s = moe__step_span(m, &o, &at, d->experts + d->at[part + 1], matrix);
+    }
+    if (s) return s;
+    if (m->d.expert == MOE_EXPERT_ORTHONORMAL) moe_run(&m->d.parallel, d->G, moe__task_retract, m);
     m->step++;
     m->fresh = 1;
     return MOE_OK;
 }
 
+MOE_API moe_side *moe_layer_side(moe_layer *m) { return m ? &m->side : NULL; }
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m) { return m ? &m->d : NULL; }
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m) { return m ? m->tape : NULL; }
 static size_t moe__expert_params(const moe__dims *d) {
     return d->d * d->f * (d->gated ? 3 : 2) + (d->bias ? d->f * (d->gated ? 2 : 1) + d->d : 0);
 }
-MOE_API size_t moe_layer_params(const moe_layer *m) { return m ? m->dims.G * moe__expert_params(&m->dims) + m->dims.d * m->dims.E : 0; }
-MOE_API size_t moe_layer_active_params(const moe_layer *m) {
-    return m ? (m->dims.S + m->dims.G - m->dims.E) * moe__expert_params(&m->dims) + m->dims.d * m->dims.E : 0;
+MOE_API size_t moe_layer_params(const moe_layer *m) {
+    return m ? m->dims.G * moe__expert_params(&m->dims) + m->dims.experts - m->dims.special + m->dims.at[MOE__R_COUNT] : 0;
 }
+MOE_API size_t moe_layer_active_params(const moe_layer *m) {
+    if (!m) return 0;
+    const moe__dims *d = &m->dims;
+    size_t used = m->d.combine == MOE_COMBINE_MERGE ? 1 : m->d.combine == MOE_COMBINE_SOFT ? d->F : moe__min(d->F, m->d.top_k + (d->codes != 0));
+    return (used + d->G - d->F) * moe__expert_params(d) + d->at[MOE__R_COUNT];
+}
+/* The experts that are networks, all of them, on every token. */
+MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes) {
+    if (!m) return MOE_E_NULL_LAYER;
+    if (n && !x) return MOE_E_NULL_X;
+    if (!pes) return MOE_E_NULL_OUT;
+    enum { CHUNK = 64 };
+    moe_desc b = moe__branch_desc(&m->d);
+    size_t d = m->dims.d, F = m->dims.F, floats, most = moe__min(n, CHUNK);
+    moe_tape *t = NULL;
+    *pes = 0.0;
+    b.n_experts = b.top_k = F;
+    moe_status s = moe_tape_new(&t, &b, moe__max(most, 1), MOE_OFF);
+    if (s) return s;
+    float *y = moe__mul(most, d, &floats) && moe__mul(floats, sizeof(float), &floats) ? (float *)moe__alloc(b.alloc_context, floats) : NULL;
+    int32_t *index = moe__mul(most, F, &floats) && moe__mul(floats, sizeof(int32_t), &floats) ? (int32_t *)moe__alloc(b.alloc_context, floats) : NULL;
+    if (!y || !index) s = MOE_E_NO_MEMORY;
+    for (size_t i = 0; i < most * F && !s; i++) index[i] = (int32_t)(i % F);
+    for (size_t at = 0; at < n && !s; at += CHUNK) {
+        size_t count = moe__min(CHUNK, n - at);
+        s = moe_tape_tokens(&b, t, x + at * d, count);
+        if (!s) s = moe__routes_fill(&t->routes, count, index, NULL, 0, MOE_ORDER_TOKEN);
+        if (!s) s = moe_experts_forward(&b, m->part[MOE_PART_PARAMS], t, y);
+        for (size_t i = 0; i < count && !s; i++)
+            for (size_t e = 0; e < F; e++)
+                for (size_t f = 0; f < e; f++) {
+                    const float *u = t->memory->o + (t->routes.begin[e] + i) * m->dims.ldo, *v = t->memory->o + (t->routes.begin[f] + i) * m->dims.ldo;
+                    double uv = 0.0, uu = 0.0, vv = 0.0;
+                    for (size_t c = 0; c < d; c++) {
+                        uv += (double)u[c] * (double)v[c];
+                        uu += (double)u[c] * (double)u[c];
+                        vv += (double)v[c] * (double)v[c];
+                    }
+                    if (uu > 0.0 && vv > 0.0) *pes += uv / (sqrt(uu) * sqrt(vv)) * 2.0 / ((double)F * (double)(F - 1)) / (double)n;
+                }
+    }
+    moe__free(b.alloc_context, y);
+    moe__free(b.alloc_context, index);
+    moe_tape_free(t);
+    return s;
+}
+
 MOE_API moe_status moe_layer_health(moe_layer *m, moe_health *h) {
     if (!m) return MOE_E_NULL_LAYER;
     if (!h) return MOE_E_NULL_HEALTH;
@@ -4052,43 +6301,25 @@ MOE_API moe_status moe_layer_losses(const moe_layer *m, double value[MOE_LOSS_CO
     return MOE_OK;
 }
 
-/* Tensor i in the order router, then the expert tensors that are there; -1 is the router. */
-static int moe__tensor_id(const moe_layer *m, size_t i, int *id) {
-    *id = -1;
-    if (!i) return 1;
-    for (int t = 0; t < MOE__TENSORS; t++)
-        if (moe__tensor_there(&m->dims, t) && --i == 0) { *id = t; return 1; }
-    return 0;
-}
-static void moe__tensor_describe(const moe_layer *m, int id, moe_tensor *out) {
-    memset(out, 0, sizeof *out);
-    if (id < 0) {
-        out->name = "router";
-        out->n_dims = 2;
-        out->dim[0] = m->dims.d;
-        out->dim[1] = m->dims.E;
-    } else {
-        out->name = moe__tensor_names[id];
-        out->dim[out->n_dims++] = m->dims.G;
-        if (id < MOE__B1) out->dim[out->n_dims++] = moe__tensor_rows(&m->dims, id);
-        out->dim[out->n_dims++] = moe__tensor_cols(&m->dims, id);
-    }
-    out->count = 1;
-    for (size_t i = 0; i < out->n_dims; i++) out->count *= out->dim[i];
-}
 MOE_API size_t moe_layer_tensors(const moe_layer *m) {
-    size_t n = 1;
-    if (!m) return 0;
-    for (int t = 0; t < MOE__TENSORS; t++) n += (size_t)moe__tensor_there(&m->dims, t);
+    moe_tensor t;
+    size_t n = 0;
+    int id;
+    while (m && moe__tensor_at(&m->d, &m->dims, n, &id, &t)) n++;
     return n;
 }
 MOE_API moe_status moe_layer_tensor(const moe_layer *m, size_t i, moe_tensor *out) {
     int id;
     if (!m) return MOE_E_NULL_LAYER;
     if (!out) return MOE_E_NULL_OUT;
-    if (!moe__tensor_id(m, i, &id)) return MOE_E_NAME;
-    moe__tensor_describe(m, id, out);
-    return MOE_OK;
+    return moe__tensor_at(&m->d, &m->dims, i, &id, out) ? MOE_OK : MOE_E_NAME;
+}
+/* Where a tensor stands that is one plain array in the layer's blocks; NULL for one that is spread over the experts' panels. */
+static float *moe__plain_tensor(const moe_layer *m, moe_part part, int id) {
+    if (id < MOE__R_COUNT) return moe__layer_router(m, part) + m->dims.at[id];
+    if (id == MOE__T_CONSTANT_GATE) return m->part[part] + m->dims.special;
+    if (id == MOE__T_CONSTANT) return m->part[part] + m->dims.special + m->dims.constants * 2 * m->dims.d;
+    return NULL;
 }
 static moe_status moe__tensor_find(const moe_layer *m, moe_part part, const char *name, size_t count, int *id) {
     moe_tensor t;
@@ -4096,8 +6327,7 @@ static moe_status moe__tensor_find(const moe_layer *m, moe_part part, const char
     if (!name) return MOE_E_NULL_NAME;
     if ((unsigned)part >= MOE__PART_COUNT) return MOE_E_PART;
     if (!m->part[part]) return m->d.training == MOE_OFF ? MOE_E_INFERENCE : MOE_E_PART;
-    for (size_t i = 0; moe__tensor_id(m, i, id); i++) {
-        moe__tensor_describe(m, *id, &t);
+    for (size_t i = 0; moe__tensor_at(&m->d, &m->dims, i, id, &t); i++) {
         if (!strcmp(t.name, name)) return t.count == count ? MOE_OK : MOE_E_TENSOR_SIZE;
     }
     return MOE_E_NAME;
@@ -4108,8 +6338,9 @@ MOE_API moe_status moe_layer_get(const moe_layer *m, moe_part part, const char *
     if (s) return s;
     if (!out) return MOE_E_NULL_OUT;
     if (part == MOE_PART_GRADS && m->fresh) memset(out, 0, count * sizeof(float));
-    else if (id < 0) memcpy(out, moe__layer_router(m, part), count * sizeof(float));
+    else if (moe__plain_tensor(m, part, id)) memcpy(out, moe__plain_tensor(m, part, id), count * sizeof(float));
     else {
+        id -= MOE__R_COUNT;
         size_t rows = moe__tensor_rows(&m->dims, id), cols = moe__tensor_cols(&m->dims, id);
         for (size_t e = 0; e < m->dims.G; e++)
             for (size_t r = 0; r < rows; r++, out += cols)
@@ -4126,8 +6357,9 @@ MOE_API moe_status moe_layer_set(moe_layer *m, moe_part part, const char *name, 
         moe__zero_grads(m);
         m->fresh = 0;
     }
-    if (id < 0) memcpy(moe__layer_router(m, part), in, count * sizeof(float));
+    if (moe__plain_tensor(m, part, id)) memcpy(moe__plain_tensor(m, part, id), in, count * sizeof(float));
     else {
+        id -= MOE__R_COUNT;
         size_t rows = moe__tensor_rows(&m->dims, id), cols = moe__tensor_cols(&m->dims, id);
         for (size_t e = 0; e < m->dims.G; e++)
             for (size_t r = 0; r < rows; r++, in += cols)
@@ -4139,7 +6371,8 @@ MOE_API uint64_t moe_layer_hash(const moe_layer *m) {
     uint64_t h = 0;
     float row[256];
     if (!m) return 0;
-    h = moe_hash(h, moe__layer_router(m, MOE_PART_PARAMS), m->dims.d * m->dims.E * sizeof(float));
+    h = moe_hash(h, moe__layer_router(m, MOE_PART_PARAMS), m->dims.at[MOE__R_COUNT] * sizeof(float));
+    if (m->dims.constants) h = moe_hash(h, m->part[0] + m->dims.special, (m->dims.experts - m->dims.special) * sizeof(float));
     for (int t = 0; t < MOE__TENSORS; t++) {
         size_t rows = moe__tensor_rows(&m->dims, t), cols = moe__tensor_cols(&m->dims, t);
         if (!moe__tensor_there(&m->dims, t)) continue;
@@ -4152,6 +6385,147 @@ MOE_API uint64_t moe_layer_hash(const moe_layer *m) {
                 }
     }
     return h;
+}
+
+/* ==== systems =================================================================================
+ * Each row in its own words of the desc; sizes are small ones that any layer can have, the source's own are in `purpose`.
+ * What a source leaves open is [D]. */
+static const moe_system moe__systems[] = {
+    {"dense", "One feed-forward network", "no mixture", "K", "n_experts=1 top_k=1",
+     "what every mixture is compared with: one expert for all tokens", "no routing"},
+    {"softmax-topk", "OLMoE: softmax, then top-k", "arXiv 2409.02060, 2024", "K",
+     "top_k=2 gate=softmax select=top-k normalize=false loss.switch=0.01 loss.z=0.001",
+     "the plain baseline; in the paper 64 experts, top-8", "causal; balance by loss only"},
+    {"mixtral", "Mixtral: softmax over the selected", "arXiv 2401.04088, 2024", "K",
+     "top_k=2 gate=softmax-selected select=top-k expert=swiglu loss.switch=0.02",
+     "weights sum to one; 8 experts, top-2", "causal; balance by loss only"},
+    {"switch", "Switch Transformer", "arXiv 2101.03961, 2021", "C",
+     "top_k=1 gate=softmax select=top-k normalize=false expert=relu jitter=0.01 capacity_factor=1.25 capacity_order=token loss.switch=0.01",
+     "one expert a token, cheapest routing", "drops tokens over capacity; causal but for the drops"},
+    {"gshard", "GShard top-2", "arXiv 2006.16668, 2020", "C",
+     "top_k=2 gate=softmax select=top-k normalize=true random_second=true expert=relu capacity_factor=1 capacity_order=choice loss.switch=0.01",
+     "first choices before second, the second at random", "drops tokens over capacity"},
+    {"noisy-topk", "Sparsely gated mixture with noisy top-k", "arXiv 1701.06538, 2017", "K",
+     "top_k=2 gate=softmax-selected select=top-k noise=learned router_init=zero loss.importance-selected=0.1 loss.load=0.1",
+     "learned noise explores the experts", "noise in training only"},
+    {"expert-choice", "Expert choice routing", "arXiv 2202.09368, 2022", "K",
+     "top_k=2 gate=softmax select=expert-choice normalize=false", "every expert takes as many tokens: balanced without a loss",
+     "sees the whole batch: not causal; a token may get no expert"},
+    {"deepseek-moe", "DeepSeekMoE: fine experts and shared ones", "arXiv 2401.06066, 2024", "C",
+     "top_k=2 n_shared=1 gate=softmax select=top-k normalize=false n_ranks=4 loss.switch=0.01 loss.device=0.05",
+     "shared experts hold what all tokens need; 64 experts, top-6, 2 shared", "causal"},
+    {"deepseek-v3", "DeepSeek-V3: sigmoid, groups, bias instead of a loss", "arXiv 2412.19437, 2024", "C",
+     "top_k=2 n_shared=1 gate=sigmoid select=groups n_groups=4 top_groups=2 normalize=true weight_scale=2.5 loss.sequence=0.0001 "
+     "controller=bias controller_rate=0.001",
+     "balance by a bias outside the gradient; 256 experts in 8 groups of which 4, top-8", "n_experts a multiple of the groups; causal"},
+    {"top-p", "Top-p routing: as many experts as a token needs", "arXiv 2403.07652, 2024", "C",
+     "gate=softmax select=top-p top_p=0.4 normalize=false loss.certainty=0.0001 loss.switch=0.01", "hard tokens get more experts",
+     "number of experts varies; causal"},
+    {"remoe", "ReMoE: ReLU instead of top-k", "arXiv 2412.14711, 2024", "C",
+     "top_k=2 gate=relu select=threshold normalize=false fallback=false loss.relu-l1=1e-8 controller=relu-lambda",
+     "fully differentiable; sparsity by an adaptive L1", "number of experts varies, all at first; causal"},
+    {"hash", "Hash layers", "arXiv 2106.04426, 2021", "K", "top_k=1 score=hash gate=softmax-selected select=top-k",
+     "routing without learning: by token id", "needs token ids; the router learns nothing"},
+    {"sinkhorn", "Sinkhorn routing", "arXiv 2202.01169 (S-BASE), 2022", "K",
+     "top_k=1 gate=sigmoid select=sinkhorn normalize=false sinkhorn_epsilon=1 sinkhorn_iterations=20", "balanced by optimal transport in training",
+     "training sees the whole batch: not causal"},
+    {"soft-moe", "Soft MoE", "arXiv 2308.00951, 2023", "K",
+     "score=cosine gate=softmax select=all combine=soft soft_slots=1 learn_temperature=true temperature=0.1",
+     "every slot is a mixture of all tokens: no discrete choice", "mixes a sequence's tokens: not causal"},
+    {"dynmoe", "DynMoE: each token decides how many", "arXiv 2405.14297, 2024", "C",
+     "score=cosine gate=sign select=threshold temperature=0.07 learn_temperature=true loss.diverse-simple=0.01",
+     "top-any gating with learned thresholds", "straight-through gradient; number of experts varies; adding and removing experts is growth's"},
+    {"moe++", "MoE++: zero, copy and constant experts", "arXiv 2410.07348, 2024", "C",
+     "top_k=2 n_experts=8 n_zero=1 n_copy=1 n_constant=2 residual=true gate=softmax select=top-k normalize=true loss.switch=0.01",
+     "easy tokens take experts that cost nothing", "causal"},
+    {"sparsemixer", "SparseMixer-v2, GRIN", "arXiv 2409.12136, 2024", "C",
+     "top_k=2 gate=sparsemixer select=sampled mask_jitter=0.1 loss.switch=0.01", "a gradient estimate for the discrete choice",
+     "samples in training; surrogate gradient"},
+    {"latent-prototype", "Latent prototype routing", "arXiv 2506.21328, 2025", "S",
+     "top_k=2 score=prototype gate=softmax select=top-k loss.prototype-diversity=0.1 loss.prototype-alignment=0.1",
+     "clusters tokens around spread prototypes; published Gini .70 -> .035", "loss weights [D]; causal"},
+    {"random", "Uniformly random routing", "baseline", "K", "top_k=2 score=random gate=softmax select=top-k",
+     "the other end: perfect balance, no knowledge", "no learning in the router; another choice at each forward"},
+    {"simbal", "SimBal: orthogonal router", "arXiv 2506.14038, 2025", "P",
+     "top_k=2 gate=softmax select=top-k normalize=true router_init=orthogonal loss.simbal=0.1 loss.z=0.00001",
+     "similar tokens to similar experts; 32 experts, top-4", "the loss needs no data; for the scale alone: score=unit"},
+    {"ermoe", "ERMoE: experts in orthonormal bases", "public summary, 2025", "S",
+     "top_k=2 score=subspace expert=orthonormal gate=relu select=top-k threshold=0.5 fallback=true normalize=true",
+     "an expert scores a token by how much of it lies in its basis", "self-score [D]: no attention context here; d_ff < d_model; costs all bases"},
+    {"mot", "Mixture-of-Transformers theory: top-1 by sequence", "introduction of the paper, 2025", "P",
+     "top_k=1 gate=softmax select=top-k normalize=false noise=uniform noise_std=0.1 route_sequence=true",
+     "one expert for a whole sequence; three-stage training in examples/mot.c", "gate [K]; the mean of the sequence is not causal"},
+    {"vqmoe", "VQMoE: a discrete branch beside the router", "public code, 2024", "C",
+     "top_k=2 gate=softmax select=top-k normalize=true n_codes=16 loss.codebook=0.08", "tokens also go by their nearest code",
+     "straight-through gradient [D]; one more expert a token"},
+    {"locmoe", "LocMoE: fixed orthogonal gate, locality", "arXiv 2401.13920, 2024", "P",
+     "top_k=1 score=slice gate=softmax select=top-k normalize=false noise=gaussian noise_std=0.01 n_ranks=4 loss.switch=0.01 loss.locality=0.01",
+     "routing costs O(d) and has no parameters", "d_model a multiple of n_experts"},
+    {"smear", "SMEAR: merging experts", "arXiv 2306.03745, 2023", "C",
+     "score=normed gate=softmax select=all combine=merge expert_drop=0.1", "one merged expert a sequence: an ordinary gradient",
+     "sees the whole sequence: not causal"},
+    {"smoe-dropout", "SMoE-Dropout: a frozen random router, growing k", "arXiv 2303.01610, 2023", "C",
+     "top_k=4 top_k_min=2 k_schedule=linear schedule_steps=300 freeze_router=true gate=softmax-selected select=top-k",
+     "self-slimmable: more experts at evaluation, lower loss; 16 experts, 8 to 16", "the router learns nothing"},
+    {"gating-dropout", "Gating Dropout", "arXiv 2205.14336, 2022", "S",
+     "top_k=1 gate=softmax select=top-k normalize=false expert=relu n_ranks=4 gate_drop=0.3 capacity_factor=1 capacity_factor_eval=2 "
+     "loss.switch=0.01", "now and then no token leaves its rank: less exchange", "probability [K]; drops tokens over capacity"},
+    {"xmoe", "X-MoE: scores on a low-dimensional hypersphere", "arXiv 2204.09179, 2022", "P+C",
+     "top_k=1 score=projected gate=sigmoid select=top-k normalize=false temperature=0.07 learn_temperature=true loss.switch=0.01",
+     "against representation collapse; d_router = n_experts / 2", "causal"},
+    {"base", "BASE layers: balanced assignment", "arXiv 2103.16716, 2021", "P+C",
+     "top_k=1 gate=sigmoid select=auction normalize=false router_init=orthogonal router_gain=0.1 zero_output=true expert=relu",
+     "exactly T / E tokens an expert, no loss", "training: T % E == 0, sees the whole batch; evaluation is causal"},
+    {"robust", "Reliability-weighted experts", "after unreliable federated clients", "D",
+     "top_k=4 gate=softmax select=top-k normalize=true combine=robust robust_tau=1 loss.switch=0.01",
+     "survives corrupted experts by the distance from the median output", "an adaptation; needs three experts a token or more"},
+    {"ecology", "Ecology: router MLP, temperature, entropy, balance, orthogonality", "arXiv 2605.06415, 2026", "S",
+     "top_k=2 score=mlp gate=softmax select=top-k normalize=true temperature=1 loss.entropy=0.545 loss.kl-uniform=0.5 loss.switch=0.5 "
+     "loss.prototype-orthogonality=0.05", "ecology number T H / (O + B) = 0.545 with O = 0, B = 1", "form of the losses [D]; the oracle needs a teacher"},
+    {"growth", "The growth story's top-2 entropy router", "public post, 2026-02-08", "P",
+     "n_experts=3 top_k=2 gate=softmax select=top-k normalize=true loss.entropy=0.1", "a seed of three experts that growth splits",
+     "weight of the entropy loss [D]"},
+};
+MOE_API size_t moe_systems_count(void) { return sizeof moe__systems / sizeof *moe__systems; }
+MOE_API const moe_system *moe_system_at(size_t i) { return i < moe_systems_count() ? &moe__systems[i] : NULL; }
+MOE_API const moe_system *moe_system_find(const char *name) {
+    for (size_t i = 0; name && i < moe_systems_count(); i++)
+        if (!strcmp(moe__systems[i].name, name)) return &moe__systems[i];
+    return NULL;
+}
+MOE_API moe_status moe_desc_system(moe_desc *d, const char *name) {
+    const moe_system *row = moe_system_find(name);
+    if (!d) return MOE_E_NULL_DESC;
+    if (!name) return MOE_E_NULL_NAME;
+    return row ? moe_desc_parse(d, row->choices, NULL) : MOE_E_SYSTEM;
+}
+/* Insertions, deletions and changes that make b of a; names of up to 31 characters. */
+static size_t moe__edits(const char *a, const char *b) {
+    size_t row[32], n = 0;
+    while (b[n] && n < 31) n++;
+    for (size_t j = 0; j <= n; j++) row[j] = j;
+    for (size_t i = 0; a[i] && i < 64; i++) {
+        size_t corner = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            size_t change = corner + (a[i] != b[j]);
+            corner = row[j + 1];
+            row[j + 1] = moe__min(change, moe__min(row[j], corner) + 1);
+        }
+    }
+    return row[n];
+}
+MOE_API void moe_system_near(const char *name, char *buffer, size_t size) {
+    moe__text t = {buffer, buffer ? size : 0, 0};
+    size_t least = SIZE_MAX;
+    for (size_t i = 0; name && i < moe_systems_count(); i++) least = moe__min(least, moe__edits(name, moe__systems[i].name));
+    for (size_t i = 0; name && i < moe_systems_count(); i++) {
+        const char *row = moe__systems[i].name;
+        if (moe__edits(name, row) > least + 1 && !(name[0] && strstr(row, name))) continue;
+        if (t.n) moe__text_add(&t, ", ");
+        moe__text_add(&t, row);
+    }
+    moe__text_end(&t);
 }
 
 /* ==== files ===================================================================================
@@ -4682,82 +7056,6 @@ MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *b
     return MOE_OK;
 }
 
-/* Numbers of metadata. No locale is asked. */
-static int moe__parse_u64(const char *s, uint64_t *out) {
-    uint64_t v = 0;
-    if (!*s || (*s == '0' && s[1])) return 0;
-    for (; *s; s++) {
-        uint64_t digit = (uint64_t)(*s - '0');
-        if (*s < '0' || *s > '9' || v > (UINT64_MAX - digit) / 10) return 0;
-        v = v * 10 + digit;
-    }
-    *out = v;
-    return 1;
-}
-
-static int moe__parse_float(const char *s, float *out) {
-    uint64_t mantissa = 0, power = 0;
-    int negative = *s == '-', digits = 0, point = 0, e = 0;
-    double v;
-    for (s += negative; (*s >= '0' && *s <= '9') || (*s == '.' && !point); s++) {
-        if (*s == '.') {
-            point = 1;
-            continue;
-        }
-        if (++digits > 64) return 0;
-        if (mantissa < UINT64_C(100000000000000000)) {
-            mantissa = mantissa * 10 + (uint64_t)(*s - '0');
-            e -= point;
-        } else e += !point;
-    }
-    if (!digits) return 0;
-    if (*s == 'e') {
-        int down = *++s == '-';
-        if (!moe__parse_u64(s + down, &power) || power > 999) return 0;
-        e += down ? -(int)power : (int)power;
-    } else if (*s) return 0;
-    v = mantissa ? moe__scale10((double)mantissa, e) : 0;
-    if (!(v < 3.4028235677973366e38)) return 0; /* from here on it rounds to infinity */
-    *out = (float)(negative ? -v : v);
-    return 1;
-}
-
-static int moe__field_read(const moe__field *f, const char *text, moe_desc *d) {
-    char *p = (char *)d + f->offset;
-    uint64_t u64 = 0;
-    size_t size;
-    float number = (float)MOE_OFF;
-    int v;
-    switch (f->type) {
-    case MOE__FIELD_SIZE:
-        if (!moe__parse_u64(text, &u64) || u64 > SIZE_MAX) return 0;
-        size = (size_t)u64;
-        memcpy(p, &size, sizeof size);
-        return 1;
-    case MOE__FIELD_U64:
-        if (!moe__parse_u64(text, &u64)) return 0;
-        memcpy(p, &u64, sizeof u64);
-        return 1;
-    case MOE__FIELD_FLOAT:
-    case MOE__FIELD_LOSS:
-        if (strcmp(text, "off") && !moe__parse_float(text, &number)) return 0;
-        memcpy(p, &number, sizeof number);
-        return 1;
-    case MOE__FIELD_INT:
-    case MOE__FIELD_ENUM:
-        for (v = MOE_OFF; v < 0 || f->value_name(v); v++) {
-            const char *name = f->value_name(v);
-            unsigned char small = (unsigned char)v;
-            if (!name || strcmp(text, name)) continue;
-            if (f->size == 1) memcpy(p, &small, 1);
-            else memcpy(p, &v, sizeof v);
-            return 1;
-        }
-        return 0;
-    }
-    return 0;
-}
-
 /* What a layer's file holds: tensor i, its part, and its name there. The moments follow the parameters. */
 typedef struct moe__saved {
     moe_part part;
@@ -4766,13 +7064,18 @@ typedef struct moe__saved {
     size_t bytes;
 } moe__saved;
 
+static int moe__saved_tensor(const moe_desc *d, size_t i, moe_tensor *out) {
+    moe__dims s;
+    int id;
+    return moe__dims_of(d, &s) == MOE_OK && moe__tensor_at(d, &s, i, &id, out);
+}
 static int moe__saved_at(const moe_desc *d, int with_optimizer, size_t i, moe__saved *out) {
     static const char *const prefix[] = { "", "moment1.", "moment2." };
     static const moe_part parts[] = { MOE_PART_PARAMS, MOE_PART_MOMENT1, MOE_PART_MOMENT2 };
     size_t n_parts = !with_optimizer ? 1 : d->optimizer == MOE_OPTIMIZER_SGD ? 2 : 3, n = 0;
     moe__text t;
-    while (moe__desc_tensor(d, n, &out->tensor)) n++;
-    if (i / n >= n_parts || !moe__desc_tensor(d, i % n, &out->tensor)) return 0;
+    while (moe__saved_tensor(d, n, &out->tensor)) n++;
+    if (i / n >= n_parts || !moe__saved_tensor(d, i % n, &out->tensor)) return 0;
     out->part = parts[i / n];
     out->bytes = out->tensor.count * sizeof(float);
     t.p = out->name;
@@ -4794,7 +7097,9 @@ static moe_status moe__layer_header(const moe_layer *m, int with_optimizer, moe_
     moe__fields_write(d, 1, t);
     if (with_optimizer) {
         moe__text_add(t, ",\"step\":\"");
-        moe__text_u64(t, moe__layer_step_count(m));
+        moe__text_u64(t, m->step);
+        moe__text_add(t, "\",\"draws\":\"");
+        moe__text_u64(t, m->draws);
         moe__text_add(t, "\"");
     }
     moe__text_add(t, "}");
@@ -4897,7 +7202,7 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *m, int with_optimizer,
 /* The desc, and the step count if the optimiser was saved, from the metadata. A field that is not there is 0, the
  * default: a later moe.h that adds one reads older files, and raises the version when its own files need it. */
 static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings, moe_desc *d, int *with_optimizer,
-                                 uint64_t *step) {
+                                 uint64_t step[2]) {
     moe__field field;
     char name[32], text[80];
     size_t i;
@@ -4913,6 +7218,8 @@ static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings
     s = moe_file_metadata(f, "step", text, sizeof text);
     *with_optimizer = s != MOE_E_NAME;
     if (*with_optimizer && (s || !moe__parse_u64(text, step))) return MOE_E_FILE_DESC;
+    s = moe_file_metadata(f, "draws", text, sizeof text);
+    if (s != MOE_E_NAME && (s || !moe__parse_u64(text, step + 1))) return MOE_E_FILE_DESC;
     if (surroundings) {
         d->parallel = surroundings->parallel;
         d->alloc_context = surroundings->alloc_context;
@@ -4952,14 +7259,14 @@ MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, siz
     moe_desc d;
     moe__saved saved;
     float *scratch = NULL;
-    uint64_t step = 0;
+    uint64_t step[2] = {0, 0}; /* and draws */
     size_t i, most = 0;
     int with_optimizer = 0;
     moe_status s;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     s = moe_file_open(&f, bytes, size);
-    if (!s) s = moe__file_desc(&f, surroundings, &d, &with_optimizer, &step);
+    if (!s) s = moe__file_desc(&f, surroundings, &d, &with_optimizer, step);
     if (s) return s;
     /* all shapes before any memory: what is allocated is in proportion to the file */
     for (i = 0; !s && moe__saved_at(&d, with_optimizer, i, &saved); i++) {
@@ -4979,7 +7286,7 @@ MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, siz
         moe_layer_free(m);
         return s;
     }
-    if (with_optimizer) moe__layer_set_step_count(m, step);
+    if (with_optimizer) m->step = step[0], m->draws = step[1];
     *out = m;
     return MOE_OK;
 }

@@ -162,8 +162,8 @@ static double slope_of(oracle *o, double *where) {
 }
 
 static void test_oracle_by_finite_differences(void) {
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++)
-        for (int gate = MOE_GATE_SOFTMAX; gate < MOE__GATE_COUNT; gate++)
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
+        for (int gate = MOE_GATE_SOFTMAX; gate <= MOE_GATE_SOFTMAX_SELECTED; gate++)
             for (int normalize = MOE_OFF; normalize <= MOE_ON; normalize += 2) {
                 moe_desc d = desc_of(4, 5, 5, 2);
                 d.expert = (moe_expert_kind)expert, d.gate = (moe_gate_kind)gate, d.normalize = normalize;
@@ -184,8 +184,8 @@ static void test_oracle_by_finite_differences(void) {
 /* ---- every combination of the table, on a ragged shape ---- */
 static void test_all_combinations(void) {
     size_t turn = 0;
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++)
-        for (int gate = MOE_GATE_SOFTMAX; gate < MOE__GATE_COUNT; gate++)
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
+        for (int gate = MOE_GATE_SOFTMAX; gate <= MOE_GATE_SOFTMAX_SELECTED; gate++)
             for (int bias = MOE_OFF; bias <= MOE_ON; bias += 2)
                 for (int normalize = MOE_OFF; normalize <= MOE_ON; normalize += 2)
                     for (size_t shared = 0; shared < 3; shared++)
@@ -209,7 +209,7 @@ static void test_shapes(void) {
         {33, 47, 5, 3, 2}, {17, 65, 7, 7, 30},  {64, 32, 8, 2, 64}, {31, 33, 64, 8, 3}, {16, 48, 3, 1, 200}, {40, 100, 16, 4, 5},
         {5, 7, 100, 3, 4}, {65, 129, 2, 1, 70}, {8, 8, 1, 1, 300},  {96, 80, 4, 2, 17}, {48, 64, 8, 1, 16},  {32, 32, 40, 40, 3}};
     for (size_t s = 0; s < sizeof shape / sizeof *shape; s++)
-        for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert += 1 + (shape[s][0] * shape[s][1] > 3000)) {
+        for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert += 1 + (shape[s][0] * shape[s][1] > 3000)) {
             moe_desc d = desc_of(shape[s][0], shape[s][1], shape[s][2], shape[s][3]);
             d.expert = (moe_expert_kind)expert;
             d.bias = (s + (size_t)expert) % 2 ? MOE_ON : MOE_OFF, d.n_shared = s % 3 == 2;
@@ -283,7 +283,7 @@ static float *grads_of(const moe_layer *m, const size_t count[ORACLE_PARTS], siz
 
 /* Each weight gradient is one chain of fused multiply-adds over the tokens, so cutting the batch changes no bit. */
 static void test_micro_batches(void) {
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++)
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
         for (size_t cut = 1; cut < 50; cut += 16) {
             moe_desc d = desc_of(21, 35, 4, 2);
             d.expert = (moe_expert_kind)expert, d.bias = expert % 2 ? MOE_ON : MOE_OFF, d.n_shared = (size_t)expert % 2;
@@ -320,7 +320,7 @@ static void test_micro_batches(void) {
 
 /* Tokens do not see each other: any batch gives a token the same output bits. */
 static void test_batch_size_changes_no_bit(void) {
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++) {
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++) {
         moe_desc d = desc_of(29, 50, 5, 2);
         d.expert = (moe_expert_kind)expert, d.n_shared = 1, d.bias = MOE_ON;
         fixture F;
@@ -408,7 +408,7 @@ static void level_two(const moe_desc *desc, size_t T) {
 }
 
 static void test_level_two(void) {
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++)
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
         for (int capacity = 0; capacity < 2; capacity++) {
             moe_desc d = desc_of(18, 27, 6, 2);
             d.expert = (moe_expert_kind)expert, d.bias = expert % 2 ? MOE_OFF : MOE_ON, d.n_shared = capacity ? 1 : 0;
@@ -598,7 +598,7 @@ static void test_inference_only(void) {
 
 static void test_get_set(void) {
     static const moe_part part[] = {MOE_PART_PARAMS, MOE_PART_GRADS, MOE_PART_MOMENT1, MOE_PART_MOMENT2};
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++) {
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++) {
         moe_desc d = desc_of(7, 19, 3, 2);
         d.expert = (moe_expert_kind)expert, d.bias = expert % 2 ? MOE_ON : MOE_OFF, d.n_shared = (size_t)expert % 3;
         moe_layer *m = NULL;
@@ -761,7 +761,7 @@ static void test_nan_batch(void) {
 
 /* Losses go down: the whole of forward, backward and step does what it is for. */
 static void test_it_learns(void) {
-    for (int expert = MOE_EXPERT_RELU; expert < MOE__EXPERT_COUNT; expert++)
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
         for (int optimizer = MOE_OPTIMIZER_ADAMW; optimizer < MOE__OPTIMIZER_COUNT; optimizer++) {
             enum { T = 64, D = 8 };
             moe_desc d = desc_of(D, 16, 4, 2);

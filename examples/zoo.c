@@ -1,4 +1,4 @@
-// zoo.c - every routing system of moe.h's table learns the same real pictures with the same budget, side by side.
+// zoo.c - every routing system of moe.h's table learns the same real pictures with the same budget.
 //
 //     build/zoo                          all of them, on the sample of CIFAR-10 that the repository carries
 //     build/zoo --system switch,base     some of them
@@ -18,86 +18,11 @@
 #include "common/plot.h"
 #include "common/progress.h"
 
-enum { D = FEATURES_WIDTH, T = FEATURES_TOKENS, D_FF = 64, CLASSES = CIFAR_CLASSES };
+enum { D = FEATURES_WIDTH, T = FEATURES_TOKENS, D_FF = 32, CLASSES = CIFAR_CLASSES };
 enum { WINDOWS = 24 };                   // columns of a heat map: spans of training
 static const double explosion = 20;      // a mean loss of a batch above it counts as diverged; guessing gives 2.3
 static const size_t pes_images = 256;    // the experts' similarity is measured on that many test images
 static const size_t train_images = 2000; // and the final training loss on that many
-
-// ---- the systems ----
-
-#ifdef ZOO_SYSTEMS // moe.h's table
-
-static size_t system_count(void) { return moe_systems_count(); }
-static const char *system_name(size_t i) { return moe_system_at(i)->name; }
-static const char *system_source(size_t i) { return moe_system_at(i)->source; }
-
-static moe_status system_desc(moe_desc *d, size_t i) {
-    moe_status s = moe_desc_system(d, system_name(i));
-    d->sequence = T;
-    return s;
-}
-
-static const char *system_near(const char *name, char *buffer, size_t size) {
-    return moe_system_near(name, buffer, size);
-}
-
-// What a router may want to know besides x.
-static void system_tell(moe_layer *m, const uint32_t *id, int evaluate) {
-    moe_side *side = moe_layer_side(m);
-    side->id = id;
-    side->evaluate = evaluate;
-}
-
-static double system_pes(moe_layer *m, const float *x, size_t n) {
-    double pes = NAN;
-    return moe_layer_desc(m)->n_experts > 1 && moe_layer_pes(m, x, n, &pes) == MOE_OK ? pes : NAN;
-}
-
-#else // a few rows, as long as moe.h has no table
-
-static const struct {
-    const char *name, *source;
-    moe_desc desc;
-} systems[] = {
-    {"dense", "-", {.n_experts = 1, .top_k = 1}},
-    {"softmax-topk", "arXiv 2409.02060", {.normalize = MOE_OFF, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"mixtral", "arXiv 2401.04088", {.gate = MOE_GATE_SOFTMAX_SELECTED, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"switch",
-     "arXiv 2101.03961",
-     {.top_k = 1, .expert = MOE_EXPERT_RELU, .capacity_factor = 1.25f, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"gshard",
-     "arXiv 2006.16668",
-     {.capacity_factor = 1, .capacity_order = MOE_ORDER_CHOICE, .loss = {[MOE_LOSS_SWITCH] = 0.01f}}},
-    {"deepseek-moe", "arXiv 2401.06066", {.n_experts = 16, .n_shared = 1, .d_ff = D_FF / 2, .top_k = 3}},
-    {"unbalanced", "-", {.gate = MOE_GATE_SOFTMAX_SELECTED}},
-};
-
-static size_t system_count(void) { return sizeof systems / sizeof *systems; }
-static const char *system_name(size_t i) { return systems[i].name; }
-static const char *system_source(size_t i) { return systems[i].source; }
-
-static moe_status system_desc(moe_desc *d, size_t i) {
-    *d = systems[i].desc;
-    return MOE_OK;
-}
-
-static const char *system_near(const char *name, char *buffer, size_t size) {
-    size_t at = 0;
-    (void)name;
-    *buffer = 0;
-    for (size_t i = 0; i < system_count() && at < size; i++)
-        at += (size_t)snprintf(buffer + at, size - at, "%s%s", i ? ", " : "", system_name(i));
-    return buffer;
-}
-
-static void system_tell(moe_layer *m, const uint32_t *id, int evaluate) { (void)m, (void)id, (void)evaluate; }
-static double system_pes(moe_layer *m, const float *x, size_t n) {
-    (void)m, (void)x, (void)n;
-    return NAN;
-}
-
-#endif
 
 // ---- what one training leaves ----
 
@@ -113,7 +38,7 @@ typedef struct config {
 
 typedef struct result {
     const char *name, *source;
-    size_t row; // of the table of systems
+    const moe_system *system; // NULL: no mixture
     size_t experts, active_params;
     double train_loss, test_loss, test_accuracy, tokens_per_s, pes; // NaN: could not be measured
     moe_health health;                                              // on the test images; its arrays are not kept
@@ -174,7 +99,8 @@ static int number_trouble(moe_status s) {
 // m->x (n images) -> m->logits. 1: diverged.
 static int net_forward(net *m, size_t n, int evaluate) {
     if (m->moe) {
-        system_tell(m->moe, m->id, evaluate);
+        moe_layer_side(m->moe)->id = m->id;
+        moe_layer_side(m->moe)->evaluate = evaluate;
         if (number_trouble(moe_forward(m->moe, m->x, n * T, m->y))) return 1;
     } else {
         memset(m->y, 0, n * T * D * sizeof(float));
@@ -301,7 +227,7 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
     if (!r->diverged) r->diverged = test(m, o, &data->test, data->test.count, &r->test_loss, &r->test_accuracy);
     if (!r->diverged && desc) {
         nn_must(moe_layer_health(m->moe, &r->health));
-        r->pes = system_pes(m->moe, data->test.x, few * T);
+        if (r->experts > 1) nn_must(moe_layer_pes(m->moe, data->test.x, few * T, &r->pes));
     }
     if (r->diverged) r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = NAN;
     free(order);
@@ -310,8 +236,8 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
 
 // ---- the report ----
 
-static void write_config(json *j, const config *o, const samples *data, const size_t *row, const moe_desc *desc,
-                         size_t n) {
+static void write_config(json *j, const config *o, const samples *data, const moe_system *const *row,
+                         const moe_desc *desc, size_t n) {
     char layer[4096];
     json_begin(j);
     json_text(j, "event", "config");
@@ -333,7 +259,7 @@ static void write_config(json *j, const config *o, const samples *data, const si
     json_object_begin(j, "layers");
     for (size_t i = 0; i < n; i++) {
         moe_desc_json(&desc[i], layer, sizeof layer);
-        json_raw(j, system_name(row[i]), layer);
+        json_raw(j, row[i]->name, layer);
     }
     json_object_end(j);
     json_end(j);
@@ -359,7 +285,7 @@ static int compare(const void *a, const void *b) {
     const result *x = a, *y = b;
     if (x->diverged != y->diverged) return x->diverged - y->diverged;
     if (!x->diverged && x->test_loss != y->test_loss) return x->test_loss < y->test_loss ? -1 : 1;
-    return x->row < y->row ? -1 : x->row > y->row;
+    return x->system < y->system ? -1 : x->system > y->system;
 }
 
 // The table's columns, with their widths on a terminal (negative: at the left).
@@ -457,8 +383,8 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     char text[512];
     FILE *f = open_output(o->out, "zoo.html");
     snprintf(text, sizeof text,
-             "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads are those "
-             "of the test.",
+             "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads and "
+             "PES are those of the test.",
              n, o->total, o->batch, data->train->count, data->test.count, (unsigned long long)o->seed);
     page_begin(f, "A zoo of routers", text);
     page_card(f);
@@ -470,11 +396,21 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     page_result(f, without);
     page_table_end(f);
     page_card_end(f);
-    snprintf(text, sizeof text, "Load of the experts in training, %d spans of time: 1 = an even share, 2 = twice that or more",
-             WINDOWS);
+    snprintf(text, sizeof text,
+             "Load of the experts in training, %d spans of time: 1 = an even share, 2 = twice that or more", WINDOWS);
     page_heading(f, text);
     page_card(f);
     draw(f, r, n);
+    page_card_end(f);
+    page_heading(f, "The systems");
+    page_card(f);
+    page_table_begin(f);
+    page_row(f, 1, "name|<what it is|<what it is for|<what it cannot do, or needs|<source|mark");
+    for (size_t i = 0; i < n; i++) {
+        const moe_system *s = r[i].system;
+        page_row(f, 0, "%s|<%s|<%s|<%s|<%s|%s", s->name, s->title, s->purpose, s->limits, s->source, s->mark);
+    }
+    page_table_end(f);
     page_card_end(f);
     page_end(f);
     close_output(f, "zoo.html");
@@ -483,39 +419,43 @@ static void write_page(const config *o, const result *r, size_t n, const result 
 // ---- the program ----
 
 // The rows that --system asks for, in the order of the table.
-static size_t choose(const config *o, size_t *row) {
+static size_t choose(const config *o, const moe_system **row) {
     char name[128], near[512];
-    unsigned char *chosen = allocate(system_count(), 1);
+    unsigned char *chosen = allocate(moe_systems_count(), 1);
     int all = strcmp(o->system, "all") == 0;
     for (const char *at = o->system; !all; at++) {
         size_t length = strcspn(at, ","), i = 0;
         snprintf(name, sizeof name, "%.*s", (int)(length < 127 ? length : 127), at);
-        while (i < system_count() && strcmp(system_name(i), name) != 0) i++;
-        if (i == system_count())
-            args_fail("zoo", "--system: there is no '%s'; near: %s", name, system_near(name, near, sizeof near));
+        while (i < moe_systems_count() && strcmp(moe_system_at(i)->name, name) != 0) i++;
+        if (i == moe_systems_count()) {
+            moe_system_near(name, near, sizeof near);
+            args_fail("zoo", "--system: there is no '%s'%s%s", name, *near ? "; near: " : "", near);
+        }
         chosen[i] = 1;
         at += length;
         if (!*at) break;
     }
     size_t n = 0;
-    for (size_t i = 0; i < system_count(); i++)
-        if (all || chosen[i]) row[n++] = i;
+    for (size_t i = 0; i < moe_systems_count(); i++)
+        if (all || chosen[i]) row[n++] = moe_system_at(i);
     free(chosen);
     return n;
 }
 
-static moe_desc layer_desc(const config *o, size_t row) {
+static moe_desc layer_desc(const config *o, const moe_system *row) {
     moe_desc d = {0};
-    moe_status s = system_desc(&d, row);
+    moe_status s = moe_desc_system(&d, row->name);
     d.d_model = D;
+    d.sequence = T;
     if (!d.d_ff) d.d_ff = d.n_experts == 1 ? 2 * D_FF : D_FF; // dense: as much as two experts
     if (o->experts && d.n_experts != 1) d.n_experts = o->experts;
     if (o->top_k && d.n_experts != 1) d.top_k = o->top_k;
+    if (d.schedule_steps) d.schedule_steps = o->total - o->total / 4; // then a quarter of the training at its end
     d.weight_decay = o->decay;
     d.seed = o->seed + 1;
     d.parallel.n_threads = o->threads;
     if (!s) s = moe_desc_resolve(&d, &d);
-    if (s) args_fail("zoo", "%s: %s", system_name(row), moe_status_string(s));
+    if (s) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     return d;
 }
 
@@ -542,7 +482,8 @@ int main(int argc, char **argv) {
     args_parse("zoo", "Trains every routing system on the same pictures with the same budget.", options,
                sizeof options / sizeof *options, argc, argv);
     if (!nn_use_isa(o.isa)) args_fail("zoo", "--isa: there is no '%s'", o.isa);
-    size_t *row = allocate(system_count(), sizeof *row), n = choose(&o, row);
+    const moe_system **row = allocate(moe_systems_count(), sizeof *row);
+    size_t n = choose(&o, row);
 
     cifar pictures;
     samples data;
@@ -587,10 +528,10 @@ int main(int argc, char **argv) {
     progress p = progress_begin("zoo", "steps", n * o.total, o.quiet);
     for (size_t i = 0; i < n; i++) {
         char label[160];
-        snprintf(label, sizeof label, "%s (%zu of %zu)", system_name(row[i]), i + 1, n);
-        r[i].name = system_name(row[i]);
-        r[i].source = system_source(row[i]);
-        r[i].row = row[i];
+        snprintf(label, sizeof label, "%s (%zu of %zu)", row[i]->name, i + 1, n);
+        r[i].name = row[i]->name;
+        r[i].source = row[i]->source;
+        r[i].system = row[i];
         train(&r[i], &o, &desc[i], &data, &j, &p, i * o.total, label);
     }
     progress_clear(&p);

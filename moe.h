@@ -207,6 +207,20 @@ typedef enum moe_kind {
     X(MOE_E_COEFFICIENT, ARGUMENT, "coefficient", "coefficient: must be finite")                             \
     X(MOE_E_INDEX, ARGUMENT, "index", "index: an expert index is not below n_experts")                       \
     X(MOE_E_INDEX_TWICE, ARGUMENT, "index", "index: a token selects the same expert twice")                  \
+    X(MOE_E_GROUPS, ARGUMENT, "n_groups", "n_groups: must be 1 to 256 and divide n_experts")                  \
+    X(MOE_E_TOP_GROUPS, ARGUMENT, "top_groups", "top_groups: must be 1 to n_groups, and their experts at least top_k") \
+    X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite, and so must every expert's own")   \
+    X(MOE_E_TOP_P, ARGUMENT, "p", "p: must be 0 to 1")                                                       \
+    X(MOE_E_CAPACITY, ARGUMENT, "capacity", "capacity: must be at least 1")                                  \
+    X(MOE_E_SLOTS, ARGUMENT, "slots", "slots: every expert may take the same token, so at least n_experts")  \
+    X(MOE_E_ITERATIONS, ARGUMENT, "iterations", "iterations: must be at least 1")                            \
+    X(MOE_E_UNEVEN, ARGUMENT, "n_tokens", "n_tokens: must be a multiple of n_experts, for every expert takes as many") \
+    X(MOE_E_TAU, ARGUMENT, "tau", "tau: must be finite and above 0")                                         \
+    X(MOE_E_TRIM, ARGUMENT, "trim", "trim: must be at least 0 and below 0.5")                                \
+    X(MOE_E_AGGREGATE, ARGUMENT, "kind", "kind: not a moe_aggregate_kind")                                   \
+    X(MOE_E_NO_OUTPUTS, ARGUMENT, "outputs", "outputs: none to combine")                                     \
+    X(MOE_E_NULL_OUTPUTS, ARGUMENT, "outputs", "outputs: neither they nor one of them may be NULL")          \
+    X(MOE_E_NAN_OUTPUTS, NUMBER, "outputs", "outputs: NaN or infinite")                                      \
     X(MOE_E_ISA, SUPPORT, "isa", "isa: this processor, operating system or build does not have it")          \
     X(MOE_E_NAME, ARGUMENT, "name", "name: no such tensor")                                                  \
     X(MOE_E_PART, ARGUMENT, "part", "part: not a moe_part, or one that this optimizer has not")              \
@@ -524,6 +538,8 @@ MOE_API void moe_philox(uint64_t key, uint64_t counter_lo, uint64_t counter_hi, 
 MOE_API uint32_t moe_rand_u32(uint64_t seed, uint64_t stream, uint64_t i);
 MOE_API moe_status moe_rand_uniform(uint64_t seed, uint64_t stream, size_t n, float lo, float hi, float *out);
 MOE_API moe_status moe_rand_normal(uint64_t seed, uint64_t stream, size_t n, float mean, float std, float *out); /* Box-Muller */
+/* -log(-log u), u uniform in (0, 1): finite, from -2.82 to 16.64. The argmax of logits + gumbel is a sample of their softmax. */
+MOE_API moe_status moe_gumbel(uint64_t seed, uint64_t stream, size_t n, float *out);
 
 /* 64-bit hash of n bytes, seeded; for checksums of parameters, not for security. Same on every machine for floats. */
 MOE_API uint64_t moe_hash(uint64_t seed, const void *bytes, size_t n);
@@ -558,6 +574,59 @@ MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperat
 /* The k highest of each row of scores (rows, cols), descending; ties go to the lowest index. index (rows, k);
  * value (rows, k) may be NULL. NaN: MOE_E_NAN_LOGITS; -infinity is allowed. */
 MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *scores, int32_t *index, float *value);
+
+/* The other selections of scores (rows, cols): rows are tokens, columns experts. index (rows, k): best first, then -1 = no
+ * choice. Ties go to the lowest index; NaN: MOE_E_NAN_LOGITS; -infinity is allowed unless it says so. Nothing allocates
+ * but where there is scratch: NULL = the library does, else at least what the *_scratch function says. */
+
+/* DeepSeek-V3's [C]: the columns are n_groups equal groups (at most 256); the score of a group is the sum of its two best
+ * (its only one if groups have one); the top_groups best groups are kept, and the k best columns of these. +infinity is an
+ * error too. */
+MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t k, size_t n_groups, size_t top_groups, const float *scores,
+                                   int32_t *index);
+/* Of the scores above threshold + per_col[column] (per_col NULL: 0) the k that are furthest above per_col. None is above:
+ * with `fallback` the column that is furthest above (least below) per_col, after DynMoE [C]; else no choice. */
+MOE_API moe_status moe_topk_threshold(size_t rows, size_t cols, size_t k, float threshold, const float *per_col, int fallback,
+                                      const float *scores, int32_t *index);
+/* Top-p [C]: by descending prob, through the first whose running sum is above p, but at most k. Not renormalised. */
+MOE_API moe_status moe_top_p(size_t rows, size_t cols, size_t k, float p, const float *prob, int32_t *index);
+/* Expert choice [K]: each column takes its `capacity` highest rows (all, if there are fewer). index (rows, slots), slots >=
+ * cols: the columns that took the row, by descending score. */
+MOE_API moe_status moe_expert_choice(size_t rows, size_t cols, size_t capacity, size_t slots, const float *scores, int32_t *index,
+                                     void *scratch, size_t scratch_bytes);
+MOE_API moe_status moe_expert_choice_scratch(size_t rows, size_t cols, size_t *bytes);
+/* plan (rows, cols) = exp(scores / epsilon) scaled so that columns sum to rows / cols and then, exactly, rows to 1; both,
+ * `iterations` times, in the log domain. Scores must be finite. */
+MOE_API moe_status moe_sinkhorn(size_t rows, size_t cols, float epsilon, size_t iterations, const float *scores, float *plan,
+                                void *scratch, size_t scratch_bytes);
+MOE_API moe_status moe_sinkhorn_scratch(size_t rows, size_t cols, size_t *bytes);
+/* BASE's auction [P+C]: index (rows) = the column of each row, so that every column has exactly rows / cols rows and the
+ * sum of the scores is high: an auction with steps of eps = max((max - min) / 50, 1e-4). Where scores differ it ends after some ten
+ * rounds, within rows * eps of the optimum (tested, not proved: the authors let the price of what is held rise by eps every
+ * round, so where most scores are equal it is up to 5 times as far). Should it not end in 1000 rounds, what is not sold goes to
+ * who has room. Scores must be finite. */
+MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, int32_t *index, void *scratch, size_t scratch_bytes);
+MOE_API moe_status moe_auction_scratch(size_t rows, size_t cols, size_t *bytes);
+
+/* Combining outputs (vectors of d) some of which may be wrong.
+ * moe_robust_weights, after the defence against unreliable clients [D]: med = the median of the k outputs in each
+ * coordinate, D_e = ||outputs[e] - med||, reliability[e] = exp(-D_e / (tau * median of D)); where that median is 0 it is 1 if
+ * D_e is 0, else 0. out[e] = weight[e] * reliability[e] / their sum (0 if that is 0). Outputs that are not finite have
+ * reliability 0 and no part in the medians. The weighted sum itself is yours. */
+MOE_API moe_status moe_robust_weights(size_t k, size_t d, const float *const *outputs, const float *weight, float tau,
+                                      float *reliability, float *out, void *scratch, size_t scratch_bytes);
+MOE_API moe_status moe_robust_weights_scratch(size_t k, size_t d, size_t *bytes);
+typedef enum moe_aggregate_kind {
+    MOE_AGGREGATE_MEAN,
+    MOE_AGGREGATE_TRIMMED,  /* in each coordinate the mean without the (size_t)(trim * n) lowest and as many highest */
+    MOE_AGGREGATE_MEDIAN,   /* in each coordinate */
+    MOE_AGGREGATE_GEOMETRIC, /* the point with the least sum of distances: Weiszfeld's iteration, as Vardi and Zhang mend it */
+    MOE__AGGREGATE_COUNT
+} moe_aggregate_kind;
+/* out (d) of rows (n, d); trim in [0, 0.5) is for MOE_AGGREGATE_TRIMMED. */
+MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, const float *rows, float trim, float *out,
+                                 void *scratch, size_t scratch_bytes);
+MOE_API moe_status moe_aggregate_scratch(size_t n, size_t d, size_t *bytes);
 
 /* Auxiliary losses: the value, unweighted, into *value (may be NULL), and coefficient * gradient added to
  * d_logits (T, E) (may be NULL). prob (T, E) = softmax of the logits; load (E) = tokens an expert was
@@ -967,6 +1036,19 @@ static moe_status moe__arena_over(moe__arena *a, void *memory, size_t bytes, siz
     return MOE_OK;
 }
 
+/* Scratch of level 1: the caller's, or with NULL our own, to be freed. */
+typedef struct moe__scratch { moe__arena arena; void *own; } moe__scratch;
+static moe_status moe__scratch_begin(moe__scratch *s, void *scratch, size_t bytes, size_t needed) {
+    s->own = NULL;
+    if (!scratch) {
+        scratch = s->own = moe__alloc(NULL, needed);
+        bytes = needed;
+        if (!scratch) return MOE_E_NO_MEMORY;
+    }
+    return moe__arena_over(&s->arena, scratch, bytes, needed);
+}
+static void moe__scratch_end(moe__scratch *s) { moe__free(NULL, s->own); }
+
 /* ==== random ==================================================================================
  * Philox4x32-10 as in Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
  *
@@ -1107,6 +1189,11 @@ static void moe__gumbel_at(uint64_t seed, uint64_t stream, uint64_t start, size_
         out[i] = -moe__logf1(-moe__logf1(u));
     }
 }
+MOE_API moe_status moe_gumbel(uint64_t seed, uint64_t stream, size_t n, float *out) {
+    if (n && !out) return MOE_E_NULL_OUT;
+    moe__gumbel_at(seed, stream, 0, n, out);
+    return MOE_OK;
+}
 
 /* Eight bytes as two 32-bit words in the machine's own order, the first one low: equal floats give equal words
  * whatever that order is. */
@@ -1198,7 +1285,23 @@ typedef struct moe__kernels {
                                         float *part, size_t part_ld);
     void (*adamw)(size_t n, const moe__adam *o, float *p, const float *g, float *m, float *v);
     void (*sgd)(size_t n, const moe__adam *o, float *p, const float *g, float *m);
+    /* the k highest of each row, descending, ties by index: index (rows, k), value (rows, k) or NULL. 0 at a NaN. */
+    int (*topk)(size_t rows, size_t n, size_t k, const float *s, int32_t *index, float *value);
 } moe__kernels;
+
+#define MOE__TOPK_K 16  /* up to here the k best of rows are found side by side; in longer rows one row at a time, as most of */
+#define MOE__TOPK_N 512 /* such a row is passed over quickly */
+
+/* The lowest bit that is set: b is not 0. */
+MOE__INLINE unsigned moe__first_bit(uint64_t b) {
+#if defined(__GNUC__)
+    return (unsigned)__builtin_ctzll(b);
+#else
+    unsigned i = 0;
+    while (!(b >> i & 1)) i++;
+    return i;
+#endif
+}
 
 #define MOE__ROWS_1(M) M(0)
 #define MOE__ROWS_2(M) MOE__ROWS_1(M) M(1)
@@ -1242,6 +1345,7 @@ typedef struct moe__kernels {
 #define moe__v_lt MOE__S(moe__v_lt_)
 #define moe__v_isnan MOE__S(moe__v_isnan_)
 #define moe__v_sel MOE__S(moe__v_sel_)
+#define moe__v_bits MOE__S(moe__v_bits_)
 #define moe__v_copysign MOE__S(moe__v_copysign_)
 #define moe__v_pow2 MOE__S(moe__v_pow2_)
 #define moe__v_frexp MOE__S(moe__v_frexp_)
@@ -1329,7 +1433,9 @@ typedef float moe__f;
 #define MOE__F_SQRT(a) sqrtf(a)
 #define MOE__F_LT(a, b) ((a) < (b))
 #define MOE__F_ISNAN(a) ((a) != (a))
+#define MOE__F_UNORD(a, b) ((a) != (a) || (b) != (b))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
+#define MOE__F_BITS(m) ((uint32_t)(m))
 #define MOE__F_AND(a, u) moe__float_of(moe__bits_of(a) & (u))
 #define MOE__F_XOR(a, u) moe__float_of(moe__bits_of(a) ^ (u))
 #define MOE__F_OR(a, b) moe__float_of(moe__bits_of(a) | moe__bits_of(b))
@@ -1358,7 +1464,9 @@ typedef __m256 moe__f;
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm256_cmp_ps(a, a, _CMP_UNORD_Q)
+#define MOE__F_UNORD(a, b) _mm256_cmp_ps(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
+#define MOE__F_BITS(m) ((uint32_t)_mm256_movemask_ps(m))
 #define MOE__F_AND(a, u) _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32((int)(u))))
 #define MOE__F_XOR(a, u) _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32((int)(u))))
 #define MOE__F_OR(a, b) _mm256_or_ps(a, b)
@@ -1387,7 +1495,9 @@ typedef __m512 moe__f;
 #define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
+#define MOE__F_UNORD(a, b) _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
+#define MOE__F_BITS(m) ((uint32_t)(m))
 #define MOE__F_AND(a, u) _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32((int)(u))))
 #define MOE__F_XOR(a, u) _mm512_xor_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32((int)(u))))
 #define MOE__F_OR(a, b) _mm512_or_ps(a, b)
@@ -1417,7 +1527,9 @@ typedef float32x4_t moe__f;
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
 #define MOE__F_ISNAN(a) vmvnq_u32(vceqq_f32(a, a))
+#define MOE__F_UNORD(a, b) vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b)))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
+#define MOE__F_BITS(m) vaddvq_u32(vandq_u32(m, vcombine_u32(vcreate_u32(0x200000001u), vcreate_u32(0x800000004u))))
 #define MOE__F_AND(a, u) vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(u)))
 #define MOE__F_XOR(a, u) vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(u)))
 #define MOE__F_OR(a, b) vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
@@ -1457,6 +1569,8 @@ MOE__FI moe__v moe__v_sel(moe__m m, moe__v a, moe__v b) {
     MOE__EACH_V(r.v[i] = MOE__F_SEL(m.v[i], a.v[i], b.v[i]);)
     return r;
 }
+/* bit i: lane i */
+MOE__FI uint32_t moe__v_bits(moe__m m) { uint32_t r = 0; MOE__EACH_V(r |= MOE__F_BITS(m.v[i]) << (i * MOE__VL);) return r; }
 /* to the nearest integer, even in the middle, for |a| < 2^22: 1.5 * 2^23 leaves no room for a fraction */
 MOE__FI moe__v moe__v_rint(moe__v a) {
     moe__v big = moe__v_set1(12582912.0f);
@@ -1860,6 +1974,162 @@ MOE__FN void MOE__S(moe__sgd_)(size_t n, const moe__adam *o, float *p, const flo
     }
 }
 
+/* -- selection: compares only, so exact in any order -- */
+/* One row, by insertion; 16 numbers are passed over at a time if none is above the k-th best so far. */
+MOE__FN int MOE__S(moe__topk_row_)(size_t n, size_t k, const float *s, int32_t *index) {
+    size_t have = 0;
+    for (size_t e = 0; e < n; e++) {
+#if MOE__PASS > 1
+        if (have == k && e % 16 == 0)
+            for (moe__v worst = moe__v_set1(s[index[k - 1]]); n - e >= 16; e += 16) {
+                moe__v x = moe__v_load(s + e);
+                if (moe__v_bits(moe__v_lt(worst, x)) | moe__v_bits(moe__v_isnan(x))) break;
+            }
+        if (e == n) break;
+#endif
+        float v = s[e];
+        if (v != v) return 0;
+        if (have == k && !(v > s[index[k - 1]])) continue;
+        size_t i = have < k ? have++ : k - 1;
+        for (; i && v > s[index[i - 1]]; i--) index[i] = index[i - 1];
+        index[i] = (int32_t)e;
+    }
+    return 1;
+}
+
+/* 32 rows side by side, row r in lane r: `cols` columns of them, 32 floats each, are inserted into the k best of every
+ * row. best[2 j] is the j-th, best[2 j + 1] its id, bits that are carried along. Two columns go down the list together;
+ * each pushes down what it is above. A NaN sets its lane of nan. */
+MOE__FN void MOE__S(moe__topk_insert_)(size_t cols, size_t k, const float *x, const float *id, float *best, float *nan) {
+    for (size_t i = 0; i < k * 64; i++) best[i] = -INFINITY;
+    for (size_t c = 0; c < cols; c += 2)
+        for (size_t l = 0; l < 32; l += MOE__VL) {
+            size_t p = c * 32 + l;
+            moe__f v0 = MOE__F_LOAD(x + p), id0 = MOE__F_LOAD(id + p), push0 = v0, push_id0 = id0;
+            moe__f v1 = MOE__F_SET1(-INFINITY), id1 = id0, push1, push_id1;
+            if (c + 1 < cols) v1 = MOE__F_LOAD(x + p + 32), id1 = MOE__F_LOAD(id + p + 32);
+            push1 = v1;
+            push_id1 = id1;
+            MOE__F_STORE(nan + l, MOE__F_SEL(MOE__F_UNORD(v0, v1), MOE__F_SET1(1.0f), MOE__F_LOAD(nan + l)));
+            for (float *b = best + l, *end = b + k * 64; b < end; b += 64) {
+                moe__f v = MOE__F_LOAD(b), i = MOE__F_LOAD(b + 32), above, above_id;
+                MOE__FMASK m = MOE__F_LT(v, v0);
+                above = MOE__F_SEL(m, push0, v);
+                above_id = MOE__F_SEL(m, push_id0, i);
+                push0 = MOE__F_SEL(m, v, v0);
+                push_id0 = MOE__F_SEL(m, i, id0);
+                m = MOE__F_LT(above, v1);
+                MOE__F_STORE(b, MOE__F_SEL(m, push1, above));
+                MOE__F_STORE(b + 32, MOE__F_SEL(m, push_id1, above_id));
+                push1 = MOE__F_SEL(m, above, v1);
+                push_id1 = MOE__F_SEL(m, above_id, id1);
+            }
+        }
+}
+/* The k-th best of 32 columns of each of 32 rows. */
+MOE__FN void MOE__S(moe__topk_floor_)(size_t k, const float *x, float *floor) {
+    MOE__ALIGN64 float best[MOE__TOPK_K * 32];
+    for (size_t i = 0; i < k * 32; i++) best[i] = -INFINITY;
+    for (size_t c = 0; c < 32 * 32; c += 2 * 32)
+        for (size_t l = 0; l < 32; l += MOE__VL) {
+            moe__f v0 = MOE__F_LOAD(x + c + l), v1 = MOE__F_LOAD(x + c + 32 + l);
+            for (float *b = best + l, *end = b + k * 32; b < end; b += 32) {
+                moe__f v = MOE__F_LOAD(b), above = MOE__F_MAX(v, v0);
+                v0 = MOE__F_MIN(v, v0);
+                MOE__F_STORE(b, MOE__F_MAX(above, v1));
+                v1 = MOE__F_MIN(above, v1);
+            }
+        }
+    memcpy(floor, best + (k - 1) * 32, 32 * sizeof(float));
+}
+
+/* 32 rows of more than 32 columns. Most of a row is below a floor that costs little: of the maxima of every 32nd column k
+ * are at least as high as the k-th of them, and so are the row's k best. What is not below it, a NaN too, goes into the
+ * columns of x; their number is returned. A row that has more than 32 is marked in `over`. */
+MOE__FN size_t MOE__S(moe__topk_filter_)(size_t n, size_t k, const float *s, size_t ahead, float *x, float *id, uint32_t *over) {
+    MOE__ALIGN64 float top[32 * 32], floor[32];
+    size_t cols = 0;
+    for (size_t r = 0; r < 32; r++) {
+        const float *row = s + r * n;
+        moe__v a = moe__v_set1(-INFINITY), b = a;
+        size_t e = 0;
+        for (; e + 32 <= n; e += 32) a = moe__v_max(moe__v_load(row + e), a), b = moe__v_max(moe__v_load(row + e + 16), b);
+        if (e + 16 <= n) a = moe__v_max(moe__v_load(row + e), a), e += 16;
+        if (e < n) b = moe__v_max(moe__v_load_n(row + e, n - e, -INFINITY), b);
+        moe__v_store(top + r * 32, a);
+        moe__v_store(top + r * 32 + 16, b);
+    }
+    MOE__S(moe__transpose_)(top, 32, x);
+    MOE__S(moe__topk_floor_)(k, x, floor);
+    for (size_t i = 0; i < 32 * 32; i++) x[i] = -INFINITY;
+    *over = 0;
+    for (size_t r = 0; r < 32; r++) {
+        const float *row = s + r * n;
+        moe__v least = moe__v_set1(floor[r]);
+        size_t have = 0;
+        for (size_t e = 0; e < n; e += 64) {
+            uint64_t bits = 0;
+            for (size_t b = 0; b < 64 && e + b < n; b += 16) {
+                size_t left = n - e - b;
+                moe__v v = left >= 16 ? moe__v_load(row + e + b) : moe__v_load_n(row + e + b, left, -INFINITY);
+                MOE__PREFETCH_L1(row + e + b + ahead);
+                bits |= (uint64_t)(~moe__v_bits(moe__v_lt(v, least)) & (left >= 16 ? 0xffffu : (1u << left) - 1)) << b;
+            }
+            for (; bits; bits &= bits - 1, have++) {
+                size_t at = e + moe__first_bit(bits);
+                if (have == 32) { *over |= (uint32_t)1 << r; break; }
+                x[have * 32 + r] = row[at];
+                id[have * 32 + r] = moe__float_of((uint32_t)at);
+            }
+            if (bits) break;
+        }
+        cols = moe__max(cols, have);
+    }
+    return cols;
+}
+
+/* 32 long rows: `part` rows of n <= 32 columns, or one. What is read next stands `ahead` floats further. */
+MOE__FN int MOE__S(moe__topk_block_)(size_t part, size_t n, size_t k, const float *s, size_t ahead, int32_t *index) {
+    MOE__ALIGN64 float x[32 * 32], id[32 * 32], edge[32 * 32], best[MOE__TOPK_K * 64], nan[32] = {0};
+    size_t width = part * n, cols = n;
+    uint32_t over = 0;
+    if (n > 32) {
+        cols = MOE__S(moe__topk_filter_)(n, k, s, ahead, x, id, &over);
+    } else {
+        for (size_t r = 0; r < 32 && width < 32; r++) memcpy(edge + r * 32, s + r * width, width * sizeof(float));
+        MOE__S(moe__transpose_)(width < 32 ? edge : s, 32, x);
+        for (size_t i = 0; i < n * 32; i++) id[i] = moe__float_of((uint32_t)(i / 32));
+    }
+    for (size_t p = 0; p < part; p++) {
+        MOE__S(moe__topk_insert_)(cols, k, x + p * n * 32, id, best, nan);
+        for (size_t r = 0; r < 32; r++) {
+            size_t row = r * part + p;
+            if (nan[r] > 0.0f) return 0;
+            if (over >> r & 1 || !(best[(k - 1) * 64 + r] > -INFINITY)) {
+                if (!MOE__S(moe__topk_row_)(n, k, s + row * n, index + row * k)) return 0;
+            } else {
+                for (size_t j = 0; j < k; j++) index[row * k + j] = (int32_t)moe__bits_of(best[j * 64 + 32 + r]);
+            }
+        }
+    }
+    return 1;
+}
+
+MOE__FN int MOE__S(moe__topk_)(size_t rows, size_t n, size_t k, const float *s, int32_t *index, float *value) {
+    for (size_t done; rows; rows -= done, s += done * n, index += done * k) {
+        size_t part = n > 16 ? 1 : moe__min(32 / n, rows / 32); /* short rows: so many in one of 32 lanes */
+        int together = MOE__PASS > 1 && rows >= 32 && k <= MOE__TOPK_K && n <= MOE__TOPK_N;
+        done = together ? 32 * part : 1;
+        if (!together) {
+            if (!MOE__S(moe__topk_row_)(n, k, s, index)) return 0;
+        } else if (!MOE__S(moe__topk_block_)(part, n, k, s, rows >= 64 ? 32 * n : 0, index)) return 0;
+        if (value)
+            for (size_t i = 0; i < done; i++)
+                for (size_t j = 0; j < k; j++) *value++ = s[i * n + (size_t)index[i * k + j]];
+    }
+    return 1;
+}
+
 #define MOE__NN_ENTRY(R) , MOE__S(moe__nn##R##_)
 #define MOE__TN_ENTRY(R) , MOE__S(moe__tn##R##_)
 static const moe__kernels MOE__S(moe__kernels_) = {
@@ -1872,7 +2142,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
      MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_), MOE__S(moe__same_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
      MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_), MOE__S(moe__same_backward_)},
-    MOE__S(moe__adamw_), MOE__S(moe__sgd_)};
+    MOE__S(moe__adamw_), MOE__S(moe__sgd_), MOE__S(moe__topk_)};
 
 #undef MOE__FN
 #undef MOE__FI
@@ -1896,6 +2166,8 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_LT
 #undef MOE__F_ISNAN
 #undef MOE__F_SEL
+#undef MOE__F_BITS
+#undef MOE__F_UNORD
 #undef MOE__F_AND
 #undef MOE__F_XOR
 #undef MOE__F_OR
@@ -3223,20 +3495,6 @@ static void moe__gate_params_back(const moe__job *j) {
 }
 
 /* ==== select ================================================================================== */
-/* The k highest of n, descending, ties by index. Returns 0 at a NaN. */
-static int moe__topk_row(size_t n, size_t k, const float *s, int32_t *index) {
-    size_t have = 0;
-    for (size_t e = 0; e < n; e++) {
-        float v = s[e];
-        if (v != v) return 0;
-        if (have == k && !(v > s[index[k - 1]])) continue;
-        size_t i = have < k ? have++ : k - 1;
-        for (; i && v > s[index[i - 1]]; i--) index[i] = index[i - 1];
-        index[i] = (int32_t)e;
-    }
-    return 1;
-}
-
 MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *scores, int32_t *index, float *value) {
     size_t n;
     if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
@@ -3245,10 +3503,347 @@ MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t k, const float *sco
     if (!rows) return MOE_OK;
     if (!scores) return MOE_E_NULL_SCORES;
     if (!index) return MOE_E_NULL_INDEX;
-    for (size_t r = 0; r < rows; r++, scores += cols, index += k) {
-        if (!moe__topk_row(cols, k, scores, index)) return MOE_E_NAN_LOGITS;
-        for (size_t i = 0; value && i < k; i++) *value++ = scores[index[i]];
+    return moe__k()->topk(rows, cols, k, scores, index, value) ? MOE_OK : MOE_E_NAN_LOGITS;
+}
+
+/* What all selections ask of their arguments. */
+static moe_status moe__select_args(size_t rows, size_t cols, size_t k, const void *scores, const void *index) {
+    size_t n;
+    if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
+    if (!k || k > cols) return MOE_E_TOP_K;
+    if (!moe__mul(rows, cols, &n) || n > SIZE_MAX / sizeof(float)) return MOE_E_OVERFLOW;
+    if (rows && !scores) return MOE_E_NULL_SCORES;
+    if (rows && !index) return MOE_E_NULL_INDEX;
+    return MOE_OK;
+}
+static int moe__any_nan(size_t n, const float *x) {
+    int nan = 0;
+    for (size_t i = 0; i < n; i++) nan |= x[i] != x[i];
+    return nan;
+}
+
+/* Column e, not below those before it, goes to its place among the k best so far; how many they are now. */
+static size_t moe__insert(size_t have, size_t k, const float *s, const float *minus, int32_t *index, size_t e) {
+    float v = minus ? s[e] - minus[e] : s[e];
+    size_t i = have < k ? have : k; /* k: nobody's place yet */
+    for (; i; i--) {
+        size_t o = (size_t)index[i - 1];
+        if (!(v > (minus ? s[o] - minus[o] : s[o]))) break;
+        if (i < k) index[i] = index[i - 1];
     }
+    if (i < k) index[i] = (int32_t)e;
+    return have < k ? have + 1 : k;
+}
+
+MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t k, size_t n_groups, size_t top_groups, const float *scores,
+                                   int32_t *index) {
+    float group[256];
+    int32_t chosen[256];
+    moe_status status = moe__select_args(rows, cols, k, scores, index);
+    if (status) return status;
+    if (!n_groups || n_groups > 256 || cols % n_groups) return MOE_E_GROUPS;
+    size_t width = cols / n_groups;
+    if (!top_groups || top_groups > n_groups || k > top_groups * width) return MOE_E_TOP_GROUPS;
+    for (size_t i = 0; i < rows * cols; i++)
+        if (!(scores[i] <= FLT_MAX)) return MOE_E_NAN_LOGITS;
+    for (size_t r = 0; r < rows; r++, scores += cols, index += k) {
+        size_t have = 0;
+        for (size_t g = 0; g < n_groups; g++) {
+            const float *s = scores + g * width;
+            float best = s[0], second = -INFINITY;
+            for (size_t i = 1; i < width; i++) {
+                float low = s[i] > best ? best : s[i];
+                best = s[i] > best ? s[i] : best;
+                second = low > second ? low : second;
+            }
+            group[g] = width > 1 ? best + second : best;
+        }
+        for (size_t g = 0; g < n_groups; g++) have = moe__insert(have, top_groups, group, NULL, chosen, g);
+        for (size_t g = 0; g < n_groups; g++) group[g] = 0.0f; /* from here on: 1 = kept, to visit them in order */
+        for (size_t i = 0; i < top_groups; i++) group[chosen[i]] = 1.0f;
+        have = 0;
+        for (size_t g = 0; g < n_groups; g++)
+            for (size_t e = g * width; group[g] > 0.0f && e < (g + 1) * width; e++) have = moe__insert(have, k, scores, NULL, index, e);
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_topk_threshold(size_t rows, size_t cols, size_t k, float threshold, const float *per_col, int fallback,
+                                      const float *scores, int32_t *index) {
+    moe_status status = moe__select_args(rows, cols, k, scores, index);
+    if (status) return status;
+    if (!moe__finite(threshold) || (per_col && !moe__all_finite(cols, per_col))) return MOE_E_THRESHOLD;
+    if (rows && moe__any_nan(rows * cols, scores)) return MOE_E_NAN_LOGITS;
+    for (size_t r = 0; r < rows; r++, scores += cols, index += k) {
+        size_t have = 0;
+        for (size_t e = 0; e < cols; e++)
+            if (scores[e] > (per_col ? threshold + per_col[e] : threshold)) have = moe__insert(have, k, scores, per_col, index, e);
+        if (!have && fallback)
+            for (size_t e = 0; e < cols; e++) have = moe__insert(have, 1, scores, per_col, index, e);
+        for (; have < k; have++) index[have] = -1;
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_top_p(size_t rows, size_t cols, size_t k, float p, const float *prob, int32_t *index) {
+    moe_status status = moe__select_args(rows, cols, k, prob, index);
+    if (status) return status == MOE_E_NULL_SCORES ? MOE_E_NULL_PROB : status;
+    if (!(p >= 0.0f && p <= 1.0f)) return MOE_E_TOP_P;
+    if (!moe__k()->topk(rows, cols, k, prob, index, NULL)) return MOE_E_NAN_LOGITS;
+    for (size_t r = 0; r < rows; r++, prob += cols, index += k) {
+        float sum = 0.0f;
+        size_t i = 0;
+        while (i < k && !(sum > p)) sum += prob[index[i++]];
+        for (; i < k; i++) index[i] = -1;
+    }
+    return MOE_OK;
+}
+
+/* Bits that order as the numbers do, -0 with 0; no NaN. */
+static uint32_t moe__order(float x) {
+    uint32_t b = moe__bits_of(x + 0.0f);
+    return b >> 31 ? ~b : b | 0x80000000u;
+}
+/* The bits of the k-th highest of n numbers (0 < k <= n), whatever they are in the same time: a count of their upper bits, of
+ * the middle ones among those that share these, of the lower. *above: how many are higher. */
+static uint32_t moe__kth(size_t n, size_t k, const float *x, size_t *above) {
+    static const int shift[] = {21, 10, 0}, width[] = {11, 11, 10};
+    uint32_t prefix = 0, count[2048];
+    *above = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        uint32_t bins = (uint32_t)1 << width[pass], bin = bins - 1;
+        int top = shift[pass] + width[pass];
+        memset(count, 0, bins * sizeof(uint32_t));
+        for (size_t i = 0; i < n; i++) {
+            uint32_t b = moe__order(x[i]);
+            if ((uint64_t)(b ^ prefix) >> top == 0) count[b >> shift[pass] & (bins - 1)]++;
+        }
+        while (*above + count[bin] < k) *above += count[bin--];
+        prefix |= bin << shift[pass];
+    }
+    return prefix;
+}
+/* The k highest of n numbers in order of their index, ties to the lowest; *next: the highest of the others, if there are any. */
+static void moe__highest(size_t n, size_t k, const float *x, int32_t *index, float *next) {
+    size_t above, have = 0;
+    uint32_t kth = moe__kth(n, k, x, &above);
+    size_t ties = k - above;
+    *next = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t b = moe__order(x[i]);
+        if (b > kth || (b == kth && ties)) {
+            ties -= b == kth;
+            index[have++] = (int32_t)i;
+        } else if (x[i] > *next) {
+            *next = x[i];
+        }
+    }
+    MOE_ASSERT(have == k);
+}
+
+/* (rows, cols) -> (cols, rows) */
+static void moe__transpose_plain(size_t rows, size_t cols, const float *x, float *y) {
+    for (size_t r0 = 0; r0 < rows; r0 += 32)
+        for (size_t c = 0; c < cols; c++)
+            for (size_t r = r0; r < moe__min(rows, r0 + 32); r++) y[c * rows + r] = x[r * cols + c];
+}
+
+typedef struct moe__choice { float *by_col; int32_t *taken; } moe__choice;
+static moe_status moe__choice_layout(size_t rows, size_t cols, moe__choice *m, moe__arena *a) {
+    if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
+    if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    m->by_col = moe__take_floats(a, rows, cols);
+    m->taken = (int32_t *)moe__take(a, rows, sizeof(int32_t));
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+MOE_API moe_status moe_expert_choice_scratch(size_t rows, size_t cols, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    moe__choice m;
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status status = moe__choice_layout(rows, cols, &m, &a);
+    return status ? status : moe__arena_bytes(&a, bytes);
+}
+MOE_API moe_status moe_expert_choice(size_t rows, size_t cols, size_t capacity, size_t slots, const float *scores, int32_t *index,
+                                     void *scratch, size_t scratch_bytes) {
+    size_t needed, n;
+    moe__scratch mem;
+    moe__choice m = {NULL, NULL};
+    moe_status status = moe__select_args(rows, cols, 1, scores, index);
+    if (!status && !capacity) status = MOE_E_CAPACITY;
+    if (!status && slots < cols) status = MOE_E_SLOTS;
+    if (!status && !moe__mul(rows, slots, &n)) status = MOE_E_OVERFLOW;
+    if (!status) status = moe_expert_choice_scratch(rows, cols, &needed);
+    if (status || !rows) return status;
+    if (moe__any_nan(rows * cols, scores)) return MOE_E_NAN_LOGITS;
+    status = moe__scratch_begin(&mem, scratch, scratch_bytes, needed);
+    if (status) return status;
+    moe__choice_layout(rows, cols, &m, &mem.arena);
+    moe__transpose_plain(rows, cols, scores, m.by_col);
+    capacity = moe__min(capacity, rows);
+    for (size_t i = 0; i < n; i++) index[i] = -1;
+    for (size_t e = 0; e < cols; e++) {
+        float next;
+        moe__highest(rows, capacity, m.by_col + e * rows, m.taken, &next);
+        for (size_t i = 0; i < capacity; i++) {
+            size_t r = (size_t)m.taken[i], have = 0;
+            while (index[r * slots + have] >= 0) have++; /* fewer than the e columns before */
+            moe__insert(have, slots, scores + r * cols, NULL, index + r * slots, e);
+        }
+    }
+    moe__scratch_end(&mem);
+    return MOE_OK;
+}
+
+typedef struct moe__sinkhorn_memory { float *row, *col, *by_col, *f, *g; } moe__sinkhorn_memory;
+static moe_status moe__sinkhorn_layout(size_t rows, size_t cols, moe__sinkhorn_memory *m, moe__arena *a) {
+    if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
+    if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    m->by_col = moe__take_floats(a, rows, cols); /* scores / epsilon; plan keeps the same by rows */
+    m->row = moe__take_floats(a, cols, 1);
+    m->col = moe__take_floats(a, rows, 1);
+    m->f = moe__take_floats(a, rows, 1); /* logarithms of the scales of rows */
+    m->g = moe__take_floats(a, cols, 1); /* and columns */
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+MOE_API moe_status moe_sinkhorn_scratch(size_t rows, size_t cols, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    moe__sinkhorn_memory m;
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status status = moe__sinkhorn_layout(rows, cols, &m, &a);
+    return status ? status : moe__arena_bytes(&a, bytes);
+}
+/* log sum exp(x + y) */
+static float moe__lse_of_sum(const moe__kernels *kn, size_t n, const float *x, const float *y, float *sum) {
+    memcpy(sum, x, n * sizeof(float));
+    kn->axpy(n, 1.0f, y, sum);
+    return kn->lse(n, sum);
+}
+MOE_API moe_status moe_sinkhorn(size_t rows, size_t cols, float epsilon, size_t iterations, const float *scores, float *plan,
+                                void *scratch, size_t scratch_bytes) {
+    size_t needed;
+    moe__scratch mem;
+    moe__sinkhorn_memory m;
+    moe_status status = moe__select_args(rows, cols, 1, scores, plan);
+    if (status == MOE_E_NULL_INDEX) status = MOE_E_NULL_OUT;
+    if (!status && !(epsilon > 0.0f && moe__finite(epsilon))) status = MOE_E_EPSILON;
+    if (!status && !iterations) status = MOE_E_ITERATIONS;
+    if (!status) status = moe_sinkhorn_scratch(rows, cols, &needed);
+    if (status || !rows) return status;
+    for (size_t i = 0; i < rows * cols; i++)
+        if (!moe__finite(scores[i] / epsilon)) return MOE_E_NAN_LOGITS;
+    status = moe__scratch_begin(&mem, scratch, scratch_bytes, needed);
+    if (status) return status;
+    moe__sinkhorn_layout(rows, cols, &m, &mem.arena);
+    const moe__kernels *kn = moe__k();
+    for (size_t i = 0; i < rows * cols; i++) plan[i] = scores[i] / epsilon;
+    moe__transpose_plain(rows, cols, plan, m.by_col);
+    memset(m.f, 0, rows * sizeof(float));
+    float share = moe__logf1((float)rows / (float)cols);
+    for (size_t i = 0; i < iterations; i++) {
+        for (size_t c = 0; c < cols; c++) m.g[c] = share - moe__lse_of_sum(kn, rows, m.by_col + c * rows, m.f, m.col);
+        for (size_t r = 0; r < rows; r++) m.f[r] = -moe__lse_of_sum(kn, cols, plan + r * cols, m.g, m.row);
+    }
+    for (size_t r = 0; r < rows; r++) {
+        float *p = plan + r * cols;
+        for (size_t c = 0; c < cols; c++) p[c] = p[c] + m.g[c] + m.f[r];
+        kn->exp(cols, p, p);
+    }
+    moe__scratch_end(&mem);
+    return MOE_OK;
+}
+
+#define MOE__AUCTION_EXACT 100 /* rounds in which a winner holds what it won, as in the authors' code */
+#define MOE__AUCTION_ROUNDS 1000
+typedef struct moe__auction_memory {
+    float *score, *value; /* (cols, rows) */
+    float *cost, *bid;
+    int32_t *winner, *holder; /* of this round and of the last; -1: nobody */
+    int32_t *want;
+    size_t *sold;
+} moe__auction_memory;
+static moe_status moe__auction_layout(size_t rows, size_t cols, moe__auction_memory *m, moe__arena *a) {
+    if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
+    if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    m->score = moe__take_floats(a, cols, rows);
+    m->value = moe__take_floats(a, cols, rows);
+    m->cost = moe__take_floats(a, rows, 1);
+    m->bid = moe__take_floats(a, rows, 1);
+    m->winner = (int32_t *)moe__take(a, rows, sizeof(int32_t));
+    m->holder = (int32_t *)moe__take(a, rows, sizeof(int32_t));
+    m->want = (int32_t *)moe__take(a, rows, sizeof(int32_t));
+    m->sold = (size_t *)moe__take(a, cols, sizeof(size_t));
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+MOE_API moe_status moe_auction_scratch(size_t rows, size_t cols, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    moe__auction_memory m;
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status status = moe__auction_layout(rows, cols, &m, &a);
+    return status ? status : moe__arena_bytes(&a, bytes);
+}
+/* One round: everyone bids for the k rows that it values most. Whether every row has a bid. */
+static int moe__auction_round(size_t rows, size_t cols, size_t k, float eps, int hold, moe__auction_memory *m) {
+    int all = 1;
+    for (size_t t = 0; t < rows; t++) m->bid[t] = 0.0f, m->winner[t] = -1;
+    for (size_t e = 0; e < cols; e++) {
+        const float *value = m->value + e * rows;
+        float next; /* what it would turn to */
+        moe__highest(rows, k, value, m->want, &next);
+        for (size_t i = 0; i < k; i++) {
+            size_t t = (size_t)m->want[i];
+            float bid = hold && m->holder[t] == (int32_t)e ? eps : value[t] - next + eps;
+            if (bid > m->bid[t]) m->bid[t] = bid, m->winner[t] = (int32_t)e;
+        }
+    }
+    for (size_t t = 0; t < rows; t++) all &= m->winner[t] >= 0;
+    return all;
+}
+MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, int32_t *index, void *scratch, size_t scratch_bytes) {
+    size_t needed;
+    moe__scratch mem;
+    moe__auction_memory m;
+    moe_status status = moe__select_args(rows, cols, 1, scores, index);
+    if (!status && rows % cols) status = MOE_E_UNEVEN;
+    if (!status) status = moe_auction_scratch(rows, cols, &needed);
+    if (status || !rows) return status;
+    if (!moe__all_finite(rows * cols, scores)) return MOE_E_NAN_LOGITS;
+    status = moe__scratch_begin(&mem, scratch, scratch_bytes, needed);
+    if (status) return status;
+    moe__auction_layout(rows, cols, &m, &mem.arena);
+    size_t k = rows / cols, n = rows * cols;
+    float low = scores[0], high = scores[0];
+    for (size_t i = 1; i < n; i++) low = scores[i] < low ? scores[i] : low, high = scores[i] > high ? scores[i] : high;
+    float eps = high / 50.0f - low / 50.0f;
+    if (eps < 1e-4f) eps = 1e-4f;
+    moe__transpose_plain(rows, cols, scores, m.score);
+    memcpy(m.value, m.score, n * sizeof(float));
+    memset(m.cost, 0, rows * sizeof(float));
+    for (size_t t = 0; t < rows; t++) m.holder[t] = -1;
+    for (size_t round = 0; round < MOE__AUCTION_ROUNDS; round++) {
+        if (moe__auction_round(rows, cols, k, eps, round < MOE__AUCTION_EXACT, &m)) break;
+        for (size_t t = 0; t < rows; t++) m.cost[t] += m.bid[t];
+        for (size_t e = 0; e < cols; e++)
+            for (size_t t = 0; t < rows; t++) m.value[e * rows + t] = m.score[e * rows + t] - m.cost[t];
+        for (size_t t = 0; t < rows; t++) {
+            m.holder[t] = m.winner[t];
+            if (m.winner[t] < 0) continue;
+            size_t at = (size_t)m.winner[t] * rows + t;
+            m.value[at] = round < MOE__AUCTION_EXACT ? INFINITY : m.score[at]; /* the authors' maximal score, and first among equals */
+        }
+    }
+    /* with a bid for every row there are no two for one: the winners are the assignment */
+    memset(m.sold, 0, cols * sizeof(size_t));
+    for (size_t t = 0; t < rows; t++) {
+        index[t] = m.winner[t];
+        if (index[t] >= 0 && m.sold[index[t]]++ >= k) index[t] = -1, m.sold[m.winner[t]]--;
+    }
+    for (size_t t = 0; t < rows; t++) {
+        if (index[t] >= 0) continue;
+        for (size_t e = 0; e < cols; e++)
+            if (m.sold[e] < k && (index[t] < 0 || scores[t * cols + e] > scores[t * cols + (size_t)index[t]])) index[t] = (int32_t)e;
+        m.sold[index[t]]++;
+    }
+    moe__scratch_end(&mem);
     return MOE_OK;
 }
 
@@ -3259,8 +3854,12 @@ static void moe__no_choice(const moe__job *j, size_t t, size_t from) {
 static void moe__select_topk(const moe__job *j, size_t t0, size_t t1) {
     size_t S = j->dims->S, E = j->dims->E, k = moe__min(j->m->now.k, E);
     int fallback = j->d->fallback == MOE_ON || (j->d->fallback == MOE_DEFAULT && !j->m->now.training);
+    if (j->d->threshold == (float)MOE_OFF && k == S) {
+        j->kn->topk(t1 - t0, E, k, j->m->seen + t0 * E, j->t->index + t0 * S, NULL);
+        return;
+    }
     for (size_t t = t0; t < t1; t++) {
-        if (j->d->threshold == (float)MOE_OFF) moe_topk(1, E, k, j->m->seen + t * E, j->t->index + t * S, NULL);
+        if (j->d->threshold == (float)MOE_OFF) j->kn->topk(1, E, k, j->m->seen + t * E, j->t->index + t * S, NULL);
         else moe_topk_threshold(1, E, k, j->d->threshold, NULL, fallback, j->m->seen + t * E, j->t->index + t * S);
         moe__no_choice(j, t, k);
     }
@@ -3720,6 +4319,149 @@ static void moe__task_down(void *arg, size_t i, size_t worker) { /* o = h W2 + b
 }
 
 /* ==== combine ================================================================================= */
+/* -- robust: outputs some of which may be wrong -- */
+/* 16 columns of n rows, each sorted upwards by a network of neighbours' exchanges: the same steps whatever the numbers. */
+static void moe__sort_columns(size_t n, float *x) {
+    for (size_t pass = 0; pass < n; pass++)
+        for (size_t i = pass % 2; i + 1 < n; i += 2) {
+            float *p = x + i * 16, *q = p + 16;
+            for (int l = 0; l < 16; l++) {
+                float a = p[l], b = q[l];
+                p[l] = b < a ? b : a;
+                q[l] = b < a ? a : b;
+            }
+        }
+}
+/* In each coordinate the mean of the n rows without the `cut` lowest and as many highest. row[i] (d); sorted (n, 16) */
+static void moe__trimmed_mean(size_t n, size_t d, size_t cut, const float *const *row, float *sorted, float *out) {
+    float each = 1.0f / (float)(n - 2 * cut);
+    for (size_t c = 0; c < d; c += 16) {
+        size_t cols = moe__min(16, d - c);
+        for (size_t i = 0; i < n; i++) {
+            memset(sorted + i * 16, 0, 16 * sizeof(float));
+            memcpy(sorted + i * 16, row[i] + c, cols * sizeof(float));
+        }
+        if (cut) moe__sort_columns(n, sorted);
+        for (size_t l = 0; l < cols; l++) {
+            float sum = 0.0f;
+            for (size_t i = cut; i < n - cut; i++) sum = moe__fma(sorted[i * 16 + l], each, sum);
+            out[c + l] = sum;
+        }
+    }
+}
+/* How many to cut on each side so that the middle one, or two, are left. */
+static size_t moe__median_cut(size_t n) { return (n - 1) / 2; }
+
+/* diff = x - y; its length */
+static float moe__distance(const moe__kernels *kn, size_t d, const float *x, const float *y, float *diff) {
+    memcpy(diff, x, d * sizeof(float));
+    kn->axpy(d, -1.0f, y, diff);
+    return sqrtf(kn->dot(d, diff, diff));
+}
+
+typedef struct moe__robust_memory { const float **row; float *sorted, *center, *diff, *step; } moe__robust_memory;
+static moe_status moe__robust_layout(size_t n, size_t d, moe__robust_memory *m, moe__arena *a) {
+    if (!n) return MOE_E_NO_OUTPUTS;
+    if (n > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    m->row = (const float **)moe__take(a, n, sizeof(float *));
+    m->sorted = moe__take_floats(a, n, 16);
+    m->center = moe__take_floats(a, d, 1);
+    m->diff = moe__take_floats(a, d, 1);
+    m->step = moe__take_floats(a, d, 1);
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+MOE_API moe_status moe_robust_weights_scratch(size_t k, size_t d, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    moe__robust_memory m;
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status status = moe__robust_layout(k, d, &m, &a);
+    return status ? status : moe__arena_bytes(&a, bytes);
+}
+MOE_API moe_status moe_aggregate_scratch(size_t n, size_t d, size_t *bytes) { return moe_robust_weights_scratch(n, d, bytes); }
+
+MOE_API moe_status moe_robust_weights(size_t k, size_t d, const float *const *outputs, const float *weight, float tau,
+                                      float *reliability, float *out, void *scratch, size_t scratch_bytes) {
+    size_t needed, n = 0;
+    moe__scratch mem;
+    moe__robust_memory m;
+    moe_status status = moe_robust_weights_scratch(k, d, &needed);
+    if (status) return status;
+    if (!(tau > 0.0f && moe__finite(tau))) return MOE_E_TAU;
+    if (!outputs) return MOE_E_NULL_OUTPUTS;
+    if (!weight) return MOE_E_NULL_WEIGHT;
+    if (!reliability || !out) return MOE_E_NULL_OUT;
+    for (size_t e = 0; e < k; e++)
+        if (d && !outputs[e]) return MOE_E_NULL_OUTPUTS;
+    if (!moe__all_finite(k, weight)) return MOE_E_NAN_WEIGHT;
+    status = moe__scratch_begin(&mem, scratch, scratch_bytes, needed);
+    if (status) return status;
+    moe__robust_layout(k, d, &m, &mem.arena);
+    const moe__kernels *kn = moe__k();
+    for (size_t e = 0; e < k; e++) {
+        reliability[e] = out[e] = 0.0f; /* what stays so where nothing is finite */
+        if (moe__all_finite(d, outputs[e])) m.row[n++] = outputs[e];
+    }
+    if (n) {
+        moe__trimmed_mean(n, d, moe__median_cut(n), m.row, m.sorted, m.center);
+        for (size_t i = 0; i < n; i++) m.sorted[i * 16] = moe__distance(kn, d, m.row[i], m.center, m.diff);
+        for (size_t i = 0, e = 0; e < k; e++)
+            if (i < n && m.row[i] == outputs[e]) reliability[e] = m.sorted[i++ * 16];
+            else reliability[e] = INFINITY;
+        moe__sort_columns(n, m.sorted); /* the other 15 columns hold anything */
+        float mad = n % 2 ? m.sorted[n / 2 * 16] : 0.5f * m.sorted[(n / 2 - 1) * 16] + 0.5f * m.sorted[n / 2 * 16], sum = 0.0f;
+        for (size_t e = 0; e < k; e++) {
+            float far = reliability[e];
+            reliability[e] = mad > 0.0f ? (far < INFINITY ? -(far / mad) / tau : -INFINITY) : far > 0.0f ? -INFINITY : 0.0f;
+        }
+        kn->exp(k, reliability, reliability);
+        for (size_t e = 0; e < k; e++) sum += out[e] = weight[e] * reliability[e];
+        for (size_t e = 0; e < k; e++) out[e] = sum > 0.0f || sum < 0.0f ? out[e] / sum : 0.0f;
+    }
+    moe__scratch_end(&mem);
+    return MOE_OK;
+}
+
+/* From the coordinates' median: y -> the mean of the others by the inverse of their distance, and less of that step
+ * where y is one of the points, none if the others do not pull more than these hold. */
+static void moe__geometric_median(const moe__kernels *kn, size_t n, size_t d, moe__robust_memory *m, float *y) {
+    for (int i = 0; i < 1000; i++) {
+        float total = 0.0f, here = 0.0f;
+        memset(m->step, 0, d * sizeof(float));
+        for (size_t r = 0; r < n; r++) {
+            float far = moe__distance(kn, d, m->row[r], y, m->diff);
+            if (far > 0.0f) total += 1.0f / far, kn->axpy(d, 1.0f / far, m->diff, m->step);
+            else here += 1.0f;
+        }
+        float pull = sqrtf(kn->dot(d, m->step, m->step));
+        if (!(pull - here > 1e-6f * (float)n)) return; /* the gradient of the sum of distances: 0 within rounding */
+        kn->axpy(d, (1.0f - here / pull) / total, m->step, y);
+    }
+}
+MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, const float *rows, float trim, float *out,
+                                 void *scratch, size_t scratch_bytes) {
+    size_t needed, count, cut = 0;
+    moe__scratch mem;
+    moe__robust_memory m;
+    if ((unsigned)kind >= MOE__AGGREGATE_COUNT) return MOE_E_AGGREGATE;
+    if (kind == MOE_AGGREGATE_TRIMMED && !(trim >= 0.0f && trim < 0.5f)) return MOE_E_TRIM;
+    moe_status status = moe_aggregate_scratch(n, d, &needed);
+    if (!status && !moe__mul(n, d, &count)) status = MOE_E_OVERFLOW;
+    if (status || !d) return status;
+    if (!rows) return MOE_E_NULL_OUTPUTS;
+    if (!out) return MOE_E_NULL_OUT;
+    if (!moe__all_finite(count, rows)) return MOE_E_NAN_OUTPUTS;
+    status = moe__scratch_begin(&mem, scratch, scratch_bytes, needed);
+    if (status) return status;
+    moe__robust_layout(n, d, &m, &mem.arena);
+    for (size_t r = 0; r < n; r++) m.row[r] = rows + r * d;
+    if (kind == MOE_AGGREGATE_TRIMMED) cut = moe__min((size_t)((double)trim * (double)n), moe__median_cut(n));
+    if (kind >= MOE_AGGREGATE_MEDIAN) cut = moe__median_cut(n);
+    moe__trimmed_mean(n, d, cut, m.row, m.sorted, out);
+    if (kind == MOE_AGGREGATE_GEOMETRIC) moe__geometric_median(moe__k(), n, d, &m, out);
+    moe__scratch_end(&mem);
+    return MOE_OK;
+}
+
 /* Row t of all tokens' panels: y += a x, and <w, x>. */
 static void moe__token_axpy(const moe__job *j, float a, size_t t, float *y) {
     for (size_t p = 0; p < j->dims->dp; p++)
@@ -4034,6 +4776,7 @@ static void moe__combine_block(const moe__pass *p, size_t i, float *y, int backw
             for (size_t s = 0; s < d->S; s++) {
                 uint32_t route = r->slot[t * d->S + s];
                 if (route == MOE_NONE) continue;
+                if (!backward && p->weight[route] == 0.0f) continue; /* also where a robust weight shuts out a NaN */
                 if (route < r->begin[d->F]) j->kn->axpy(d->d, backward ? 1.0f : p->weight[route], j->m->o + route * d->ldo, row);
                 else if (backward) moe__special_dx(p, moe__route_expert(r, route), t, p->weight[route], row);
                 else moe__special_add(p, moe__route_expert(r, route), t, p->weight[route], row);

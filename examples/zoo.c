@@ -5,10 +5,10 @@
 //     build/zoo --data DIR               on the full data set
 //
 // A frozen extractor, fitted once without labels (common/features.h), turns an image into a sequence of 16 tokens of 64
-// numbers. What learns:  tokens x -> x + MoE(x) -> mean over the image's tokens -> linear -> class. Every system gets the
-// same batches in the same order, the same steps, learning rate and seed. A token's id, for systems that route by it, is
-// its visual word. Since position is a part of a token and the mean forgets order, nothing but the mixture can use where
-// in an image something is; the same network without a mixture is printed for comparison.
+// numbers. What learns:  tokens x -> x + MoE(x) -> mean over the image's tokens -> linear -> class. Every system gets
+// the same batches in the same order, the same steps, learning rate and seed. A token's id, for systems that route by
+// it, is its visual word. Since position is a part of a token and the mean forgets order, nothing but the mixture can
+// use where in an image something is; the same network without a mixture is printed for comparison.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
 #include "common/cifar.h"
@@ -383,8 +383,8 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     char text[512];
     FILE *f = open_output(o->out, "zoo.html");
     snprintf(text, sizeof text,
-             "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads and "
-             "PES are those of the test.",
+             "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads and PES "
+             "are those of the test.",
              n, o->total, o->batch, data->train->count, data->test.count, (unsigned long long)o->seed);
     page_begin(f, "A zoo of routers", text);
     page_card(f);
@@ -459,6 +459,15 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
     return d;
 }
 
+// A first batch through a new layer: what it cannot do with these shapes is known before anything is trained.
+static void try_layer(const config *o, const moe_system *row, const moe_desc *desc, const samples *data) {
+    net *m = net_new(o, desc, o->batch);
+    for (size_t i = 0; i < o->batch; i++) net_take(m, i, &data->train[0], i);
+    moe_status s = moe_forward(m->moe, m->x, o->batch * T, m->y);
+    if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
+    net_free(m);
+}
+
 int main(int argc, char **argv) {
     config o = {.system = "all", .isa = "auto", .out = "out", .seed = 1};
     args_option options[] = {
@@ -502,14 +511,19 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, row[i]);
 
     FILE *human = o.json ? stderr : stdout;
-    json j = {{open_output(o.out, "zoo.jsonl"), o.json ? stdout : NULL}, 0};
     nn ops = {.parallel = {.n_threads = o.threads}};
     double begin = seconds_now();
     features *f = features_fit(&ops, &pictures.train, o.seed);
-    for (int k = 0; k < 2; k++) data.train[k] = features_make(&ops, f, &pictures.train, k);
-    data.test = features_make(&ops, f, &pictures.test, 0);
+    size_t images = pictures.train.count;
+    progress p = progress_begin("tokens", "images", 2 * images + pictures.test.count, o.quiet);
+    for (size_t k = 0; k < 2; k++)
+        data.train[k] = features_make(&ops, f, &pictures.train, (int)k, &p, k * images);
+    data.test = features_make(&ops, f, &pictures.test, 0, &p, 2 * images);
+    progress_clear(&p);
     features_free(f);
     nn_free(&ops);
+    for (size_t i = 0; i < n; i++) try_layer(&o, row[i], &desc[i], &data);
+    json j = {{open_output(o.out, "zoo.jsonl"), o.json ? stdout : NULL}, 0};
     write_config(&j, &o, &data, row, desc, n);
     fprintf(human, "CIFAR-10%s: %zu training and %zu test images, %d tokens each (made in %.1f s); %s, %zu thread%s\n",
             pictures.sample ? " sample" : "", pictures.train.count, pictures.test.count, T, seconds_now() - begin,
@@ -525,7 +539,7 @@ int main(int argc, char **argv) {
     json_real(&j, "test_loss", without.test_loss);
     json_real(&j, "test_accuracy", without.test_accuracy);
     json_end(&j);
-    progress p = progress_begin("zoo", "steps", n * o.total, o.quiet);
+    p = progress_begin("zoo", "steps", n * o.total, o.quiet);
     for (size_t i = 0; i < n; i++) {
         char label[160];
         snprintf(label, sizeof label, "%s (%zu of %zu)", row[i]->name, i + 1, n);

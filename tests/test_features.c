@@ -109,7 +109,7 @@ static void test_raw(void) {
 /* Tokens without their position: mean 0, uncorrelated, a variance of about 1 over all, more in the first directions. The
  * id is the nearest prototype and its side. */
 static void test_tokens(void) {
-    tokens t = features_make(&ops, fitted, &set, 0);
+    tokens t = features_make(&ops, fitted, &set, 0, NULL, 0);
     double variance = 0, first = 0, last = 0;
     if (!CHECK(t.count == IMAGES)) return;
     for (size_t i = 0; i < IMAGES; i++) CHECK(t.label[i] == i % CIFAR_CLASSES);
@@ -148,11 +148,11 @@ static void test_tokens(void) {
 
 /* The same bits for 1 and 3 threads, from the fit on; another seed, other tokens; mirrored images, other tokens. */
 static void test_same(void) {
-    tokens want = features_make(&ops, fitted, &set, 0), mirrored = features_make(&ops, fitted, &set, 1);
+    tokens want = features_make(&ops, fitted, &set, 0, NULL, 0), mirrored = features_make(&ops, fitted, &set, 1, NULL, 0);
     nn other = {.parallel = {.n_threads = 3}};
     for (uint64_t seed = 5; seed < 7; seed++) {
         features *f = features_fit(&other, &set, seed);
-        tokens t = features_make(&other, f, &set, 0);
+        tokens t = features_make(&other, f, &set, 0, NULL, 0);
         if (seed == 5) {
             CHECK_SAME(t.x, want.x, IMAGES * T * D);
             CHECK(memcmp(t.id, want.id, IMAGES * T * sizeof *t.id) == 0);

@@ -105,9 +105,12 @@ check "an unknown system among known ones" says second "'nope'"
 run empty 2 --system dense,
 run shape 2 --system switch --experts 2 --top-k 3
 check "a shape that does not fit names the system" says shape 'switch: top_k'
+run uneven 2 --system dense,base --experts 3 --images 50
+check "what a system cannot do with a batch is known at the beginning" says uneven 'base: n_tokens'
 run isa 2 --isa mmx
 check "nothing is written then" [ ! -e "$tmp/unknown" ]
 check "nor for a bad shape" [ ! -e "$tmp/shape" ]
+check "nor for a batch that does not fit" [ ! -e "$tmp/uneven" ]
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

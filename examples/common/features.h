@@ -2,18 +2,19 @@
 // small trainable network on top of it learns in a second.
 //
 //     features *f = features_fit(&ops, &data.train, seed);
-//     tokens train = features_make(&ops, f, &data.train, 0);     // x (images, 16, 64)
+//     tokens train = features_make(&ops, f, &data.train, 0, NULL, 0);     // x (images, 16, 64)
 //
 // After Coates, Lee, Ng 2011 and Coates, Ng 2012 [K]: patches of 5 x 5 pixels, their contrast normalised, whitened, and
-// compared with 64 filters that k-means found among such patches; what is above a threshold, for either sign, is averaged
-// over each of 4 x 4 cells of the image. A cell is a token: the roots of its 128 averages, projected on their 64 main
-// directions, plus a fixed random vector for the cell's position. Its id is the nearest of 64 prototypes of such
-// tokens (before the position is added), a "visual word": what a word's number is to a text.
+// compared with 64 filters that k-means found among such patches; what is above a threshold, for either sign, is
+// averaged over each of 4 x 4 cells of the image. A cell is a token: the roots of its 128 averages, projected on their
+// 64 main directions, plus a fixed random vector for the cell's position. Its id is the nearest of 64 prototypes of
+// such tokens (before the position is added), a "visual word": what a word's number is to a text.
 #ifndef EX_FEATURES_H
 #define EX_FEATURES_H
 
 #include "cifar.h"
 #include "nn.h"
+#include "progress.h"
 
 enum {
     FEATURES_PATCH = 5,
@@ -259,8 +260,8 @@ EX_FUNC features *features_fit(nn *s, const cifar_set *set, uint64_t seed) {
     return f;
 }
 
-// All images of a set; flip: mirrored.
-EX_FUNC tokens features_make(nn *s, const features *f, const cifar_set *set, int flip) {
+// All images of a set; flip: mirrored. p (NULL: none) shows how far it is, counting from `before` images.
+EX_FUNC tokens features_make(nn *s, const features *f, const cifar_set *set, int flip, progress *p, size_t before) {
     enum { N = FEATURES_RAW, D = FEATURES_WIDTH, T = FEATURES_TOKENS, CHUNK = FEATURES_CHUNK, K = FEATURES_WORDS / 2 };
     tokens t = {.count = set->count};
     t.x = allocate(t.count * T * D, sizeof(float));
@@ -279,6 +280,7 @@ EX_FUNC tokens features_make(nn *s, const features *f, const cifar_set *set, int
             t.id[first * T + i] = (uint32_t)(2 * best + (similarity[i * K + best] < 0));
         }
         for (size_t i = 0; i < n * T * D; i++) x[i] += f->position[i % (T * D)];
+        if (p) progress_update(p, before + first + n, "%s", "");
     }
     free(raw);
     free(similarity);

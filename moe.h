@@ -171,7 +171,6 @@ typedef enum moe_kind {
     X(MOE_E_SELECT_COMBINE, ARGUMENT, "select", "select: combine = soft and merge go with all experts and gate = softmax only") \
     X(MOE_E_N_CODES, ARGUMENT, "n_codes", "n_codes: must be 0 or at least n_experts, with combine = sum, no noise on x and no special experts") \
     X(MOE_E_SOFT_SLOTS, ARGUMENT, "soft_slots", "soft_slots: must be 1 unless combine = soft, and E times it at most 1048576") \
-    X(MOE_E_GROUPS, ARGUMENT, "n_groups", "n_groups, top_groups: n_experts must be a multiple of n_groups, top_groups at most n_groups, and they must hold top_k experts") \
     X(MOE_E_TOP_K_MIN, ARGUMENT, "top_k_min", "top_k_min: must be at most top_k")                            \
     X(MOE_E_ROUTER_GAIN, ARGUMENT, "router_gain", "router_gain: must be finite and above 0")                 \
     X(MOE_E_JITTER, ARGUMENT, "jitter", "jitter: must be in [0, 1)")                                         \
@@ -179,14 +178,13 @@ typedef enum moe_kind {
     X(MOE_E_WEIGHT_SCALE, ARGUMENT, "weight_scale", "weight_scale: must be finite and above 0")              \
     X(MOE_E_TEMPERATURE_END, ARGUMENT, "temperature_end", "temperature_end: must be finite and above 0, or 0, and needs schedule_steps") \
     X(MOE_E_MASK_JITTER, ARGUMENT, "mask_jitter", "mask_jitter: must be finite and above 0")                 \
-    X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be in (0, 1]")                                            \
-    X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite, or MOE_OFF")                       \
+    X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be 0 to 1")                              \
+    X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite (and every expert's own), or in a desc MOE_OFF") \
     X(MOE_E_SINKHORN, ARGUMENT, "sinkhorn_epsilon", "sinkhorn_epsilon: must be finite and above 0")          \
     X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1]")                                \
     X(MOE_E_EXPERT_DROP, ARGUMENT, "expert_drop", "expert_drop: must be in [0, 1)")                          \
     X(MOE_E_CAPACITY_FACTOR_EVAL, ARGUMENT, "capacity_factor_eval", "capacity_factor_eval: must be finite and above 0, or 0, or MOE_OFF") \
     X(MOE_E_ROBUST_TAU, ARGUMENT, "robust_tau", "robust_tau: must be finite and above 0")                    \
-    X(MOE_E_AUCTION_TOKENS, ARGUMENT, "n_tokens", "n_tokens: must be a multiple of n_experts for select = auction in training") \
     X(MOE_E_NULL_EXPERTS, ARGUMENT, "experts", "experts: score = subspace needs side.experts (a layer sets it)") \
     X(MOE_E_SYSTEM, ARGUMENT, "system", "system: the table of systems has no row of this name")              \
     X(MOE_E_FIELD, ARGUMENT, "field", "field: moe_desc has no such field")                                   \
@@ -209,8 +207,6 @@ typedef enum moe_kind {
     X(MOE_E_INDEX_TWICE, ARGUMENT, "index", "index: a token selects the same expert twice")                  \
     X(MOE_E_GROUPS, ARGUMENT, "n_groups", "n_groups: must be 1 to 256 and divide n_experts")                  \
     X(MOE_E_TOP_GROUPS, ARGUMENT, "top_groups", "top_groups: must be 1 to n_groups, and their experts at least top_k") \
-    X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite, and so must every expert's own")   \
-    X(MOE_E_TOP_P, ARGUMENT, "p", "p: must be 0 to 1")                                                       \
     X(MOE_E_CAPACITY, ARGUMENT, "capacity", "capacity: must be at least 1")                                  \
     X(MOE_E_SLOTS, ARGUMENT, "slots", "slots: every expert may take the same token, so at least n_experts")  \
     X(MOE_E_ITERATIONS, ARGUMENT, "iterations", "iterations: must be at least 1")                            \
@@ -3925,7 +3921,7 @@ static moe_status moe__select_sinkhorn(const moe__job *j) {
 static moe_status moe__select_auction(const moe__job *j) {
     size_t T = j->t->n_tokens, E = j->dims->E;
     if (!j->m->now.training) return moe_topk(T, E, 1, j->m->seen, j->t->index, NULL);
-    if (T % E) return MOE_E_AUCTION_TOKENS;
+    if (T % E) return MOE_E_UNEVEN;
     return moe_auction(T, E, j->m->seen, j->t->index, j->m->scratch, j->m->scratch_bytes);
 }
 /* Room for the selections over a batch of up to n tokens. */
@@ -5810,9 +5806,9 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
     if (d->n_codes && (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special)) return MOE_E_N_CODES;
     if (d->soft_slots != 1 && !soft) return MOE_E_SOFT_SLOTS;
     if (d->soft_slots > ((size_t)1 << 20) / d->n_experts) return MOE_E_SOFT_SLOTS;
-    if (d->n_groups > d->n_experts || d->n_experts % d->n_groups || d->top_groups > d->n_groups ||
-        (d->select == MOE_SELECT_GROUPS && d->top_k > d->top_groups * (d->n_experts / d->n_groups)))
-        return MOE_E_GROUPS;
+    if (d->n_groups > 256 || d->n_experts % d->n_groups) return MOE_E_GROUPS;
+    if (d->top_groups > d->n_groups || (d->select == MOE_SELECT_GROUPS && d->top_k > d->top_groups * (d->n_experts / d->n_groups)))
+        return MOE_E_TOP_GROUPS;
     if (d->top_k_min > d->top_k) return MOE_E_TOP_K_MIN;
     if (d->k_schedule != MOE_SCHEDULE_NONE && !d->schedule_steps) return MOE_E_K_SCHEDULE;
     if (d->temperature_end != 0.0f && (!d->schedule_steps || !moe__temperature_ok(d->temperature_end))) return MOE_E_TEMPERATURE_END;
@@ -6294,7 +6290,7 @@ static moe_status moe__route(const moe_desc *d, const float *router, const float
     if (d->score == MOE_SCORE_SUBSPACE && !t->side.experts) return MOE_E_NULL_EXPERTS;
     j.router = router;
     moe__now_begin(&j);
-    if (d->select == MOE_SELECT_AUCTION && j.m->now.training && n % d->n_experts) return MOE_E_AUCTION_TOKENS;
+    if (d->select == MOE_SELECT_AUCTION && j.m->now.training && n % d->n_experts) return MOE_E_UNEVEN;
     /* the common case in one pass over the tokens; what prepares over the whole batch needs all of them first */
     int one_pass = j.m->xr == j.m->xp && moe__latents[d->score].act == MOE__RAW && d->noise != MOE_NOISE_LEARNED;
     if (!one_pass) moe__run_blocks(&j, moe__task_tokens, &j);

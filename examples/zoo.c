@@ -464,7 +464,8 @@ static void try_layer(const config *o, const moe_system *row, const moe_desc *de
     net *m = net_new(o, desc, o->batch);
     for (size_t i = 0; i < o->batch; i++) net_take(m, i, &data->train[0], i);
     moe_status s = moe_forward(m->moe, m->x, o->batch * T, m->y);
-    if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
+    if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER)
+        args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     net_free(m);
 }
 

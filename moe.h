@@ -28,7 +28,7 @@
  *
  *     declarations: configuration, status, types, arrays, routes and tape, layer, files
  *     implementation: platform, memory, random, kernels, dispatch, threads, score, gate, select, routes,
- *         experts, combine, losses, optimiser, health, layer, systems, files
+ *         experts, combine, losses, controllers, optimiser, health, layer, systems, files
  *
  * Calls go only upward in the implementation: a section may call those above it.
  *
@@ -133,6 +133,41 @@ typedef enum moe_kind {
     X(MOE_E_NULL_INDEX, ARGUMENT, "index", "index: must not be NULL")                                        \
     X(MOE_E_NULL_WEIGHT, ARGUMENT, "weight", "weight: must not be NULL")                                     \
     X(MOE_E_NULL_LOAD, ARGUMENT, "load", "load: must not be NULL")                                           \
+    X(MOE_E_NULL_MEAN, ARGUMENT, "mean", "mean: must not be NULL")                                           \
+    X(MOE_E_NULL_ROUTER, ARGUMENT, "router", "router: must not be NULL")                                     \
+    X(MOE_E_NULL_TEACHER, ARGUMENT, "teacher", "teacher: must not be NULL")                                  \
+    X(MOE_E_NULL_OUTPUTS, ARGUMENT, "outputs", "outputs: must not be NULL")                                  \
+    X(MOE_E_NULL_NOISE, ARGUMENT, "std", "std, threshold: must not be NULL")                                 \
+    X(MOE_E_NULL_LATENT, ARGUMENT, "latent", "latent: must not be NULL")                                     \
+    X(MOE_E_NULL_CODEBOOK, ARGUMENT, "codebook", "codebook: must not be NULL")                               \
+    X(MOE_E_NULL_MATRIX, ARGUMENT, "matrix", "matrix: must not be NULL")                                     \
+    X(MOE_E_NAN_PROB, NUMBER, "prob", "prob: NaN or infinite")                                               \
+    X(MOE_E_NAN_MEAN, NUMBER, "mean", "mean: every mean must be finite and at least 0")                      \
+    X(MOE_E_NAN_SCORES, NUMBER, "scores", "scores: NaN or infinite (or negative, where they are shares of a sum)")\
+    X(MOE_E_NAN_ROUTER, NUMBER, "router", "router: NaN or infinite")                                         \
+    X(MOE_E_NAN_MATRIX, NUMBER, "matrix", "matrix: NaN or infinite")                                         \
+    X(MOE_E_NAN_OUTPUTS, NUMBER, "outputs", "outputs: NaN or infinite")                                      \
+    X(MOE_E_NAN_LATENT, NUMBER, "latent", "latent: NaN or infinite")                                         \
+    X(MOE_E_NAN_CODEBOOK, NUMBER, "codebook", "codebook: NaN or infinite")                                   \
+    X(MOE_E_NOISE_VALUE, NUMBER, "std", "std, threshold: a standard deviation must be finite and above 0, a threshold finite")\
+    X(MOE_E_TEACHER, ARGUMENT, "teacher", "teacher: an expert index is not below n_experts")                 \
+    X(MOE_E_CODE, ARGUMENT, "index", "index: the code of a token is not below n_codes")                      \
+    X(MOE_E_N_DEVICES, ARGUMENT, "n_devices", "n_devices: must be at least 1 and divide n_experts")          \
+    X(MOE_E_DEVICE_LIMIT, ARGUMENT, "device_limit", "device_limit: the devices that a token may use must be 1 to n_devices")\
+    X(MOE_E_HOME, ARGUMENT, "home", "home: must be below n_devices")                                         \
+    X(MOE_E_SMOOTHING, ARGUMENT, "smoothing", "smoothing: must be above 0 and below 1")                      \
+    X(MOE_E_SEQUENCE, ARGUMENT, "sequence", "sequence: its length must be at least 1")                       \
+    X(MOE_E_COMMITMENT, ARGUMENT, "commitment", "commitment: must be finite and at least 0")                 \
+    X(MOE_E_LOSS_STAGE, SUPPORT, "loss", "loss: the layer lacks what one that is on needs; its own function takes it as an argument") \
+    X(MOE_E_NULL_CONTROL, ARGUMENT, "control", "control: must not be NULL, and must be initialised")         \
+    X(MOE_E_NULL_INPUT, ARGUMENT, "input", "input: must not be NULL")                                        \
+    X(MOE_E_CONTROL, ARGUMENT, "control", "control: not a moe_control_kind")                                 \
+    X(MOE_E_RATE, ARGUMENT, "rate", "rate: must be finite and at least 0 (a factor: at least 1)")            \
+    X(MOE_E_DAMPING, ARGUMENT, "damping", "damping: must be finite and at least 0 (a decay: at most 1)")     \
+    X(MOE_E_BOUNDS, ARGUMENT, "low", "low, high: must be finite, and bounds of a coefficient 0 < low <= high")\
+    X(MOE_E_SPARSITY, ARGUMENT, "sparsity", "sparsity: must be in [0, 1]")                                   \
+    X(MOE_E_DROP_RATE, ARGUMENT, "drop_rate", "drop_rate: must be in [0, 1]")                                \
+    X(MOE_E_SCHEDULE, ARGUMENT, "schedule", "schedule: not a moe_schedule_kind")                             \
     X(MOE_E_NULL_NAME, ARGUMENT, "name", "name: must not be NULL")                                           \
     X(MOE_E_NULL_PATH, ARGUMENT, "path", "path: must not be NULL")                                           \
     X(MOE_E_NULL_BYTES, ARGUMENT, "bytes", "bytes: must not be NULL")                                        \
@@ -152,7 +187,6 @@ typedef enum moe_kind {
     X(MOE_E_CAPACITY_FACTOR, ARGUMENT, "capacity_factor", "capacity_factor: must be finite and above 0, or MOE_OFF") \
     X(MOE_E_COMBINE, ARGUMENT, "combine", "combine: not a moe_combine_kind")                                 \
     X(MOE_E_NOISE, ARGUMENT, "noise", "noise: not a moe_noise_kind")                                         \
-    X(MOE_E_K_SCHEDULE, ARGUMENT, "k_schedule", "k_schedule: not a moe_schedule_kind, or one without schedule_steps") \
     X(MOE_E_ROUTER_INIT, ARGUMENT, "router_init", "router_init: not a moe_init_kind")                        \
     X(MOE_E_ROUTE_SEQUENCE, ARGUMENT, "route_sequence", "route_sequence: must be MOE_DEFAULT, MOE_ON or MOE_OFF, and on for combine = merge") \
     X(MOE_E_FREEZE_ROUTER, ARGUMENT, "freeze_router", "freeze_router: must be MOE_DEFAULT, MOE_ON or MOE_OFF") \
@@ -171,7 +205,7 @@ typedef enum moe_kind {
     X(MOE_E_SELECT_COMBINE, ARGUMENT, "select", "select: combine = soft and merge go with all experts and gate = softmax only") \
     X(MOE_E_N_CODES, ARGUMENT, "n_codes", "n_codes: must be 0 or at least n_experts, with combine = sum, no noise on x and no special experts") \
     X(MOE_E_SOFT_SLOTS, ARGUMENT, "soft_slots", "soft_slots: must be 1 unless combine = soft, and E times it at most 1048576") \
-    X(MOE_E_TOP_K_MIN, ARGUMENT, "top_k_min", "top_k_min: must be at most top_k")                            \
+    X(MOE_E_TOP_K_MIN, ARGUMENT, "top_k_min", "top_k_min: must be at most top_k, and needs schedule_steps")  \
     X(MOE_E_ROUTER_GAIN, ARGUMENT, "router_gain", "router_gain: must be finite and above 0")                 \
     X(MOE_E_JITTER, ARGUMENT, "jitter", "jitter: must be in [0, 1)")                                         \
     X(MOE_E_NOISE_STD, ARGUMENT, "noise_std", "noise_std: must be finite and above 0")                       \
@@ -185,6 +219,9 @@ typedef enum moe_kind {
     X(MOE_E_EXPERT_DROP, ARGUMENT, "expert_drop", "expert_drop: must be in [0, 1)")                          \
     X(MOE_E_CAPACITY_FACTOR_EVAL, ARGUMENT, "capacity_factor_eval", "capacity_factor_eval: must be finite and above 0, or 0, or MOE_OFF") \
     X(MOE_E_ROBUST_TAU, ARGUMENT, "robust_tau", "robust_tau: must be finite and above 0")                    \
+    X(MOE_E_CONTROLLER, ARGUMENT, "controller", "controller: not a moe_control_kind, or one whose loss, gate or capacity is not on: relu-lambda needs gate = relu and loss.relu-l1, adaptive needs loss.switch") \
+    X(MOE_E_CONTROLLER_RATE, ARGUMENT, "controller_rate", "controller_rate: must be finite and above 0")     \
+    X(MOE_E_CONTROLLER_DAMPING, ARGUMENT, "controller_damping", "controller_damping: must be finite and above 0, or MOE_OFF") \
     X(MOE_E_NULL_EXPERTS, ARGUMENT, "experts", "experts: score = subspace needs side.experts (a layer sets it)") \
     X(MOE_E_SYSTEM, ARGUMENT, "system", "system: the table of systems has no row of this name")              \
     X(MOE_E_FIELD, ARGUMENT, "field", "field: moe_desc has no such field")                                   \
@@ -215,8 +252,6 @@ typedef enum moe_kind {
     X(MOE_E_TRIM, ARGUMENT, "trim", "trim: must be at least 0 and below 0.5")                                \
     X(MOE_E_AGGREGATE, ARGUMENT, "kind", "kind: not a moe_aggregate_kind")                                   \
     X(MOE_E_NO_OUTPUTS, ARGUMENT, "outputs", "outputs: none to combine")                                     \
-    X(MOE_E_NULL_OUTPUTS, ARGUMENT, "outputs", "outputs: neither they nor one of them may be NULL")          \
-    X(MOE_E_NAN_OUTPUTS, NUMBER, "outputs", "outputs: NaN or infinite")                                      \
     X(MOE_E_ISA, SUPPORT, "isa", "isa: this processor, operating system or build does not have it")          \
     X(MOE_E_NAME, ARGUMENT, "name", "name: no such tensor")                                                  \
     X(MOE_E_PART, ARGUMENT, "part", "part: not a moe_part, or one that this optimizer has not")              \
@@ -326,12 +361,11 @@ typedef enum moe_combine_kind { /* expert outputs -> y */
     MOE__COMBINE_COUNT
 } moe_combine_kind;
 
-typedef enum moe_schedule_kind { /* how k goes from top_k_min to top_k in schedule_steps */
+typedef enum moe_schedule_kind { /* from one value to another in a number of steps */
     MOE_SCHEDULE_DEFAULT,
-    MOE_SCHEDULE_NONE,
     MOE_SCHEDULE_LINEAR,
-    MOE_SCHEDULE_EXPONENTIAL,
-    MOE_SCHEDULE_COSINE,
+    MOE_SCHEDULE_EXPONENTIAL, /* from * (to / from)^share */
+    MOE_SCHEDULE_COSINE,      /* half a cosine */
     MOE__SCHEDULE_COUNT
 } moe_schedule_kind;
 
@@ -363,11 +397,48 @@ typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d)
     MOE__EXPERT_COUNT
 } moe_expert_kind;
 
-typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used */
-    MOE_LOSS_SWITCH, /* E * sum_e f_e P_e, as in Switch / GShard [C] */
-    MOE_LOSS_Z,      /* mean_t (logsumexp z_t)^2, as in ST-MoE [C] */
+typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used; moe_loss_info says more */
+    MOE_LOSS_SWITCH,      /* even load: E * sum_e f_e P_e, as in Switch / GShard [C] */
+    MOE_LOSS_Z,           /* small logits: mean_t (logsumexp z_t)^2, as in ST-MoE [C] */
+    MOE_LOSS_IMPORTANCE,  /* CV^2 of the mean probabilities P */
+    MOE_LOSS_IMPORTANCE_SELECTED, /* CV^2 of the sums of the selected weights */
+    MOE_LOSS_LOAD,        /* CV^2 of the probability, over the noise, of being selected */
+    MOE_LOSS_ENTROPY,     /* -(mean entropy of a token): a token spreads over the experts */
+    MOE_LOSS_CERTAINTY,   /* +(mean entropy of a token): a token is sure of its expert */
+    MOE_LOSS_KL_UNIFORM,  /* KL(P || uniform) = ln E - entropy of P */
+    MOE_LOSS_KL_REVERSE,  /* KL(uniform || P): strong on dead experts */
+    MOE_LOSS_MUTUAL_INFORMATION, /* -(entropy of P - mean entropy of a token) */
+    MOE_LOSS_L2_UNIFORM,  /* sum_e (P_e - 1/E)^2 */
+    MOE_LOSS_SEQUENCE,    /* switch in each sequence, on shares of the scores */
+    MOE_LOSS_DEVICE,      /* switch between devices: groups of experts */
+    MOE_LOSS_COMMUNICATION, /* the same, of the tokens that a device receives */
+    MOE_LOSS_LOCALITY,    /* KL(shares of the devices || nearly all at home) */
+    MOE_LOSS_RELU_L1,     /* sparsity of a ReLU gate, the busy experts first */
+    MOE_LOSS_VARIANCE,    /* -(variance of the scores over the tokens) */
+    MOE_LOSS_ORACLE,      /* cross entropy to a teacher's choice */
+    MOE_LOSS_SIMBAL,      /* sum abs(R^T R - I) of the router */
+    MOE_LOSS_DIVERSE_SIMPLE, /* norm of R^T R - I, and mean norm of the router's columns */
+    MOE_LOSS_PROTOTYPE_ORTHOGONALITY, /* squared norm of C^T C - I, C the router's columns at unit length */
+    MOE_LOSS_PROTOTYPE_DIVERSITY, /* mean exp(2 cos - 2) between two prototypes */
+    MOE_LOSS_PROTOTYPE_ALIGNMENT, /* 1 - mean cos of a latent token and its prototypes */
+    MOE_LOSS_LATENT_KL,   /* KL(q || N(0, I)) of a variational latent */
+    MOE_LOSS_REDUNDANCY,  /* mean relu(cos) between the logits of two experts */
+    MOE_LOSS_OUTPUT_ORTHOGONALITY, /* projections of a token's expert outputs on each other */
+    MOE_LOSS_ORTHONORMAL, /* squared norm of V^T V - I of an expert's basis V */
+    MOE_LOSS_CODEBOOK,    /* codes to tokens, tokens to codes */
     MOE_LOSS_COUNT
 } moe_loss_kind;
+
+typedef enum moe_control_kind { /* balancing without a gradient */
+    MOE_CONTROL_NONE,
+    MOE_CONTROL_BIAS,        /* bias against the sign of the overload, as in DeepSeek's loss-free balancing [C] */
+    MOE_CONTROL_QUANTILE,    /* bias at which an expert's share of tokens would win, as in quantile balancing [C] */
+    MOE_CONTROL_ID,          /* integral and derivative of the relative error of the load [P] */
+    MOE_CONTROL_RELU_LAMBDA, /* coefficient of relu-l1 towards a sparsity, as in ReMoE [C] */
+    MOE_CONTROL_ADAPTIVE,    /* coefficient that follows the drop rate, after Skywork-MoE [K] */
+    MOE_CONTROL_USAGE_BOOST, /* bias for experts whose average usage is low [C] */
+    MOE_CONTROL_COUNT
+} moe_control_kind;
 
 typedef enum moe_optimizer_kind {
     MOE_OPTIMIZER_DEFAULT,
@@ -420,13 +491,13 @@ typedef struct moe_desc {
     float temperature;     /* of the gate; higher is softer; 0 = 1 */
     int learn_temperature; /* the gate's is a parameter ("router.log_scale" = -log temperature) that begins at `temperature`; prob, and
                               with it the losses, keep `temperature`; default off */
-    float temperature_end; /* temperature goes there in a straight line over schedule_steps; 0 = stays */
+    float temperature_end; /* temperature goes there in schedule_steps; 0 = stays */
     float mask_jitter;     /* SparseMixer masks logits further below the highest than 2 * mask_jitter of it; 0 = 0.1 */
     /* select */
     moe_select_kind select; /* default top-k */
-    size_t top_k_min;       /* where the schedule of k begins; 0 = top_k */
-    moe_schedule_kind k_schedule; /* default none */
-    uint64_t schedule_steps;      /* of k and temperature */
+    size_t top_k_min;       /* in training k goes from here to top_k in schedule_steps; 0 = top_k */
+    moe_schedule_kind schedule; /* of k and temperature; default linear */
+    uint64_t schedule_steps;
     uint64_t random_steps;        /* routing is uniformly random for this many steps (warm-up) */
     size_t n_groups, top_groups;  /* 0 = 1, 1 */
     float top_p;                  /* 0 = 0.4 */
@@ -450,7 +521,10 @@ typedef struct moe_desc {
     size_t soft_slots;      /* slots of an expert, for combine = soft; 0 = 1 */
     float robust_tau;       /* 0 = 1 */
     size_t n_codes;         /* > 0: y = g_0 y + g_1 LN(f_e(LN(q))), q the nearest of n_codes codes, e = code % E, g = softmax(x G): VQMoE [C] */
-    float loss[MOE_LOSS_COUNT];
+    /* balance */
+    float loss[MOE_LOSS_COUNT];  /* coefficients; 0 or MOE_OFF = not used */
+    moe_control_kind controller; /* default none; moe_step runs it on the loads of the backward calls since the last step */
+    float controller_rate, controller_damping; /* of moe_control; 0 = the published ones */
     /* training */
     int training; /* MOE_OFF: no gradients, no optimiser state; default on */
     moe_optimizer_kind optimizer; /* default AdamW */
@@ -491,6 +565,13 @@ MOE_API const char *moe_order_name(moe_order_kind v);
 MOE_API const char *moe_expert_name(moe_expert_kind v);
 MOE_API const char *moe_loss_name(moe_loss_kind v);
 MOE_API const char *moe_optimizer_name(moe_optimizer_kind v);
+/* A row of the tables of losses and of controllers in docs/math.md. */
+typedef struct moe_info {
+    const char *name, *formula, *source;
+    const char *mark;  /* how sure the source is: "P" paper, "C" code, "S" summary, "K" general knowledge, "D" derived here */
+    float coefficient; /* the usual one; 0 = none is known */
+} moe_info;
+MOE_API const moe_info *moe_loss_info(moe_loss_kind v); /* static storage; NULL past the end */
 MOE_API const char *moe_isa_name(moe_isa v);
 MOE_API const char *moe_noise_name(moe_noise_kind v);
 MOE_API const char *moe_combine_name(moe_combine_kind v);
@@ -624,13 +705,151 @@ MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, co
                                  void *scratch, size_t scratch_bytes);
 MOE_API moe_status moe_aggregate_scratch(size_t n, size_t d, size_t *bytes);
 
-/* Auxiliary losses: the value, unweighted, into *value (may be NULL), and coefficient * gradient added to
- * d_logits (T, E) (may be NULL). prob (T, E) = softmax of the logits; load (E) = tokens an expert was
- * selected by (summed over micro-batches or ranks if you wish); the load is a constant in the gradient. */
+/* Auxiliary losses: the value, unweighted, into *value (may be NULL), and coefficient * gradient added to the arrays d_...
+ * (each may be NULL). prob (T, E) = softmax of the logits / temperature, and d_logits is by the logits; where a loss takes
+ * scores (T, E), those of any gate, d_scores is by them, and the gate's own backward follows.
+ *
+ * Some read statistics of the batch, which you make first and may sum (a mean: average) over micro-batches or ranks: then
+ * every part is balanced for the whole. load (E) = tokens that selected an expert (moe_routes.load); the other statistics
+ * have a function here. Counts are constant in the gradient; through a mean it flows, as if this batch were all of it. */
+
+/* mean (E) = mean over the tokens of prob or of scores (T, E). */
+MOE_API moe_status moe_mean_scores(size_t n_tokens, size_t n_experts, const float *scores, double *mean);
+/* mean (E) = sum of the selected weights (T, k) of an expert, divided by T. A negative index is no choice. */
+MOE_API moe_status moe_mean_weights(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const float *weight, double *mean);
+/* load (number of sequences, E): selections in each run of `sequence` tokens; the last run may be shorter. */
+MOE_API moe_status moe_sequence_load(size_t n_tokens, size_t n_experts, size_t k, size_t sequence, const int32_t *index, uint64_t *load);
+/* Experts stand on devices in equal blocks: expert e on device e / (E / n_devices). out (n_devices): selections of a
+ * device's experts; its tokens (each once); its share of the mean probability. */
+MOE_API moe_status moe_device_load(size_t n_experts, size_t n_devices, const uint64_t *load, uint64_t *out);
+MOE_API moe_status moe_device_tokens(size_t n_tokens, size_t n_experts, size_t n_devices, size_t k, const int32_t *index, uint64_t *out);
+MOE_API moe_status moe_device_prob(size_t n_experts, size_t n_devices, const double *mean, double *out);
+/* mean (E) of the probability, over the noise, of being selected: Phi((logits - threshold) / std), all (T, E). */
+MOE_API moe_status moe_mean_selection(size_t n_tokens, size_t n_experts, const float *logits, const float *std,
+                                      const float *threshold, double *mean);
+/* teacher (T): the expert with the least task loss, given (T, E) in `scores`; ties go to the lowest index. */
+MOE_API moe_status moe_teacher_best(size_t n_tokens, size_t n_experts, const float *scores, int32_t *teacher);
+
+/* The load: E * sum_e f_e P_e, f = shares of the load. Summed over micro-batches, with each one's coefficient divided by
+ * their number, the gradients are those of one large batch (global-batch balance). */
 MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
                                    const uint64_t *load, float coefficient, double *value, float *d_logits);
+/* The same between devices, and with the tokens that each receives: device_load from moe_device_load; device_tokens from
+ * moe_device_tokens over `counted` tokens, of which each may use device_limit devices. */
+MOE_API moe_status moe_loss_device(size_t n_tokens, size_t n_experts, size_t n_devices, float temperature, const float *prob,
+                                   const uint64_t *device_load, float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_communication(size_t n_tokens, size_t n_experts, size_t n_devices, size_t device_limit, float temperature,
+                                          const float *prob, const uint64_t *device_tokens, uint64_t counted, float coefficient,
+                                          double *value, float *d_logits);
+/* The same in each sequence, on shares of scores that are at least 0 (softmax, sigmoid, ReLU): load from moe_sequence_load. */
+MOE_API moe_status moe_loss_sequence(size_t n_tokens, size_t n_experts, size_t sequence, const float *scores, const uint64_t *load,
+                                     float coefficient, double *value, float *d_scores);
+/* All tokens of the call are at device `home`: KL of where their probability goes (device_prob from moe_device_prob) from
+ * 1 - smoothing at home and the rest even elsewhere. */
+MOE_API moe_status moe_loss_locality(size_t n_tokens, size_t n_experts, size_t n_devices, size_t home, float smoothing, float temperature,
+                                     const float *prob, const double *device_prob, float coefficient, double *value, float *d_logits);
+/* The mean probabilities P, mean (E) from moe_mean_scores(prob): CV^2; KL from and to uniform; squared distance to uniform;
+ * -(entropy of P - mean entropy of a token). */
+MOE_API moe_status moe_loss_importance(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_kl_uniform(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_kl_reverse(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_l2_uniform(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const double *mean,
+                                       float coefficient, double *value, float *d_logits);
+MOE_API moe_status moe_loss_mutual_information(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
+                                               const double *mean, float coefficient, double *value, float *d_logits);
+/* Each token alone: its entropy (its negative as a loss, and itself), cross entropy to teacher (T), negative = none. */
+MOE_API moe_status moe_loss_entropy(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits);
+MOE_API moe_status moe_loss_certainty(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                      double *value, float *d_logits);
+MOE_API moe_status moe_loss_oracle(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const int32_t *teacher,
+                                   float coefficient, double *value, float *d_logits);
+/* The logits: mean (logsumexp)^2; mean relu(cos) between the columns of two experts. */
 MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
                               double *value, float *d_logits);
+MOE_API moe_status moe_loss_redundancy(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
+                                       double *value, float *d_logits);
+/* Noisy top-k: CV^2 of mean (E) from moe_mean_selection. d_threshold NULL: the threshold is constant. */
+MOE_API moe_status moe_loss_load(size_t n_tokens, size_t n_experts, const float *logits, const float *std, const float *threshold,
+                                 const double *mean, float coefficient, double *value, float *d_logits, float *d_std,
+                                 float *d_threshold);
+/* The weights of the selected (T, k): CV^2 of mean (E) from moe_mean_weights. */
+MOE_API moe_status moe_loss_importance_selected(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const double *mean,
+                                                float coefficient, double *value, float *d_weight);
+/* Scores: -(sum over experts of the variance over tokens), mean (E) from moe_mean_scores(scores); E sum_e f_e mean_t
+ * max(0, s_te), f_e = load_e / (k * counted), load over `counted` tokens (of a ReLU gate d_scores is by its logits too). */
+MOE_API moe_status moe_loss_variance(size_t n_tokens, size_t n_experts, const float *scores, const double *mean, float coefficient,
+                                     double *value, float *d_scores);
+MOE_API moe_status moe_loss_relu_l1(size_t n_tokens, size_t n_experts, size_t k, const float *scores, const uint64_t *load,
+                                    uint64_t counted, float coefficient, double *value, float *d_scores);
+/* The router's or the prototypes' columns, (d, E): sum abs(R^T R - I); its Frobenius norm + mean norm of a column; the
+ * squared norm with columns at unit length; mean exp(2 cos - 2) of two different columns. A column of zeros has no angle. */
+MOE_API moe_status moe_loss_simbal(size_t d, size_t n_experts, const float *router, float coefficient, double *value, float *d_router);
+MOE_API moe_status moe_loss_diverse_simple(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                           float *d_router);
+MOE_API moe_status moe_loss_prototype_orthogonality(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                    float *d_router);
+MOE_API moe_status moe_loss_prototype_diversity(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                float *d_router);
+/* Squared norm of V^T V - I, V (rows, cols). */
+MOE_API moe_status moe_loss_orthonormal(size_t rows, size_t cols, const float *matrix, float coefficient, double *value, float *d_matrix);
+/* Latent tokens (T, d): mean of 1 - cos with the prototypes (d, E) that index (T, k) selects; KL of N(latent, exp(log_var))
+ * from N(0, I). */
+MOE_API moe_status moe_loss_prototype_alignment(size_t n_tokens, size_t d, size_t n_experts, size_t k, const float *latent,
+                                                const float *router, const int32_t *index, float coefficient, double *value,
+                                                float *d_latent, float *d_router);
+MOE_API moe_status moe_loss_latent_kl(size_t n_tokens, size_t d, const float *latent, const float *log_var, float coefficient,
+                                      double *value, float *d_latent, float *d_log_var);
+/* Outputs (T, k, d) of a token's experts: mean_t of sum over j != l of <o_j, o_l>^2 / <o_l, o_l>. */
+MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size_t d, const float *outputs, float coefficient,
+                                                 double *value, float *d_outputs);
+/* Tokens x (T, d) and their codes index (T) (negative = none) of codebook (n_codes, d): mean over them of |C - sg x|^2 +
+ * commitment |sg C - x|^2, sg = without gradient; commitment is usually 0.25. */
+MOE_API moe_status moe_loss_codebook(size_t n_tokens, size_t d, size_t n_codes, const float *x, const float *codebook,
+                                     const int32_t *index, float commitment, float coefficient, double *value, float *dx,
+                                     float *d_codebook);
+
+/* Controllers balance without a gradient. After a step they read its statistics (loads may be summed over micro-batches or
+ * ranks) and move a bias (E) or a coefficient. The bias is added to the scores for the selection only: weights come from
+ * the scores without it, and no gradient reaches it. All state is `state`, plain floats, to be saved and restored. */
+typedef struct moe_control {
+    moe_control_kind kind;
+    size_t n_experts;
+    /* yours to change after moe_control_init; the defaults are the published ones (docs/math.md) */
+    float rate;    /* bias: u; id: Ki; relu-lambda: the factor; adaptive: xi; usage-boost: the boost */
+    float damping; /* id: Kd; adaptive, usage-boost: decay of the average */
+    float low, high; /* relu-lambda: bounds of the coefficient; adaptive: high, its cap; usage-boost: low, the usage below which */
+    /* state; what a kind does not have is NULL */
+    float *state; size_t n_state;
+    float *coefficient;           /* (1) */
+    float *bias, *error, *usage;  /* (E): usage in units of the even load */
+} moe_control;
+typedef struct moe_control_input {
+    const uint64_t *load;         /* (E): bias, id, usage-boost */
+    const float *scores;          /* (n_tokens, E), without the bias: quantile */
+    size_t n_tokens, top_k;       /* quantile; relu-lambda: top_k */
+    double sparsity;              /* share of the scores that are 0: relu-lambda */
+    double drop_rate;             /* dropped / selected: adaptive */
+    void *scratch; size_t scratch_bytes; void *alloc_context; /* quantile; scratch NULL = the library allocates */
+} moe_control_input;
+MOE_API moe_status moe_control_size(moe_control_kind kind, size_t n_experts, size_t *bytes);
+/* The memory stays yours. */
+MOE_API moe_status moe_control_init(moe_control *c, moe_control_kind kind, size_t n_experts, void *memory, size_t bytes);
+MOE_API moe_status moe_control_scratch(const moe_control *c, size_t n_tokens, size_t *bytes);
+/* One step. A load of zeros, or no tokens, changes nothing; neither does an error. */
+MOE_API moe_status moe_control_step(moe_control *c, const moe_control_input *in);
+MOE_API const char *moe_control_name(moe_control_kind v);
+MOE_API const moe_info *moe_control_info(moe_control_kind v); /* coefficient: the usual rate */
+
+/* From `from` at step 0 to `to` at step `total` and later. */
+MOE_API moe_status moe_schedule_k(moe_schedule_kind kind, uint64_t step, uint64_t total, size_t from, size_t to, size_t *k);
+MOE_API moe_status moe_schedule_temperature(moe_schedule_kind kind, uint64_t step, uint64_t total, float from, float to,
+                                            float *temperature);
+/* Share of tokens to route at random: 1 for `warmup` steps, then down to 0 in a line over `fade` steps. */
+MOE_API float moe_schedule_random(uint64_t step, uint64_t warmup, uint64_t fade);
 
 /* Optimisers on n floats; an array without weight decay (a bias) takes weight_decay = MOE_OFF. */
 typedef struct moe_optimizer_args {
@@ -687,6 +906,9 @@ typedef struct moe_side {
     const uint32_t *id; /* (n) token ids for score = hash; NULL = positions in the sequence */
     const float *previous;                    /* (n, E) logits of the layer before, for desc.residual; NULL = zeros */
     float *d_previous;                        /* (n, E) += its gradient; may be NULL */
+    const int32_t *teacher;                   /* (n) the expert that loss.oracle wants, negative = none */
+    const uint64_t *load; uint64_t counted;   /* (E) the loads that the losses see and how many tokens they count, summed over
+                                                 micro-batches or ranks; NULL, 0 = this batch's own */
     const float *bias;                        /* (E) added to what the selection sees, never to weights (a layer sets it); NULL = none */
     const float *experts; float *d_experts;   /* score = subspace: the experts' parameters and gradients (a layer sets them) */
 } moe_side;
@@ -699,7 +921,7 @@ typedef struct moe_tape {
     float *logits;  /* (T, E), noise included */
     float *scores;  /* (T, E): softmax, sigmoid or relu of the logits, by the gate; the logits for MOE_GATE_SOFTMAX_SELECTED */
     float *prob;    /* (T, E): softmax(logits / temperature); the same as scores for MOE_GATE_SOFTMAX */
-    float *clean, *noise_std; /* (T, E) for MOE_NOISE_LEARNED: logits without noise, and its standard deviation; else NULL */
+    float *clean, *noise_std; /* (T, E) for Gaussian noise (learned or not): logits without it, and its deviation; else NULL */
     int32_t *index; /* (T, S): selected, before capacity; -1 = no choice */
     float *weight;  /* (T, S) */
     int dropped;    /* gating dropout: this forward's tokens stayed on their ranks */
@@ -797,6 +1019,10 @@ MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy,
 /* What the next moe_forward calls take as their tape's side; evaluate, top_k, temperature, id, previous and d_previous are yours
  * to set (and to clear). NULL for NULL. */
 MOE_API moe_side *moe_layer_side(moe_layer *m);
+/* The layer's controller, to read or to tune (its state is saved with the layer); and the loads (E) of the backward calls since
+ * the last step, to which those of other ranks may be added before moe_step. NULL for NULL. */
+MOE_API moe_control *moe_layer_control(moe_layer *m);
+MOE_API uint64_t *moe_layer_load(moe_layer *m);
 /* Pairwise similarity of all experts' outputs: mean over the n tokens of the mean cosine of two different experts [P, SimBal]. */
 MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes);
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m);   /* resolved; NULL for NULL */
@@ -818,6 +1044,7 @@ MOE_API moe_status moe_layer_scale_grads(moe_layer *m, float factor);
 /* Tensors by name, row-major. The router's, as far as the desc has them (h = d_router): "router" (d, E), or (h, E) behind a
  * projection, or (d, E soft_slots); "router.bias" (E); "router.proj" (d, h); "router.proj_bias" (h); "router.noise" (d, E);
  * "router.threshold" (E); "router.log_scale" (1); "router.residual" (E, E); "router.codebook" (n_codes, d); "router.branch" (d, 2);
+ * with a controller also "controller.state", which has no gradient and is not counted by moe_layer_tensors;
  * "experts.constant_gate" (n_constant, 2, d); "experts.constant" (n_constant, d). The experts': "experts.w1", "experts.wu" (G, d, f); "experts.w2" (G, f, d);
  * "experts.b1", "experts.bu" (G, f); "experts.b2" (G, d); G = n_experts + n_shared, the shared ones last. */
 typedef struct moe_tensor { const char *name; size_t n_dims, dim[3], count; } moe_tensor;
@@ -968,7 +1195,6 @@ MOE_API moe_kind moe_status_kind(moe_status s) {
 
 MOE__INLINE size_t moe__min(size_t a, size_t b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__max(size_t a, size_t b) { return a > b ? a : b; }
-MOE__INLINE uint64_t moe__min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 static int moe__mul(size_t a, size_t b, size_t *out) {
@@ -1275,6 +1501,7 @@ typedef struct moe__kernels {
     float (*lse)(size_t n, const float *x);
     float (*dot)(size_t n, const float *x, const float *y);
     void (*axpy)(size_t n, float a, const float *x, float *y); /* y = fma(a, x, y) */
+    void (*slope)(size_t n, float s, float scale, float mean, const float *c, const float *p, float *dz); /* dz += s p (scale c - mean) */
     void (*act[MOE__EXPERT_COUNT])(size_t rows, const float *z0, const float *z1, float *h);
     /* z -> dz, h -> w h in place; part[r * part_ld] = this panel's share of <h, dh> */
     void (*act_back[MOE__EXPERT_COUNT])(size_t rows, const float *w, float *z0, float *z1, float *h, const float *dh,
@@ -1858,6 +2085,16 @@ MOE__FN void MOE__S(moe__axpy_)(size_t n, float a, const float *x, float *y) {
     if (n) moe__v_store_n(y, n, moe__v_fma(s, moe__v_load_n(x, n, 0.0f), moe__v_load_n(y, n, 0.0f)));
 }
 
+/* The gradient of a loss with dL/dp = c through a softmax p: dz = fma(s p, fma(scale, c, -mean), dz). */
+MOE__FN void MOE__S(moe__slope_)(size_t n, float s, float scale, float mean, const float *c, const float *p, float *dz) {
+    moe__v sv = moe__v_set1(s), kv = moe__v_set1(scale), mv = moe__v_set1(-mean);
+    for (; n >= 16; n -= 16, c += 16, p += 16, dz += 16)
+        moe__v_store(dz, moe__v_fma(moe__v_mul(sv, moe__v_load(p)), moe__v_fma(moe__v_load(c), kv, mv), moe__v_load(dz)));
+    if (n)
+        moe__v_store_n(dz, n, moe__v_fma(moe__v_mul(sv, moe__v_load_n(p, n, 0.0f)), moe__v_fma(moe__v_load_n(c, n, 0.0f), kv, mv),
+                                         moe__v_load_n(dz, n, 0.0f)));
+}
+
 /* -- activations: value and derivative together -- */
 MOE__FI moe__v MOE__S(moe__relu_)(moe__v z, moe__v *slope) {
     moe__v zero = moe__v_set1(0.0f), one = moe__v_set1(1.0f);
@@ -2133,7 +2370,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
     {0 MOE__KERNEL_ROWS(MOE__NN_ENTRY)}, {0 MOE__KERNEL_ROWS(MOE__TN_ENTRY)},
     MOE__S(moe__transpose_),
     MOE__S(moe__map_exp_), MOE__S(moe__map_log_), MOE__S(moe__map_tanh_), MOE__S(moe__map_erf_),
-    MOE__S(moe__softmax_), MOE__S(moe__lse_), MOE__S(moe__dot_), MOE__S(moe__axpy_),
+    MOE__S(moe__softmax_), MOE__S(moe__lse_), MOE__S(moe__dot_), MOE__S(moe__axpy_), MOE__S(moe__slope_),
     {0, MOE__S(moe__relu_forward_), MOE__S(moe__gelu_forward_), MOE__S(moe__silu_forward_),
      MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_), MOE__S(moe__same_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
@@ -2607,7 +2844,7 @@ typedef struct moe__dims { /* what follows from a desc: a tape fits a desc if th
     size_t special, experts;   /* after all blocks the constant experts: gates (n, 2, d), vectors (n, d); the end */
     size_t ldo;                /* row of an expert's output */
     size_t at[MOE__R_COUNT + 1]; /* where the router's tensors begin in its block; the last: its length */
-    size_t score, gate, select, combine, noise, jitter, by_sequence, sequence, codes, constants, k, expert_kind; /* what else decides on the memory */
+    size_t score, gate, select, combine, noise, jitter, by_sequence, sequence, codes, constants, k, ranks, expert_kind, ortho_loss, output_loss; /* what else decides on the memory */
 } moe__dims;
 
 typedef struct moe__group { /* rows that one set of an expert's parameters computes */
@@ -2623,7 +2860,7 @@ typedef struct moe__group { /* rows that one set of an expert's parameters compu
 typedef struct moe__now { /* what holds for one forward and its backward */
     int training, random, local, skip; /* random warm-up; gating dropout: only experts of the token's rank, or none */
     size_t k, sequence;                /* choices of a token; tokens of a sequence */
-    float inv_t, prob_inv_t;           /* 1 / temperature of the gate, of prob */
+    float inv_t, prob_inv_t, prob_t;   /* 1 / temperature of the gate, of prob; the latter */
     uint64_t draw;
 } moe__now;
 
@@ -2665,6 +2902,12 @@ typedef struct moe__tape_memory {
     float *reliability, *robust_weight;  /* (T, S): r / sum g r; (n_routes): the weights that robust combination uses */
     unsigned char *robust; size_t robust_bytes; /* scratch of a block of tokens */
     struct moe__branch *branch;
+    double *mean, *mean2, *rank_prob; /* (E), (E), (n_ranks): of the losses */
+    uint64_t *counts;    /* (sequences, E) or (n_ranks) */
+    float *matrix;       /* (2, d, f): of the loss orthonormal */
+    float *dout;         /* (n_routed, ldo): gradient by the outputs, of the loss output-orthogonality */
+    double output_loss, *block_loss;
+    float *outputs;      /* (blocks, 2, S, d) */
 } moe__tape_memory;
 
 typedef struct moe__job {
@@ -2675,6 +2918,7 @@ typedef struct moe__job {
     moe__tape_memory *m;
     const float *x, *router;
     const float *dweight; /* (n_routes) or NULL */
+    const double *mean;   /* (E): of tape.prob, for the losses */
     float *drouter, *dx;  /* dx: where the gradient by what the router sees goes */
 } moe__job;
 
@@ -3144,7 +3388,10 @@ static void moe__task_noise_raw(void *arg, size_t i, size_t worker) {
     j->kn->exp((t1 - t0) * E, s, s);
     for (size_t k = 0; k < (t1 - t0) * E; k++) s[k] += 1.0f;
     j->kn->log((t1 - t0) * E, s, s);
-    for (size_t k = 0; k < (t1 - t0) * E; k++) s[k] += r[k] > 0.0f ? r[k] : 0.0f;
+    for (size_t k = 0; k < (t1 - t0) * E; k++) {
+        s[k] += r[k] > 0.0f ? r[k] : 0.0f;
+        if (s[k] < 1e-6f) s[k] = 1e-6f; /* never 0: losses divide by it */
+    }
 }
 static void moe__noise_prepare(const moe__job *j) {
     if (j->d->noise != MOE_NOISE_LEARNED) return;
@@ -3155,6 +3402,7 @@ static void moe__noise_prepare(const moe__job *j) {
 static void moe__noise_add(const moe__job *j, size_t t0, size_t t1) {
     size_t E = j->dims->E;
     if (j->t->clean) memcpy(j->t->clean + t0 * E, j->t->logits + t0 * E, (t1 - t0) * E * sizeof(float));
+    for (size_t k = t0 * E; k < t1 * E && j->d->noise == MOE_NOISE_GAUSSIAN; k++) j->t->noise_std[k] = j->d->noise_std;
     if (j->d->noise == MOE_NOISE_NONE || !j->m->now.training) return;
     for (size_t t = t0; t < t1; t++) {
         float *z = j->t->logits + t * E, *r = j->m->draw + t * E;
@@ -4179,9 +4427,12 @@ static moe_status moe__dims_of(const moe_desc *d, moe__dims *s) {
     s->expert_kind = (size_t)d->expert;
     s->jitter = d->jitter > 0.0f;
     s->by_sequence = d->route_sequence == MOE_ON;
-    s->sequence = s->by_sequence || d->combine == MOE_COMBINE_SOFT ? d->sequence : 0;
+    s->sequence = d->sequence;
     s->codes = d->n_codes;
     s->constants = d->n_constant;
+    s->ranks = d->n_ranks;
+    s->ortho_loss = d->loss[MOE_LOSS_ORTHONORMAL] > 0.0f;
+    s->output_loss = d->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] > 0.0f;
     s->k = d->top_k;
     size_t n, limit = SIZE_MAX / 64; /* floats, with room for a few more factors below */
     if (s->d > limit / 64 || s->f > limit / 64 || s->L > limit / 64 || !moe__add_size(s->F, d->n_shared, &s->G) || s->G > MOE__MAX_INDEX)
@@ -4803,6 +5054,12 @@ static void moe__task_gather_dy(void *arg, size_t i, size_t worker) {
         float *to = p->j.m->o + (g->begin * d->dp + u * g->rows + s.r0) * MOE__W;
         for (size_t r = 0; r < s.rows; r++, to += MOE__W)
             moe__fill_panel(p->dy, d->d, g->token ? g->token[s.r0 + r] : g->first + s.r0 + r, 1, u * MOE__W, moe__min(MOE__W, d->d - u * MOE__W), to);
+        if (!p->j.m->dout || !g->token) continue;
+        to -= s.rows * MOE__W;
+        for (size_t r = 0; r < s.rows; r++, to += MOE__W) {
+            const float *more = p->j.m->dout + (g->begin + s.r0 + r) * d->ldo + u * MOE__W;
+            for (size_t c = 0; c < MOE__W; c++) to[c] = moe__fma(g->weight[s.r0 + r], to[c], more[c]);
+        }
     }
 }
 
@@ -4977,14 +5234,50 @@ static void moe__gather_dy(moe__pass *p) {
     moe__groups_begin(p);
 }
 
+/* The loss on the outputs of a block of tokens, while they are there: its gradient by them, and each weight's gradient. */
+static void moe__task_output_loss(void *arg, size_t i, size_t worker) {
+    const moe__pass *p = (const moe__pass *)arg;
+    const moe__job *j = &p->j;
+    const moe_routes *r = &j->t->routes;
+    size_t S = j->dims->S, d = j->dims->d, T = j->t->n_tokens;
+    float *out = j->m->outputs + i * 2 * S * d, *dout = out + S * d;
+    (void)worker;
+    j->m->block_loss[i] = 0.0;
+    for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, T); t++) {
+        size_t n = 0;
+        double value = 0.0;
+        for (size_t s = 0; s < S; s++)
+            if (r->slot[t * S + s] != MOE_NONE) memcpy(out + n++ * d, j->m->o + r->slot[t * S + s] * j->dims->ldo, d * sizeof(float));
+        memset(dout, 0, n * d * sizeof(float));
+        float coefficient = j->d->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] / (float)T;
+        if (n) (void)moe_loss_output_orthogonality(1, n, d, out, coefficient, &value, dout);
+        j->m->block_loss[i] += value / (double)T;
+        n = 0;
+        for (size_t s = 0; s < S; s++) {
+            uint32_t route = r->slot[t * S + s];
+            if (route == MOE_NONE) continue;
+            memset(j->m->dout + route * j->dims->ldo, 0, j->dims->ldo * sizeof(float));
+            memcpy(j->m->dout + route * j->dims->ldo, dout + n * d, d * sizeof(float));
+            if (p->dweight) p->dweight[route] = j->kn->dot(d, p->dy + t * d, out + n * d);
+            n++;
+        }
+    }
+}
+
 static void moe__experts_backward(moe__pass *p) {
     const moe__job *j = &p->j;
     const moe__dims *d = j->dims;
     int soft = j->d->combine == MOE_COMBINE_SOFT, any_fresh = p->fresh || j->d->combine == MOE_COMBINE_MERGE;
     moe__groups_begin(p);
+    if (j->m->dout) { /* the weights go into dy when it is gathered, with the outputs' own gradient; then they are 1 */
+        moe__run_blocks(j, moe__task_output_loss, p);
+        j->m->output_loss = 0.0;
+        for (size_t i = 0; i < moe__ceil_div(j->t->n_tokens, MOE__TOKENS); i++) j->m->output_loss += j->m->block_loss[i];
+    }
     moe__gather_dy(p);
+    for (size_t g = 0; g < j->m->n_groups && j->m->dout; g++) j->m->group[g].weight = NULL;
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_down_back);
-    if (p->dweight) moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_dweight);
+    if (p->dweight && !j->m->dout) moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_dweight);
     if (any_fresh || d->bias) moe_run(&j->d->parallel, j->m->n_groups, moe__task_rest, p);
     moe__phase_run(p, d->hp, SIZE_MAX, 8, moe__task_dw2);
     moe__phase_run(p, d->dp, SIZE_MAX, 8, moe__task_dw1);
@@ -4998,106 +5291,1289 @@ static void moe__experts_backward(moe__pass *p) {
     if (p->dx) moe__run_blocks(j, moe__task_combine_dx, p);
 }
 
-/* ==== losses ================================================================================== */
-/* E * sum_e f_e P_e, f_e = load_e / sum of loads, P = mean p, as in GShard and Switch [C]. f is constant in the
- * gradient: dL/dz = (p / (T temperature)) (c - <c, p>), c = E f [D]. */
+/* -- the discrete branch of VQMoE [C]: y = g_0 y + g_1 LN(f_e(LN(C_j))), j = the nearest code, e = j mod E, g = softmax(x G).
+ * The gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone. -- */
+typedef struct moe__branch {
+    moe_tape *tape;      /* the experts' pass over the codes */
+    int32_t *code, *expert; /* (T) */
+    float *codes, *inv_code, *square; /* (codes, d) LN of the codes, 1 / their deviation, their squared length (codes) */
+    float *u, *y, *v, *inv_v, *g; /* (T, d) inputs, the other branch's output, LN of this one's; (T); (T, 2) */
+    float *x, *dy, *dv;  /* (T, d) */
+    int ready;           /* code and x are of the tape's tokens */
+} moe__branch;
+
+/* ==== losses ==================================================================================
+ * Most losses have a slope c_te = dL/dp_te (times T) on the softmax p of a token, so that by its logits
+ * dL/dz_te = p_te (c_te - sum_j c_tj p_tj) / (T temperature) [D]. A loss is then a way to fill c. */
+#define MOE__MAX_EXPERTS ((size_t)1 << 20)
+#define MOE__SLOPES 256 /* columns that are filled at a time */
+
+typedef struct moe__slope moe__slope;
+struct moe__slope {
+    void (*fill)(const moe__slope *l, const float *p, size_t e, size_t n, float *c); /* of experts e .. e + n - 1; p: of this token */
+    int each;    /* c differs from token to token */
+    float scale; /* c is multiplied by it last */
+    double a, b;
+    const double *mean;
+    const uint64_t *load;
+    size_t group; /* experts of a device */
+};
+
+static float moe__positive(double x) { return x > (double)FLT_MIN ? (float)x : FLT_MIN; } /* what a logarithm can take */
+
+/* d_logits (may be NULL) += coefficient times the gradient. Returns mean_t sum_e c_te p_te: the value of a loss that is
+ * linear in p. The inner products run in blocks of the panel's width, whatever MOE__SLOPES is. */
+static double moe__through_softmax(const moe__slope *l, size_t T, size_t E, float temperature, const float *prob, float coefficient,
+                                   float *d_logits) {
+    const moe__kernels *kn = moe__k();
+    float c[MOE__SLOPES], scaled[MOE__SLOPES], s = coefficient / (temperature * (float)T);
+    int whole = E <= MOE__SLOPES;
+    double sum = 0.0;
+    for (size_t t = 0; t < T; t++) {
+        const float *p = prob + t * E;
+        float mean = 0.0f;
+        for (size_t e = 0; e < E; e += MOE__SLOPES) {
+            size_t n = moe__min(MOE__SLOPES, E - e);
+            if (!whole || l->each || !t) {
+                l->fill(l, p + e, e, n, c);
+                for (size_t i = 0; i < n; i++) scaled[i] = c[i] * l->scale;
+            }
+            for (size_t i = 0; i < n; i += MOE__W) mean += kn->dot(moe__min(MOE__W, n - i), scaled + i, p + e + i);
+        }
+        sum += (double)mean;
+        for (size_t e = 0; d_logits && e < E; e += MOE__SLOPES) {
+            size_t n = moe__min(MOE__SLOPES, E - e);
+            if (!whole) l->fill(l, p + e, e, n, c);
+            kn->slope(n, s, l->scale, mean, c, p + e, d_logits + t * E + e);
+        }
+    }
+    return sum / (double)T;
+}
+
+static moe_status moe__loss_shape(size_t T, size_t E, float coefficient, double *value) {
+    size_t n;
+    if (!E || E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(T, E, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    return MOE_OK;
+}
+static moe_status moe__loss_prob(size_t T, size_t E, float temperature, const float *prob, float coefficient, double *value) {
+    if (E && E <= MOE__MAX_EXPERTS && !moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
+    moe_status s = moe__loss_shape(T, E, coefficient, value);
+    if (s || !T) return s;
+    if (!prob) return MOE_E_NULL_PROB;
+    return moe__all_finite(T * E, prob) ? MOE_OK : MOE_E_NAN_PROB;
+}
+static moe_status moe__loss_scores(size_t T, size_t E, const float *scores, float coefficient, double *value) {
+    moe_status s = moe__loss_shape(T, E, coefficient, value);
+    if (s || !T) return s;
+    if (!scores) return MOE_E_NULL_SCORES;
+    return moe__all_finite(T * E, scores) ? MOE_OK : MOE_E_NAN_SCORES;
+}
+static moe_status moe__loss_mean(size_t E, const double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    for (size_t e = 0; e < E; e++)
+        if (!(mean[e] >= 0.0 && mean[e] <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    return MOE_OK;
+}
+static moe_status moe__loss_index(size_t n, size_t most, const int32_t *index, moe_status bad) {
+    if (!index) return MOE_E_NULL_INDEX;
+    for (size_t i = 0; i < n; i++)
+        if (index[i] >= 0 && (size_t)index[i] >= most) return bad;
+    return MOE_OK;
+}
+
+/* -- statistics -- */
+MOE_API moe_status moe_mean_scores(size_t n_tokens, size_t n_experts, const float *scores, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, 0.0f, NULL);
+    if (s) return s;
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) mean[e] += (double)scores[t * n_experts + e];
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+
+static moe_status moe__loss_choices(size_t T, size_t k, size_t E, const int32_t *index) {
+    size_t n;
+    if (!k || k > E) return E ? MOE_E_TOP_K : MOE_E_N_EXPERTS;
+    if (E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!moe__mul(T, k, &n)) return MOE_E_OVERFLOW;
+    return T ? moe__loss_index(n, E, index, MOE_E_INDEX) : MOE_OK;
+}
+
+MOE_API moe_status moe_mean_weights(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const float *weight, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (n_tokens && !weight) return MOE_E_NULL_WEIGHT;
+    if (!moe__all_finite(n_tokens * k, weight)) return MOE_E_NAN_WEIGHT;
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t i = 0; i < n_tokens * k; i++)
+        if (index[i] >= 0) mean[index[i]] += (double)weight[i];
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_sequence_load(size_t n_tokens, size_t n_experts, size_t k, size_t sequence, const int32_t *index, uint64_t *load) {
+    size_t n;
+    moe_status s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (!sequence) return MOE_E_SEQUENCE;
+    if (!moe__mul(moe__ceil_div(n_tokens, sequence), n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !load) return MOE_E_NULL_LOAD;
+    for (size_t i = 0; i < n; i++) load[i] = 0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < k; i++)
+            if (index[t * k + i] >= 0) load[t / sequence * n_experts + (size_t)index[t * k + i]]++;
+    return MOE_OK;
+}
+
+static moe_status moe__devices(size_t E, size_t D) {
+    if (!E || E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    return !D || E % D ? MOE_E_N_DEVICES : MOE_OK;
+}
+MOE_API moe_status moe_device_load(size_t n_experts, size_t n_devices, const uint64_t *load, uint64_t *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (s) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!out) return MOE_E_NULL_OUT;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0;
+    for (size_t e = 0; e < n_experts; e++) out[e / (n_experts / n_devices)] += load[e];
+    return MOE_OK;
+}
+MOE_API moe_status moe_device_tokens(size_t n_tokens, size_t n_experts, size_t n_devices, size_t k, const int32_t *index, uint64_t *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t group = n_experts / n_devices;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0;
+    for (size_t t = 0; t < n_tokens; t++, index += k)
+        for (size_t i = 0; i < k; i++) {
+            size_t j = 0;
+            if (index[i] < 0) continue;
+            while (j < i && (index[j] < 0 || (size_t)index[j] / group != (size_t)index[i] / group)) j++;
+            if (j == i) out[(size_t)index[i] / group]++;
+        }
+    return MOE_OK;
+}
+MOE_API moe_status moe_device_prob(size_t n_experts, size_t n_devices, const double *mean, double *out) {
+    moe_status s = moe__devices(n_experts, n_devices);
+    if (!s) s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    if (!out) return MOE_E_NULL_OUT;
+    for (size_t d = 0; d < n_devices; d++) out[d] = 0.0;
+    for (size_t e = 0; e < n_experts; e++) out[e / (n_experts / n_devices)] += mean[e];
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_teacher_best(size_t n_tokens, size_t n_experts, const float *scores, int32_t *teacher) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, 0.0f, NULL);
+    if (s || !n_tokens) return s;
+    if (!teacher) return MOE_E_NULL_TEACHER;
+    for (size_t t = 0; t < n_tokens; t++, scores += n_experts) {
+        teacher[t] = 0;
+        for (size_t e = 1; e < n_experts; e++)
+            if (scores[e] < scores[teacher[t]]) teacher[t] = (int32_t)e;
+    }
+    return MOE_OK;
+}
+
+/* -- the load -- */
+static void moe__fill_load(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)l->load[(e + i) / l->group];
+}
+
+/* sum_e f_e P_e times the number of groups, f_e = load / sum of loads of e's group, P = mean p */
+static moe_status moe__loss_even(size_t T, size_t E, size_t n_groups, float temperature, const float *prob, const uint64_t *load,
+                                 double scale, float coefficient, double *value, float *d_logits) {
+    moe__slope l;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_load;
+    l.load = load;
+    l.group = E / n_groups;
+    l.scale = (float)scale;
+    if (d_logits) moe__through_softmax(&l, T, E, temperature, prob, coefficient, d_logits);
+    if (!value) return MOE_OK;
+    double sum = 0.0;
+    for (size_t e = 0; e < E; e += MOE__W) {
+        double P[MOE__W] = {0};
+        size_t n = moe__min(MOE__W, E - e);
+        for (size_t t = 0; t < T; t++)
+            for (size_t i = 0; i < n; i++) P[i] += (double)prob[t * E + e + i];
+        for (size_t i = 0; i < n; i++) sum += P[i] * (double)load[(e + i) / l.group];
+    }
+    *value = sum * scale / (double)T;
+    return MOE_OK;
+}
+static uint64_t moe__total(size_t n, const uint64_t *load) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++) total += load[i];
+    return total;
+}
+
+/* As in GShard and Switch [C]; DeepSeekMoE's expert level is the same [K]; with loads of the global batch after Qwen [C]. */
 MOE_API moe_status moe_loss_switch(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
                                    const uint64_t *load, float coefficient, double *value, float *d_logits) {
-    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!moe__temperature_ok(temperature)) return MOE_E_TEMPERATURE;
-    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
-    size_t n;
-    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
-    if (value) *value = 0.0;
-    if (!n_tokens) return MOE_OK;
-    if (!prob) return MOE_E_NULL_PROB;
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
     if (!load) return MOE_E_NULL_LOAD;
-    uint64_t total = 0;
-    double sum = 0.0;
-    for (size_t e = 0; e < n_experts; e++) total += load[e];
-    if (!total) return MOE_OK;
-    if (value) {
-        for (size_t e = 0; e < n_experts; e++) {
-            double P = 0.0;
-            for (size_t t = 0; t < n_tokens; t++) P += (double)prob[t * n_experts + e];
-            sum += P * (double)load[e];
-        }
-        *value = sum * (double)n_experts / ((double)total * (double)n_tokens);
-    }
-    if (!d_logits) return MOE_OK;
+    uint64_t total = moe__total(n_experts, load);
+    return !total ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_experts, temperature, prob, load,
+                                            (double)n_experts / (double)total, coefficient, value, d_logits);
+}
+
+/* sum_d F_d P_d, F = mean over a device's experts of E f_e, P_d = sum of their P_e: after DeepSeekMoE [K]. */
+MOE_API moe_status moe_loss_device(size_t n_tokens, size_t n_experts, size_t n_devices, float temperature, const float *prob,
+                                   const uint64_t *device_load, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (s || !n_tokens) return s;
+    if (!device_load) return MOE_E_NULL_LOAD;
+    uint64_t total = moe__total(n_devices, device_load);
+    return !total ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_devices, temperature, prob, device_load,
+                                            (double)n_devices / (double)total, coefficient, value, d_logits);
+}
+
+/* sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d: after DeepSeek-V2 [K]. */
+MOE_API moe_status moe_loss_communication(size_t n_tokens, size_t n_experts, size_t n_devices, size_t device_limit, float temperature,
+                                          const float *prob, const uint64_t *device_tokens, uint64_t counted, float coefficient,
+                                          double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (!s && (!device_limit || device_limit > n_devices)) s = MOE_E_DEVICE_LIMIT;
+    if (s || !n_tokens) return s;
+    if (!device_tokens) return MOE_E_NULL_LOAD;
+    return !counted ? MOE_OK : moe__loss_even(n_tokens, n_experts, n_devices, temperature, prob, device_tokens,
+                                              (double)n_devices / ((double)device_limit * (double)counted), coefficient, value, d_logits);
+}
+
+/* The switch loss of each sequence on q = s / sum s, averaged: after DeepSeek-V3 [K]. dL/ds = (c - <c, q>) / sum s [D]. */
+MOE_API moe_status moe_loss_sequence(size_t n_tokens, size_t n_experts, size_t sequence, const float *scores, const uint64_t *load,
+                                     float coefficient, double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (s) return s;
+    if (!sequence) return MOE_E_SEQUENCE;
+    if (!n_tokens) return MOE_OK;
+    if (!load) return MOE_E_NULL_LOAD;
+    for (size_t i = 0; i < n_tokens * n_experts; i++)
+        if (scores[i] < 0.0f) return MOE_E_NAN_SCORES;
     const moe__kernels *kn = moe__k();
-    float s = coefficient / (temperature * (float)n_tokens), scale = (float)((double)n_experts / (double)total);
-    for (size_t t = 0; t < n_tokens; t++, prob += n_experts, d_logits += n_experts) {
-        float mean = 0.0f; /* <c, p>, c_e = E f_e: in blocks of the panel's width, so that no array of E is needed */
-        for (size_t e = 0; e < n_experts; e += MOE__W) {
-            float c[MOE__W];
-            size_t cols = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < cols; i++) c[i] = (float)load[e + i] * scale;
-            mean += kn->dot(cols, c, prob + e);
+    size_t n_sequences = moe__ceil_div(n_tokens, sequence);
+    double sum = 0.0;
+    float c[MOE__W], one[MOE__W];
+    for (size_t i = 0; i < MOE__W; i++) one[i] = 1.0f;
+    for (size_t q = 0; q < n_sequences; q++, load += n_experts) {
+        size_t begin = q * sequence, length = moe__min(sequence, n_tokens - begin);
+        uint64_t total = moe__total(n_experts, load);
+        float scale = total ? (float)((double)n_experts / (double)total) : 0.0f;
+        double share = 1.0 / ((double)n_sequences * (double)length);
+        for (size_t t = begin; total && t < begin + length; t++) {
+            const float *p = scores + t * n_experts;
+            float mean = 0.0f, all = 0.0f;
+            for (size_t e = 0; e < n_experts; e += MOE__W) {
+                size_t n = moe__min(MOE__W, n_experts - e);
+                for (size_t i = 0; i < n; i++) c[i] = (float)load[e + i] * scale;
+                mean += kn->dot(n, c, p + e);
+                all += kn->dot(n, one, p + e);
+            }
+            if (!(all >= FLT_MIN) || !moe__finite(all)) continue; /* a token without scores has no shares */
+            mean /= all;
+            sum += share * (double)mean;
+            float step = (float)((double)coefficient * share / (double)all);
+            for (size_t e = 0; d_scores && e < n_experts; e += MOE__W) {
+                size_t n = moe__min(MOE__W, n_experts - e);
+                for (size_t i = 0; i < n; i++) c[i] = (float)load[e + i];
+                kn->slope(n, step, scale, mean, c, one, d_scores + t * n_experts + e);
+            }
         }
-        for (size_t e = 0; e < n_experts; e++)
-            d_logits[e] = moe__fma(s * prob[e], moe__fma((float)load[e], scale, -mean), d_logits[e]);
     }
+    if (value) *value = sum;
+    return MOE_OK;
+}
+
+static void moe__fill_locality(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = moe__positive(l->mean[(e + i) / l->group]);
+    moe__k()->log(n, c, c);
+    for (size_t i = 0; i < n; i++) c[i] -= (float)((e + i) / l->group == (size_t)l->load[0] ? l->a : l->b);
+}
+/* KL(Q || local), Q_d = a device's share of the probability: after LocMoE [K]; softmax mass and smoothing [D]. */
+MOE_API moe_status moe_loss_locality(size_t n_tokens, size_t n_experts, size_t n_devices, size_t home, float smoothing, float temperature,
+                                     const float *prob, const double *device_prob, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (!s) s = moe__devices(n_experts, n_devices);
+    if (!s && home >= n_devices) s = MOE_E_HOME;
+    if (!s && !(smoothing >= FLT_MIN && smoothing < 1.0f)) s = MOE_E_SMOOTHING;
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_devices, device_prob);
+    if (s) return s;
+    float local[2];
+    local[0] = n_devices > 1 ? 1.0f - smoothing : 1.0f;
+    local[1] = moe__positive((double)smoothing / (double)moe__max(1, n_devices - 1));
+    double sum = 0.0;
+    for (size_t d = 0; value && d < n_devices; d++)
+        if (device_prob[d] > 0.0) sum += device_prob[d] * log(device_prob[d] / (double)local[d != home]);
+    if (value) *value = sum;
+    if (!d_logits) return MOE_OK;
+    uint64_t at = home;
+    moe__slope l;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_locality;
+    l.scale = 1.0f;
+    l.mean = device_prob;
+    l.load = &at;
+    l.group = n_experts / n_devices;
+    moe__k()->log(2, local, local);
+    l.a = (double)local[0];
+    l.b = (double)local[1];
+    moe__through_softmax(&l, n_tokens, n_experts, temperature, prob, coefficient, d_logits);
+    return MOE_OK;
+}
+
+/* -- the mean probabilities P: the value f(P), and c = df/dP, up to a constant that the softmax does not see -- */
+typedef struct moe__mean_row {
+    double (*value)(size_t E, moe__slope *l); /* also sets l->a, l->b */
+    void (*fill)(const moe__slope *l, const float *p, size_t e, size_t n, float *c);
+} moe__mean_row;
+
+static void moe__fill_linear(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)(l->a * (l->mean[e + i] - l->b));
+}
+/* CV^2 = Var / Mean^2. With a sum that is constant its slope is a (P - b) [D]; *rest is what must be added where it is not. */
+static double moe__cv2(size_t E, const double *mean, double *a, double *b, double *rest) {
+    double mu = 0.0, square = 0.0;
+    for (size_t e = 0; e < E; e++) mu += mean[e];
+    mu /= (double)E;
+    *a = *rest = 0.0;
+    *b = mu;
+    if (!(mu > (double)FLT_MIN)) return 0.0;
+    for (size_t e = 0; e < E; e++) square += (mean[e] - mu) / mu * ((mean[e] - mu) / mu);
+    square /= (double)E;
+    *a = 2.0 / ((double)E * mu * mu);
+    *rest = -2.0 * square / ((double)E * mu);
+    return square;
+}
+static double moe__importance(size_t E, moe__slope *l) {
+    double rest;
+    return moe__cv2(E, l->mean, &l->a, &l->b, &rest);
+}
+static double moe__l2_uniform(size_t E, moe__slope *l) {
+    double sum = 0.0;
+    l->a = 2.0;
+    l->b = 1.0 / (double)E;
+    for (size_t e = 0; e < E; e++) sum += (l->mean[e] - l->b) * (l->mean[e] - l->b);
+    return sum;
+}
+static double moe__kl_uniform(size_t E, moe__slope *l) {
+    double sum = log((double)E);
+    for (size_t e = 0; e < E; e++)
+        if (l->mean[e] > 0.0) sum += l->mean[e] * log(l->mean[e]);
+    return sum;
+}
+static void moe__fill_kl_uniform(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = moe__positive(l->mean[e + i]);
+    moe__k()->log(n, c, c);
+}
+static double moe__kl_reverse(size_t E, moe__slope *l) {
+    double sum = 0.0;
+    l->a = -1.0 / (double)E;
+    for (size_t e = 0; e < E; e++) sum -= log((double)moe__positive(l->mean[e]));
+    return sum / (double)E - log((double)E);
+}
+static void moe__fill_kl_reverse(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    (void)p;
+    for (size_t i = 0; i < n; i++) c[i] = (float)(l->a / (double)moe__positive(l->mean[e + i]));
+}
+
+static moe_status moe__loss_of_mean(double (*f)(size_t E, moe__slope *l), moe__slope *l, size_t T, size_t E, float temperature,
+                                    const float *prob, const double *mean, float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(T, E, temperature, prob, coefficient, value);
+    if (s || !T) return s;
+    s = moe__loss_mean(E, mean);
+    if (s) return s;
+    l->mean = mean;
+    double v = f(E, l);
+    if (value) *value = v;
+    if (d_logits) moe__through_softmax(l, T, E, temperature, prob, coefficient, d_logits);
+    return MOE_OK;
+}
+#define MOE__MEAN_LOSS(name, fill_)                                                                                        \
+    MOE_API moe_status moe_loss_##name(size_t n_tokens, size_t n_experts, float temperature, const float *prob,             \
+                                       const double *mean, float coefficient, double *value, float *d_logits) {            \
+        moe__slope l;                                                                                                      \
+        memset(&l, 0, sizeof l);                                                                                           \
+        l.fill = fill_;                                                                                                    \
+        l.scale = 1.0f;                                                                                                    \
+        return moe__loss_of_mean(moe__##name, &l, n_tokens, n_experts, temperature, prob, mean, coefficient, value, d_logits); \
+    }
+MOE__MEAN_LOSS(importance, moe__fill_linear)       /* after V-MoE [K] */
+MOE__MEAN_LOSS(kl_uniform, moe__fill_kl_uniform)   /* after the ecology paper [S] */
+MOE__MEAN_LOSS(kl_reverse, moe__fill_kl_reverse)   /* [D] */
+MOE__MEAN_LOSS(l2_uniform, moe__fill_linear)       /* [C] */
+#undef MOE__MEAN_LOSS
+
+/* -- each token alone -- */
+static void moe__fill_entropy(const moe__slope *l, const float *p, size_t e, size_t n, float *c) { /* ln p */
+    (void)l;
+    (void)e;
+    for (size_t i = 0; i < n; i++) c[i] = p[i] > FLT_MIN ? p[i] : FLT_MIN;
+    moe__k()->log(n, c, c);
+}
+static void moe__fill_mutual(const moe__slope *l, const float *p, size_t e, size_t n, float *c) { /* ln P - ln p */
+    float own[MOE__SLOPES];
+    moe__fill_kl_uniform(l, p, e, n, c);
+    moe__fill_entropy(l, p, e, n, own);
+    for (size_t i = 0; i < n; i++) c[i] -= own[i];
+}
+static void moe__fill_variance(const moe__slope *l, const float *p, size_t e, size_t n, float *c) {
+    for (size_t i = 0; i < n; i++) c[i] = (float)(-2.0 * ((double)p[i] - l->mean[e + i]));
+}
+
+/* The sign is a choice [D]: dS_t/dz = -p (ln p + S_t). */
+static moe_status moe__loss_entropy(float scale, size_t T, size_t E, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits) {
+    moe__slope l;
+    moe_status s = moe__loss_prob(T, E, temperature, prob, coefficient, value);
+    if (s || !T) return s;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_entropy;
+    l.each = 1;
+    l.scale = scale;
+    double v = moe__through_softmax(&l, T, E, temperature, prob, coefficient, d_logits);
+    if (value) *value = v;
+    return MOE_OK;
+}
+MOE_API moe_status moe_loss_entropy(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                    double *value, float *d_logits) {
+    return moe__loss_entropy(1.0f, n_tokens, n_experts, temperature, prob, coefficient, value, d_logits);
+}
+MOE_API moe_status moe_loss_certainty(size_t n_tokens, size_t n_experts, float temperature, const float *prob, float coefficient,
+                                      double *value, float *d_logits) {
+    return moe__loss_entropy(-1.0f, n_tokens, n_experts, temperature, prob, coefficient, value, d_logits);
+}
+
+/* As in Mod-Squad and ModuleFormer [C], without their tasks. */
+MOE_API moe_status moe_loss_mutual_information(size_t n_tokens, size_t n_experts, float temperature, const float *prob,
+                                               const double *mean, float coefficient, double *value, float *d_logits) {
+    moe__slope l;
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_mutual;
+    l.each = 1;
+    l.scale = 1.0f;
+    l.mean = mean;
+    double v = moe__through_softmax(&l, n_tokens, n_experts, temperature, prob, coefficient, d_logits);
+    if (value) *value = v;
+    return MOE_OK;
+}
+
+/* After the ecology paper [S], which does not say who teaches. */
+MOE_API moe_status moe_loss_oracle(size_t n_tokens, size_t n_experts, float temperature, const float *prob, const int32_t *teacher,
+                                   float coefficient, double *value, float *d_logits) {
+    moe_status s = moe__loss_prob(n_tokens, n_experts, temperature, prob, coefficient, value);
+    if (s || !n_tokens) return s;
+    if (!teacher) return MOE_E_NULL_TEACHER;
+    s = moe__loss_index(n_tokens, n_experts, teacher, MOE_E_TEACHER);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    size_t taught = 0;
+    double sum = 0.0;
+    for (size_t t = 0; t < n_tokens; t++) taught += teacher[t] >= 0;
+    if (!taught) return MOE_OK;
+    float step = coefficient / (temperature * (float)taught);
+    for (size_t t = 0; t < n_tokens; t++) {
+        if (teacher[t] < 0) continue;
+        size_t at = t * n_experts + (size_t)teacher[t];
+        sum -= log((double)moe__positive((double)prob[at]));
+        if (!d_logits) continue;
+        kn->axpy(n_experts, step, prob + t * n_experts, d_logits + t * n_experts);
+        d_logits[at] -= step;
+    }
+    if (value) *value = sum / (double)taught;
     return MOE_OK;
 }
 
 /* mean_t (logsumexp z_t)^2, as in ST-MoE [C]. */
 MOE_API moe_status moe_loss_z(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
                               double *value, float *d_logits) {
-    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
-    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
-    size_t n;
-    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
-    if (value) *value = 0.0;
-    if (!n_tokens) return MOE_OK;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (s || !n_tokens) return s;
     if (!logits) return MOE_E_NULL_LOGITS;
-    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    if (!moe__all_finite(n_tokens * n_experts, logits)) return MOE_E_NAN_LOGITS;
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
-    float s = 2.0f * coefficient / (float)n_tokens;
+    float step = 2.0f * coefficient / (float)n_tokens;
     for (size_t t = 0; t < n_tokens; t++) {
         const float *z = logits + t * n_experts;
         float lse = kn->lse(n_experts, z);
         sum += (double)lse * (double)lse;
         if (!d_logits) continue;
-        for (size_t e = 0; e < n_experts; e += MOE__W) { /* p = exp(z - lse) */
-            float p[MOE__W], *dz = d_logits + t * n_experts + e;
-            size_t cols = moe__min(MOE__W, n_experts - e);
-            for (size_t i = 0; i < cols; i++) p[i] = z[e + i] - lse;
-            kn->exp(cols, p, p);
-            for (size_t i = 0; i < cols; i++) dz[i] = moe__fma(s * lse, p[i], dz[i]);
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) { /* p = exp(z - lse) */
+            float p[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e);
+            for (size_t i = 0; i < n; i++) p[i] = z[e + i] - lse;
+            kn->exp(n, p, p);
+            kn->axpy(n, step * lse, p, d_logits + t * n_experts + e);
         }
     }
     if (value) *value = sum / (double)n_tokens;
     return MOE_OK;
 }
 
+/* -- what stands on other things than the softmax -- */
+/* -(1/T) sum_te (s_te - mean_e)^2, after 2505.22323 [K]: a sum over the experts, a mean over the tokens [D]. */
+MOE_API moe_status moe_loss_variance(size_t n_tokens, size_t n_experts, const float *scores, const double *mean, float coefficient,
+                                     double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (s || !n_tokens) return s;
+    if (!mean) return MOE_E_NULL_MEAN;
+    double sum = 0.0, step = -2.0 * (double)coefficient / (double)n_tokens;
+    for (size_t e = 0; e < n_experts; e++)
+        if (!(fabs(mean[e]) <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) {
+            double off = (double)scores[t * n_experts + e] - mean[e];
+            sum -= off * off;
+            if (d_scores) d_scores[t * n_experts + e] += (float)(step * off);
+        }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* As in ReMoE [C]. */
+MOE_API moe_status moe_loss_relu_l1(size_t n_tokens, size_t n_experts, size_t k, const float *scores, const uint64_t *load,
+                                    uint64_t counted, float coefficient, double *value, float *d_scores) {
+    moe_status s = moe__loss_scores(n_tokens, n_experts, scores, coefficient, value);
+    if (!s && (!k || k > n_experts)) s = MOE_E_TOP_K;
+    if (s || !n_tokens) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!counted) return MOE_OK;
+    double sum = 0.0, scale = (double)n_experts / ((double)k * (double)counted * (double)n_tokens);
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e++) {
+            size_t i = t * n_experts + e;
+            if (!(scores[i] > 0.0f)) continue;
+            sum += (double)load[e] * (double)scores[i];
+            if (d_scores) d_scores[i] += (float)((double)coefficient * scale * (double)load[e]);
+        }
+    if (value) *value = sum * scale;
+    return MOE_OK;
+}
+
+/* As in Shazeer 2017 [K]. dL/dw does not depend on w but through the mean. */
+MOE_API moe_status moe_loss_importance_selected(size_t n_tokens, size_t k, size_t n_experts, const int32_t *index, const double *mean,
+                                                float coefficient, double *value, float *d_weight) {
+    double a, b, rest;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s || !n_tokens) return s;
+    s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    double v = moe__cv2(n_experts, mean, &a, &b, &rest), step = (double)coefficient / (double)n_tokens;
+    if (value) *value = v;
+    for (size_t i = 0; d_weight && i < n_tokens * k; i++)
+        if (index[i] >= 0) d_weight[i] += (float)(step * (a * (mean[index[i]] - b) + rest));
+    return MOE_OK;
+}
+
+/* The load loss of noisy top-k, as in Shazeer 2017 [C]: u = (z - threshold) / std, mean over the tokens of Phi(u). */
+static moe_status moe__noise_check(size_t n, const float *logits, const float *std, const float *threshold) {
+    if (!logits) return MOE_E_NULL_LOGITS;
+    if (!std || !threshold) return MOE_E_NULL_NOISE;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    for (size_t i = 0; i < n; i++)
+        if (!(std[i] >= FLT_MIN) || !moe__finite(std[i]) || !moe__finite(threshold[i])) return MOE_E_NOISE_VALUE;
+    return MOE_OK;
+}
+static void moe__noise_units(size_t n, const float *logits, const float *std, const float *threshold, float *u) {
+    for (size_t i = 0; i < n; i++) {
+        float x = logits[i] / std[i] - threshold[i] / std[i];
+        u[i] = x > 40.0f ? 40.0f : x > -40.0f ? x : -40.0f; /* Phi is 0 or 1 there, and its slope 0 */
+    }
+}
+MOE_API moe_status moe_mean_selection(size_t n_tokens, size_t n_experts, const float *logits, const float *std,
+                                      const float *threshold, double *mean) {
+    if (!mean) return MOE_E_NULL_MEAN;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, 0.0f, NULL);
+    if (!s && n_tokens) s = moe__noise_check(n_tokens * n_experts, logits, std, threshold);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) {
+            float u[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e), at = t * n_experts + e;
+            moe__noise_units(n, logits + at, std + at, threshold + at, u);
+            for (size_t i = 0; i < n; i++) u[i] *= 0.707106781f; /* sqrt(1/2) */
+            kn->erf(n, u, u);
+            for (size_t i = 0; i < n; i++) mean[e + i] += 0.5 + 0.5 * (double)u[i];
+        }
+    for (size_t e = 0; n_tokens && e < n_experts; e++) mean[e] /= (double)n_tokens;
+    return MOE_OK;
+}
+MOE_API moe_status moe_loss_load(size_t n_tokens, size_t n_experts, const float *logits, const float *std, const float *threshold,
+                                 const double *mean, float coefficient, double *value, float *d_logits, float *d_std,
+                                 float *d_threshold) {
+    double a, b, rest;
+    moe_status s = moe__loss_shape(n_tokens, n_experts, coefficient, value);
+    if (s || !n_tokens) return s;
+    s = moe__noise_check(n_tokens * n_experts, logits, std, threshold);
+    if (!s) s = moe__loss_mean(n_experts, mean);
+    if (s) return s;
+    const moe__kernels *kn = moe__k();
+    double v = moe__cv2(n_experts, mean, &a, &b, &rest), step = (double)coefficient / (double)n_tokens;
+    if (value) *value = v;
+    if (!d_logits && !d_std && !d_threshold) return MOE_OK;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t e = 0; e < n_experts; e += MOE__SLOPES) {
+            float u[MOE__SLOPES], pdf[MOE__SLOPES];
+            size_t n = moe__min(MOE__SLOPES, n_experts - e), at = t * n_experts + e;
+            moe__noise_units(n, logits + at, std + at, threshold + at, u);
+            for (size_t i = 0; i < n; i++) pdf[i] = -0.5f * u[i] * u[i];
+            kn->exp(n, pdf, pdf);
+            for (size_t i = 0; i < n; i++) {
+                float c = (float)(step * (a * (mean[e + i] - b) + rest));
+                float g = c * (pdf[i] * 0.398942280f / std[at + i]); /* 1 / sqrt(2 pi) */
+                if (d_logits) d_logits[at + i] += g;
+                if (d_threshold) d_threshold[at + i] -= g;
+                if (d_std) d_std[at + i] = moe__fma(-g, u[i], d_std[at + i]);
+            }
+        }
+    return MOE_OK;
+}
+
+/* -- pairs of columns: losses sum_ij h(G_ij), G = A^T A, of a matrix A (rows, cols), or of A with columns at unit length -- */
+#define MOE__GRAM_ROWS 64
+typedef struct moe__gram {
+    void (*tile)(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum); /* (32, 32): g -> h'(g), *sum += h(g) */
+    int unit;
+} moe__gram;
+
+/* 1 / length of n columns, 0 for a column of zeros */
+static void moe__gram_inverse(const float *a, size_t rows, size_t cols, size_t j0, size_t n, float *inverse) {
+    double square[MOE__W] = {0};
+    for (size_t r = 0; r < rows; r++)
+        for (size_t j = 0; j < n; j++) square[j] += (double)a[r * cols + j0 + j] * (double)a[r * cols + j0 + j];
+    for (size_t j = 0; j < n; j++) inverse[j] = square[j] > 0.0 ? (float)(1.0 / sqrt(square[j])) : 0.0f;
+}
+static void moe__gram_panel(const float *a, size_t cols, size_t r0, size_t rows, size_t j0, size_t n, const float *inverse, float *panel) {
+    moe__fill_panel(a, cols, r0, rows, j0, n, panel);
+    for (size_t r = 0; inverse && r < rows; r++)
+        for (size_t j = 0; j < n; j++) panel[r * MOE__W + j] *= inverse[j];
+}
+
+/* Returns sum h; da (may be NULL) += scale times the gradient. With M = h'(G), symmetric: dA = 2 A M; at unit length
+ * du_j = 2 sum_i M_ij u_i and da_j = (du_j - u_j <u_j, du_j>) / |a_j| [D]. */
+static double moe__gram_loss(const moe__gram *l, size_t rows, size_t cols, const float *a, float scale, float *da) {
+    const moe__kernels *kn = moe__k();
+    MOE__ALIGN64 float pi[MOE__GRAM_ROWS * MOE__W], pj[MOE__GRAM_ROWS * MOE__W], g[MOE__W * MOE__W], cosine[MOE__W * MOE__W];
+    float inverse_i[MOE__W], inverse_j[MOE__W], along[MOE__W];
+    double sum = 0.0;
+    for (size_t j0 = 0; j0 < cols; j0 += MOE__W) {
+        size_t m = moe__min(MOE__W, cols - j0);
+        if (l->unit) moe__gram_inverse(a, rows, cols, j0, m, inverse_j);
+        memset(along, 0, sizeof along);
+        for (size_t i0 = 0; i0 < cols; i0 += MOE__W) {
+            size_t n = moe__min(MOE__W, cols - i0);
+            if (l->unit) moe__gram_inverse(a, rows, cols, i0, n, inverse_i);
+            memset(g, 0, sizeof g);
+            for (size_t r = 0; r < rows; r += MOE__GRAM_ROWS) {
+                size_t count = moe__min(MOE__GRAM_ROWS, rows - r);
+                moe__gram_panel(a, cols, r, count, i0, n, l->unit ? inverse_i : NULL, pi);
+                moe__gram_panel(a, cols, r, count, j0, m, l->unit ? inverse_j : NULL, pj);
+                moe__product_outer(kn, count, n, pi, pj, MOE__W, g, MOE__W, MOE__W, !r);
+            }
+            memcpy(cosine, g, sizeof g);
+            l->tile(i0, j0, n, m, g, &sum);
+            if (!da) continue;
+            for (size_t i = 0; i < n; i++)
+                for (size_t j = 0; j < m; j++) {
+                    float w = 2.0f * scale * g[i * MOE__W + j];
+                    if (l->unit) {
+                        w *= inverse_j[j];
+                        along[j] = moe__fma(w, cosine[i * MOE__W + j], along[j]);
+                        w *= inverse_i[i];
+                    }
+                    g[i * MOE__W + j] = w;
+                }
+            for (size_t r = 0; r < rows; r += MOE__W) { /* da += A_i W: the rows of A_i as columns of a panel */
+                size_t count = moe__min(MOE__W, rows - r);
+                moe__fill_panel_t(kn, a, cols, i0, n, r, count, pi);
+                moe__product_outer(kn, n, count, pi, g, MOE__W, da + r * cols + j0, cols, m, 0);
+            }
+        }
+        for (size_t r = 0; da && l->unit && r < rows; r++)
+            for (size_t j = 0; j < m; j++) {
+                size_t at = r * cols + j0 + j;
+                da[at] = moe__fma(-along[j] * inverse_j[j], a[at], da[at]);
+            }
+    }
+    return sum;
+}
+
+static void moe__tile_abs(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* abs(g - [i = j]) */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, off = *x - (i0 + i == j0 + j ? 1.0f : 0.0f);
+            *sum += fabs((double)off);
+            *x = off > 0.0f ? 1.0f : off < 0.0f ? -1.0f : 0.0f;
+        }
+}
+static void moe__tile_square(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* (g - [i = j])^2 */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, off = *x - (i0 + i == j0 + j ? 1.0f : 0.0f);
+            *sum += (double)off * (double)off;
+            *x = 2.0f * off;
+        }
+}
+/* at unit length the diagonal is constant */
+static void moe__tile_unit(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* g^2, i != j */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, v = i0 + i == j0 + j ? 0.0f : *x;
+            *sum += (double)v * (double)v;
+            *x = 2.0f * v;
+        }
+}
+static void moe__tile_relu(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* max(0, g), i != j */
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) {
+            float *x = g + i * MOE__W + j, v = i0 + i == j0 + j || !(*x > 0.0f) ? 0.0f : *x;
+            *sum += (double)v;
+            *x = v > 0.0f ? 1.0f : 0.0f;
+        }
+}
+static void moe__tile_near(size_t i0, size_t j0, size_t n, size_t m, float *g, double *sum) { /* exp(2 g - 2), i != j */
+    for (size_t i = 0; i < n; i++) {
+        float *row = g + i * MOE__W;
+        for (size_t j = 0; j < m; j++) row[j] = 2.0f * (row[j] - 1.0f);
+        moe__k()->exp(m, row, row);
+        for (size_t j = 0; j < m; j++) {
+            if (i0 + i == j0 + j) row[j] = 0.0f;
+            *sum += (double)row[j];
+            row[j] *= 2.0f;
+        }
+    }
+}
+
+static moe_status moe__gram_check(size_t rows, size_t cols, const float *a, float coefficient, double *value, moe_status null,
+                                  moe_status nan) {
+    moe_status s = moe__loss_shape(rows, cols, coefficient, value);
+    if (s || !rows) return s;
+    if (!a) return null;
+    return moe__all_finite(rows * cols, a) ? MOE_OK : nan;
+}
+static moe_status moe__router_loss(void (*tile)(size_t, size_t, size_t, size_t, float *, double *), int unit, double divisor, size_t d,
+                                   size_t E, const float *router, float coefficient, double *value, float *d_router) {
+    moe__gram l;
+    l.tile = tile;
+    l.unit = unit;
+    moe_status s = !d ? MOE_E_D_MODEL : moe__gram_check(d, E, router, coefficient, value, MOE_E_NULL_ROUTER, MOE_E_NAN_ROUTER);
+    if (s || !(divisor > 0.0)) return s;
+    double v = moe__gram_loss(&l, d, E, router, (float)((double)coefficient / divisor), d_router);
+    if (value) *value = v / divisor;
+    return MOE_OK;
+}
+
+/* As in SimBal [P]: dR = 2 R sign(R^T R - I). */
+MOE_API moe_status moe_loss_simbal(size_t d, size_t n_experts, const float *router, float coefficient, double *value, float *d_router) {
+    return moe__router_loss(moe__tile_abs, 0, 1.0, d, n_experts, router, coefficient, value, d_router);
+}
+/* After the ecology paper [S], whose form is not published [D]. */
+MOE_API moe_status moe_loss_prototype_orthogonality(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                    float *d_router) {
+    return moe__router_loss(moe__tile_unit, 1, 1.0, d, n_experts, router, coefficient, value, d_router);
+}
+/* After latent prototype routing (2506.21328): it asks for prototypes far apart; this form is ours [D]. */
+MOE_API moe_status moe_loss_prototype_diversity(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                                float *d_router) {
+    double pairs = (double)n_experts * ((double)n_experts - 1.0);
+    return moe__router_loss(moe__tile_near, 1, pairs, d, n_experts, router, coefficient, value, d_router);
+}
+/* As in DynMoE [C]: norm(W^T W - I) + mean norm(w_e). */
+MOE_API moe_status moe_loss_diverse_simple(size_t d, size_t n_experts, const float *router, float coefficient, double *value,
+                                           float *d_router) {
+    double square, lengths = 0.0;
+    float inverse[MOE__W];
+    moe_status s = moe__router_loss(moe__tile_square, 0, 1.0, d, n_experts, router, 0.0f, &square, NULL);
+    if (!s) s = moe__loss_shape(d, n_experts, coefficient, value);
+    if (s) return s;
+    double norm = sqrt(square), step = (double)coefficient / (double)n_experts;
+    if (d_router && norm > 0.0)
+        moe__router_loss(moe__tile_square, 0, 2.0 * norm, d, n_experts, router, coefficient, NULL, d_router);
+    for (size_t e = 0; e < n_experts; e += MOE__W) {
+        size_t n = moe__min(MOE__W, n_experts - e);
+        moe__gram_inverse(router, d, n_experts, e, n, inverse);
+        for (size_t i = 0; i < n; i++) lengths += inverse[i] > 0.0f ? 1.0 / (double)inverse[i] : 0.0;
+        for (size_t r = 0; d_router && r < d; r++)
+            for (size_t i = 0; i < n; i++) {
+                size_t at = r * n_experts + e + i;
+                d_router[at] = moe__fma((float)(step * (double)inverse[i]), router[at], d_router[at]);
+            }
+    }
+    if (value) *value = norm + lengths / (double)n_experts;
+    return MOE_OK;
+}
+/* As in ERMoE's penalty [S]. */
+MOE_API moe_status moe_loss_orthonormal(size_t rows, size_t cols, const float *matrix, float coefficient, double *value, float *d_matrix) {
+    moe__gram l;
+    l.tile = moe__tile_square;
+    l.unit = 0;
+    moe_status s = moe__gram_check(rows, cols, matrix, coefficient, value, MOE_E_NULL_MATRIX, MOE_E_NAN_MATRIX);
+    if (s || !rows) return s;
+    double v = moe__gram_loss(&l, rows, cols, matrix, coefficient, d_matrix);
+    if (value) *value = v;
+    return MOE_OK;
+}
+/* mean over i < j of max(0, cos), cos between the logits of two experts over the tokens [C]. */
+MOE_API moe_status moe_loss_redundancy(size_t n_tokens, size_t n_experts, const float *logits, float coefficient,
+                                       double *value, float *d_logits) {
+    moe__gram l;
+    l.tile = moe__tile_relu;
+    l.unit = 1;
+    moe_status s = moe__gram_check(n_tokens, n_experts, logits, coefficient, value, MOE_E_NULL_LOGITS, MOE_E_NAN_LOGITS);
+    double pairs = (double)n_experts * ((double)n_experts - 1.0);
+    if (s || !n_tokens || n_experts < 2) return s;
+    double v = moe__gram_loss(&l, n_tokens, n_experts, logits, (float)((double)coefficient / pairs), d_logits);
+    if (value) *value = v / pairs;
+    return MOE_OK;
+}
+
+/* -- latent tokens, outputs, codes -- */
+static moe_status moe__latent_check(size_t T, size_t d, const float *latent, float coefficient, double *value) {
+    size_t n;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(T, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!T) return MOE_OK;
+    if (!latent) return MOE_E_NULL_LATENT;
+    return moe__all_finite(n, latent) ? MOE_OK : MOE_E_NAN_LATENT;
+}
+
+/* After latent prototype routing [D]. d cos / dx = (c / |c| - cos x / |x|) / |x|, and the other way round. */
+MOE_API moe_status moe_loss_prototype_alignment(size_t n_tokens, size_t d, size_t n_experts, size_t k, const float *latent,
+                                                const float *router, const int32_t *index, float coefficient, double *value,
+                                                float *d_latent, float *d_router) {
+    moe_status s = moe__latent_check(n_tokens, d, latent, coefficient, value);
+    if (!s) s = moe__gram_check(d, n_experts, router, 0.0f, NULL, MOE_E_NULL_ROUTER, MOE_E_NAN_ROUTER);
+    if (!s) s = moe__loss_choices(n_tokens, k, n_experts, index);
+    if (s) return s;
+    size_t choices = 0;
+    double sum = 0.0;
+    for (size_t i = 0; i < n_tokens * k; i++) choices += index[i] >= 0;
+    if (!choices) return MOE_OK;
+    double step = -(double)coefficient / (double)choices;
+    for (size_t i = 0; i < n_tokens * k; i++) {
+        if (index[i] < 0) continue;
+        const float *x = latent + i / k * d, *c = router + index[i];
+        double xx = 0.0, cc = 0.0, xc = 0.0, cosine = 0.0;
+        for (size_t r = 0; r < d; r++) {
+            double a = (double)x[r], b = (double)c[r * n_experts];
+            xx += a * a;
+            cc += b * b;
+            xc += a * b;
+        }
+        int angle = xx > 0.0 && cc > 0.0;
+        if (angle) cosine = xc / sqrt(xx * cc);
+        sum += 1.0 - cosine;
+        for (size_t r = 0; angle && r < d; r++) {
+            double a = (double)x[r], b = (double)c[r * n_experts], across = 1.0 / sqrt(xx * cc);
+            if (d_latent) d_latent[i / k * d + r] += (float)(step * (b * across - cosine * a / xx));
+            if (d_router) d_router[r * n_experts + (size_t)index[i]] += (float)(step * (a * across - cosine * b / cc));
+        }
+    }
+    if (value) *value = sum / (double)choices;
+    return MOE_OK;
+}
+
+/* mean_t (1/2) sum (m^2 + v - ln v - 1), v = exp(log_var): after latent prototype routing [D]. */
+MOE_API moe_status moe_loss_latent_kl(size_t n_tokens, size_t d, const float *latent, const float *log_var, float coefficient,
+                                      double *value, float *d_latent, float *d_log_var) {
+    moe_status s = moe__latent_check(n_tokens, d, latent, coefficient, value);
+    if (!s) s = moe__latent_check(n_tokens, d, log_var, coefficient, value);
+    if (s || !n_tokens) return s;
+    const moe__kernels *kn = moe__k();
+    double sum = 0.0;
+    float step = coefficient / (float)n_tokens;
+    for (size_t i = 0; i < n_tokens * d; i++)
+        if (log_var[i] > 88.0f) return MOE_E_NAN_LATENT; /* the variance would overflow */
+    for (size_t i = 0; i < n_tokens * d; i += MOE__SLOPES) {
+        float v[MOE__SLOPES];
+        size_t n = moe__min(MOE__SLOPES, n_tokens * d - i);
+        kn->exp(n, log_var + i, v);
+        if (d_latent) kn->axpy(n, step, latent + i, d_latent + i);
+        for (size_t j = 0; j < n; j++) {
+            sum += 0.5 * ((double)latent[i + j] * (double)latent[i + j] + (double)v[j] - (double)log_var[i + j] - 1.0);
+            v[j] -= 1.0f;
+        }
+        if (d_log_var) kn->axpy(n, 0.5f * step, v, d_log_var + i);
+    }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* Squared lengths of the projections of output j on output l, after 2505.22323 [K]; the square is ours [D]. */
+MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size_t d, const float *outputs, float coefficient,
+                                                 double *value, float *d_outputs) {
+    size_t n;
+    if (!k) return MOE_E_TOP_K;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!moe__mul(n_tokens, k, &n) || !moe__mul(n, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!n_tokens) return MOE_OK;
+    if (!outputs) return MOE_E_NULL_OUTPUTS;
+    if (!moe__all_finite(n, outputs)) return MOE_E_NAN_OUTPUTS;
+    const moe__kernels *kn = moe__k();
+    double sum = 0.0;
+    float step = 2.0f * coefficient / (float)n_tokens;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t l = 0; l < k; l++) {
+            const float *on = outputs + (t * k + l) * d;
+            float *don = d_outputs ? d_outputs + (t * k + l) * d : NULL, square = kn->dot(d, on, on), along = 0.0f;
+            if (!(square >= FLT_MIN) || !moe__finite(square)) continue; /* nothing to project on */
+            for (size_t j = 0; j < k; j++) {
+                if (j == l) continue;
+                const float *o = outputs + (t * k + j) * d;
+                float share = kn->dot(d, o, on) / square; /* the projection is share * on */
+                sum += (double)share * (double)share * (double)square;
+                if (!don) continue;
+                kn->axpy(d, step * share, on, d_outputs + (t * k + j) * d);
+                kn->axpy(d, step * share, o, don);
+                along = moe__fma(share, share, along);
+            }
+            if (don) kn->axpy(d, -step * along, on, don);
+        }
+    if (value) *value = sum / (double)n_tokens;
+    return MOE_OK;
+}
+
+/* As in VQMoE [C]. */
+MOE_API moe_status moe_loss_codebook(size_t n_tokens, size_t d, size_t n_codes, const float *x, const float *codebook,
+                                     const int32_t *index, float commitment, float coefficient, double *value, float *dx,
+                                     float *d_codebook) {
+    size_t n, coded = 0;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__finite(coefficient)) return MOE_E_COEFFICIENT;
+    if (!(commitment >= 0.0f) || !moe__finite(commitment)) return MOE_E_COMMITMENT;
+    if (!moe__mul(n_tokens, d, &n) || !moe__mul(n_codes, d, &n)) return MOE_E_OVERFLOW;
+    if (value) *value = 0.0;
+    if (!n_tokens) return MOE_OK;
+    if (!x) return MOE_E_NULL_X;
+    if (!codebook) return MOE_E_NULL_CODEBOOK;
+    if (!moe__all_finite(n_tokens * d, x)) return MOE_E_NAN_X;
+    if (!moe__all_finite(n_codes * d, codebook)) return MOE_E_NAN_CODEBOOK;
+    moe_status s = moe__loss_index(n_tokens, n_codes, index, MOE_E_CODE);
+    if (s) return s;
+    double sum = 0.0;
+    for (size_t t = 0; t < n_tokens; t++) coded += index[t] >= 0;
+    if (!coded) return MOE_OK;
+    float step = 2.0f * coefficient / (float)coded;
+    for (size_t t = 0; t < n_tokens; t++) {
+        if (index[t] < 0) continue;
+        size_t at = t * d, code = (size_t)index[t] * d;
+        for (size_t i = 0; i < d; i++) {
+            float off = codebook[code + i] - x[at + i];
+            sum += (double)off * (double)off;
+            if (d_codebook) d_codebook[code + i] = moe__fma(step, off, d_codebook[code + i]);
+            if (dx) dx[at + i] = moe__fma(-step * commitment, off, dx[at + i]);
+        }
+    }
+    if (value) *value = (1.0 + (double)commitment) * sum / (double)coded;
+    return MOE_OK;
+}
+
+/* -- the table -- */
 typedef struct moe__loss_row {
-    const char *name;
-    moe_status (*add)(const moe__job *j, const uint64_t *load, float coefficient, double *value); /* += m->dlogits */
+    moe_info info;
+    /* += m->dlogits or drouter; NULL: the layer does not have what it needs */
+    moe_status (*add)(const moe__job *j, const uint64_t *load, float coefficient, double *value);
 } moe__loss_row;
-static moe_status moe__add_switch(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
-    return moe_loss_switch(j->t->n_tokens, j->dims->E, j->d->temperature, j->t->prob, load, coefficient, value, j->m->dlogits);
+/* What prob was made with. */
+#define MOE__PROB_T(j) ((j)->m->now.prob_t)
+/* Gradient by the scores that a loss was on, m->work (T, E), on to the logits. */
+static const float *moe__layer_scores(const moe__job *j) { return moe__gates[j->d->gate].scores == MOE__SCORES_OWN ? j->t->scores : j->t->prob; }
+static moe_status moe__loss_scores_back(const moe__job *j) {
+    size_t n = j->t->n_tokens * j->dims->E;
+    const float *s = moe__layer_scores(j), *ds = j->m->work;
+    float *dz = j->m->dlogits;
+    if (s == j->t->prob) return moe_softmax_backward(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), s, ds, dz);
+    for (size_t i = 0; i < n; i++) {
+        float slope = j->d->gate == MOE_GATE_RELU ? (s[i] > 0.0f ? 1.0f : 0.0f) : j->m->now.inv_t * (s[i] * (1.0f - s[i]));
+        dz[i] = moe__fma(slope, ds[i], dz[i]);
+    }
+    return MOE_OK;
 }
-static moe_status moe__add_z(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+static moe_status moe__add_sequence(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t T = j->t->n_tokens, E = j->dims->E, L = j->d->sequence ? j->d->sequence : moe__max(T, 1);
     (void)load;
-    return moe_loss_z(j->t->n_tokens, j->dims->E, j->t->logits, coefficient, value, j->m->dlogits);
+    if (!T) return MOE_OK;
+    memset(j->m->work, 0, T * E * sizeof(float));
+    moe_status s = moe_sequence_load(T, E, j->dims->S, L, j->t->index, j->m->counts);
+    if (!s) s = moe_loss_sequence(T, E, L, moe__layer_scores(j), j->m->counts, coefficient, value, j->m->work);
+    return s ? s : moe__loss_scores_back(j);
 }
+static moe_status moe__add_device(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    moe_status s = moe_device_load(j->dims->E, j->d->n_ranks, load, j->m->counts);
+    return s ? s : moe_loss_device(j->t->n_tokens, j->dims->E, j->d->n_ranks, MOE__PROB_T(j), j->t->prob, j->m->counts, coefficient, value, j->m->dlogits);
+}
+static moe_status moe__add_communication(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t T = j->t->n_tokens, E = j->dims->E, P = j->d->n_ranks;
+    (void)load;
+    moe_status s = moe_device_tokens(T, E, P, j->dims->S, j->t->index, j->m->counts);
+    return s ? s : moe_loss_communication(T, E, P, moe__min(P, j->m->now.k), MOE__PROB_T(j), j->t->prob, j->m->counts, T, coefficient, value, j->m->dlogits);
+}
+/* The tokens of each rank are at home there: the mean over the ranks. 1 - 0.01 at home [D]. */
+static moe_status moe__add_locality(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t T = j->t->n_tokens, E = j->dims->E, P = j->d->n_ranks, used = 0, t1;
+    double v, sum = 0.0;
+    moe_status s = MOE_OK;
+    (void)load;
+    for (size_t home = 0; home < moe__min(P, T); home++) used += moe__ceil_div(home * T, P) < moe__ceil_div((home + 1) * T, P);
+    for (size_t home = 0, t0 = 0; home < P && !s; home++, t0 = t1) {
+        t1 = moe__ceil_div((home + 1) * T, P); /* tokens with t P / T == home */
+        if (t1 <= t0) continue;
+        s = moe_mean_scores(t1 - t0, E, j->t->prob + t0 * E, j->m->mean2);
+        if (!s) s = moe_device_prob(E, P, j->m->mean2, j->m->rank_prob);
+        if (!s) s = moe_loss_locality(t1 - t0, E, P, home, 0.01f, MOE__PROB_T(j), j->t->prob + t0 * E, j->m->rank_prob,
+                                      coefficient / (float)used, &v, j->m->dlogits + t0 * E);
+        if (!s) sum += v / (double)used;
+    }
+    *value = sum;
+    return s;
+}
+static moe_status moe__add_relu_l1(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    uint64_t counted = j->t->side.counted ? j->t->side.counted : j->t->n_tokens;
+    return moe_loss_relu_l1(j->t->n_tokens, j->dims->E, j->m->now.k, j->t->scores, load, counted, coefficient, value, j->m->dlogits);
+}
+static moe_status moe__add_oracle(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    (void)load;
+    if (j->t->n_tokens && !j->t->side.teacher) return MOE_E_NULL_TEACHER;
+    return moe_loss_oracle(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, j->t->side.teacher, coefficient, value, j->m->dlogits);
+}
+/* The logits of a cosine score are the cosines themselves. */
+static moe_status moe__add_prototype_alignment(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t S = j->dims->S, pairs = j->t->n_tokens * S, count = 0;
+    double sum = 0.0;
+    (void)load;
+    for (size_t p = 0; p < pairs; p++) count += j->t->index[p] >= 0;
+    for (size_t p = 0; p < pairs; p++) {
+        if (j->t->index[p] < 0) continue;
+        size_t at = p / S * j->dims->E + (size_t)j->t->index[p];
+        sum += 1.0 - (double)j->t->logits[at];
+        j->m->dlogits[at] -= coefficient / (float)count;
+    }
+    *value = count ? sum / (double)count : 0.0;
+    return MOE_OK;
+}
+/* On the weights, so before the gate's backward: into m->slot_grad. */
+static moe_status moe__add_importance_selected(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t T = j->t->n_tokens, S = j->dims->S, E = j->dims->E;
+    (void)load;
+    moe_status s = moe_mean_weights(T, S, E, j->t->index, j->t->weight, j->m->mean2);
+    return s ? s : moe_loss_importance_selected(T, S, E, j->t->index, j->m->mean2, coefficient, value, j->m->slot_grad);
+}
+/* On the clean logits and the noise: after the noise's own backward. An expert's threshold is the k-th highest noisy logit
+ * of the others [C]. */
+static moe_status moe__add_load(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t T = j->t->n_tokens, E = j->dims->E, k = j->m->now.k;
+    float *threshold = j->m->work, *dstd = j->m->sel;
+    (void)load;
+    if (!T || k >= E) return MOE_OK;
+    for (size_t t = 0; t < T; t++) {
+        const float *z = j->t->logits + t * E;
+        float kth = -FLT_MAX, next = -FLT_MAX;
+        for (size_t i = 0; i < k; i++) kth = z[j->t->index[t * j->dims->S + i]]; /* best first */
+        for (size_t e = 0; e < E; e++) {
+            int in = 0;
+            for (size_t i = 0; i < k; i++) in |= j->t->index[t * j->dims->S + i] == (int32_t)e;
+            threshold[t * E + e] = in ? 1.0f : 0.0f;
+            if (!in && z[e] > next) next = z[e];
+        }
+        for (size_t e = 0; e < E; e++) threshold[t * E + e] = threshold[t * E + e] > 0.0f ? next : kth;
+    }
+    memset(dstd, 0, T * E * sizeof(float));
+    moe_status s = moe_mean_selection(T, E, j->t->clean, j->t->noise_std, threshold, j->m->mean2);
+    if (!s) s = moe_loss_load(T, E, j->t->clean, j->t->noise_std, threshold, j->m->mean2, coefficient, value, j->m->dlogits, dstd, NULL);
+    if (s || j->d->noise != MOE_NOISE_LEARNED) return s;
+    for (size_t i = 0; i < T * E; i++) threshold[i] = -j->t->noise_std[i];
+    j->kn->exp(T * E, threshold, threshold);
+    for (size_t i = 0; i < T * E; i++) j->m->raw[i] = moe__fma(dstd[i], 1.0f - threshold[i], j->m->raw[i]);
+    return MOE_OK;
+}
+/* V of every routed expert, taken out of its panels. */
+static moe_status moe__add_orthonormal(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    size_t d = j->dims->d, f = j->dims->f;
+    float *v = j->m->matrix, *dv = v + d * f;
+    moe_status s = MOE_OK;
+    double one;
+    (void)load;
+    *value = 0.0;
+    if (!j->t->side.experts) return MOE_E_NULL_EXPERTS;
+    for (size_t e = 0; e < j->dims->F && !s; e++) {
+        const float *w = j->t->side.experts + e * j->dims->expert;
+        for (size_t i = 0; i < d; i++)
+            for (size_t c = 0; c < f; c++) v[i * f + c] = w[(c / MOE__W * d + i) * MOE__W + c % MOE__W];
+        memset(dv, 0, d * f * sizeof(float));
+        s = moe_loss_orthonormal(d, f, v, coefficient, &one, dv);
+        *value += one;
+        float *g = j->t->side.d_experts ? j->t->side.d_experts + e * j->dims->expert : NULL;
+        for (size_t i = 0; g && i < d; i++)
+            for (size_t c = 0; c < f; c++) g[(c / MOE__W * d + i) * MOE__W + c % MOE__W] += dv[i * f + c];
+    }
+    return s;
+}
+/* Made by the experts' backward, which has the outputs. */
+static moe_status moe__add_output_orthogonality(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    (void)load;
+    (void)coefficient;
+    *value = j->m->output_loss;
+    return MOE_OK;
+}
+static moe_status moe__add_codebook(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    const float *codebook = moe__router_part(j, MOE__R_CODEBOOK);
+    (void)load;
+    if (!j->m->branch->ready) return MOE_OK;
+    return moe_loss_codebook(j->t->n_tokens, j->dims->d, j->dims->codes, j->m->branch->x, codebook, j->m->branch->code, 0.25f, coefficient, value,
+                             j->dx, moe__router_grad(j, MOE__R_CODEBOOK));
+}
+static moe_status moe__add_switch(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    return moe_loss_switch(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, load, coefficient, value, j->m->dlogits);
+}
+static moe_status moe__add_variance(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
+    moe__slope l; /* of the softmax, and through it */
+    (void)load;
+    memset(&l, 0, sizeof l);
+    l.fill = moe__fill_variance;
+    l.each = 1;
+    l.scale = 1.0f;
+    l.mean = j->mean;
+    moe_status s = moe_loss_variance(j->t->n_tokens, j->dims->E, j->t->prob, j->mean, coefficient, value, NULL);
+    if (!s && j->t->n_tokens)
+        moe__through_softmax(&l, j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, coefficient, j->m->dlogits);
+    return s;
+}
+#define MOE__ADD(name, call)                                                                                            \
+    static moe_status moe__add_##name(const moe__job *j, const uint64_t *load, float coefficient, double *value) {      \
+        (void)load;                                                                                                     \
+        return call;                                                                                                    \
+    }
+#define MOE__ADD_LOGITS(name) MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, j->t->logits, coefficient, value, j->m->dlogits))
+#define MOE__ADD_PROB(name) \
+    MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, coefficient, value, j->m->dlogits))
+#define MOE__ADD_MEAN(name) \
+    MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, j->mean, coefficient, value, j->m->dlogits))
+#define MOE__ADD_ROUTER(name) MOE__ADD(name, moe_loss_##name(j->dims->L, j->dims->N, moe__router_part(j, MOE__R_ROUTER), coefficient, value, moe__router_grad(j, MOE__R_ROUTER)))
+MOE__ADD_LOGITS(z)
+MOE__ADD_LOGITS(redundancy)
+MOE__ADD_PROB(entropy)
+MOE__ADD_PROB(certainty)
+MOE__ADD_MEAN(importance)
+MOE__ADD_MEAN(kl_uniform)
+MOE__ADD_MEAN(kl_reverse)
+MOE__ADD_MEAN(l2_uniform)
+MOE__ADD_MEAN(mutual_information)
+MOE__ADD_ROUTER(simbal)
+MOE__ADD_ROUTER(diverse_simple)
+MOE__ADD_ROUTER(prototype_orthogonality)
+MOE__ADD_ROUTER(prototype_diversity)
+#undef MOE__ADD_LOGITS
+#undef MOE__ADD_PROB
+#undef MOE__ADD_MEAN
+#undef MOE__ADD_ROUTER
+#undef MOE__ADD
+
+/* In the order of moe_loss_kind. docs/math.md has the same rows, with their gradients. */
 static const moe__loss_row moe__losses[MOE_LOSS_COUNT] = {
-    {"switch", moe__add_switch},
-    {"z", moe__add_z},
+    {{"switch", "E sum_e f_e P_e, f_e = c_e / sum_j c_j", "GShard, Switch", "C", 0.01f}, moe__add_switch},
+    {{"z", "mean_t (logsumexp z_t)^2", "ST-MoE", "C", 0.001f}, moe__add_z},
+    {{"importance", "Var(P) / Mean(P)^2", "V-MoE, after Shazeer 2017", "K", 0.005f}, moe__add_importance},
+    {{"importance-selected", "Var(I) / Mean(I)^2, I_e = sum of the selected w_te", "Shazeer 2017", "K", 0.1f}, moe__add_importance_selected},
+    {{"load", "Var(I) / Mean(I)^2, I_e = sum_t Phi((z_te - thr_te) / sigma_te)", "Shazeer 2017, V-MoE", "C", 0.005f}, moe__add_load},
+    {{"entropy", "-mean_t S_t, S_t = -sum_e p_te ln p_te", "ecology paper; the sign is a choice", "D", 0.0f}, moe__add_entropy},
+    {{"certainty", "mean_t S_t", "top-p routing", "K", 1e-4f}, moe__add_certainty},
+    {{"kl-uniform", "sum_e P_e ln P_e + ln E", "ecology paper, part of its B", "S", 0.4f}, moe__add_kl_uniform},
+    {{"kl-reverse", "-ln E - (1/E) sum_e ln P_e", "this library", "D", 0.0f}, moe__add_kl_reverse},
+    {{"mutual-information", "-(H(P) - mean_t S_t), H(P) = -sum_e P_e ln P_e", "Mod-Squad, ModuleFormer", "C", 5e-4f},
+     moe__add_mutual_information},
+    {{"l2-uniform", "sum_e (P_e - 1/E)^2", "public code", "C", 0.05f}, moe__add_l2_uniform},
+    {{"sequence", "mean over sequences of E sum_e f_e Q_e, Q_e = mean of s_te / sum_j s_tj", "DeepSeek-V3", "K", 1e-4f}, moe__add_sequence},
+    {{"device", "sum_d F_d P_d, F_d = mean of E f_e in d, P_d = sum of P_e in d", "DeepSeekMoE", "K", 0.05f}, moe__add_device},
+    {{"communication", "sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d", "DeepSeek-V2", "K", 0.02f}, moe__add_communication},
+    {{"locality", "sum_d P_d ln(P_d / L_d), L = 1 - s at home, s / (D - 1) elsewhere", "LocMoE (2401.13920)", "K", 0.0f}, moe__add_locality},
+    {{"relu-l1", "E sum_e f_e mean_t max(0, s_te), f_e = c_e / (k T)", "ReMoE", "C", 1e-8f}, moe__add_relu_l1},
+    {{"variance", "-mean_t sum_e (s_te - mean_t s_te)^2", "2505.22323", "K", 0.0f}, moe__add_variance},
+    {{"oracle", "-mean_t ln p_te, e = teacher of t", "ecology paper; the teacher is a choice", "S", 0.0f}, moe__add_oracle},
+    {{"simbal", "sum_ij abs((R^T R - I)_ij)", "SimBal (2506.14038)", "P", 0.1f}, moe__add_simbal},
+    {{"diverse-simple", "norm(R^T R - I) + mean_e norm(R_e)", "DynMoE", "C", 0.0f}, moe__add_diverse_simple},
+    {{"prototype-orthogonality", "sum_ij ((C^T C - I)_ij)^2, C_e = R_e / norm(R_e)", "ecology paper; form", "D", 0.05f},
+     moe__add_prototype_orthogonality},
+    {{"prototype-diversity", "mean over i != j of exp(2 cos_ij - 2), cos of R_i and R_j", "2506.21328; form", "D", 0.0f},
+     moe__add_prototype_diversity},
+    {{"prototype-alignment", "mean over choices of 1 - cos(x_t, R_e)", "2506.21328; form", "D", 0.0f}, moe__add_prototype_alignment},
+    {{"latent-kl", "mean_t (1/2) sum_i (m_ti^2 + v_ti - ln v_ti - 1)", "2506.21328; form", "D", 0.0f}, NULL},
+    {{"redundancy", "mean over i < j of max(0, cos(z_i, z_j))", "public code", "C", 0.1f}, moe__add_redundancy},
+    {{"output-orthogonality", "mean_t sum over j != l of (o_j . o_l)^2 / (o_l . o_l)", "2505.22323", "K", 0.0f}, moe__add_output_orthogonality},
+    {{"orthonormal", "sum_ij ((V^T V - I)_ij)^2", "ERMoE", "S", 0.001f}, moe__add_orthonormal},
+    {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2)", "VQMoE", "C", 0.08f}, moe__add_codebook},
 };
+/* When the layer adds a loss: to the weights' gradient before the gate's, to the logits', or after the noise's. */
+enum { MOE__LOSS_ON_WEIGHTS, MOE__LOSS_ON_LOGITS, MOE__LOSS_ON_NOISE };
+static int moe__loss_when(int loss) {
+    return loss == MOE_LOSS_IMPORTANCE_SELECTED ? MOE__LOSS_ON_WEIGHTS : loss == MOE_LOSS_LOAD ? MOE__LOSS_ON_NOISE : MOE__LOSS_ON_LOGITS;
+}
+/* Whether a layer with these choices has what the loss needs. */
+static int moe__loss_fits(const moe_desc *d, int loss) {
+    int cosine = d->score == MOE_SCORE_COSINE || d->score == MOE_SCORE_PROJECTED || d->score == MOE_SCORE_PROTOTYPE;
+    switch (loss) {
+    case MOE_LOSS_LATENT_KL: return 0; /* no variational latent here: level 1 only */
+    case MOE_LOSS_LOAD: return d->noise == MOE_NOISE_LEARNED || d->noise == MOE_NOISE_GAUSSIAN;
+    case MOE_LOSS_RELU_L1: return d->gate == MOE_GATE_RELU;
+    case MOE_LOSS_SIMBAL: case MOE_LOSS_DIVERSE_SIMPLE: case MOE_LOSS_PROTOTYPE_ORTHOGONALITY: case MOE_LOSS_PROTOTYPE_DIVERSITY:
+        return moe__latent_score(d->score);
+    case MOE_LOSS_PROTOTYPE_ALIGNMENT: return cosine && d->combine != MOE_COMBINE_SOFT && d->noise == MOE_NOISE_NONE;
+    case MOE_LOSS_IMPORTANCE_SELECTED: return d->combine != MOE_COMBINE_SOFT;
+    case MOE_LOSS_DEVICE: case MOE_LOSS_COMMUNICATION: case MOE_LOSS_LOCALITY: return d->n_ranks > 1 && d->n_experts % d->n_ranks == 0;
+    case MOE_LOSS_CODEBOOK: return d->n_codes > 0;
+    case MOE_LOSS_ORTHONORMAL: return d->expert == MOE_EXPERT_ORTHONORMAL;
+    case MOE_LOSS_OUTPUT_ORTHOGONALITY: return d->combine == MOE_COMBINE_SUM && !(d->n_zero + d->n_copy + d->n_constant);
+    default: return 1;
+    }
+}
+static moe_status moe__losses_check(const moe_desc *d) {
+    for (int i = 0; i < MOE_LOSS_COUNT; i++)
+        if (d->loss[i] > 0.0f && !moe__loss_fits(d, i)) return MOE_E_LOSS_STAGE;
+    return MOE_OK;
+}
+static moe_status moe__losses_add(const moe__job *j, const uint64_t *load, int when) {
+    moe_status s = MOE_OK;
+    for (int i = 0; i < MOE_LOSS_COUNT && !s; i++)
+        if (j->d->loss[i] > 0.0f && moe__loss_when(i) == when) s = moe__losses[i].add(j, load, j->d->loss[i], &j->t->loss[i]);
+    return s;
+}
 
 #define MOE__NAME_API(kind, table, count) \
     MOE_API const char *moe_##kind##_name(moe_##kind##_kind v) { return (unsigned)v < count ? table[v].name : NULL; }
 MOE__NAME_API(score, moe__scores, MOE__SCORE_COUNT)
 MOE__NAME_API(gate, moe__gates, MOE__GATE_COUNT)
 MOE__NAME_API(select, moe__selects, MOE__SELECT_COUNT)
-MOE__NAME_API(loss, moe__losses, MOE_LOSS_COUNT)
+MOE_API const char *moe_loss_name(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? moe__losses[v].info.name : NULL; }
+MOE_API const moe_info *moe_loss_info(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? &moe__losses[v].info : NULL; }
 static const struct { const char *name; } moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}, {"orthonormal"}};
 static const struct { const char *name; } moe__noises[] = {{"default"}, {"none"}, {"gaussian"}, {"uniform"}, {"gumbel"}, {"learned"}};
 static const struct { const char *name; } moe__combines[] = {{"default"}, {"sum"}, {"soft"}, {"merge"}, {"robust"}};
-static const struct { const char *name; } moe__schedules[] = {{"default"}, {"none"}, {"linear"}, {"exponential"}, {"cosine"}};
 static const struct { const char *name; } moe__inits[] = {{"default"}, {"uniform"}, {"orthogonal"}, {"zero"}};
 static const struct { const char *name; } moe__orders[] = {{"default"}, {"token"}, {"choice"}, {"weight"}};
 static const struct { const char *name; } moe__optimizers[] = {{"default"}, {"adamw"}, {"sgd"}};
@@ -5105,9 +6581,279 @@ MOE__NAME_API(expert, moe__experts_table, MOE__EXPERT_COUNT)
 MOE__NAME_API(order, moe__orders, MOE__ORDER_COUNT)
 MOE__NAME_API(noise, moe__noises, MOE__NOISE_COUNT)
 MOE__NAME_API(combine, moe__combines, MOE__COMBINE_COUNT)
-MOE__NAME_API(schedule, moe__schedules, MOE__SCHEDULE_COUNT)
 MOE__NAME_API(init, moe__inits, MOE__INIT_COUNT)
 MOE__NAME_API(optimizer, moe__optimizers, MOE__OPTIMIZER_COUNT)
+
+/* ==== controllers =============================================================================
+ * One row a kind: its defaults, the state that it has, and its step. */
+typedef struct moe__control_row {
+    moe_info info;
+    float damping, low, high, coefficient;
+    int has_coefficient, has_bias, has_error, has_usage;
+    moe_status (*check)(const moe_control *c, const moe_control_input *in);
+    moe_status (*step)(moe_control *c, const moe_control_input *in);
+} moe__control_row;
+
+static double moe__control_mean(const moe_control *c, const moe_control_input *in) {
+    double total = 0.0;
+    for (size_t e = 0; e < c->n_experts; e++) total += (double)in->load[e];
+    return total / (double)c->n_experts;
+}
+static moe_status moe__control_needs_load(const moe_control *c, const moe_control_input *in) {
+    (void)c;
+    return in->load ? MOE_OK : MOE_E_NULL_LOAD;
+}
+
+/* b += rate * sign(mean - load), as in DeepSeek's loss-free balancing [C]. */
+static moe_status moe__control_bias(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in);
+    for (size_t e = 0; e < c->n_experts; e++) {
+        double n = (double)in->load[e];
+        c->bias[e] += n < mean ? c->rate : n > mean ? -c->rate : 0.0f;
+    }
+    return MOE_OK;
+}
+
+/* e = (mean - load) / mean; b += Ki e + Kd [e_prev de > 0] de, de = e - e_prev; then mean b = 0: as in ID balancing [P]. */
+static moe_status moe__control_id(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in), centre = 0.0;
+    if (!(mean > 0.0)) return MOE_OK;
+    for (size_t e = 0; e < c->n_experts; e++) {
+        double error = (mean - (double)in->load[e]) / mean, before = (double)c->error[e], change = error - before;
+        double step = (double)c->rate * error;
+        if (before * change > 0.0) step += (double)c->damping * change;
+        c->bias[e] = (float)((double)c->bias[e] + step);
+        c->error[e] = (float)error;
+        centre += (double)c->bias[e];
+    }
+    centre /= (double)c->n_experts;
+    for (size_t e = 0; e < c->n_experts; e++) c->bias[e] = (float)((double)c->bias[e] - centre);
+    return MOE_OK;
+}
+
+/* u = decay u + (1 - decay) load / mean; b = boost where u < low, else 0. The constants are [C], the unit of u is ours [D]. */
+static moe_status moe__control_usage(moe_control *c, const moe_control_input *in) {
+    double mean = moe__control_mean(c, in), decay = (double)c->damping;
+    if (!(mean > 0.0)) return MOE_OK;
+    for (size_t e = 0; e < c->n_experts; e++) {
+        c->usage[e] = (float)(decay * (double)c->usage[e] + (1.0 - decay) * ((double)in->load[e] / mean));
+        c->bias[e] = c->usage[e] < c->low ? c->rate : 0.0f;
+    }
+    return MOE_OK;
+}
+
+/* lambda *= rate where the gate is less sparse than 1 - k / E, else /= rate, as in ReMoE [C]. */
+static moe_status moe__control_lambda_check(const moe_control *c, const moe_control_input *in) {
+    if (!in->top_k || in->top_k > c->n_experts) return MOE_E_TOP_K;
+    return in->sparsity >= 0.0 && in->sparsity <= 1.0 ? MOE_OK : MOE_E_SPARSITY;
+}
+static moe_status moe__control_lambda(moe_control *c, const moe_control_input *in) {
+    double want = 1.0 - (double)in->top_k / (double)c->n_experts, v = (double)*c->coefficient;
+    v = in->sparsity < want ? v * (double)c->rate : v / (double)c->rate;
+    *c->coefficient = v < (double)c->low ? c->low : v > (double)c->high ? c->high : (float)v;
+    return MOE_OK;
+}
+
+/* a = decay a + (1 - decay) min(xi * drop rate, cap), after Skywork-MoE [K]. */
+static moe_status moe__control_adaptive_check(const moe_control *c, const moe_control_input *in) {
+    (void)c;
+    return in->drop_rate >= 0.0 && in->drop_rate <= 1.0 ? MOE_OK : MOE_E_DROP_RATE;
+}
+static moe_status moe__control_adaptive(moe_control *c, const moe_control_input *in) {
+    double goal = (double)c->rate * in->drop_rate, decay = (double)c->damping;
+    if (goal > (double)c->high) goal = (double)c->high;
+    *c->coefficient = (float)(decay * (double)*c->coefficient + (1.0 - decay) * goal);
+    return MOE_OK;
+}
+
+/* The value of rank r (0 = least) of n floats, none of them NaN: digit by digit, so without sorting or moving them. */
+static float moe__rank(size_t n, const float *v, size_t r) {
+    uint32_t prefix = 0, mask = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        size_t count[256] = {0};
+        uint32_t digit = 0;
+        for (size_t i = 0; i < n; i++) {
+            uint32_t u = moe__bits_of(v[i]);
+            u ^= u >> 31 ? 0xffffffffu : 0x80000000u; /* orders as the floats do */
+            if ((u & mask) == prefix) count[u >> shift & 255]++;
+        }
+        for (; r >= count[digit]; digit++) r -= count[digit];
+        prefix |= digit << shift;
+        mask |= (uint32_t)255 << shift;
+    }
+    return moe__float_of(prefix ^ (prefix >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+/* b_j = -quantile over the tokens, at 1 - k/E, of s_ij - alpha_i, alpha_i = the (k+1)-th biased score of token i, as in
+ * quantile balancing [C]; between two tokens the quantile is on a straight line [D]. */
+static moe_status moe__control_quantile_check(const moe_control *c, const moe_control_input *in) {
+    size_t n;
+    if (!in->top_k || in->top_k > c->n_experts) return MOE_E_TOP_K;
+    if (!moe__mul(in->n_tokens, c->n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !in->scores) return MOE_E_NULL_SCORES;
+    return moe__all_finite(n, in->scores) ? MOE_OK : MOE_E_NAN_SCORES;
+}
+static moe_status moe__control_quantile(moe_control *c, const moe_control_input *in) {
+    size_t T = in->n_tokens, E = c->n_experts, k = in->top_k, bytes;
+    moe__arena arena;
+    if (!T || k == E) return MOE_OK;
+    moe_status s = moe_control_scratch(c, T, &bytes);
+    if (s) return s;
+    void *own = NULL, *memory = in->scratch;
+    if (!memory) {
+        memory = own = moe__alloc(in->alloc_context, bytes);
+        if (!own) return MOE_E_NO_MEMORY;
+    }
+    s = moe__arena_over(&arena, memory, own ? bytes : in->scratch_bytes, bytes);
+    if (!s) {
+        float *alpha = moe__take_floats(&arena, T, 1), *v = moe__take_floats(&arena, moe__max(T, E), 1);
+        for (size_t t = 0; t < T; t++) {
+            for (size_t e = 0; e < E; e++) v[e] = in->scores[t * E + e] + c->bias[e];
+            alpha[t] = moe__rank(E, v, E - k - 1);
+        }
+        double at = (1.0 - (double)k / (double)E) * (double)(T - 1);
+        size_t low = moe__min((size_t)at, T - 1);
+        for (size_t e = 0; e < E; e++) {
+            for (size_t t = 0; t < T; t++) v[t] = in->scores[t * E + e] - alpha[t];
+            double q = (double)moe__rank(T, v, low), next = (double)moe__rank(T, v, moe__min(low + 1, T - 1));
+            c->bias[e] = (float)-(q + (at - (double)low) * (next - q));
+        }
+    }
+    moe__free(in->alloc_context, own);
+    return s;
+}
+
+static const moe__control_row moe__controls[MOE_CONTROL_COUNT] = {
+    {{"none", "", "", "", 0.0f}, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0, 0, 0, NULL, NULL},
+    {{"bias", "b_e += u sign(nbar - c_e)", "DeepSeek, loss-free balancing", "C", 0.001f},
+     0.0f, 0.0f, 0.0f, 0.0f, 0, 1, 0, 0, moe__control_needs_load, moe__control_bias},
+    {{"quantile", "b_e = -quantile_{1 - k/E} over t of (s_te - alpha_t), alpha_t = the (k+1)-th biased score", "quantile balancing",
+      "C", 0.0f},
+     0.0f, 0.0f, 0.0f, 0.0f, 0, 1, 0, 0, moe__control_quantile_check, moe__control_quantile},
+    {{"id", "b_e += Ki e + Kd [e' (e - e') > 0] (e - e'), e = (nbar - c_e) / nbar, e' before; then mean b = 0", "ID balancing",
+      "P", 0.006f},
+     0.006f, 0.0f, 0.0f, 0.0f, 0, 1, 1, 0, moe__control_needs_load, moe__control_id},
+    {{"relu-lambda", "lambda *= 1.2 if sparsity < 1 - k/E, else /= 1.2; lambda_0 = 1e-8", "ReMoE", "C", 1.2f},
+     0.0f, FLT_MIN, FLT_MAX, 1e-8f, 1, 0, 0, 0, moe__control_lambda_check, moe__control_lambda},
+    {{"adaptive", "a = 0.99 a + 0.01 min(xi drop rate, 0.01)", "Skywork-MoE", "K", 0.2f},
+     0.99f, 0.0f, 0.01f, 0.01f, 1, 0, 0, 0, moe__control_adaptive_check, moe__control_adaptive},
+    {{"usage-boost", "u_e = 0.9 u_e + 0.1 c_e / nbar; b_e = 0.4 if u_e < 0.35, else 0", "public code; unit of u", "C", 0.4f},
+     0.9f, 0.35f, 0.0f, 0.0f, 0, 1, 0, 1, moe__control_needs_load, moe__control_usage},
+};
+MOE_API const char *moe_control_name(moe_control_kind v) { return (unsigned)v < MOE_CONTROL_COUNT ? moe__controls[v].info.name : NULL; }
+MOE_API const moe_info *moe_control_info(moe_control_kind v) { return (unsigned)v < MOE_CONTROL_COUNT ? &moe__controls[v].info : NULL; }
+
+static moe_status moe__control_layout(moe_control *c, moe_control_kind kind, size_t n_experts, moe__arena *a) {
+    if ((unsigned)kind >= MOE_CONTROL_COUNT) return MOE_E_CONTROL;
+    if (!n_experts || n_experts > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    const moe__control_row *row = &moe__controls[kind];
+    memset(c, 0, sizeof *c);
+    c->kind = kind;
+    c->n_experts = n_experts;
+    c->rate = row->info.coefficient;
+    c->damping = row->damping;
+    c->low = row->low;
+    c->high = row->high;
+    c->n_state = (size_t)row->has_coefficient + n_experts * (size_t)(row->has_bias + row->has_error + row->has_usage);
+    float *at = c->state = moe__take_floats(a, c->n_state, 1);
+    if (a->overflow) return MOE_E_OVERFLOW;
+    if (!a->base) return MOE_OK;
+    if (row->has_coefficient) c->coefficient = at++;
+    if (row->has_bias) c->bias = at, at += n_experts;
+    if (row->has_error) c->error = at, at += n_experts;
+    if (row->has_usage) c->usage = at;
+    for (size_t i = 0; i < c->n_state; i++) c->state[i] = 0.0f;
+    if (c->coefficient) *c->coefficient = row->coefficient;
+    for (size_t e = 0; c->usage && e < n_experts; e++) c->usage[e] = 1.0f; /* even: no boost before there is news */
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_control_size(moe_control_kind kind, size_t n_experts, size_t *bytes) {
+    moe_control c;
+    moe__arena a = {NULL, 0, 0};
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status s = moe__control_layout(&c, kind, n_experts, &a);
+    return s ? s : moe__arena_bytes(&a, bytes);
+}
+MOE_API moe_status moe_control_init(moe_control *c, moe_control_kind kind, size_t n_experts, void *memory, size_t bytes) {
+    size_t needed;
+    moe__arena a;
+    if (!c) return MOE_E_NULL_CONTROL;
+    moe_status s = moe_control_size(kind, n_experts, &needed);
+    if (!s) s = moe__arena_over(&a, memory, bytes, needed);
+    return s ? s : moe__control_layout(c, kind, n_experts, &a);
+}
+MOE_API moe_status moe_control_scratch(const moe_control *c, size_t n_tokens, size_t *bytes) {
+    moe__arena a = {NULL, 0, 0};
+    if (!c) return MOE_E_NULL_CONTROL;
+    if (!bytes) return MOE_E_NULL_OUT;
+    *bytes = 0;
+    if (c->kind != MOE_CONTROL_QUANTILE) return MOE_OK;
+    moe__take_floats(&a, n_tokens, 1);
+    moe__take_floats(&a, moe__max(n_tokens, c->n_experts), 1);
+    return moe__arena_bytes(&a, bytes);
+}
+
+MOE_API moe_status moe_control_step(moe_control *c, const moe_control_input *in) {
+    if (!c || !c->n_experts) return MOE_E_NULL_CONTROL;
+    if ((unsigned)c->kind >= MOE_CONTROL_COUNT) return MOE_E_CONTROL;
+    if (c->kind == MOE_CONTROL_NONE) return MOE_OK;
+    const moe__control_row *row = &moe__controls[c->kind];
+    int average = c->kind == MOE_CONTROL_ADAPTIVE || c->kind == MOE_CONTROL_USAGE_BOOST;
+    if (!(c->rate >= (c->kind == MOE_CONTROL_RELU_LAMBDA ? 1.0f : 0.0f)) || !moe__finite(c->rate)) return MOE_E_RATE;
+    if (!(c->damping >= 0.0f) || !moe__finite(c->damping) || (average && c->damping > 1.0f)) return MOE_E_DAMPING;
+    if (!moe__finite(c->low) || !moe__finite(c->high) || (c->kind == MOE_CONTROL_RELU_LAMBDA && !(c->low > 0.0f && c->low <= c->high)))
+        return MOE_E_BOUNDS;
+    if (!in) return MOE_E_NULL_INPUT;
+    moe_status s = row->check(c, in);
+    return s ? s : row->step(c, in);
+}
+
+/* -- schedules -- */
+static const struct { const char *name; } moe__schedules[MOE__SCHEDULE_COUNT] = {{"default"}, {"linear"}, {"exponential"}, {"cosine"}};
+MOE__NAME_API(schedule, moe__schedules, MOE__SCHEDULE_COUNT)
+
+/* The shapes are those of SMoE-Dropout's schedules of k [C]; the formulas of all but the line are ours [D]. */
+static double moe__schedule(moe_schedule_kind kind, uint64_t step, uint64_t total, double from, double to) {
+    if (step >= total) return to;
+    double share = (double)step / (double)total;
+    if (kind == MOE_SCHEDULE_COSINE) {
+        float c, s;
+        moe__cos_sin_turn((uint32_t)(share * 8388608.0), &c, &s); /* half a turn of 2^24 */
+        return from + (to - from) * (0.5 * (1.0 - (double)c));
+    }
+    if (kind == MOE_SCHEDULE_EXPONENTIAL) {
+        float x[2];
+        x[0] = moe__positive(from);
+        x[1] = moe__positive(to);
+        moe__k()->log(2, x, x);
+        x[0] = (float)share * (x[1] - x[0]);
+        moe__k()->exp(1, x, x);
+        double v = from * (double)x[0], least = from < to ? from : to, most = from < to ? to : from;
+        return v < least ? least : v > most ? most : v;
+    }
+    return from + (to - from) * share;
+}
+MOE_API moe_status moe_schedule_k(moe_schedule_kind kind, uint64_t step, uint64_t total, size_t from, size_t to, size_t *k) {
+    if ((unsigned)kind >= MOE__SCHEDULE_COUNT) return MOE_E_SCHEDULE;
+    if (!from || !to || from > MOE__MAX_EXPERTS || to > MOE__MAX_EXPERTS) return MOE_E_TOP_K;
+    if (!k) return MOE_E_NULL_OUT;
+    double v = moe__schedule(kind, step, total, (double)from, (double)to) + 0.5;
+    *k = moe__min(moe__max((size_t)v, moe__min(from, to)), moe__max(from, to));
+    return MOE_OK;
+}
+MOE_API moe_status moe_schedule_temperature(moe_schedule_kind kind, uint64_t step, uint64_t total, float from, float to,
+                                            float *temperature) {
+    if ((unsigned)kind >= MOE__SCHEDULE_COUNT) return MOE_E_SCHEDULE;
+    if (!moe__temperature_ok(from) || !moe__temperature_ok(to)) return MOE_E_TEMPERATURE;
+    if (!temperature) return MOE_E_NULL_OUT;
+    *temperature = (float)moe__schedule(kind, step, total, (double)from, (double)to);
+    return MOE_OK;
+}
+MOE_API float moe_schedule_random(uint64_t step, uint64_t warmup, uint64_t fade) {
+    if (step < warmup) return 1.0f;
+    return step - warmup < fade ? (float)(1.0 - (double)(step - warmup) / (double)fade) : 0.0f;
+}
 
 /* ==== optimiser =============================================================================== */
 static float moe__value(float v, float unset) { return v == 0.0f ? unset : v == (float)MOE_OFF ? 0.0f : v; }
@@ -5359,6 +7105,7 @@ MOE__ENUM_WORD(noise)
 MOE__ENUM_WORD(combine)
 MOE__ENUM_WORD(schedule)
 MOE__ENUM_WORD(init)
+static const char *moe__control_word(int v) { return v < 0 ? NULL : moe_control_name((moe_control_kind)v); }
 #undef MOE__ENUM_WORD
 
 #define MOE__FIELD(member, type, value_name)                                                                 \
@@ -5393,7 +7140,7 @@ static const moe__field moe__fields[] = {
     MOE__FIELD(mask_jitter, FLOAT, NULL),
     MOE__FIELD(select, ENUM, moe__select_word),
     MOE__FIELD(top_k_min, SIZE, NULL),
-    MOE__FIELD(k_schedule, ENUM, moe__schedule_word),
+    MOE__FIELD(schedule, ENUM, moe__schedule_word),
     MOE__FIELD(schedule_steps, U64, NULL),
     MOE__FIELD(random_steps, U64, NULL),
     MOE__FIELD(n_groups, SIZE, NULL),
@@ -5417,6 +7164,9 @@ static const moe__field moe__fields[] = {
     MOE__FIELD(soft_slots, SIZE, NULL),
     MOE__FIELD(robust_tau, FLOAT, NULL),
     MOE__FIELD(n_codes, SIZE, NULL),
+    MOE__FIELD(controller, ENUM, moe__control_word),
+    MOE__FIELD(controller_rate, FLOAT, NULL),
+    MOE__FIELD(controller_damping, FLOAT, NULL),
     MOE__FIELD(training, INT, moe__flag_word),
     MOE__FIELD(optimizer, ENUM, moe__optimizer_word),
     MOE__FIELD(beta1, FLOAT, NULL),
@@ -5571,6 +7321,7 @@ static void moe__fields_write(const moe_desc *d, int quoted, moe__text *t) {
     char name[32];
     size_t i;
     for (i = 0; moe__field_at(i, &f, name); i++) {
+        if (i + 1 >= MOE__FIELD_COUNT && d->loss[i + 1 - MOE__FIELD_COUNT] == 0.0f) continue; /* a missing key means the default */
         if (i) moe__text_char(t, ',');
         moe__text_char(t, '"');
         moe__text_add(t, f.name);
@@ -5752,6 +7503,8 @@ static const moe__float_rule moe__float_rules[] = {
     {MOE__AT(expert_drop), 0.0f, 0.0f, 0.999999f, 0, 0, MOE_E_EXPERT_DROP},
     {MOE__AT(robust_tau), 1.0f, 0.0f, FLT_MAX, 1, 0, MOE_E_ROBUST_TAU},
     {MOE__AT(capacity_factor), (float)MOE_OFF, 0.0f, FLT_MAX, 1, 1, MOE_E_CAPACITY_FACTOR},
+    {MOE__AT(controller_rate), 0.0f, 0.0f, FLT_MAX, 0, 0, MOE_E_CONTROLLER_RATE},
+    {MOE__AT(controller_damping), 0.0f, 0.0f, FLT_MAX, 0, 1, MOE_E_CONTROLLER_DAMPING},
     {MOE__AT(epsilon), 1e-8f, 0.0f, FLT_MAX, 1, 0, MOE_E_EPSILON},
     {MOE__AT(beta1), 0.9f, 0.0f, 0.99999994f, 1, 1, MOE_E_BETA1},
     {MOE__AT(beta2), 0.999f, 0.0f, 0.99999994f, 1, 1, MOE_E_BETA2},
@@ -5803,14 +7556,18 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
     if (merge && d->route_sequence != MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->residual == MOE_ON) return MOE_E_RESIDUAL;
-    if (d->n_codes && (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special)) return MOE_E_N_CODES;
+    if (d->n_codes && (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special || d->jitter > 0.0f || d->route_sequence == MOE_ON))
+        return MOE_E_N_CODES;
+    if (moe__losses_check(d)) return MOE_E_LOSS_STAGE;
+    if ((d->controller == MOE_CONTROL_RELU_LAMBDA && (d->gate != MOE_GATE_RELU || !(d->loss[MOE_LOSS_RELU_L1] > 0.0f))) ||
+        (d->controller == MOE_CONTROL_ADAPTIVE && !(d->loss[MOE_LOSS_SWITCH] > 0.0f)))
+        return MOE_E_CONTROLLER;
     if (d->soft_slots != 1 && !soft) return MOE_E_SOFT_SLOTS;
     if (d->soft_slots > ((size_t)1 << 20) / d->n_experts) return MOE_E_SOFT_SLOTS;
     if (d->n_groups > 256 || d->n_experts % d->n_groups) return MOE_E_GROUPS;
     if (d->top_groups > d->n_groups || (d->select == MOE_SELECT_GROUPS && d->top_k > d->top_groups * (d->n_experts / d->n_groups)))
         return MOE_E_TOP_GROUPS;
-    if (d->top_k_min > d->top_k) return MOE_E_TOP_K_MIN;
-    if (d->k_schedule != MOE_SCHEDULE_NONE && !d->schedule_steps) return MOE_E_K_SCHEDULE;
+    if (d->top_k_min > d->top_k || (d->top_k_min < d->top_k && !d->schedule_steps)) return MOE_E_TOP_K_MIN;
     if (d->temperature_end != 0.0f && (!d->schedule_steps || !moe__temperature_ok(d->temperature_end))) return MOE_E_TEMPERATURE_END;
     if (d->select == MOE_SELECT_AUCTION && d->top_k != 1) return MOE_E_TOP_K;
     return MOE_OK;
@@ -5828,17 +7585,18 @@ MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
     if ((unsigned)d.select >= MOE__SELECT_COUNT) return MOE_E_SELECT;
     if ((unsigned)d.expert >= MOE__EXPERT_COUNT) return MOE_E_EXPERT;
     if ((unsigned)d.combine >= MOE__COMBINE_COUNT) return MOE_E_COMBINE;
-    if ((unsigned)d.k_schedule >= MOE__SCHEDULE_COUNT) return MOE_E_K_SCHEDULE;
+    if ((unsigned)d.schedule >= MOE__SCHEDULE_COUNT) return MOE_E_SCHEDULE;
     if ((unsigned)d.router_init >= MOE__INIT_COUNT) return MOE_E_ROUTER_INIT;
     if ((unsigned)d.capacity_order >= MOE__ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
     if ((unsigned)d.optimizer >= MOE__OPTIMIZER_COUNT) return MOE_E_OPTIMIZER;
+    if ((unsigned)d.controller >= MOE_CONTROL_COUNT) return MOE_E_CONTROLLER;
     if (!d.score) d.score = MOE_SCORE_LINEAR;
     if (!d.noise) d.noise = MOE_NOISE_NONE;
     if (!d.gate) d.gate = MOE_GATE_SOFTMAX;
     if (!d.select) d.select = MOE_SELECT_TOP_K;
     if (!d.expert) d.expert = MOE_EXPERT_SWIGLU;
     if (!d.combine) d.combine = MOE_COMBINE_SUM;
-    if (!d.k_schedule) d.k_schedule = MOE_SCHEDULE_NONE;
+    if (!d.schedule) d.schedule = MOE_SCHEDULE_LINEAR;
     if (!d.router_init) d.router_init = MOE_INIT_UNIFORM;
     if (!d.capacity_order) d.capacity_order = MOE_ORDER_TOKEN;
     if (!d.optimizer) d.optimizer = MOE_OPTIMIZER_ADAMW;
@@ -5896,16 +7654,6 @@ static int moe__routed_rows(const moe_desc *d, const moe__dims *s, size_t n, siz
     return 1;
 }
 
-/* -- the discrete branch of VQMoE [C]: y = g_0 y + g_1 LN(f_e(LN(C_j))), j = the nearest code, e = j mod E, g = softmax(x G).
- * The gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone. -- */
-typedef struct moe__branch {
-    moe_tape *tape;      /* the experts' pass over the codes */
-    int32_t *code, *expert; /* (T) */
-    float *codes, *inv_code, *square; /* (codes, d) LN of the codes, 1 / their deviation, their squared length (codes) */
-    float *u, *y, *v, *inv_v, *g; /* (T, d) inputs, the other branch's output, LN of this one's; (T); (T, 2) */
-    float *dy, *dv;      /* (T, d) */
-} moe__branch;
-
 /* The pass over the codes: the same experts, one for each token. */
 static moe_desc moe__branch_desc(const moe_desc *d) {
     moe_desc b;
@@ -5941,6 +7689,7 @@ static moe_status moe__branch_layout(moe__tape_memory *m, const moe_desc *resolv
     br.inv_v = moe__take_floats(a, n, 1);
     br.g = moe__take_floats(a, n, 2);
     if (m->training) {
+        br.x = moe__take_floats(a, n, resolved->d_model);
         br.dy = moe__take_floats(a, n, resolved->d_model);
         br.dv = moe__take_floats(a, n, resolved->d_model);
     }
@@ -5980,11 +7729,11 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
     else t.scores = moe__gates[resolved->gate].scores == MOE__SCORES_PROB ? t.prob : t.logits;
     t.index = (int32_t *)moe__take(a, slots, sizeof(int32_t));
     t.weight = (float *)moe__take(a, slots, sizeof(float));
-    if (resolved->noise == MOE_NOISE_LEARNED) {
+    if (resolved->noise == MOE_NOISE_LEARNED || resolved->noise == MOE_NOISE_GAUSSIAN) {
         t.clean = moe__take_floats(a, n, d->E);
         t.noise_std = moe__take_floats(a, n, d->E);
-        m.raw = moe__take_floats(a, n, d->E);
     }
+    if (resolved->noise == MOE_NOISE_LEARNED) m.raw = moe__take_floats(a, n, d->E);
     if (resolved->noise != MOE_NOISE_NONE) m.draw = moe__take_floats(a, n, d->E);
     m.sel = moe__take_floats(a, n, d->E);
     m.work = moe__take_floats(a, n, d->E);
@@ -6037,6 +7786,18 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
         m.slot_grad = moe__take_floats(a, n, d->S);
         m.part = moe__take_floats(a, m.n_rows, d->hp);
         m.dweight = moe__take_floats(a, slots, 1);
+        size_t sequences = !n ? 0 : resolved->sequence ? moe__ceil_div(n, resolved->sequence) : 1, counts;
+        if (!moe__mul(moe__max(sequences, 1), d->E, &counts)) return MOE_E_OVERFLOW;
+        m.mean = (double *)moe__take(a, d->E, sizeof(double));
+        m.mean2 = (double *)moe__take(a, d->E, sizeof(double));
+        m.rank_prob = (double *)moe__take(a, resolved->n_ranks, sizeof(double));
+        m.counts = (uint64_t *)moe__take(a, moe__max(counts, resolved->n_ranks), sizeof(uint64_t));
+        if (d->ortho_loss) m.matrix = moe__take_floats(a, 2 * d->d, d->f);
+        if (d->output_loss) {
+            m.dout = moe__take_floats(a, routed, d->ldo);
+            m.block_loss = (double *)moe__take(a, moe__ceil_div(n, MOE__TOKENS), sizeof(double));
+            m.outputs = moe__take_floats(a, moe__ceil_div(n, MOE__TOKENS) * 2 * d->S, d->d);
+        }
         if (d->jitter || d->by_sequence) m.dxr = moe__take_floats(a, n, d->d);
         if (merge) m.dmerged = moe__take_floats(a, count, d->expert);
         if (soft) {
@@ -6119,39 +7880,24 @@ static moe_status moe__job_begin(moe__job *j, const moe_desc *resolved, moe_tape
     return MOE_OK;
 }
 
-/* Choices of a token at a step of training: from top_k_min to top_k, as in SMoE-Dropout [C] (linear), the other shapes [D]. */
-static size_t moe__schedule_k(const moe__job *j, uint64_t step) {
-    const moe_desc *d = j->d;
-    float lo = (float)d->top_k_min, hi = (float)d->top_k, c, unused;
-    if (d->k_schedule == MOE_SCHEDULE_NONE || step >= d->schedule_steps) return d->top_k;
-    float share = (float)((double)step / (double)d->schedule_steps), k = moe__fma(share, hi - lo, lo);
-    if (d->k_schedule == MOE_SCHEDULE_EXPONENTIAL) { /* lo (hi / lo)^share */
-        c = share * moe__logf1(hi / lo);
-        j->kn->exp(1, &c, &c);
-        k = lo * c;
-    }
-    if (d->k_schedule == MOE_SCHEDULE_COSINE) {
-        moe__cos_sin_turn((uint32_t)(share * 8388608.0f), &c, &unused);
-        k = moe__fma(0.5f * (hi - lo), 1.0f - c, lo);
-    }
-    return moe__max(d->top_k_min, moe__min(d->top_k, (size_t)(k + 0.5f)));
-}
-
 /* What holds for this forward: the schedules' values, the one draw of gating dropout, what the selection sees. */
 static void moe__now_begin(const moe__job *j) {
     const moe_desc *d = j->d;
     const moe_side *side = &j->t->side;
     moe__now *now = &j->m->now;
-    float share = d->schedule_steps ? (float)((double)moe__min_u64(side->step, d->schedule_steps) / (double)d->schedule_steps) : 1.0f;
     float temperature = d->temperature, u;
     memset(now, 0, sizeof *now);
     now->training = !side->evaluate && d->training != MOE_OFF;
     now->sequence = d->sequence ? d->sequence : moe__max(j->t->n_tokens, 1);
     now->draw = side->draw;
     now->random = now->training && side->step < d->random_steps;
-    now->k = side->top_k ? moe__min(side->top_k, d->top_k) : now->training ? moe__schedule_k(j, side->step) : d->top_k;
-    if (d->temperature_end != 0.0f) temperature = moe__fma(share, d->temperature_end - d->temperature, d->temperature);
+    now->k = d->top_k; /* the descs are resolved: these cannot fail */
+    if (side->top_k) now->k = moe__min(side->top_k, d->top_k);
+    else if (now->training && d->schedule_steps) (void)moe_schedule_k(d->schedule, side->step, d->schedule_steps, d->top_k_min, d->top_k, &now->k);
+    if (d->temperature_end != 0.0f)
+        (void)moe_schedule_temperature(d->schedule, side->step, d->schedule_steps, d->temperature, d->temperature_end, &temperature);
     if (side->temperature > 0.0f) temperature = side->temperature;
+    now->prob_t = temperature;
     now->inv_t = now->prob_inv_t = 1.0f / temperature;
     const float *scale = moe__router_part(j, MOE__R_SCALE);
     if (scale) {
@@ -6269,6 +8015,7 @@ static moe_status moe__tokens_begin(moe__job *j, const moe_desc *resolved, moe_t
     if (n > t->memory->max_tokens) return MOE_E_N_TOKENS;
     if (n && !x) return MOE_E_NULL_X;
     t->memory->state = 0;
+    if (t->memory->branch) t->memory->branch->ready = 0;
     t->n_tokens = n;
     t->routes.n_tokens = t->routes.n_routes = 0;
     j->x = x;
@@ -6317,7 +8064,7 @@ static moe_status moe__route(const moe_desc *d, const float *router, const float
     return s;
 }
 
-static void moe__task_gate_back(void *arg, size_t i, size_t worker) {
+static void moe__task_slot_grad(void *arg, size_t i, size_t worker) {
     const moe__job *j = (const moe__job *)arg;
     size_t t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, j->t->n_tokens), S = j->dims->S, E = j->dims->E;
     (void)worker;
@@ -6326,7 +8073,11 @@ static void moe__task_gate_back(void *arg, size_t i, size_t worker) {
         j->m->slot_grad[p] = j->dweight && route != MOE_NONE ? j->dweight[route] : 0.0f;
     }
     memset(j->m->dlogits + t0 * E, 0, (t1 - t0) * E * sizeof(float));
-    if (j->dweight && !j->m->soft) moe__weights_back(j, t0, t1);
+}
+static void moe__task_gate_back(void *arg, size_t i, size_t worker) {
+    const moe__job *j = (const moe__job *)arg;
+    (void)worker;
+    if (!j->m->soft) moe__weights_back(j, MOE__BLOCK_BEGIN(i), MOE__BLOCK_END(i, j->t->n_tokens));
 }
 
 static moe_status moe__route_backward(const moe_desc *d, const float *router, moe_tape *t, const float *dweight, const uint64_t *load,
@@ -6340,8 +8091,18 @@ static moe_status moe__route_backward(const moe_desc *d, const float *router, mo
     float *z = t->logits;
     j.router = router;
     j.dweight = dweight;
+    s = moe__losses_check(d);
+    if (s) return s;
+    j.mean = t->memory->mean;
+    s = moe_mean_scores(n, E, t->prob, t->memory->mean);
+    if (s) return s;
     j.drouter = d->freeze_router == MOE_ON ? NULL : drouter;
     j.dx = dx && j.m->dxr ? j.m->dxr : dx;
+    if (!load) load = t->side.load ? t->side.load : t->routes.load;
+    for (int i = 0; i < MOE_LOSS_COUNT; i++) t->loss[i] = 0.0;
+    moe__run_blocks(&j, moe__task_slot_grad, &j);
+    s = moe__losses_add(&j, load, MOE__LOSS_ON_WEIGHTS);
+    if (s) return s;
     moe__run_blocks(&j, moe__task_gate_back, &j);
     if (!j.m->soft) moe__gate_params_back(&j);
     else if (dweight) {
@@ -6349,17 +8110,15 @@ static moe_status moe__route_backward(const moe_desc *d, const float *router, mo
         moe_run(&d->parallel, moe__sequences(&j), moe__task_soft_back, &j);
         for (size_t i = 0; dscale && i < n; i++) *dscale += j.kn->dot(j.dims->N, j.m->dsoft + i * j.dims->N, j.m->soft + i * j.dims->N);
     } else memset(j.m->dsoft, 0, n * j.dims->N * sizeof(float));
-    for (int i = 0; i < MOE_LOSS_COUNT; i++) {
-        t->loss[i] = 0.0;
-        if (!(d->loss[i] > 0.0f)) continue;
-        s = moe__losses[i].add(&j, load ? load : t->routes.load, d->loss[i], &t->loss[i]);
-        if (s) return s;
-    }
+    s = moe__losses_add(&j, load, MOE__LOSS_ON_LOGITS);
+    if (s) return s;
     if (j.m->soft) moe__soft_losses_back(&j);
     for (size_t i = 0; i < n * E && moe__scores[d->score].relu; i++)
         if (!(z[i] > 0.0f)) j.m->dlogits[i] = 0.0f;
     moe__residual_backward(&j);
     moe__noise_backward(&j);
+    s = moe__losses_add(&j, load, MOE__LOSS_ON_NOISE);
+    if (s) return s;
     if (j.m->dxr && j.dx) memset(j.m->dxr, 0, n * j.dims->d * sizeof(float));
     if (moe__scores[d->score].backward) moe__scores[d->score].backward(&j);
     moe__noise_backward_map(&j);
@@ -6551,9 +8310,41 @@ struct moe_layer {
     moe_side side;
     double loss[MOE_LOSS_COUNT];
     moe_health health;
+    moe_control control;
+    uint64_t *load, selected, dropped, zeros, scores; /* of the backward calls since the last step: load (E) */
     void *own;
 };
 static float *moe__layer_router(const moe_layer *m, moe_part part) { return m->part[part] ? m->part[part] + m->dims.experts : NULL; }
+
+/* The loss whose coefficient a controller sets. */
+static int moe__controlled_loss(const moe_desc *d) { return d->controller == MOE_CONTROL_RELU_LAMBDA ? MOE_LOSS_RELU_L1 : MOE_LOSS_SWITCH; }
+static void moe__count_begin(moe_layer *m) {
+    memset(m->load, 0, m->dims.E * sizeof(uint64_t));
+    m->selected = m->dropped = m->zeros = m->scores = 0;
+}
+/* One backward's share of what the controller reads. */
+static void moe__count_add(moe_layer *m, const moe_tape *t) {
+    size_t n = t->n_tokens * m->dims.E;
+    if (m->d.controller == MOE_CONTROL_NONE) return;
+    for (size_t e = 0; e < m->dims.E; e++) m->load[e] += t->routes.load[e];
+    m->selected += t->routes.n_routes + t->routes.n_dropped;
+    m->dropped += t->routes.n_dropped;
+    m->scores += n;
+    for (size_t i = 0; i < n && m->d.gate == MOE_GATE_RELU; i++) m->zeros += !(t->scores[i] > 0.0f);
+}
+static moe_status moe__control_layer(moe_layer *m) {
+    moe_control_input in;
+    memset(&in, 0, sizeof in);
+    in.load = m->load;
+    in.top_k = m->d.top_k;
+    if (m->tape && m->d.controller == MOE_CONTROL_QUANTILE) in.scores = m->tape->scores, in.n_tokens = m->tape->n_tokens;
+    in.sparsity = m->scores ? (double)m->zeros / (double)m->scores : 1.0 - (double)in.top_k / (double)m->dims.E;
+    in.drop_rate = m->selected ? (double)m->dropped / (double)m->selected : 0.0;
+    in.alloc_context = m->d.alloc_context;
+    moe_status s = moe_control_step(&m->control, &in);
+    if (!s && m->control.coefficient) m->d.loss[moe__controlled_loss(&m->d)] = *m->control.coefficient;
+    return s;
+}
 
 static moe_status moe__layer_layout(moe_layer *m, const moe_desc *resolved, moe__arena *a) {
     memset(m, 0, sizeof *m);
@@ -6568,8 +8359,16 @@ static moe_status moe__layer_layout(moe_layer *m, const moe_desc *resolved, moe_
         if (i == MOE_PART_MOMENT2 && resolved->optimizer == MOE_OPTIMIZER_SGD) continue;
         m->part[i] = (float *)moe__take(a, m->n_floats, sizeof(float));
     }
+    m->load = (uint64_t *)moe__take(a, m->dims.E, sizeof(uint64_t));
     s = moe__health_layout(&m->health, m->dims.E, a);
-    return s ? s : a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    if (!s) s = moe__control_layout(&m->control, resolved->controller, m->dims.E, a);
+    if (s || a->overflow || !a->base) return s ? s : a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    moe__count_begin(m);
+    if (resolved->controller_rate > 0.0f) m->control.rate = resolved->controller_rate;
+    if (resolved->controller_damping != 0.0f) m->control.damping = moe__value(resolved->controller_damping, 0.0f);
+    m->side.bias = m->control.bias;
+    if (m->control.coefficient) *m->control.coefficient = resolved->loss[moe__controlled_loss(resolved)];
+    return MOE_OK;
 }
 
 /* n vectors of length `rows`, element r of vector v at x[v * apart + r * step]: made orthogonal in order, as far as there
@@ -6777,6 +8576,8 @@ static moe_status moe__branch_forward(const moe_layer *m, moe_tape *t, const flo
         b->inv_code[c] = moe__ln(kn, s->d, code, b->codes + c * s->d);
     }
     moe_run(&m->d.parallel, blocks, moe__task_branch_codes, &j);
+    if (b->x && t->n_tokens) memcpy(b->x, x, t->n_tokens * s->d * sizeof(float));
+    b->ready = 1;
     moe_desc d = moe__branch_desc(&m->d);
     moe_status st = moe_tape_tokens(&d, b->tape, b->u, t->n_tokens);
     if (!st) st = moe__routes_fill(&b->tape->routes, t->n_tokens, b->expert, NULL, 0, MOE_ORDER_TOKEN);
@@ -6852,6 +8653,7 @@ MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy,
     float *drouter = moe__layer_router(m, MOE_PART_GRADS);
     moe__job j;
     moe_status s = moe__job_begin(&j, &m->d, t);
+    if (!s) s = moe__losses_check(&m->d);
     if (s) return s;
     if (dx) memset(dx, 0, t->n_tokens * m->dims.d * sizeof(float));
     if (m->fresh) memset(drouter, 0, m->dims.at[MOE__R_COUNT] * sizeof(float));
@@ -6862,6 +8664,7 @@ MOE_API moe_status moe_backward_tape(moe_layer *m, moe_tape *t, const float *dy,
     s = moe__route_backward(&m->d, moe__layer_router(m, MOE_PART_PARAMS), t, t->memory->dweight, NULL, drouter, dx);
     if (!s && m->dims.codes) s = moe__branch_backward(m, t, dx);
     memcpy(m->loss, t->loss, sizeof m->loss);
+    if (!s) moe__count_add(m, t);
     return s;
 }
 
@@ -6934,6 +8737,9 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
     if (s) return s;
     if (!(lr >= 0.0f) || !moe__finite(lr)) return MOE_E_LR;
     if (!(norm < (double)FLT_MAX)) return MOE_E_NAN_GRADS;
+    s = moe__control_layer(m); /* the only thing here that may still fail comes first */
+    if (s) return s;
+    moe__count_begin(m);
     if (m->fresh) moe__zero_grads(m);
     moe_optimizer_args o;
     memset(&o, 0, sizeof o);
@@ -6968,6 +8774,8 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
 }
 
 MOE_API moe_side *moe_layer_side(moe_layer *m) { return m ? &m->side : NULL; }
+MOE_API moe_control *moe_layer_control(moe_layer *m) { return m ? &m->control : NULL; }
+MOE_API uint64_t *moe_layer_load(moe_layer *m) { return m ? m->load : NULL; }
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m) { return m ? &m->d : NULL; }
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m) { return m ? m->tape : NULL; }
 static size_t moe__expert_params(const moe__dims *d) {
@@ -7056,16 +8864,22 @@ MOE_API moe_status moe_layer_tensor(const moe_layer *m, size_t i, moe_tensor *ou
 /* Where a tensor stands that is one plain array in the layer's blocks; NULL for one that is spread over the experts' panels. */
 static float *moe__plain_tensor(const moe_layer *m, moe_part part, int id) {
     if (id < MOE__R_COUNT) return moe__layer_router(m, part) + m->dims.at[id];
+    if (id == MOE__T_COUNT) return m->control.state;
     if (id == MOE__T_CONSTANT_GATE) return m->part[part] + m->dims.special;
     if (id == MOE__T_CONSTANT) return m->part[part] + m->dims.special + m->dims.constants * 2 * m->dims.d;
     return NULL;
 }
+#define MOE__STATE_NAME "controller.state"
 static moe_status moe__tensor_find(const moe_layer *m, moe_part part, const char *name, size_t count, int *id) {
     moe_tensor t;
     if (!m) return MOE_E_NULL_LAYER;
     if (!name) return MOE_E_NULL_NAME;
     if ((unsigned)part >= MOE__PART_COUNT) return MOE_E_PART;
     if (!m->part[part]) return m->d.training == MOE_OFF ? MOE_E_INFERENCE : MOE_E_PART;
+    if (m->control.n_state && !strcmp(name, MOE__STATE_NAME)) {
+        *id = MOE__T_COUNT;
+        return part != MOE_PART_PARAMS ? MOE_E_PART : count == m->control.n_state ? MOE_OK : MOE_E_TENSOR_SIZE;
+    }
     for (size_t i = 0; moe__tensor_at(&m->d, &m->dims, i, id, &t); i++) {
         if (!strcmp(t.name, name)) return t.count == count ? MOE_OK : MOE_E_TENSOR_SIZE;
     }
@@ -7204,7 +9018,7 @@ static const moe_system moe__systems[] = {
      "score=normed gate=softmax select=all combine=merge expert_drop=0.1", "one merged expert a sequence: an ordinary gradient",
      "sees the whole sequence: not causal"},
     {"smoe-dropout", "SMoE-Dropout: a frozen random router, growing k", "arXiv 2303.01610, 2023", "C",
-     "top_k=4 top_k_min=2 k_schedule=linear schedule_steps=300 freeze_router=true gate=softmax-selected select=top-k",
+     "top_k=4 top_k_min=2 schedule=linear schedule_steps=300 freeze_router=true gate=softmax-selected select=top-k",
      "self-slimmable: more experts at evaluation, lower loss; 16 experts, 8 to 16", "the router learns nothing"},
     {"gating-dropout", "Gating Dropout", "arXiv 2205.14336, 2022", "S",
      "top_k=1 gate=softmax select=top-k normalize=false expert=relu n_ranks=4 gate_drop=0.3 capacity_factor=1 capacity_factor_eval=2 "
@@ -7814,6 +9628,19 @@ static int moe__saved_at(const moe_desc *d, int with_optimizer, size_t i, moe__s
     size_t n_parts = !with_optimizer ? 1 : d->optimizer == MOE_OPTIMIZER_SGD ? 2 : 3, n = 0;
     moe__text t;
     while (moe__saved_tensor(d, n, &out->tensor)) n++;
+    if (i == n * n_parts) { /* after all parts the controller's state */
+        moe_control c;
+        moe__arena none = {NULL, 0, 0};
+        if (moe__control_layout(&c, d->controller, d->n_experts, &none) || !c.n_state) return 0;
+        memset(&out->tensor, 0, sizeof out->tensor);
+        memcpy(out->name, MOE__STATE_NAME, sizeof MOE__STATE_NAME);
+        out->tensor.name = MOE__STATE_NAME;
+        out->tensor.n_dims = 1;
+        out->tensor.dim[0] = out->tensor.count = c.n_state;
+        out->part = MOE_PART_PARAMS;
+        out->bytes = c.n_state * sizeof(float);
+        return 1;
+    }
     if (i / n >= n_parts || !moe__saved_tensor(d, i % n, &out->tensor)) return 0;
     out->part = parts[i / n];
     out->bytes = out->tensor.count * sizeof(float);

@@ -51,6 +51,7 @@ test:
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)
 	$(BUILD)/bench_layer $(if $(PEERS),--peers all) $(ARGS)
+	$(BUILD)/bench_routing
 
 data:
 	sh examples/data/fetch.sh data

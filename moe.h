@@ -1022,7 +1022,7 @@ MOE_API moe_side *moe_layer_side(moe_layer *m);
 /* The layer's controller, to read or to tune (its state is saved with the layer); and the loads (E) of the backward calls since
  * the last step, to which those of other ranks may be added before moe_step. NULL for NULL. */
 MOE_API moe_control *moe_layer_control(moe_layer *m);
-MOE_API uint64_t *moe_layer_load(moe_layer *m);
+MOE_API uint64_t *moe_layer_step_load(moe_layer *m);
 /* Pairwise similarity of all experts' outputs: mean over the n tokens of the mean cosine of two different experts [P, SimBal]. */
 MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes);
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m);   /* resolved; NULL for NULL */
@@ -3894,6 +3894,7 @@ static void moe__transpose_plain(size_t rows, size_t cols, const float *x, float
 
 typedef struct moe__choice { float *by_col; int32_t *taken; } moe__choice;
 static moe_status moe__choice_layout(size_t rows, size_t cols, moe__choice *m, moe__arena *a) {
+    memset(m, 0, sizeof *m);
     if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
     if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
     m->by_col = moe__take_floats(a, rows, cols);
@@ -3911,7 +3912,7 @@ MOE_API moe_status moe_expert_choice(size_t rows, size_t cols, size_t capacity, 
                                      void *scratch, size_t scratch_bytes) {
     size_t needed, n;
     moe__scratch mem;
-    moe__choice m = {NULL, NULL};
+    moe__choice m;
     moe_status status = moe__select_args(rows, cols, 1, scores, index);
     if (!status && !capacity) status = MOE_E_CAPACITY;
     if (!status && slots < cols) status = MOE_E_SLOTS;
@@ -3940,6 +3941,7 @@ MOE_API moe_status moe_expert_choice(size_t rows, size_t cols, size_t capacity, 
 
 typedef struct moe__sinkhorn_memory { float *row, *col, *by_col, *f, *g; } moe__sinkhorn_memory;
 static moe_status moe__sinkhorn_layout(size_t rows, size_t cols, moe__sinkhorn_memory *m, moe__arena *a) {
+    memset(m, 0, sizeof *m);
     if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
     if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
     m->by_col = moe__take_floats(a, rows, cols); /* scores / epsilon; plan keeps the same by rows */
@@ -4006,6 +4008,7 @@ typedef struct moe__auction_memory {
     size_t *sold;
 } moe__auction_memory;
 static moe_status moe__auction_layout(size_t rows, size_t cols, moe__auction_memory *m, moe__arena *a) {
+    memset(m, 0, sizeof *m);
     if (!cols || cols > MOE__MAX_INDEX) return MOE_E_N_EXPERTS;
     if (rows > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
     m->score = moe__take_floats(a, cols, rows);
@@ -4608,6 +4611,7 @@ static float moe__distance(const moe__kernels *kn, size_t d, const float *x, con
 
 typedef struct moe__robust_memory { const float **row; float *sorted, *center, *diff, *step; } moe__robust_memory;
 static moe_status moe__robust_layout(size_t n, size_t d, moe__robust_memory *m, moe__arena *a) {
+    memset(m, 0, sizeof *m);
     if (!n) return MOE_E_NO_OUTPUTS;
     if (n > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
     m->row = (const float **)moe__take(a, n, sizeof(float *));
@@ -4661,7 +4665,8 @@ MOE_API moe_status moe_robust_weights(size_t k, size_t d, const float *const *ou
             reliability[e] = mad > 0.0f ? (far < INFINITY ? -(far / mad) / tau : -INFINITY) : far > 0.0f ? -INFINITY : 0.0f;
         }
         kn->exp(k, reliability, reliability);
-        for (size_t e = 0; e < k; e++) sum += out[e] = weight[e] * reliability[e];
+        for (size_t e = 0; e < k; e++) out[e] = weight[e] * reliability[e];
+        for (size_t e = 0; e < k; e++) sum += out[e];
         for (size_t e = 0; e < k; e++) out[e] = sum > 0.0f || sum < 0.0f ? out[e] / sum : 0.0f;
     }
     moe__scratch_end(&mem);
@@ -8775,7 +8780,7 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
 
 MOE_API moe_side *moe_layer_side(moe_layer *m) { return m ? &m->side : NULL; }
 MOE_API moe_control *moe_layer_control(moe_layer *m) { return m ? &m->control : NULL; }
-MOE_API uint64_t *moe_layer_load(moe_layer *m) { return m ? m->load : NULL; }
+MOE_API uint64_t *moe_layer_step_load(moe_layer *m) { return m ? m->load : NULL; }
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m) { return m ? &m->d : NULL; }
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m) { return m ? m->tape : NULL; }
 static size_t moe__expert_params(const moe__dims *d) {

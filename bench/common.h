@@ -436,7 +436,7 @@ static void bench_progress(const bench_options *o, const bench_row *r, const cha
 }
 
 /* Times the first subject, and the others, the peers, in turns with it. Everyone had a warm-up of the caller's. */
-static void bench_measure(const bench_options *o, bench_row *r, const bench_subject *subject, size_t n_subjects)
+static inline void bench_measure(const bench_options *o, bench_row *r, const bench_subject *subject, size_t n_subjects)
 {
     double seconds[BENCH_MAX_RUNS], share[BENCH_MAX_RUNS], read[BENCH_MAX_RUNS], peer[BENCH_MAX_PEERS][BENCH_MAX_RUNS];
     size_t n_runs[1 + BENCH_MAX_PEERS];
@@ -485,7 +485,7 @@ static double bench_ratio(const bench_row *r, size_t p)
     return r->peer[p].seconds / r->seconds;
 }
 
-static void bench_header(const bench_options *o, size_t n_peers)
+static inline void bench_header(const bench_options *o, size_t n_peers)
 {
     fprintf(o->human, "%-13s %-16s %-6s %3s %10s %9s %6s %7s %6s %7s ", "shape", "pass", "isa", "thr", "ms", "GFLOP/s",
             "peak", "GB/s", "read", "spread");
@@ -527,7 +527,7 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
     }
 }
 
-static void bench_print(const bench_options *o, const bench_row *r)
+static inline void bench_print(const bench_options *o, const bench_row *r)
 {
     char peer[64];
     fprintf(o->human, "%-13s %-16s %-6s %3zu %10.4g %9.1f %5.1f%%", r->shape, r->pass, moe_isa_name(moe_active_isa()),

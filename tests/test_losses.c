@@ -871,7 +871,7 @@ static void test_arguments(void) {
         NULLED(f[X], c->kind == MOE_LOSS_CODEBOOK ? MOE_E_NULL_X : MOE_E_NULL_LATENT);
         CHECK(refused >= 1 && refused <= 5 && refused + needless == 23);
         grads_free(g), grads_new(&b, c->by, g); /* the calls that did not need it have added */
-        static const moe_status nan_of[VARS] = {MOE_E_NAN_LOGITS, MOE_E_NAN_SCORES, MOE_E_NOISE, MOE_E_NOISE, MOE_OK, MOE_E_NAN_ROUTER,
+        static const moe_status nan_of[VARS] = {MOE_E_NAN_LOGITS, MOE_E_NAN_SCORES, MOE_E_NOISE_VALUE, MOE_E_NOISE_VALUE, MOE_OK, MOE_E_NAN_ROUTER,
                                                 MOE_E_NAN_LATENT, MOE_E_NAN_LATENT, MOE_E_NAN_OUTPUTS, MOE_E_NAN_CODEBOOK, MOE_E_NAN_MATRIX};
         for (int v = 0; v < VARS; v++) {
             int direct = c->by & BY(v) && !(v == Z && c->shift) && v != W; /* read, not through prob */
@@ -938,7 +938,7 @@ static void test_other_arguments(void) {
     CHECK_STATUS(moe_loss_importance_selected(own.T, own.k, own.E, own.index, own.mean_weights, 1, &v, g), MOE_E_INDEX);
     own.teacher[3] = 6, CHECK_STATUS(moe_loss_oracle(own.T, own.E, 1, own.prob, own.teacher, 1, &v, g), MOE_E_TEACHER);
     own.f[S][3] = -0.1f, CHECK_STATUS(moe_loss_sequence(own.T, own.E, 2, own.f[S], own.sequence_load, 1, &v, g), MOE_E_NAN_SCORES);
-    own.f[STD][3] = 0, CHECK_STATUS(moe_mean_selection(own.T, own.E, own.f[Z], own.f[STD], own.f[THR], means), MOE_E_NOISE);
+    own.f[STD][3] = 0, CHECK_STATUS(moe_mean_selection(own.T, own.E, own.f[Z], own.f[STD], own.f[THR], means), MOE_E_NOISE_VALUE);
     keep = own.mean_prob[1];
     own.mean_prob[1] = -0.1, CHECK_STATUS(moe_loss_kl_uniform(own.T, own.E, 1, own.prob, own.mean_prob, 1, &v, g), MOE_E_NAN_MEAN);
     own.mean_prob[1] = (double)NAN;
@@ -969,20 +969,20 @@ static void test_layer(void) {
         const loss_case *c = &cases[i];
         moe_desc d;
         moe_layer *m = NULL;
-        float x[T * WIDTH], y[T * WIDTH], dy[T * WIDTH] = {0}, got[WIDTH * E], want[WIDTH * E] = {0}, before[WIDTH * E];
+        float x[T * WIDTH], y[T * WIDTH], dy[T * WIDTH] = {0}, got[WIDTH * E], want[WIDTH * E] = {0};
         memset(&d, 0, sizeof d);
         d.d_model = WIDTH, d.d_ff = 4, d.n_experts = E, d.top_k = K, d.temperature = 0.75f, d.loss[c->kind] = 0.5f;
-        if (!CHECK_OK(moe_layer_new(&m, &d))) continue;
+        /* these see the weights, the sequences, a teacher, the outputs: test_systems.c has them in layers of their own */
+        if (c->kind == MOE_LOSS_IMPORTANCE_SELECTED || c->kind == MOE_LOSS_SEQUENCE || c->kind == MOE_LOSS_ORACLE ||
+            c->kind == MOE_LOSS_OUTPUT_ORTHOGONALITY)
+            continue;
+        moe_status fits = moe_layer_new(&m, &d);
+        if (fits == MOE_E_LOSS_STAGE) continue;
+        if (!CHECK_OK(fits)) continue;
         test_fill(x, T * WIDTH, -1, 1);
         CHECK_OK(moe_forward(m, x, T, y));
-        CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", before, WIDTH * E));
         moe_status s = moe_backward(m, dy, NULL);
         CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", got, WIDTH * E));
-        if (s == MOE_E_LOSS_STAGE) {
-            CHECK_SAME(before, got, WIDTH * E);
-            moe_layer_free(m);
-            continue;
-        }
         CHECK_OK(s);
         const moe_tape *t = moe_layer_tape(m);
         batch b = batch_new(T, E, K, WIDTH, 3, 3, 0.75);

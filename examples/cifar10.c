@@ -236,19 +236,6 @@ typedef struct result {
     uint64_t checksum;
 } result;
 
-static size_t argmax(const float *x, size_t n) {
-    size_t best = 0;
-    for (size_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
-
-static size_t count_right(const float *logits, const unsigned char *label, size_t n) {
-    size_t right = 0;
-    for (size_t i = 0; i < n; i++) right += argmax(logits + i * CLASSES, CLASSES) == label[i];
-    return right;
-}
-
 static size_t test_count(const config *o, const cifar *data) {
     return o->eval && o->eval < data->test.count ? o->eval : data->test.count;
 }
@@ -274,7 +261,7 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
                 r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
         }
         sum.loss += nn_cross_entropy(&m->ops, n, CLASSES, 0, logits, m->label, m->prob, NULL);
-        sum.accuracy += (double)count_right(logits, m->label, n);
+        sum.accuracy += (double)nn_count_right(n, CLASSES, logits, m->label);
     }
     free(logits);
     return (score){sum.loss / (double)count, sum.accuracy / (double)count};
@@ -355,7 +342,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
-            accuracy += (double)count_right(m->logits, m->label, o->batch);
+            accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
             images += o->batch;
             net_backward(m, o->batch);
             float lr = moe_schedule_cosine(step, warmup, per_epoch * o->epochs, (float)o->lr, 0);
@@ -427,7 +414,7 @@ static score train_linear(const config *o, const moe_parallel *parallel, const c
         cifar_batch_make(&in, parallel);
         nn_linear_forward(&s, n, PIXELS, CLASSES, x, w, b, logits);
         sum.loss += nn_cross_entropy(&s, n, CLASSES, 0, logits, label, prob, NULL) / (double)count;
-        sum.accuracy += (double)count_right(logits, label, n) / (double)count;
+        sum.accuracy += (double)nn_count_right(n, CLASSES, logits, label) / (double)count;
     }
     free(label);
     free(order);
@@ -634,12 +621,10 @@ int main(int argc, char **argv) {
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
 
-    size_t row = 0, isa = 0;
+    size_t row = 0;
     while (row < SYSTEMS && strcmp(systems[row].name, o.system) != 0) row++;
     if (row == SYSTEMS) args_fail("cifar10", "--system: there is no '%s'", o.system);
-    while (moe_isa_name((moe_isa)isa) && strcmp(moe_isa_name((moe_isa)isa), o.isa) != 0) isa++;
-    if (!moe_isa_name((moe_isa)isa)) args_fail("cifar10", "--isa: there is no '%s'", o.isa);
-    nn_must(moe_force_isa((moe_isa)isa));
+    if (!nn_use_isa(o.isa)) args_fail("cifar10", "--isa: there is no '%s'", o.isa);
 
     cifar data;
     cifar_load(&data, o.data, argv[0]);

@@ -343,6 +343,20 @@ static void test_cross_entropy(void) {
 }
 
 /* ---- parameters ---- */
+static void test_count_right(void) {
+    const float logits[4 * 3] = {1, 2, 3, 3, 2, 1, 0, 5, 5, -1, -2, -3}; /* the third: a tie goes to the lower class */
+    const unsigned char label[4] = {2, 0, 1, 1};
+    CHECK(nn_count_right(4, 3, logits, label) == 3);
+    CHECK(nn_count_right(2, 3, logits, label + 2) == 0);
+    CHECK(nn_count_right(0, 3, logits, label) == 0);
+}
+
+static void test_use_isa(void) {
+    CHECK(nn_use_isa("scalar") && moe_active_isa() == MOE_ISA_SCALAR);
+    CHECK(!nn_use_isa("mmx") && moe_active_isa() == MOE_ISA_SCALAR);
+    CHECK(nn_use_isa("auto"));
+}
+
 static void test_bank(void) {
     nn_bank b = {0};
     size_t w = nn_add(&b, 5, 1), bias = nn_add(&b, 3, 0);
@@ -445,6 +459,8 @@ int main(void) {
     RUN(test_pool_ties);
     RUN(test_linear);
     RUN(test_cross_entropy);
+    RUN(test_count_right);
+    RUN(test_use_isa);
     RUN(test_bank);
     RUN(test_threads);
     RUN(test_isa);

@@ -92,5 +92,15 @@ EX_FUNC void json_list_end(json *j) {
     json_put(j, "]");
     j->comma = 1;
 }
+// An object inside the line; its members follow.
+EX_FUNC void json_object_begin(json *j, const char *key) {
+    json_key(j, key);
+    json_put(j, "{");
+    j->comma = 0;
+}
+EX_FUNC void json_object_end(json *j) {
+    json_put(j, "}");
+    j->comma = 1;
+}
 
 #endif

@@ -744,4 +744,28 @@ EX_FUNC double nn_cross_entropy(nn *s, size_t rows, size_t classes, float smooth
     return loss;
 }
 
+// How many rows of logits (rows, classes) are highest at their label.
+EX_FUNC size_t nn_count_right(size_t rows, size_t classes, const float *logits, const unsigned char *label) {
+    size_t right = 0;
+    for (size_t r = 0; r < rows; r++) {
+        const float *z = logits + r * classes;
+        size_t best = 0;
+        for (size_t k = 1; k < classes; k++)
+            if (z[k] > z[best]) best = k;
+        right += best == label[r];
+    }
+    return right;
+}
+
+// ---- the machine ----
+
+// Makes moe.h use the instruction set of this name ("auto", "scalar", ...). 0: there is none of this name.
+EX_FUNC int nn_use_isa(const char *name) {
+    size_t i = 0;
+    while (moe_isa_name((moe_isa)i) && strcmp(moe_isa_name((moe_isa)i), name) != 0) i++;
+    if (!moe_isa_name((moe_isa)i)) return 0;
+    nn_must(moe_force_isa((moe_isa)i));
+    return 1;
+}
+
 #endif

@@ -3269,61 +3269,55 @@ static void moe__slice_backward(const moe__job *j) {
                 j->dx[t * j->dims->d + i] += j->m->dlogits[t * E + e] / (float)width;
 }
 
-/* subspace: z_e = |V_e^T x| / |x|; u = V_e^T x is made again for the gradient: dV = x du^T, du = dz u / (|u| |x|) [D] */
+/* subspace: z_e = |V_e^T x| / |x|. m->lat keeps u = V_e^T x of every expert, as panels (f, T) one after the other; in backward
+ * it becomes du = dz u / (|u| |x|), and dV = x du^T, dx = V du - dz z x / |x|^2 [D]. */
 static const float *moe__basis(const moe__job *j, size_t e) { return j->t->side.experts + e * j->dims->expert; }
-static float moe__subspace_u(const moe__job *j, size_t e, size_t t0, size_t t1) { /* m->lat rows [t0, t1), panels (f, T) */
-    size_t T = j->t->n_tokens;
-    moe__target to = {j->m->lat + t0 * MOE__W, MOE__W, T * MOE__W, j->dims->hp * MOE__W, moe__zeros, 0};
-    moe__product(j->kn, t1 - t0, j->dims->d, j->m->xr + t0 * MOE__W, T * MOE__W, moe__basis(j, e), &to, 1, NULL);
-    return 0.0f;
-}
+static float *moe__subspace_u(const moe__job *j, size_t e) { return j->m->lat + e * j->t->n_tokens * j->dims->hp * MOE__W; }
 static void moe__subspace_forward(const moe__job *j, size_t t0, size_t t1) {
-    size_t E = j->dims->E;
+    size_t E = j->dims->E, T = j->t->n_tokens;
     for (size_t t = t0; t < t1; t++) j->m->inv_x[t] = sqrtf(moe__row_dot(j, j->m->xr, j->m->xr, j->dims->d, t));
     for (size_t e = 0; e < E; e++) {
-        moe__subspace_u(j, e, t0, t1);
+        float *u = moe__subspace_u(j, e);
+        moe__target to = {u + t0 * MOE__W, MOE__W, T * MOE__W, j->dims->hp * MOE__W, moe__zeros, 0};
+        moe__product(j->kn, t1 - t0, j->dims->d, j->m->xr + t0 * MOE__W, T * MOE__W, moe__basis(j, e), &to, 1, NULL);
         for (size_t t = t0; t < t1; t++)
-            j->t->logits[t * E + e] = j->m->inv_x[t] > 0.0f ? sqrtf(moe__row_dot(j, j->m->lat, j->m->lat, j->dims->f, t)) / j->m->inv_x[t] : 0.0f;
+            j->t->logits[t * E + e] = j->m->inv_x[t] > 0.0f ? sqrtf(moe__row_dot(j, u, u, j->dims->f, t)) / j->m->inv_x[t] : 0.0f;
     }
 }
-typedef struct moe__subspace_job { const moe__job *j; size_t e; } moe__subspace_job;
-static void moe__task_subspace_u(void *arg, size_t i, size_t worker) {
-    const moe__subspace_job *s = (const moe__subspace_job *)arg;
-    const moe__job *j = s->j;
+static void moe__task_subspace_dx(void *arg, size_t i, size_t worker) {
+    const moe__job *j = (const moe__job *)arg;
     size_t T = j->t->n_tokens, t0 = MOE__BLOCK_BEGIN(i), t1 = MOE__BLOCK_END(i, T), E = j->dims->E, d = j->dims->d;
     (void)worker;
-    moe__subspace_u(j, s->e, t0, t1);
-    for (size_t t = t0; t < t1; t++) {
-        float norm = j->m->inv_x[t], z = j->t->logits[t * E + s->e], dz = j->m->dlogits[t * E + s->e], length = z * norm;
-        float scale = length > 0.0f && norm > 0.0f ? dz / (length * norm) : 0.0f;
-        for (size_t p = 0; p < j->dims->hp; p++)
-            for (size_t c = 0; c < MOE__W; c++) j->m->dlat[(p * T + t) * MOE__W + c] = scale * j->m->lat[(p * T + t) * MOE__W + c];
-        if (!j->dx || !(norm > 0.0f)) continue;
-        for (size_t p = 0; p < j->dims->dp; p++) /* the length of x */
-            j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), -(dz * z) / (norm * norm), j->m->xr + (p * T + t) * MOE__W, j->dx + t * d + p * MOE__W);
+    for (size_t e = 0; e < E; e++) {
+        float *u = moe__subspace_u(j, e);
+        for (size_t t = t0; t < t1; t++) {
+            float norm = j->m->inv_x[t], z = j->t->logits[t * E + e], dz = j->m->dlogits[t * E + e], length = z * norm;
+            float scale = length > 0.0f && norm > 0.0f ? dz / (length * norm) : 0.0f;
+            for (size_t p = 0; p < j->dims->hp; p++)
+                for (size_t c = 0; c < MOE__W; c++) u[(p * T + t) * MOE__W + c] *= scale;
+            if (!j->dx || !(norm > 0.0f)) continue;
+            for (size_t p = 0; p < j->dims->dp; p++)
+                j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), -(dz * z) / (norm * norm), j->m->xr + (p * T + t) * MOE__W, j->dx + t * d + p * MOE__W);
+        }
+        if (!j->dx) continue;
+        moe__target to = {j->dx + t0 * d, d, MOE__W, d, NULL, 0};
+        moe__product_t(j->kn, t1 - t0, j->dims->hp * MOE__W, u + t0 * MOE__W, T * MOE__W, moe__basis(j, e), d, 0, &to);
     }
-    if (!j->dx) return;
-    moe__target to = {j->dx + t0 * d, d, MOE__W, d, NULL, 0};
-    moe__product_t(j->kn, t1 - t0, j->dims->hp * MOE__W, j->m->dlat + t0 * MOE__W, T * MOE__W, moe__basis(j, s->e), d, 0, &to);
 }
-static void moe__task_subspace_dv(void *arg, size_t i, size_t worker) { /* i: a panel of d */
-    const moe__subspace_job *s = (const moe__subspace_job *)arg;
-    const moe__job *j = s->j;
-    size_t T = j->t->n_tokens, d = j->dims->d;
-    float *dv = j->t->side.d_experts + s->e * j->dims->expert;
+static void moe__task_subspace_dv(void *arg, size_t i, size_t worker) { /* i: an expert and a panel of d */
+    const moe__job *j = (const moe__job *)arg;
+    size_t T = j->t->n_tokens, d = j->dims->d, e = i / j->dims->dp, q = i % j->dims->dp;
+    const float *du = moe__subspace_u(j, e);
+    float *dv = j->t->side.d_experts + e * j->dims->expert;
     (void)worker;
     for (size_t t = 0; t < T; t += MOE__KC)
         for (size_t p = 0; p < j->dims->hp; p++)
-            moe__product_outer(j->kn, moe__min(MOE__KC, T - t), moe__min(MOE__W, d - i * MOE__W), j->m->xr + (i * T + t) * MOE__W,
-                               j->m->dlat + (p * T + t) * MOE__W, MOE__W, dv + (p * d + i * MOE__W) * MOE__W, MOE__W, MOE__W, 0);
+            moe__product_outer(j->kn, moe__min(MOE__KC, T - t), moe__min(MOE__W, d - q * MOE__W), j->m->xr + (q * T + t) * MOE__W,
+                               du + (p * T + t) * MOE__W, MOE__W, dv + (p * d + q * MOE__W) * MOE__W, MOE__W, MOE__W, 0);
 }
 static void moe__subspace_backward(const moe__job *j) {
-    moe__subspace_job s;
-    s.j = j;
-    for (s.e = 0; s.e < j->dims->E; s.e++) {
-        moe__run_blocks(j, moe__task_subspace_u, &s);
-        if (j->t->side.d_experts) moe_run(&j->d->parallel, j->dims->dp, moe__task_subspace_dv, &s);
-    }
+    moe__run_blocks(j, moe__task_subspace_dx, (void *)(uintptr_t)j);
+    if (j->t->side.d_experts) moe_run(&j->d->parallel, j->dims->E * j->dims->dp, moe__task_subspace_dv, (void *)(uintptr_t)j);
 }
 
 /* hash: consecutive ids of a run of E go to E different experts, in an order of the run's own: balanced over evenly used
@@ -6437,7 +6431,7 @@ static moe_status moe__add_orthonormal(const moe__job *j, const uint64_t *load, 
     size_t d = j->dims->d, f = j->dims->f;
     float *v = j->m->matrix, *dv = v + d * f;
     moe_status s = MOE_OK;
-    double one;
+    double one = 0.0;
     (void)load;
     *value = 0.0;
     if (!j->t->side.experts) return MOE_E_NULL_EXPERTS;
@@ -7765,9 +7759,11 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
     if (resolved->noise == MOE_NOISE_LEARNED) pack = moe__max(pack, moe__map_floats(d->d, d->E));
     m.packed = moe__take_floats(a, pack, MOE__W);
     if (l->act != MOE__RAW || resolved->score == MOE_SCORE_SUBSPACE) {
-        size_t wide = resolved->score == MOE_SCORE_SUBSPACE ? d->hp : l->pre ? moe__max(d->lp, d->dp) : d->lp;
+        size_t wide = l->pre ? moe__max(d->lp, d->dp) : d->lp;
+        if (resolved->score == MOE_SCORE_SUBSPACE && !moe__mul(d->E, d->hp, &wide)) return MOE_E_OVERFLOW;
+        if (wide > SIZE_MAX / MOE__W) return MOE_E_OVERFLOW;
         m.lat = moe__take_floats(a, n, wide * MOE__W);
-        if (m.training) m.dlat = moe__take_floats(a, n, wide * MOE__W);
+        if (m.training && resolved->score != MOE_SCORE_SUBSPACE) m.dlat = moe__take_floats(a, n, wide * MOE__W);
         m.inv = moe__take_floats(a, n, 1);
         m.inv_x = moe__take_floats(a, n, 1);
     }
@@ -9014,7 +9010,7 @@ static const moe_system moe__systems[] = {
      "top_k=2 gate=sparsemixer select=sampled mask_jitter=0.1 loss.switch=0.01", "a gradient estimate for the discrete choice",
      "samples in training; surrogate gradient"},
     {"latent-prototype", "Latent prototype routing", "arXiv 2506.21328, 2025", "S",
-     "top_k=2 score=prototype gate=softmax select=top-k loss.prototype-diversity=0.1 loss.prototype-alignment=0.1",
+     "top_k=2 score=prototype gate=softmax select=top-k loss.prototype-diversity=1 loss.prototype-alignment=0.01",
      "clusters tokens around spread prototypes; published Gini .70 -> .035", "loss weights [D]; causal"},
     {"random", "Uniformly random routing", "baseline", "K", "top_k=2 score=random gate=softmax select=top-k",
      "the other end: perfect balance, no knowledge", "no learning in the router; another choice at each forward"},

@@ -27,7 +27,7 @@ static const size_t train_images = 2000; // and the final training loss on that 
 // ---- what one training leaves ----
 
 typedef struct config {
-    const char *data, *system, *isa, *out;
+    const char *data, *system, *set, *isa, *out;
     size_t epochs, steps, batch, images, threads, experts, top_k;
     size_t total; // steps that are done
     uint64_t seed;
@@ -450,6 +450,9 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
     if (!d.d_ff) d.d_ff = d.n_experts == 1 ? 2 * D_FF : D_FF; // dense: as much as two experts
     if (o->experts && d.n_experts != 1) d.n_experts = o->experts;
     if (o->top_k && d.n_experts != 1) d.top_k = o->top_k;
+    size_t at = 0;
+    if (!s && o->set && (s = moe_desc_parse(&d, o->set, &at)) != MOE_OK)
+        args_fail("zoo", "--set: at '%s': %s", o->set + at, moe_status_string(s));
     if (d.schedule_steps) d.schedule_steps = o->total - o->total / 4; // then a quarter of the training at its end
     d.weight_decay = o->decay;
     d.seed = o->seed + 1;
@@ -484,6 +487,7 @@ int main(int argc, char **argv) {
         {"batch", ARGS_SIZE, &o.batch, "N", "images a step (0: by the data)", 0, 8192},
         {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
         {"lr", ARGS_REAL, &o.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
+        {"set", ARGS_TEXT, &o.set, "TEXT", "fields of the desc for every system: \"gate=sigmoid loss.z=0.01\"", 0, 0},
         {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
         ARGS_OUT(&o.out),
         ARGS_JSON(&o.json),

@@ -800,7 +800,7 @@ MOE_API moe_status moe_layer_get(const moe_layer *m, moe_part part, const char *
 MOE_API moe_status moe_layer_set(moe_layer *m, moe_part part, const char *name, const float *in, size_t count);
 
 /* ==== files ===================================================================================
- * safetensors, read defensively: header cap, checked arithmetic, contiguous offsets. */
+ * safetensors and .npy, read defensively: header cap, checked arithmetic, contiguous offsets. */
 typedef struct moe_file_tensor {
     const char *name; size_t name_length; /* as in the file, still JSON-escaped, not NUL-terminated */
     char dtype[8];                        /* "F32", "BF16", ... */
@@ -3852,7 +3852,7 @@ MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_
     for (size_t i = 0; i < n_rows; i++) {
         moe_temperature_row r;
         moe_health h;
-        double tokens = n_tokens ? (double)n_tokens : 1.0, share;
+        double tokens = n_tokens ? (double)n_tokens : 1.0, share = 0.0;
         memset(&r, 0, sizeof r);
         memset(&h, 0, sizeof h);
         memset(w.load, 0, n_experts * sizeof *w.load);
@@ -3888,7 +3888,7 @@ MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_
             r.n_dead += (size_t)moe__dead_first(&h, tokens, e);
         }
         if (n_tokens) r.maxvio = top / mean - 1.0;
-        r.load_cv = sqrt(square / (double)n_experts) / mean;
+        r.load_cv = sqrt(square / (double)n_experts) / mean; /* square is 0 without tokens */
         row[i] = r;
     }
     return MOE_OK;
@@ -6561,6 +6561,393 @@ MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *b
     }
     buffer[n] = 0;
     return MOE_OK;
+}
+
+/* -- .npy: six bytes of magic, a version, the header's length, the header (a Python dictionary), the elements -- */
+#define MOE__NPY_CAP ((size_t)1 << 20) /* of the header; NumPy's own are below 200 bytes */
+
+static const struct { const char *npy, *safetensors; size_t bytes; } moe__dtypes[MOE__DTYPE_COUNT] = {
+    {"", "none", 0}, {"<f4", "F32", 4}, {"<f2", "F16", 2}, {"", "BF16", 2}, {"<f8", "F64", 8}, {"<u2", "U16", 2},
+    {"<i4", "I32", 4}, {"<i8", "I64", 8}};
+
+MOE_API size_t moe_dtype_size(moe_dtype v) { return (unsigned)v < MOE__DTYPE_COUNT ? moe__dtypes[v].bytes : 0; }
+MOE_API const char *moe_dtype_name(moe_dtype v) { return (unsigned)v < MOE__DTYPE_COUNT ? moe__dtypes[v].safetensors : NULL; }
+MOE_API moe_dtype moe_dtype_of(const char *safetensors_name) {
+    int v = safetensors_name ? MOE__DTYPE_COUNT - 1 : 0;
+    while (v > 0 && strcmp(safetensors_name, moe__dtypes[v].safetensors)) v--;
+    return (moe_dtype)v;
+}
+
+/* 'text' or "text", printable ASCII without escapes, into a buffer that it must fit in. */
+static int moe__npy_string(moe__json *j, char *out, size_t size) {
+    size_t n = 0;
+    moe__json_space(j);
+    if (j->i == j->n || (j->s[j->i] != '\'' && j->s[j->i] != '"')) return 0;
+    unsigned char quote = j->s[j->i++];
+    while (j->i < j->n && j->s[j->i] != quote) {
+        unsigned char c = j->s[j->i];
+        if (c < 0x20 || c > 0x7e || c == '\\' || n + 1 >= size) return 0;
+        out[n++] = (char)c;
+        j->i++;
+    }
+    out[n] = 0;
+    return j->i < j->n && j->s[j->i++] == quote;
+}
+
+static int moe__npy_word(moe__json *j, const char *word) {
+    size_t n = strlen(word);
+    moe__json_space(j);
+    if (j->n - j->i < n || memcmp(j->s + j->i, word, n)) return 0;
+    j->i += n;
+    return 1;
+}
+
+/* (), (3,), (3, 4) or (3, 4,) */
+static moe_status moe__npy_shape(moe__json *j, moe_npy *f) {
+    int comma = 1;
+    f->n_dims = 0;
+    if (!moe__json_take(j, '(')) return MOE_E_NPY_HEADER;
+    while (!moe__json_take(j, ')')) {
+        size_t v = 0, start, digits;
+        moe__json_space(j);
+        start = j->i;
+        digits = moe__json_digits(j);
+        if (!comma || !digits || (digits > 1 && j->s[start] == '0')) return MOE_E_NPY_HEADER;
+        if (f->n_dims == sizeof f->dim / sizeof f->dim[0]) return MOE_E_FILE_SHAPE;
+        for (size_t k = 0; k < digits; k++)
+            if (!moe__mul(v, 10, &v) || !moe__add_size(v, (size_t)(j->s[start + k] - '0'), &v)) return MOE_E_FILE_SHAPE;
+        f->dim[f->n_dims++] = v;
+        comma = moe__json_take(j, ',');
+    }
+    return f->n_dims == 1 && !comma ? MOE_E_NPY_HEADER : MOE_OK; /* (3) is no tuple */
+}
+
+static moe_status moe__npy_dictionary(moe__json *j, moe_npy *f) {
+    int seen = 0, order = 0;
+    char key[16], text[8];
+    if (!moe__json_take(j, '{')) return MOE_E_NPY_HEADER;
+    for (int first = 1; !moe__json_take(j, '}'); first = 0) {
+        moe_status s = MOE_OK;
+        int bit;
+        if (!first && !moe__json_take(j, ',')) return MOE_E_NPY_HEADER;
+        if (!first && moe__json_take(j, '}')) break; /* a comma may stand after the last */
+        if (!moe__npy_string(j, key, sizeof key) || !moe__json_take(j, ':')) return MOE_E_NPY_HEADER;
+        moe__json_space(j);
+        bit = !strcmp(key, "descr") ? 1 : !strcmp(key, "fortran_order") ? 2 : !strcmp(key, "shape") ? 4 : 0;
+        if (!bit || (seen & bit)) return MOE_E_NPY_HEADER;
+        seen |= bit;
+        if (bit == 1) {
+            size_t at = j->i;
+            int v = MOE__DTYPE_COUNT - 1;
+            if (j->i < j->n && j->s[j->i] == '[') return MOE_E_FILE_DTYPE; /* records */
+            if (!moe__npy_string(j, text, sizeof text)) return MOE_E_NPY_HEADER;
+            while (v > 0 && (!*moe__dtypes[v].npy || strcmp(text, moe__dtypes[v].npy))) v--;
+            f->dtype = (moe_dtype)v;
+            if (!v) {
+                j->i = at;
+                return MOE_E_FILE_DTYPE;
+            }
+        } else if (bit == 2) {
+            order = moe__npy_word(j, "True");
+            if (!order && !moe__npy_word(j, "False")) return MOE_E_NPY_HEADER;
+            if (order) return MOE_E_NPY_ORDER;
+        } else s = moe__npy_shape(j, f);
+        if (s) return s;
+    }
+    moe__json_space(j);
+    return seen == 7 && j->i == j->n ? MOE_OK : MOE_E_NPY_HEADER;
+}
+
+/* Needs the first n bytes. What is there of the file is too little: more must be given, or the file ends too early. */
+static moe_status moe__npy_needs(moe_npy *f, uint64_t n, size_t size, uint64_t file_size) {
+    if (n <= size) return MOE_OK;
+    f->offset = n <= file_size ? (size_t)n : file_size < size ? (size_t)file_size : size;
+    return MOE_E_FILE_SHORT;
+}
+
+static moe_status moe__npy_read(moe_npy *f, const unsigned char *p, size_t size, uint64_t file_size) {
+    moe__json j;
+    size_t start, length, bytes;
+    moe_status s = moe__npy_needs(f, 10, size, file_size);
+    if (s) return s;
+    if (memcmp(p, "\x93NUMPY", 6) || p[6] < 1 || p[6] > 3 || p[7]) {
+        f->offset = memcmp(p, "\x93NUMPY", 6) ? 0 : 6;
+        return MOE_E_NPY_MAGIC;
+    }
+    start = p[6] == 1 ? 10 : 12;
+    s = moe__npy_needs(f, start, size, file_size);
+    if (s) return s;
+    length = p[6] == 1 ? (size_t)p[8] | (size_t)p[9] << 8 : 0;
+    for (size_t k = 4; p[6] > 1 && k-- > 0;) length = length << 8 | p[8 + k];
+    f->offset = 8;
+    if (length > MOE__NPY_CAP - start) return MOE_E_NPY_HEADER;
+    s = moe__npy_needs(f, start + length, size, file_size);
+    if (s) return s;
+    j.s = p;
+    j.i = start;
+    j.n = start + length;
+    s = moe__npy_dictionary(&j, f);
+    f->offset = j.i;
+    if (s) return s;
+    f->data = j.n;
+    f->count = 1;
+    for (size_t k = 0; k < f->n_dims; k++)
+        if (!moe__mul(f->count, f->dim[k], &f->count)) return MOE_E_FILE_SHAPE;
+    for (size_t k = 0, product = 1; k < f->n_dims; k++) /* a 0 hides no overflow of the others */
+        if (f->dim[k] && !moe__mul(product, f->dim[k], &product)) return MOE_E_FILE_SHAPE;
+    if (!moe__mul(f->count, moe_dtype_size(f->dtype), &bytes)) return MOE_E_FILE_SHAPE;
+    if (bytes > file_size - f->data) {
+        f->offset = file_size > SIZE_MAX ? SIZE_MAX : (size_t)file_size;
+        return MOE_E_FILE_SHORT;
+    }
+    if (bytes < file_size - f->data) {
+        f->offset = (size_t)f->data + bytes;
+        return MOE_E_NPY_SIZE;
+    }
+    f->offset = 0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_npy_header(moe_npy *f, const void *bytes, size_t size, uint64_t file_size) {
+    if (!f) return MOE_E_NULL_OUT;
+    memset(f, 0, sizeof *f);
+    if (!bytes) return MOE_E_NULL_BYTES;
+    if (size > file_size) size = (size_t)file_size;
+    moe_status s = moe__npy_read(f, (const unsigned char *)bytes, size, file_size);
+    if (s) f->count = f->n_dims = 0, f->data = 0, f->dtype = MOE_DTYPE_NONE; /* nothing is to be found in it */
+    return s;
+}
+
+MOE_API moe_status moe_npy_open(moe_npy *f, const void *bytes, size_t size) {
+    moe_status s = moe_npy_header(f, bytes, size, size);
+    if (!s) f->elements = (const unsigned char *)bytes + (size_t)f->data;
+    return s;
+}
+
+/* Element i of a little-endian array. */
+static uint64_t moe__little(const unsigned char *p, size_t bytes) {
+    uint64_t v = 0;
+    for (size_t k = bytes; k-- > 0;) v = v << 8 | p[k];
+    return v;
+}
+
+static uint32_t moe__half_bits(uint32_t h) { /* a float16's bits as a float32's */
+    uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return sign | 0x7f800000u | (rest & 0x3ffu) << 13; /* infinity, NaN */
+    return sign | moe__bits_of(moe__float_of(rest << 13) * 5.192296858534828e33f); /* 2^112: exact, subnormals too */
+}
+
+MOE_API moe_status moe_to_float(moe_dtype dtype, size_t n, const void *elements, float *out) {
+    const unsigned char *p = (const unsigned char *)elements;
+    if ((unsigned)dtype >= MOE__DTYPE_COUNT || dtype == MOE_DTYPE_NONE || dtype >= MOE_DTYPE_I32) return MOE_E_FILE_DTYPE;
+    if (!n) return MOE_OK;
+    if (!p) return MOE_E_NULL_BYTES;
+    if (!out) return MOE_E_NULL_OUT;
+    const uint32_t one = 1;
+    unsigned char low;
+    memcpy(&low, &one, 1);
+    if (dtype == MOE_DTYPE_F32 && low) { /* this machine's own order */
+        memcpy(out, p, n * sizeof *out);
+        return MOE_OK;
+    }
+    for (size_t i = 0; i < n; i++) {
+        uint64_t bits;
+        double d;
+        switch (dtype) {
+        case MOE_DTYPE_F64:
+            bits = moe__little(p + 8 * i, 8);
+            memcpy(&d, &bits, sizeof d);
+            out[i] = (float)d;
+            break;
+        case MOE_DTYPE_F16: out[i] = moe__float_of(moe__half_bits((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8)); break;
+        case MOE_DTYPE_F32: out[i] = moe__float_of((uint32_t)moe__little(p + 4 * i, 4)); break;
+        default: out[i] = moe__float_of((uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24); break; /* bfloat16 */
+        }
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_to_index(moe_dtype dtype, size_t n, const void *elements, int32_t *out, size_t *bad) {
+    const unsigned char *p = (const unsigned char *)elements;
+    if (dtype != MOE_DTYPE_I32 && dtype != MOE_DTYPE_I64) return MOE_E_FILE_DTYPE;
+    if (!n) return MOE_OK;
+    if (!p) return MOE_E_NULL_BYTES;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t size = moe_dtype_size(dtype);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t v = moe__little(p + size * i, size);
+        uint32_t low = (uint32_t)v, high = size == 8 ? (uint32_t)(v >> 32) : low >> 31 ? 0xffffffffu : 0;
+        if (high != (low >> 31 ? 0xffffffffu : 0)) {
+            if (bad) *bad = i;
+            return MOE_E_NPY_INDEX;
+        }
+        memcpy(&out[i], &low, sizeof low);
+    }
+    return MOE_OK;
+}
+
+/* -- the routers of known models -- */
+MOE_API int moe_router_name(const char *name, size_t length, size_t *layer) {
+    static const char before[] = "model.layers.";
+    static const char *const after[] = {".mlp.gate.weight", ".block_sparse_moe.gate.weight"};
+    size_t i = sizeof before - 1, first, v = 0;
+    if (!name || length < i || memcmp(name, before, i)) return 0;
+    for (first = i; i < length && i < first + 9 && name[i] >= '0' && name[i] <= '9'; i++) v = v * 10 + (size_t)(name[i] - '0');
+    if (i == first || (name[first] == '0' && i > first + 1)) return 0;
+    for (int k = 0; k < 2; k++) {
+        if (length - i != strlen(after[k]) || memcmp(name + i, after[k], length - i)) continue;
+        if (layer) *layer = v;
+        return 1;
+    }
+    return 0;
+}
+
+MOE_API moe_status moe_file_router(const moe_file *f, size_t i, size_t *layer, moe_file_tensor *out) {
+    size_t last = 0, best;
+    if (!layer || !out) return MOE_E_NULL_OUT;
+    for (size_t found = 0;; found++) { /* the lowest layer above the last one */
+        moe__cursor c;
+        moe__entry e;
+        moe_status s = moe__cursor_init(&c, f);
+        best = SIZE_MAX;
+        while (!s && !(s = moe__cursor_next_of(&c, MOE__ENTRY_TENSOR, &e))) {
+            size_t at;
+            if (!moe_router_name(e.tensor.name, e.tensor.name_length, &at) || at >= best || (found && at <= last)) continue;
+            best = at;
+            if (found == i) *out = e.tensor;
+        }
+        if (s != MOE_E_NAME) return s;
+        if (best == SIZE_MAX) return MOE_E_NAME;
+        last = best;
+        if (found < i) continue;
+        *layer = best;
+        return MOE_OK;
+    }
+}
+
+/* The next pair of a weight_map: 1, 0 at its end, -1 for a fault. */
+static int moe__shards_next(moe__json *j, int *first, moe__json_text *name, moe__json_text *file) {
+    int more = moe__json_more(j, '}', first);
+    if (more > 0 && !(moe__json_string(j, name) && moe__json_take(j, ':') && moe__json_string(j, file))) return -1;
+    return more;
+}
+
+/* A string's text into a buffer; MOE_E_SMALL_MEMORY if it does not fit. */
+static moe_status moe__json_copy(const moe__json *j, moe__json_text t, char *buffer, size_t size) {
+    moe__json at;
+    unsigned char u[4];
+    size_t n = 0;
+    at.s = j->s;
+    at.n = t.end;
+    buffer[0] = 0;
+    for (at.i = t.begin; at.i < at.n;) {
+        size_t length = moe__json_char(&at, u);
+        if (n + length >= size) {
+            buffer[0] = 0;
+            return MOE_E_SMALL_MEMORY;
+        }
+        memcpy(buffer + n, u, length);
+        n += length;
+    }
+    buffer[n] = 0;
+    return MOE_OK;
+}
+
+/* A file in the same folder: no separator, drive or control character, and not "." or "..". */
+static int moe__plain_file_name(const moe__json *j, moe__json_text t) {
+    moe__json at;
+    unsigned char u[4];
+    at.s = j->s;
+    at.n = t.end;
+    for (at.i = t.begin; at.i < at.n;)
+        if (moe__json_char(&at, u) == 1 && (u[0] < 0x20 || u[0] == '/' || u[0] == '\\' || u[0] == ':')) return 0;
+    return t.end > t.begin && !moe__json_is(j, t, ".") && !moe__json_is(j, t, "..");
+}
+
+MOE_API moe_status moe_shards_open(moe_shards *f, const void *bytes, size_t size) {
+    moe__json j;
+    moe__json_text key, file;
+    int first = 1, inner, more, again;
+    if (!f) return MOE_E_NULL_OUT;
+    memset(f, 0, sizeof *f);
+    if (!bytes) return MOE_E_NULL_BYTES;
+    f->bytes = (const unsigned char *)bytes;
+    f->size = size;
+    j.s = f->bytes;
+    j.i = 0;
+    j.n = size;
+    int ok = moe__json_take(&j, '{');
+    while (ok && (more = moe__json_more(&j, '}', &first)) != 0) {
+        ok = more > 0 && moe__json_string(&j, &key) && moe__json_take(&j, ':');
+        if (!ok) break;
+        if (!moe__json_is(&j, key, "weight_map")) {
+            ok = moe__json_skip(&j, MOE__JSON_DEPTH);
+            continue;
+        }
+        ok = !f->map && moe__json_take(&j, '{');
+        f->map = j.i;
+        inner = 1;
+        while (ok && (again = moe__shards_next(&j, &inner, &key, &file)) != 0) {
+            ok = again > 0 && moe__plain_file_name(&j, file);
+            f->n_tensors += (size_t)ok;
+            if (again > 0 && !ok) j.i = file.begin;
+        }
+    }
+    moe__json_space(&j);
+    if (ok && f->map && j.i == j.n) return MOE_OK;
+    f->offset = j.i;
+    f->n_tensors = f->map = 0;
+    f->bytes = NULL; /* nothing is to be found in it */
+    return MOE_E_SHARDS;
+}
+
+static moe_status moe__shards_start(const moe_shards *f, moe__json *j) {
+    if (!f || !f->bytes || !f->map) return MOE_E_NULL_BYTES;
+    j->s = f->bytes;
+    j->i = f->map;
+    j->n = f->size;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_shards_find(const moe_shards *f, const char *name, char *buffer, size_t size) {
+    moe__json j;
+    moe__json_text key, file;
+    int first = 1;
+    moe_status s = moe__shards_start(f, &j);
+    if (s) return s;
+    if (!name) return MOE_E_NULL_NAME;
+    if (!buffer) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    while (moe__shards_next(&j, &first, &key, &file) > 0)
+        if (moe__json_is(&j, key, name)) return moe__json_copy(&j, file, buffer, size); /* buffer may be name */
+    buffer[0] = 0;
+    return MOE_E_NAME;
+}
+
+MOE_API moe_status moe_shards_router(const moe_shards *f, size_t i, size_t *layer, char *name, size_t size) {
+    size_t last = 0, best, at;
+    if (!layer || !name) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    name[0] = 0;
+    for (size_t found = 0;; found++) {
+        moe__json j;
+        moe__json_text key, file, found_key = {0, 0};
+        int first = 1;
+        moe_status s = moe__shards_start(f, &j);
+        if (s) return s;
+        best = SIZE_MAX;
+        while (moe__shards_next(&j, &first, &key, &file) > 0) {
+            if (!moe_router_name((const char *)j.s + key.begin, key.end - key.begin, &at)) continue;
+            if (at >= best || (found && at <= last)) continue;
+            best = at;
+            found_key = key;
+        }
+        if (best == SIZE_MAX) return MOE_E_NAME;
+        last = best;
+        if (found < i) continue;
+        *layer = best;
+        return moe__json_copy(&j, found_key, name, size);
+    }
 }
 
 /* Numbers of metadata. No locale is asked. */

@@ -621,7 +621,7 @@ MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_
 MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const float *outputs, double *work, double *pes);
 
 /* One pass over logits (T, E): load (E) += selections by top-k (ties go to the lowest index), top1 (E) += first choices,
- * sum (E) += logits. top1 and sum may be NULL. Adds nothing if a logit is NaN or infinite. work: moe_topk_count_work bytes. */
+ * sum (E) += logits. Each may be NULL (without load there is no top1 either). Adds nothing if a logit is NaN or infinite. work: moe_topk_count_work bytes. */
 MOE_API moe_status moe_topk_count_work(size_t n_experts, size_t top_k, size_t *bytes);
 MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, uint64_t *load,
                                   uint64_t *top1, double *sum, void *work, size_t work_bytes);
@@ -3764,7 +3764,6 @@ MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_
     if (s) return s;
     if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
     if (n && !logits) return MOE_E_NULL_LOGITS;
-    if (!load) return MOE_E_NULL_LOAD;
     if (!work) return MOE_E_NULL_WORK;
     s = moe__arena_over(&a, work, work_bytes, needed);
     if (!s) s = moe__count_layout(&w, n_experts, top_k, &a);
@@ -3778,6 +3777,7 @@ MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_
         const float *z = logits + t * n_experts;
         rows = moe__min(n_tokens - t, 32);
         if (sum) kn->sum_rows(rows, n_experts, z, sum);
+        if (!load) continue;
         size_t whole = rows == 32 ? n_experts / 32 * 32 : 0; /* a block at the edge is copied first */
         for (size_t e = 0; e < n_experts; e += 32) {
             size_t cols = moe__min(n_experts - e, 32);
@@ -3797,13 +3797,15 @@ MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_
                 if (top1) top1[w.index[0]]++;
             }
         }
-        if ((t / 32 + 1) % 65536 == 0) { /* before a lane reaches 2^24, where float stops counting */
+        if (load && (t / 32 + 1) % 65536 == 0) { /* before a lane reaches 2^24, where float stops counting */
             moe__count_flush(n_experts, w.selected, load);
             moe__count_flush(n_experts, w.first, top1);
         }
     }
-    moe__count_flush(n_experts, w.selected, load);
-    moe__count_flush(n_experts, w.first, top1);
+    if (load) {
+        moe__count_flush(n_experts, w.selected, load);
+        moe__count_flush(n_experts, w.first, top1);
+    }
     return MOE_OK;
 }
 

@@ -345,6 +345,9 @@ static void test_topk_count(void) {
     CHECK_STATUS(moe_topk_count(2, 4, 2, NULL, load, NULL, NULL, work, bytes), MOE_E_NULL_LOGITS);
     CHECK_OK(moe_topk_count(1, 4, 2, z, load, NULL, NULL, work, bytes));
     CHECK(load[3] == 1 && load[2] == 1);
+    memset(sum, 0, sizeof sum);
+    CHECK_OK(moe_topk_count(1, 4, 2, z, NULL, NULL, sum, work, bytes)); /* sums alone */
+    CHECK(sum[1] == 1 && sum[3] == 3);
     free(work);
 }
 

@@ -621,7 +621,8 @@ MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_
 MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const float *outputs, double *work, double *pes);
 
 /* One pass over logits (T, E): load (E) += selections by top-k (ties go to the lowest index), top1 (E) += first choices,
- * sum (E) += logits. Each may be NULL (without load there is no top1 either). Adds nothing if a logit is NaN or infinite. work: moe_topk_count_work bytes. */
+ * sum (E) += logits. Each may be NULL (without load there is no top1 either). Adds nothing if a logit is NaN or infinite.
+ * work: moe_topk_count_work bytes. */
 MOE_API moe_status moe_topk_count_work(size_t n_experts, size_t top_k, size_t *bytes);
 MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, uint64_t *load,
                                   uint64_t *top1, double *sum, void *work, size_t work_bytes);
@@ -1261,7 +1262,11 @@ typedef struct moe__kernels {
     void (*adamw)(size_t n, const moe__adam *o, float *p, const float *g, float *m, float *v);
     void (*sgd)(size_t n, const moe__adam *o, float *p, const float *g, float *m);
     uint32_t (*count)(size_t n, size_t k, const float *z, float *list, float *selected, float *first);
+    uint32_t (*count8)(size_t n, size_t k, const float *z, float *selected, float *first);
     void (*sum_rows)(size_t rows, size_t cols, const float *x, double *sum);
+    int (*all_finite)(size_t n, const float *x);
+    void (*half)(size_t n, const unsigned char *p, float *out);
+    void (*bfloat)(size_t n, const unsigned char *p, float *out);
 } moe__kernels;
 
 #define MOE__ROWS_1(M) M(0)
@@ -1392,6 +1397,7 @@ typedef float moe__f;
 #define MOE__F_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MOE__F_SQRT(a) sqrtf(a)
 #define MOE__F_LT(a, b) ((a) < (b))
+#define MOE__F_GE(a, b, one) ((a) >= (b) ? (one) : 0.0f) /* one where a >= b, else 0 */
 #define MOE__F_ISNAN(a) ((a) != (a))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
 #define MOE__F_AND(a, u) moe__float_of(moe__bits_of(a) & (u))
@@ -1421,6 +1427,7 @@ typedef __m256 moe__f;
 #define MOE__F_MAX(a, b) _mm256_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
+#define MOE__F_GE(a, b, one) _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), one)
 #define MOE__F_ISNAN(a) _mm256_cmp_ps(a, a, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
 #define MOE__F_AND(a, u) _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32((int)(u))))
@@ -1450,6 +1457,7 @@ typedef __m512 moe__f;
 #define MOE__F_MAX(a, b) _mm512_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define MOE__F_GE(a, b, one) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), one)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
 #define MOE__F_AND(a, u) _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32((int)(u))))
@@ -1480,6 +1488,7 @@ typedef float32x4_t moe__f;
 #define MOE__F_MAX(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
+#define MOE__F_GE(a, b, one) vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(a, b), vreinterpretq_u32_f32(one)))
 #define MOE__F_ISNAN(a) vmvnq_u32(vceqq_f32(a, a))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
 #define MOE__F_AND(a, u) vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(u)))
@@ -1950,6 +1959,132 @@ MOE__FN uint32_t MOE__S(moe__count_)(size_t n, size_t k, const float *z, float *
     for (uint32_t i = 0; i < 16; i++) bits |= (uint32_t)(t[i] > 0.0f) << i;
     return bits;
 }
+/* The same for k <= 8 and 32 tokens, by sorting networks: the experts come eight at a time, are sorted, and merged with the eight
+ * highest so far. Bits of 32 lanes. */
+#define MOE__ORDER(a, b) { moe__f high = MOE__F_MAX(a, b); b = MOE__F_MIN(a, b); a = high; }
+#define MOE__ORDER4(a, b, c, d, e, f, g, h) MOE__ORDER(a, b) MOE__ORDER(c, d) MOE__ORDER(e, f) MOE__ORDER(g, h)
+MOE__FN uint32_t MOE__S(moe__count8_)(size_t n, size_t k, const float *z, float *selected, float *first) {
+    const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f), none = MOE__F_SET1(-INFINITY);
+    moe__f all_in = zero, all_best = zero;
+    float kth[32], top[32], seen[2 * MOE__VL], total = 0.0f, total_first = 0.0f;
+    uint32_t bits = 0;
+    for (uint32_t lane = 0; lane < 32; lane += MOE__VL, z += MOE__VL) {
+        moe__f a0 = none, a1 = none, a2 = none, a3 = none, a4 = none, a5 = none, a6 = none, a7 = none; /* descending */
+        float sorted[8 * MOE__VL];
+        for (size_t e = 0; e < n; e += 8) {
+            moe__f b0 = MOE__F_LOAD(z + e * 32), b1, b2, b3, b4, b5, b6, b7;
+            b1 = e + 1 < n ? MOE__F_LOAD(z + (e + 1) * 32) : none;
+            b2 = e + 2 < n ? MOE__F_LOAD(z + (e + 2) * 32) : none;
+            b3 = e + 3 < n ? MOE__F_LOAD(z + (e + 3) * 32) : none;
+            b4 = e + 4 < n ? MOE__F_LOAD(z + (e + 4) * 32) : none;
+            b5 = e + 5 < n ? MOE__F_LOAD(z + (e + 5) * 32) : none;
+            b6 = e + 6 < n ? MOE__F_LOAD(z + (e + 6) * 32) : none;
+            b7 = e + 7 < n ? MOE__F_LOAD(z + (e + 7) * 32) : none;
+            MOE__ORDER4(b0, b1, b2, b3, b4, b5, b6, b7) /* Batcher's odd-even merge sort */
+            MOE__ORDER4(b0, b2, b1, b3, b4, b6, b5, b7)
+            MOE__ORDER(b1, b2) MOE__ORDER(b5, b6)
+            MOE__ORDER4(b0, b4, b1, b5, b2, b6, b3, b7)
+            MOE__ORDER(b2, b4) MOE__ORDER(b3, b5)
+            MOE__ORDER(b1, b2) MOE__ORDER(b3, b4) MOE__ORDER(b5, b6)
+            a0 = MOE__F_MAX(a0, b7), a1 = MOE__F_MAX(a1, b6), a2 = MOE__F_MAX(a2, b5), a3 = MOE__F_MAX(a3, b4);
+            a4 = MOE__F_MAX(a4, b3), a5 = MOE__F_MAX(a5, b2), a6 = MOE__F_MAX(a6, b1), a7 = MOE__F_MAX(a7, b0);
+            MOE__ORDER4(a0, a4, a1, a5, a2, a6, a3, a7) /* the eight highest, as a bitonic sequence: sorted again */
+            MOE__ORDER4(a0, a2, a1, a3, a4, a6, a5, a7)
+            MOE__ORDER4(a0, a1, a2, a3, a4, a5, a6, a7)
+        }
+        MOE__F_STORE(sorted, a0); MOE__F_STORE(sorted + MOE__VL, a1);
+        MOE__F_STORE(sorted + 2 * MOE__VL, a2); MOE__F_STORE(sorted + 3 * MOE__VL, a3);
+        MOE__F_STORE(sorted + 4 * MOE__VL, a4); MOE__F_STORE(sorted + 5 * MOE__VL, a5);
+        MOE__F_STORE(sorted + 6 * MOE__VL, a6); MOE__F_STORE(sorted + 7 * MOE__VL, a7);
+        MOE__F_STORE(kth + lane, MOE__F_LOAD(sorted + (k - 1) * MOE__VL));
+        MOE__F_STORE(top + lane, a0);
+    }
+    z -= 32;
+    for (size_t e = 0; e < n; e++) {
+        moe__f in = zero, best = zero;
+        for (int lane = 0; lane < 32; lane += MOE__VL) {
+            moe__f x = MOE__F_LOAD(z + e * 32 + lane);
+            in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth + lane), one));
+            best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top + lane), one));
+        }
+        all_in = MOE__F_ADD(all_in, in);
+        all_best = MOE__F_ADD(all_best, best);
+        MOE__F_STORE(selected + e * 16, MOE__F_ADD(MOE__F_LOAD(selected + e * 16), in));
+        MOE__F_STORE(first + e * 16, MOE__F_ADD(MOE__F_LOAD(first + e * 16), best));
+    }
+    MOE__F_STORE(seen, all_in);
+    MOE__F_STORE(seen + MOE__VL, all_best);
+    for (int l = 0; l < MOE__VL; l++) total += seen[l], total_first += seen[MOE__VL + l];
+    if (total == 32.0f * (float)k && total_first == 32.0f) return 0;
+    for (uint32_t lane = 0; lane < 32; lane += MOE__VL) { /* somewhere a tie decides: found, and taken back */
+        moe__f in = zero, best = zero;
+        for (size_t e = 0; e < n; e++) {
+            moe__f x = MOE__F_LOAD(z + e * 32 + lane);
+            in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth + lane), one));
+            best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top + lane), one));
+        }
+        MOE__F_STORE(seen, in);
+        MOE__F_STORE(seen + MOE__VL, best);
+        for (uint32_t l = 0; l < MOE__VL; l++) {
+            if (!(seen[l] > (float)k || seen[MOE__VL + l] > 1.0f)) continue;
+            bits |= 1u << (lane + l);
+            for (size_t e = 0; e < n; e++) {
+                selected[e * 16 + l] -= (float)!(z[e * 32 + lane + l] < kth[lane + l]);
+                first[e * 16 + l] -= (float)!(z[e * 32 + lane + l] < top[lane + l]);
+            }
+        }
+    }
+    return bits;
+}
+#undef MOE__ORDER
+#undef MOE__ORDER4
+/* Are all numbers finite? 0 times anything else is NaN, and stays in the sum. */
+MOE__FN int MOE__S(moe__all_finite_)(size_t n, const float *x) {
+    moe__f a = MOE__F_SET1(0.0f), b = a, c = a, d = a, zero = a;
+    float sum[MOE__VL], rest = 0.0f;
+    size_t i = 0;
+    for (; n - i >= 4 * MOE__VL; i += 4 * MOE__VL) {
+        a = MOE__F_FMA(MOE__F_LOAD(x + i), zero, a);
+        b = MOE__F_FMA(MOE__F_LOAD(x + i + MOE__VL), zero, b);
+        c = MOE__F_FMA(MOE__F_LOAD(x + i + 2 * MOE__VL), zero, c);
+        d = MOE__F_FMA(MOE__F_LOAD(x + i + 3 * MOE__VL), zero, d);
+    }
+    for (; i < n; i++) rest += x[i] * 0.0f;
+    MOE__F_STORE(sum, MOE__F_ADD(MOE__F_ADD(a, b), MOE__F_ADD(c, d)));
+    for (i = 0; i < MOE__VL; i++) rest += sum[i];
+    return rest == 0.0f;
+}
+/* 16 numbers of two bytes, little-endian, of any alignment: loops that compilers turn into vectors */
+MOE__FI void MOE__S(moe__half16_)(const unsigned char *p, float *out) {
+    uint32_t b[16], special[16];
+    float f[16];
+    for (int l = 0; l < 16; l++) b[l] = (uint32_t)p[2 * l] | (uint32_t)p[2 * l + 1] << 8;
+    for (int l = 0; l < 16; l++) special[l] = (b[l] & 0x8000u) << 16 | ((b[l] & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+    for (int l = 0; l < 16; l++) b[l] = (b[l] & 0x7fffu) << 13;
+    memcpy(f, b, sizeof f);
+    for (int l = 0; l < 16; l++) f[l] *= 5.192296858534828e33f; /* 2^112: exact, subnormals too */
+    memcpy(b, f, sizeof b);
+    for (int l = 0; l < 16; l++) b[l] |= special[l]; /* the sign; infinity and NaN have all bits of the exponent */
+    memcpy(out, b, sizeof b);
+}
+MOE__FI void MOE__S(moe__bfloat16_)(const unsigned char *p, float *out) {
+    uint32_t b[16];
+    for (int l = 0; l < 16; l++) b[l] = (uint32_t)p[2 * l] << 16 | (uint32_t)p[2 * l + 1] << 24;
+    memcpy(out, b, sizeof b);
+}
+#define MOE__WIDEN(name, sixteen)                                                      \
+    MOE__FN void name(size_t n, const unsigned char *p, float *out) {                  \
+        for (; n >= 16; n -= 16, p += 32, out += 16) sixteen(p, out);                  \
+        unsigned char rest[32] = {0};                                                  \
+        float last[16];                                                                \
+        if (!n) return;                                                                \
+        memcpy(rest, p, 2 * n);                                                        \
+        sixteen(rest, last);                                                           \
+        memcpy(out, last, n * sizeof *out);                                            \
+    }
+MOE__WIDEN(MOE__S(moe__half_), MOE__S(moe__half16_))
+MOE__WIDEN(MOE__S(moe__bfloat_), MOE__S(moe__bfloat16_))
+#undef MOE__WIDEN
 /* sum[c] += row r of x, one row after the other */
 MOE__FN void MOE__S(moe__sum_rows_)(size_t rows, size_t cols, const float *x, double *sum) {
     for (size_t c = 0; c < cols; c += 16) {
@@ -1979,7 +2114,8 @@ static const moe__kernels MOE__S(moe__kernels_) = {
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
      MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_)},
     MOE__S(moe__adamw_), MOE__S(moe__sgd_),
-    MOE__S(moe__count_), MOE__S(moe__sum_rows_)};
+    MOE__S(moe__count_), MOE__S(moe__count8_), MOE__S(moe__sum_rows_), MOE__S(moe__all_finite_), MOE__S(moe__half_),
+    MOE__S(moe__bfloat_)};
 
 #undef MOE__FN
 #undef MOE__FI
@@ -2001,6 +2137,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_MAX
 #undef MOE__F_SQRT
 #undef MOE__F_LT
+#undef MOE__F_GE
 #undef MOE__F_ISNAN
 #undef MOE__F_SEL
 #undef MOE__F_AND
@@ -3722,7 +3859,11 @@ MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const fl
 }
 
 /* -- a pass over logits: blocks of 32 tokens are transposed, so that 16 tokens are ranked at once -- */
-typedef struct moe__count_work { float *pad, *panel, *list, *selected, *first; int32_t *index; } moe__count_work;
+typedef struct moe__count_work {
+    float *pad, *panel, *list, *selected, *first;
+    double *sum;
+    int32_t *index;
+} moe__count_work;
 
 static moe_status moe__count_layout(moe__count_work *w, size_t n_experts, size_t top_k, moe__arena *a) {
     if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
@@ -3733,6 +3874,7 @@ static moe_status moe__count_layout(moe__count_work *w, size_t n_experts, size_t
     w->list = moe__take_floats(a, top_k + 1, 16);
     w->selected = moe__take_floats(a, n_experts, 16);
     w->first = moe__take_floats(a, n_experts, 16);
+    w->sum = (double *)moe__take(a, n_experts, sizeof(double));
     w->index = (int32_t *)moe__take(a, top_k, sizeof(int32_t));
     return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
 }
@@ -3745,19 +3887,63 @@ MOE_API moe_status moe_topk_count_work(size_t n_experts, size_t top_k, size_t *b
     return s ? s : moe__arena_bytes(&a, bytes);
 }
 
-/* The counts of the lanes, whole numbers below 2^24, to the sums. */
-static void moe__count_flush(size_t n_experts, float *lanes, uint64_t *count) {
-    for (size_t e = 0; e < n_experts; e++) {
+/* The counts of the lanes, whole numbers below 2^24. */
+static void moe__count_flush(size_t n_experts, const float *lanes, uint64_t *count) {
+    for (size_t e = 0; count && e < n_experts; e++) {
         double sum = 0.0;
         for (size_t l = 0; l < 16; l++) sum += (double)lanes[e * 16 + l];
-        if (count) count[e] += (uint64_t)sum;
+        count[e] += (uint64_t)sum;
     }
-    memset(lanes, 0, n_experts * 16 * sizeof *lanes);
+}
+
+/* At most 2^20 tokens, so that a lane stays below 2^24, where float stops counting. */
+static moe_status moe__count_piece(const moe__count_work *w, size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
+                                   uint64_t *load, uint64_t *top1, double *sum) {
+    const moe__kernels *kn = moe__k();
+    double finite = 0.0;
+    memset(w->selected, 0, n_experts * 16 * sizeof(float));
+    memset(w->first, 0, n_experts * 16 * sizeof(float));
+    memset(w->pad, 0, 32 * 32 * sizeof(float));
+    for (size_t e = 0; e < n_experts; e++) w->sum[e] = 0.0;
+    for (size_t t = 0, rows; t < n_tokens; t += rows) {
+        const float *z = logits + t * n_experts;
+        rows = moe__min(n_tokens - t, 32);
+        kn->sum_rows(rows, n_experts, z, w->sum);
+        if (!load) continue;
+        size_t whole = n_experts / 32 * 32; /* the block at the edge is copied first */
+        for (size_t e = 0; rows == 32 && e < n_experts; e += 32) {
+            size_t cols = moe__min(n_experts - e, 32);
+            if (e < whole) {
+                kn->transpose(z + e, n_experts, w->panel + e * 32);
+                continue;
+            }
+            for (size_t r = 0; r < rows; r++) memcpy(w->pad + r * 32, z + r * n_experts + e, cols * sizeof(float));
+            kn->transpose(w->pad, 32, w->panel + e * 32);
+        }
+        uint32_t ties = 0xffffffffu; /* one row after the other: where a tie decides, and the last few */
+        if (rows == 32 && top_k <= 8) ties = kn->count8(n_experts, top_k, w->panel, w->selected, w->first);
+        else if (rows == 32) {
+            ties = kn->count(n_experts, top_k, w->panel, w->list, w->selected, w->first);
+            ties |= kn->count(n_experts, top_k, w->panel + 16, w->list, w->selected, w->first) << 16;
+        }
+        for (size_t r = 0; ties && r < rows; r++, ties >>= 1) {
+            if (!(ties & 1) || !moe__topk_row(n_experts, top_k, z + r * n_experts, w->index)) continue;
+            for (size_t i = 0; i < top_k; i++) w->selected[(size_t)w->index[i] * 16] += 1.0f;
+            w->first[(size_t)w->index[0] * 16] += 1.0f;
+        }
+    }
+    for (size_t e = 0; e < n_experts; e++) finite += w->sum[e] * 0.0; /* a sum in double of finite floats is finite */
+    if (!(finite == 0.0)) return MOE_E_NAN_LOGITS;
+    for (size_t e = 0; sum && e < n_experts; e++) sum[e] += w->sum[e];
+    if (!load) return MOE_OK;
+    moe__count_flush(n_experts, w->selected, load);
+    moe__count_flush(n_experts, w->first, top1);
+    return MOE_OK;
 }
 
 MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, uint64_t *load,
                                   uint64_t *top1, double *sum, void *work, size_t work_bytes) {
-    size_t needed, n;
+    size_t needed, n, most = (size_t)1 << 20;
     moe__arena a;
     moe__count_work w;
     moe_status s = moe_topk_count_work(n_experts, top_k, &needed);
@@ -3768,45 +3954,12 @@ MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_
     s = moe__arena_over(&a, work, work_bytes, needed);
     if (!s) s = moe__count_layout(&w, n_experts, top_k, &a);
     if (s) return s;
-    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
-    const moe__kernels *kn = moe__k();
-    memset(w.selected, 0, n_experts * 16 * sizeof(float));
-    memset(w.first, 0, n_experts * 16 * sizeof(float));
-    memset(w.pad, 0, 32 * 32 * sizeof(float));
-    for (size_t t = 0, rows; t < n_tokens; t += rows) {
-        const float *z = logits + t * n_experts;
-        rows = moe__min(n_tokens - t, 32);
-        if (sum) kn->sum_rows(rows, n_experts, z, sum);
-        if (!load) continue;
-        size_t whole = rows == 32 ? n_experts / 32 * 32 : 0; /* a block at the edge is copied first */
-        for (size_t e = 0; e < n_experts; e += 32) {
-            size_t cols = moe__min(n_experts - e, 32);
-            if (e < whole) {
-                kn->transpose(z + e, n_experts, w.panel + e * 32);
-                continue;
-            }
-            for (size_t r = 0; r < rows; r++) memcpy(w.pad + r * 32, z + r * n_experts + e, cols * sizeof(float));
-            kn->transpose(w.pad, 32, w.panel + e * 32);
-        }
-        for (size_t half = 0; half < rows; half += 16) {
-            uint32_t ties = rows - half >= 16 ? kn->count(n_experts, top_k, w.panel + half, w.list, w.selected, w.first) : 0xffff;
-            for (size_t r = half; ties && r < rows; r++, ties >>= 1) {
-                if (!(ties & 1)) continue;
-                moe__topk_row(n_experts, top_k, z + r * n_experts, w.index);
-                for (size_t i = 0; i < top_k; i++) load[w.index[i]]++;
-                if (top1) top1[w.index[0]]++;
-            }
-        }
-        if (load && (t / 32 + 1) % 65536 == 0) { /* before a lane reaches 2^24, where float stops counting */
-            moe__count_flush(n_experts, w.selected, load);
-            moe__count_flush(n_experts, w.first, top1);
-        }
+    if (n_tokens > most && !moe__k()->all_finite(n, logits)) return MOE_E_NAN_LOGITS; /* before the first piece is added */
+    for (size_t t = 0, some; t < n_tokens && !s; t += some) {
+        some = moe__min(n_tokens - t, most);
+        s = moe__count_piece(&w, some, n_experts, top_k, logits + t * n_experts, load, top1, sum);
     }
-    if (load) {
-        moe__count_flush(n_experts, w.selected, load);
-        moe__count_flush(n_experts, w.first, top1);
-    }
-    return MOE_OK;
+    return s;
 }
 
 /* -- the temperature scan -- */
@@ -6733,12 +6886,6 @@ static uint64_t moe__little(const unsigned char *p, size_t bytes) {
     return v;
 }
 
-static uint32_t moe__half_bits(uint32_t h) { /* a float16's bits as a float32's */
-    uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-    if (rest >= 0x7c00u) return sign | 0x7f800000u | (rest & 0x3ffu) << 13; /* infinity, NaN */
-    return sign | moe__bits_of(moe__float_of(rest << 13) * 5.192296858534828e33f); /* 2^112: exact, subnormals too */
-}
-
 MOE_API moe_status moe_to_float(moe_dtype dtype, size_t n, const void *elements, float *out) {
     const unsigned char *p = (const unsigned char *)elements;
     if ((unsigned)dtype >= MOE__DTYPE_COUNT || dtype == MOE_DTYPE_NONE || dtype >= MOE_DTYPE_I32) return MOE_E_FILE_DTYPE;
@@ -6752,19 +6899,14 @@ MOE_API moe_status moe_to_float(moe_dtype dtype, size_t n, const void *elements,
         memcpy(out, p, n * sizeof *out);
         return MOE_OK;
     }
-    for (size_t i = 0; i < n; i++) {
-        uint64_t bits;
+    if (dtype == MOE_DTYPE_F16) moe__k()->half(n, p, out);
+    else if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_U16) moe__k()->bfloat(n, p, out);
+    for (size_t i = 0; dtype == MOE_DTYPE_F32 && i < n; i++) out[i] = moe__float_of((uint32_t)moe__little(p + 4 * i, 4));
+    for (size_t i = 0; dtype == MOE_DTYPE_F64 && i < n; i++) {
+        uint64_t bits = moe__little(p + 8 * i, 8);
         double d;
-        switch (dtype) {
-        case MOE_DTYPE_F64:
-            bits = moe__little(p + 8 * i, 8);
-            memcpy(&d, &bits, sizeof d);
-            out[i] = (float)d;
-            break;
-        case MOE_DTYPE_F16: out[i] = moe__float_of(moe__half_bits((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8)); break;
-        case MOE_DTYPE_F32: out[i] = moe__float_of((uint32_t)moe__little(p + 4 * i, 4)); break;
-        default: out[i] = moe__float_of((uint32_t)p[2 * i] << 16 | (uint32_t)p[2 * i + 1] << 24); break; /* bfloat16 */
-        }
+        memcpy(&d, &bits, sizeof d);
+        out[i] = (float)d;
     }
     return MOE_OK;
 }

@@ -45,8 +45,10 @@ static double ref_response(double a, double gamma) {
         if (lo == 0) mid = hi / 4;
         if (mid <= lo || mid >= hi) mid = (lo + hi) / 2;
         if (mid <= lo || mid >= hi) break;
-        if (log(mid) + gamma * mid < a) lo = mid;
-        else hi = mid;
+        if (log(mid) + gamma * mid < a)
+            lo = mid;
+        else
+            hi = mid;
     }
     return lo;
 }
@@ -60,8 +62,10 @@ static void ref_bisection(size_t n, const double *q, double gamma, double *m) {
     for (int i = 0; i < 200; i++) {
         double c = (lo + hi) / 2, sum = 0;
         for (size_t j = 0; j < n; j++) sum += m[j] = ref_response(q[j] - c, gamma);
-        if (sum > 1) lo = c;
-        else hi = c;
+        if (sum > 1)
+            lo = c;
+        else
+            hi = c;
     }
 }
 
@@ -116,23 +120,42 @@ static void test_solver_extremes(void) {
         for (int kind = 0; kind < 8; kind++) {
             size_t n = sizes[s];
             for (size_t i = 0; i < n; i++) switch (kind) {
-                case 0: q[i] = normal(); break;
-                case 1: q[i] = 100 * normal(); break;
-                case 2: q[i] = 1e6 * normal() + 1e9; break;
-                case 3: q[i] = i ? 0 : 50; break;               /* one is far better */
-                case 4: q[i] = i ? 0 : -50; break;              /* one is far worse */
-                case 5: q[i] = i % 2 ? 1e308 : -1e308; break;   /* their difference overflows */
-                case 6: q[i] = 1e-12 * normal(); break;
-                default: q[i] = -0.5 * (double)i; break;        /* a long tail that underflows */
-            }
+                case 0:
+                    q[i] = normal();
+                    break;
+                case 1:
+                    q[i] = 100 * normal();
+                    break;
+                case 2:
+                    q[i] = 1e6 * normal() + 1e9;
+                    break;
+                case 3:
+                    q[i] = i ? 0 : 50;
+                    break; /* one is far better */
+                case 4:
+                    q[i] = i ? 0 : -50;
+                    break; /* one is far worse */
+                case 5:
+                    q[i] = i % 2 ? 1e308 : -1e308;
+                    break; /* their difference overflows */
+                case 6:
+                    q[i] = 1e-12 * normal();
+                    break;
+                default:
+                    q[i] = -0.5 * (double)i;
+                    break; /* a long tail that underflows */
+                }
             for (size_t g = 0; g < sizeof gammas / sizeof *gammas; g++) {
                 moe_game_info info = {0, 1};
                 double sum = 0;
-                if (!CHECK_OK(moe_game_solve(n, q, gammas[g], m, &info))) { printf("        n %zu kind %d gamma %g\n", n, kind, gammas[g]); continue; }
+                if (!CHECK_OK(moe_game_solve(n, q, gammas[g], m, &info))) {
+                    printf("        n %zu kind %d gamma %g\n", n, kind, gammas[g]);
+                    continue;
+                }
                 int bad = 0;
                 for (size_t i = 0; i < n; i++) sum += m[i], bad += !(m[i] >= 0 && m[i] <= 1 + 1e-12);
-                if (!CHECK(!bad && info.iterations >= 1 && info.iterations <= 60 && info.residual < 1e-12) || !CHECK_WITHIN(sum, 1, 1e-12) ||
-                    !CHECK(kind == 5 || residual(n, q, gammas[g], m) < 1e-12))
+                if (!CHECK(!bad && info.iterations >= 1 && info.iterations <= 60 && info.residual < 1e-12) ||
+                    !CHECK_WITHIN(sum, 1, 1e-12) || !CHECK(kind == 5 || residual(n, q, gammas[g], m) < 1e-12))
                     printf("        n %zu kind %d gamma %g: %d rounds, residual %g\n", n, kind, gammas[g], info.iterations, info.residual);
                 if (info.iterations > most && gammas[g] > 0.1) most = info.iterations;
             }
@@ -249,7 +272,10 @@ static void test_unidentified(void) {
 }
 
 /* ---- a dump with a planted gamma ---- */
-typedef struct dump { moe_game g; void *memory; } dump;
+typedef struct dump {
+    moe_game g;
+    void *memory;
+} dump;
 
 static dump dump_new(size_t n, size_t batches) {
     dump d;
@@ -310,7 +336,8 @@ static void test_planted_gamma(void) {
         double width = 0;
         for (int g = 0; g < 4; g++)
             for (size_t seed = 0; seed < seeds; seed++) covered += (size_t)covers(sizes[s], gammas[g], 100000, 60, seed + 1, &width);
-        if (!CHECK(covered * 10 >= (TEST_SANITIZED ? 7 : 9) * 4 * seeds)) printf("        %zu experts: %zu of %zu\n", sizes[s], covered, 4 * seeds);
+        if (!CHECK(covered * 10 >= (TEST_SANITIZED ? 7 : 9) * 4 * seeds))
+            printf("        %zu experts: %zu of %zu\n", sizes[s], covered, 4 * seeds);
         CHECK(width / (double)(4 * seeds) < 1.5); /* and not by being wide: mean width / gamma */
     }
 }
@@ -599,7 +626,9 @@ static void test_scope(void) {
     }
 }
 
-static int ascending(const void *a, const void *b) { return (*(const float *)a > *(const float *)b) - (*(const float *)a < *(const float *)b); }
+static int ascending(const void *a, const void *b) {
+    return (*(const float *)a > *(const float *)b) - (*(const float *)a < *(const float *)b);
+}
 
 static void test_quality(void) {
     enum { T = 53, E = 4, K = 2 };
@@ -611,7 +640,8 @@ static void test_quality(void) {
     for (int t = 0; t < T; t++)
         for (int i = 0; i < K; i++)
             if (index[t * K + i] == 3) index[t * K + i] = -1; /* nobody uses expert 3 */
-    for (int kind = 0; kind < MOE__QUALITY_COUNT; kind++) CHECK_OK(moe_game_quality((moe_quality_kind)kind, T, E, K, z, index, work, q[kind]));
+    for (int kind = 0; kind < MOE__QUALITY_COUNT; kind++)
+        CHECK_OK(moe_game_quality((moe_quality_kind)kind, T, E, K, z, index, work, q[kind]));
     for (int e = 0; e < E; e++) {
         double mean = 0, prob = 0, selected = 0, n = 0, trimmed = 0;
         for (int t = 0; t < T; t++) {
@@ -629,15 +659,18 @@ static void test_quality(void) {
         CHECK_NEAR(q[MOE_QUALITY_LOG_PROB][e], log(prob), 1e-12);
         CHECK_NEAR(q[MOE_QUALITY_MEDIAN][e], column[T / 2], 1e-12);
         CHECK_NEAR(q[MOE_QUALITY_TRIMMED][e], trimmed, 1e-12);
-        if (e < 3) CHECK_NEAR(q[MOE_QUALITY_SELECTED][e], selected / n, 1e-12);
-        else CHECK(q[MOE_QUALITY_SELECTED][e] == -INFINITY);
+        if (e < 3)
+            CHECK_NEAR(q[MOE_QUALITY_SELECTED][e], selected / n, 1e-12);
+        else
+            CHECK(q[MOE_QUALITY_SELECTED][e] == -INFINITY);
         CHECK(moe_quality_name((moe_quality_kind)e) != NULL);
     }
     CHECK_OK(moe_game_quality(MOE_QUALITY_MEDIAN, 4, E, K, z, NULL, work, q[0])); /* an even number: between the two */
     for (int t = 0; t < 4; t++) column[t] = z[t * E];
     qsort(column, 4, sizeof *column, ascending);
     CHECK_NEAR(q[0][0], ((double)column[1] + (double)column[2]) / 2, 1e-12);
-    static const double a[] = {1, 2, 3, 4, INFINITY}, b[] = {2, 4, 6, 8, 1}, c[] = {4, 3, 2, 1, 0}, d[] = {1, 1, 1, 1, 1}, e[] = {1, 3, 2, 5, 9};
+    static const double a[] = {1, 2, 3, 4, INFINITY}, b[] = {2, 4, 6, 8, 1}, c[] = {4, 3, 2, 1, 0}, d[] = {1, 1, 1, 1, 1},
+                        e[] = {1, 3, 2, 5, 9};
     CHECK_OK(moe_pearson(5, a, b, &r));
     CHECK_NEAR(r, 1, 1e-15);
     CHECK_OK(moe_pearson(5, a, c, &r));
@@ -653,13 +686,17 @@ static void test_quality(void) {
 enum { SERIES = 20 };
 
 /* Rise to `top` at step 5, slow fall to `shelf` at step 11, fast fall to `end`. Noise is as wide as the intervals say. */
-static void plant_series(double start, double top, double shelf, double end, double sd, double *step, double *gamma, double *lo, double *hi) {
+static void plant_series(double start, double top, double shelf, double end, double sd, double *step, double *gamma, double *lo,
+                         double *hi) {
     for (int i = 0; i < SERIES; i++) {
         double at = i, truth;
         step[i] = 1000 * at;
-        if (i <= 5) truth = start + (top - start) * at / 5;
-        else if (i <= 11) truth = top + (shelf - top) * (at - 5) / 6;
-        else truth = shelf + (end - shelf) * (at - 11) / 8;
+        if (i <= 5)
+            truth = start + (top - start) * at / 5;
+        else if (i <= 11)
+            truth = top + (shelf - top) * (at - 5) / 6;
+        else
+            truth = shelf + (end - shelf) * (at - 11) / 8;
         gamma[i] = truth + sd * normal();
         lo[i] = gamma[i] - 1.96 * sd, hi[i] = gamma[i] + 1.96 * sd;
     }
@@ -690,14 +727,17 @@ static void test_phases(void) {
 }
 
 static void test_phases_by_hand(void) {
-    static const double g[] = {2, 2.1, 1.9, 2, 20, 40, 40, 39, 30, 20, 10}, rise[] = {1, 10, 20, 30, 30, 30, 30, 30}, fall[] = {30, 30, 30, 30, 20, 10, 5};
-    static const moe_phase want[] = {MOE_PHASE_DORMANT, MOE_PHASE_DORMANT, MOE_PHASE_DORMANT, MOE_PHASE_DORMANT, MOE_PHASE_SURGE, MOE_PHASE_SURGE};
+    static const double g[] = {2, 2.1, 1.9, 2, 20, 40, 40, 39, 30, 20, 10}, rise[] = {1, 10, 20, 30, 30, 30, 30, 30},
+                        fall[] = {30, 30, 30, 30, 20, 10, 5};
+    static const moe_phase want[] = {MOE_PHASE_DORMANT, MOE_PHASE_DORMANT, MOE_PHASE_DORMANT,
+                                     MOE_PHASE_DORMANT, MOE_PHASE_SURGE,   MOE_PHASE_SURGE};
     double step[11], lo[11], hi[11], work[11];
     moe_phase phase[11];
     for (int i = 0; i < 11; i++) step[i] = i, lo[i] = g[i] - 1, hi[i] = g[i] + 1;
     CHECK_OK(moe_game_phases(11, step, g, lo, hi, work, phase));
     for (int i = 0; i < 6; i++) CHECK(phase[i] == want[i]);
-    CHECK(phase[6] == MOE_PHASE_STABILISATION && phase[7] == MOE_PHASE_STABILISATION && phase[8] == MOE_PHASE_RELAXATION && phase[10] == MOE_PHASE_RELAXATION);
+    CHECK(phase[6] == MOE_PHASE_STABILISATION && phase[7] == MOE_PHASE_STABILISATION && phase[8] == MOE_PHASE_RELAXATION &&
+          phase[10] == MOE_PHASE_RELAXATION);
     for (int i = 0; i < 8; i++) lo[i] = rise[i] - 1, hi[i] = rise[i] + 1;
     CHECK_OK(moe_game_phases(8, step, rise, lo, hi, work, phase)); /* no fall: it stays */
     for (int i = 0; i < 8; i++) CHECK(phase[i] == (i <= 3 ? MOE_PHASE_SURGE : MOE_PHASE_STABILISATION));

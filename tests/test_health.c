@@ -3,7 +3,10 @@
 #define MOE_IMPLEMENTATION
 #include "test.h"
 
-typedef struct health { moe_health h; void *memory; } health;
+typedef struct health {
+    moe_health h;
+    void *memory;
+} health;
 
 static health health_new(size_t E) {
     health x;
@@ -244,9 +247,9 @@ static void test_tiers_and_labels(void) {
 static void test_ecology(void) {
     /* of 10000 first choices; borders belong to the better kind */
     static const uint64_t top1[] = {99, 100, 299, 100, 300, 300, 300, 300, 8202, 0}, right[] = {99, 24, 74, 25, 89, 90, 149, 150, 8202, 0};
-    static const moe_ecology want[] = {MOE_ECOLOGY_DEAD, MOE_ECOLOGY_NOISE, MOE_ECOLOGY_NOISE, MOE_ECOLOGY_EDGE, MOE_ECOLOGY_WEAK_CORE,
-                                       MOE_ECOLOGY_BROAD_CORE, MOE_ECOLOGY_BROAD_CORE, MOE_ECOLOGY_PURE_CORE, MOE_ECOLOGY_PURE_CORE,
-                                       MOE_ECOLOGY_DEAD};
+    static const moe_ecology want[] = {MOE_ECOLOGY_DEAD,      MOE_ECOLOGY_NOISE,      MOE_ECOLOGY_NOISE,      MOE_ECOLOGY_EDGE,
+                                       MOE_ECOLOGY_WEAK_CORE, MOE_ECOLOGY_BROAD_CORE, MOE_ECOLOGY_BROAD_CORE, MOE_ECOLOGY_PURE_CORE,
+                                       MOE_ECOLOGY_PURE_CORE, MOE_ECOLOGY_DEAD};
     moe_ecology got[10];
     CHECK_OK(moe_ecology_classes(10, top1, right, got));
     for (int e = 0; e < 10; e++) CHECK(got[e] == want[e]);
@@ -324,10 +327,13 @@ static void test_topk_count(void) {
             for (size_t e = 0; e < E; e++) load[e] = 3, top1[e] = 5, sum[e] = 0;
             CHECK_OK(moe_topk_count(T, E, k, z, load, top1, sum, work, bytes));
             int bad = 0;
-            for (size_t e = 0; e < E; e++) bad += load[e] != want[e] + 3 || top1[e] != first[e] + 5 || fabs(sum[e] - total[e]) > 1e-12 * (1 + fabs(total[e]));
+            for (size_t e = 0; e < E; e++)
+                bad += load[e] != want[e] + 3 || top1[e] != first[e] + 5 || fabs(sum[e] - total[e]) > 1e-12 * (1 + fabs(total[e]));
             if (!CHECK(bad == 0)) printf("        T %zu E %zu k %zu\n", T, E, k);
-            if (!isa++) memcpy(first_sum, sum, sizeof sum); /* the same bits of the sums on every instruction set */
-            else CHECK(!memcmp(first_sum, sum, E * sizeof *sum));
+            if (!isa++)
+                memcpy(first_sum, sum, sizeof sum); /* the same bits of the sums on every instruction set */
+            else
+                CHECK(!memcmp(first_sum, sum, E * sizeof *sum));
         }
         free(work);
     }

@@ -3,7 +3,10 @@
 #include "test.h"
 
 /* ---- making .npy files ---- */
-typedef struct npy { unsigned char bytes[4096]; size_t size, header; } npy;
+typedef struct npy {
+    unsigned char bytes[4096];
+    size_t size, header;
+} npy;
 
 static npy npy_make(int version, const char *dictionary, const void *data, size_t n) {
     npy f;
@@ -36,7 +39,12 @@ static moe_status open_copy(const unsigned char *bytes, size_t size, moe_npy *f)
 static const float six[] = {1, 2, 3, 4, 5, 6};
 
 static void test_good_headers(void) {
-    static const struct { const char *text; size_t n_dims, dim[3]; size_t bytes; moe_dtype dtype; } good[] = {
+    static const struct {
+        const char *text;
+        size_t n_dims, dim[3];
+        size_t bytes;
+        moe_dtype dtype;
+    } good[] = {
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", 2, {2, 3, 0}, 24, MOE_DTYPE_F32},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (6,), }", 1, {6, 0, 0}, 24, MOE_DTYPE_F32},
         {"{'shape':(1,2,3),'fortran_order':False,'descr':'<f4'}", 3, {1, 2, 3}, 24, MOE_DTYPE_F32},
@@ -53,7 +61,10 @@ static void test_good_headers(void) {
         for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
             npy file = npy_make(version, good[i].text, six, good[i].bytes);
             moe_npy f;
-            if (!CHECK_OK(open_copy(file.bytes, file.size, &f))) { printf("        %s\n", good[i].text); continue; }
+            if (!CHECK_OK(open_copy(file.bytes, file.size, &f))) {
+                printf("        %s\n", good[i].text);
+                continue;
+            }
             CHECK(f.dtype == good[i].dtype && f.n_dims == good[i].n_dims && f.data == file.header && f.offset == 0);
             for (size_t k = 0; k < f.n_dims; k++) CHECK(f.dim[k] == good[i].dim[k]);
             CHECK(f.count * moe_dtype_size(f.dtype) == good[i].bytes);
@@ -61,7 +72,10 @@ static void test_good_headers(void) {
 }
 
 static void test_bad_headers(void) {
-    static const struct { const char *text; moe_status want; } bad[] = {
+    static const struct {
+        const char *text;
+        moe_status want;
+    } bad[] = {
         {"{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3), }", MOE_E_NPY_ORDER},
         {"{'descr': '>f4', 'fortran_order': False, 'shape': (2, 3), }", MOE_E_FILE_DTYPE},
         {"{'descr': '<c8', 'fortran_order': False, 'shape': (3,), }", MOE_E_FILE_DTYPE},
@@ -205,7 +219,8 @@ static void test_conversion(void) {
     CHECK_OK(moe_to_float(MOE_DTYPE_F32, 0, NULL, NULL));
 
     static const int32_t i32[] = {0, -1, INT32_MAX, INT32_MIN};
-    static const int64_t i64[] = {5, -1, INT32_MAX, INT32_MIN}, wide[] = {1, 2, (int64_t)INT32_MAX + 1, 4}, low[] = {1, (int64_t)INT32_MIN - 1, 0, 0};
+    static const int64_t i64[] = {5, -1, INT32_MAX, INT32_MIN}, wide[] = {1, 2, (int64_t)INT32_MAX + 1, 4},
+                         low[] = {1, (int64_t)INT32_MIN - 1, 0, 0};
     memcpy(p, i32, sizeof i32);
     CHECK_OK(moe_to_index(MOE_DTYPE_I32, 4, p, index, &bad));
     CHECK(!memcmp(index, i32, sizeof i32));
@@ -227,18 +242,30 @@ static void test_conversion(void) {
 
 /* ---- routers ---- */
 static void test_router_names(void) {
-    static const struct { const char *name; int is; size_t layer; } rows[] = {
-        {"model.layers.0.mlp.gate.weight", 1, 0}, {"model.layers.15.mlp.gate.weight", 1, 15},
-        {"model.layers.31.block_sparse_moe.gate.weight", 1, 31}, {"model.layers.007.mlp.gate.weight", 0, 0},
-        {"model.layers.1.mlp.gate_proj.weight", 0, 0}, {"model.layers.1.mlp.shared_expert_gate.weight", 0, 0},
-        {"model.layers.1.mlp.gate.e_score_correction_bias", 0, 0}, {"model.layers.1.mlp.gate.weight2", 0, 0},
-        {"model.layers..mlp.gate.weight", 0, 0}, {"model.layers.1234567890.mlp.gate.weight", 0, 0},
-        {"xmodel.layers.1.mlp.gate.weight", 0, 0}, {"model.layers.1", 0, 0}, {"", 0, 0}};
+    static const struct {
+        const char *name;
+        int is;
+        size_t layer;
+    } rows[] = {{"model.layers.0.mlp.gate.weight", 1, 0},
+                {"model.layers.15.mlp.gate.weight", 1, 15},
+                {"model.layers.31.block_sparse_moe.gate.weight", 1, 31},
+                {"model.layers.007.mlp.gate.weight", 0, 0},
+                {"model.layers.1.mlp.gate_proj.weight", 0, 0},
+                {"model.layers.1.mlp.shared_expert_gate.weight", 0, 0},
+                {"model.layers.1.mlp.gate.e_score_correction_bias", 0, 0},
+                {"model.layers.1.mlp.gate.weight2", 0, 0},
+                {"model.layers..mlp.gate.weight", 0, 0},
+                {"model.layers.1234567890.mlp.gate.weight", 0, 0},
+                {"xmodel.layers.1.mlp.gate.weight", 0, 0},
+                {"model.layers.1", 0, 0},
+                {"", 0, 0}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         size_t layer = 77;
         if (!CHECK(moe_router_name(rows[i].name, strlen(rows[i].name), &layer) == rows[i].is)) printf("        %s\n", rows[i].name);
-        if (rows[i].is) CHECK(layer == rows[i].layer);
-        else CHECK(layer == 77);
+        if (rows[i].is)
+            CHECK(layer == rows[i].layer);
+        else
+            CHECK(layer == 77);
     }
     CHECK(moe_router_name(NULL, 3, NULL) == 0 && moe_router_name("model.layers.3.mlp.gate.weight", 30, NULL) == 1);
 }
@@ -258,9 +285,10 @@ static void test_file_router(void) {
     moe_file_tensor t;
     size_t layer = 0;
     size_t size = safetensors(bytes,
-        "{\"model.layers.10.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[2,2],\"data_offsets\":[0,8]},"
-        "\"model.layers.2.block_sparse_moe.gate.weight\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[8,12]},"
-        "\"model.layers.2.mlp.gate_proj.weight\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[12,16]}}", data, sizeof data);
+                              "{\"model.layers.10.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[2,2],\"data_offsets\":[0,8]},"
+                              "\"model.layers.2.block_sparse_moe.gate.weight\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[8,12]},"
+                              "\"model.layers.2.mlp.gate_proj.weight\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[12,16]}}",
+                              data, sizeof data);
     CHECK_OK(moe_file_open(&f, bytes, size));
     CHECK_OK(moe_file_router(&f, 0, &layer, &t));
     CHECK(layer == 2 && !strcmp(t.dtype, "F32"));
@@ -273,11 +301,10 @@ static void test_file_router(void) {
     CHECK_STATUS(moe_file_router(&f, 0, NULL, &t), MOE_E_NULL_OUT);
 }
 
-static const char index_json[] =
-    "{\"metadata\": {\"total_size\": 123, \"more\": [1, {\"a\": null}]},\n \"weight_map\": {\n"
-    "  \"model.embed_tokens.weight\": \"model-00001-of-00002.safetensors\",\n"
-    "  \"model.layers.1.mlp.gate.weight\": \"model-00002-of-00002.safetensors\",\n"
-    "  \"model.layers.0.mlp.gate.weight\": \"model-0000\\u0031-of-00002.safetensors\"\n } }\n";
+static const char index_json[] = "{\"metadata\": {\"total_size\": 123, \"more\": [1, {\"a\": null}]},\n \"weight_map\": {\n"
+                                 "  \"model.embed_tokens.weight\": \"model-00001-of-00002.safetensors\",\n"
+                                 "  \"model.layers.1.mlp.gate.weight\": \"model-00002-of-00002.safetensors\",\n"
+                                 "  \"model.layers.0.mlp.gate.weight\": \"model-0000\\u0031-of-00002.safetensors\"\n } }\n";
 
 static void test_shards(void) {
     moe_shards f;
@@ -305,10 +332,21 @@ static void test_shards(void) {
         CHECK_STATUS(moe_shards_find(&f, "x", text, sizeof text), MOE_E_NULL_BYTES);
         free(copy);
     }
-    static const char *const bad[] = {"[]", "{}", "{\"weight_map\": []}", "{\"weight_map\": {\"a\": 1}}", "{\"weight_map\": {\"a\": \"../b\"}}",
-        "{\"weight_map\": {\"a\": \"/etc/passwd\"}}", "{\"weight_map\": {\"a\": \"b\\\\c\"}}", "{\"weight_map\": {\"a\": \"b\\u002fc\"}}",
-        "{\"weight_map\": {\"a\": \"\"}}", "{\"weight_map\": {\"a\": \"..\"}}", "{\"weight_map\": {\"a\": \"c:b\"}}", "{\"weight_map\": {\"a\": \"b\"}} x",
-        "{\"weight_map\": {}, \"weight_map\": {}}", "{\"weight_map\": {\"a\": \"b\",}}", "{\"metadata\": [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], \"weight_map\": {}}"};
+    static const char *const bad[] = {"[]",
+                                      "{}",
+                                      "{\"weight_map\": []}",
+                                      "{\"weight_map\": {\"a\": 1}}",
+                                      "{\"weight_map\": {\"a\": \"../b\"}}",
+                                      "{\"weight_map\": {\"a\": \"/etc/passwd\"}}",
+                                      "{\"weight_map\": {\"a\": \"b\\\\c\"}}",
+                                      "{\"weight_map\": {\"a\": \"b\\u002fc\"}}",
+                                      "{\"weight_map\": {\"a\": \"\"}}",
+                                      "{\"weight_map\": {\"a\": \"..\"}}",
+                                      "{\"weight_map\": {\"a\": \"c:b\"}}",
+                                      "{\"weight_map\": {\"a\": \"b\"}} x",
+                                      "{\"weight_map\": {}, \"weight_map\": {}}",
+                                      "{\"weight_map\": {\"a\": \"b\",}}",
+                                      "{\"metadata\": [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], \"weight_map\": {}}"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         if (!CHECK_STATUS(moe_shards_open(&f, bad[i], strlen(bad[i])), MOE_E_SHARDS)) printf("        %s\n", bad[i]);
     CHECK_OK(moe_shards_open(&f, "{\"weight_map\": {}}", 18));

@@ -33,16 +33,17 @@ EX_FUNC dump_file dump_open(const char *path) {
     FILE *f = fopen(path, "rb");
     if (!f) dump_fail(path, 0, "%s", strerror(errno));
     uint64_t length = file_size(f);
-    size_t have = 0, want = 4096;
+    size_t have = 0, want = 4096, got;
     char *head = NULL;
     moe_status s;
     do { // the header, longer if it says so
         head = realloc(head, want);
         if (!head) die("out of memory");
-        have += fread(head + have, 1, want - have, f);
+        have += got = fread(head + have, 1, want - have, f);
         s = moe_npy_header(&d.npy, head, have, length);
         want = d.npy.offset;
-    } while (s == MOE_E_FILE_SHORT && want > have && have < length);
+    } while (s == MOE_E_FILE_SHORT && want > have && got);
+    if (ferror(f)) dump_fail(path, have, "%s", strerror(errno)); // a folder
     fclose(f);
     free(head);
     if (s) dump_fail(path, d.npy.offset, "%s", moe_status_string(s));

@@ -4263,16 +4263,16 @@ static double moe__curve_golden(moe__curve *v, double lo, double hi, double tole
 
 /* A grid over [lo, hi], then golden section around its best point. The ends themselves can be the answer. */
 static double moe__curve_fit(moe__curve *v, double lo, double hi, double *u) {
-    enum { GRID = 40 };
-    double best = HUGE_VAL, h = (hi - lo) / GRID, value, inside;
+    const int grid = 40;
+    double best = HUGE_VAL, h = (hi - lo) / grid, value, inside;
     int at = 0;
     v->warm = 0;
-    for (int i = 0; i <= GRID; i++) {
+    for (int i = 0; i <= grid; i++) {
         value = moe__curve_at(v, lo + i * h);
         if (value < best) best = value, at = i;
     }
     *u = lo + at * h;
-    value = moe__curve_golden(v, at > 0 ? *u - h : lo, at < GRID ? *u + h : hi, 1e-11, &inside);
+    value = moe__curve_golden(v, at > 0 ? *u - h : lo, at < grid ? *u + h : hi, 1e-11, &inside);
     if (value < best) best = value, *u = inside;
     return best;
 }

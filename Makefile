@@ -38,10 +38,17 @@ $(BUILD)/bench_%: bench/%.c moe.h $(wildcard bench/*.h) | $(BUILD)
 
 TEST_NEEDS = moe.h $(wildcard tests/*.h examples/common/*.h) | $(BUILD)
 TEST_FLAGS = $(FLAGS) -O2 -Itests
-$(BUILD)/test_%: tests/test_%.c $(TEST_NEEDS)
-	$(CC) $(TEST_FLAGS) $< -o $@ $(LIBS)
-$(BUILD)/sanitized_test_%: tests/test_%.c $(TEST_NEEDS)
-	$(CC) $(TEST_FLAGS) -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all $< -o $@ $(LIBS)
+SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+# the library once for all suites, unless a suite has it in itself (tests/test.h)
+ALONE = $(if $(shell grep -l '^.define MOE_IMPLEMENTATION' $<),,$(1))
+$(BUILD)/moe_test.o: tests/moe.c moe.h | $(BUILD)
+	$(CC) $(TEST_FLAGS) -c $< -o $@
+$(BUILD)/moe_sanitized.o: tests/moe.c moe.h | $(BUILD)
+	$(CC) $(TEST_FLAGS) $(SANITIZE) -c $< -o $@
+$(BUILD)/test_%: tests/test_%.c $(BUILD)/moe_test.o $(TEST_NEEDS)
+	$(CC) $(TEST_FLAGS) $< $(call ALONE,$(BUILD)/moe_test.o) -o $@ $(LIBS)
+$(BUILD)/sanitized_test_%: tests/test_%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
+	$(CC) $(TEST_FLAGS) $(SANITIZE) $< $(call ALONE,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
 
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 test:

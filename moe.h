@@ -3010,6 +3010,14 @@ MOE_API void moe_run(const moe_parallel *p, size_t n_tasks, moe_task *task, void
     for (size_t i = 0; i < n_tasks; i++) task(arg, i, 0);
 }
 
+/* The same where the work is known, in multiply-adds: below some 20 microseconds OpenMP's threads cost more than they save. */
+#define MOE__LITTLE_WORK ((size_t)1 << 18)
+static void moe__run_work(const moe_parallel *p, size_t rows, size_t each, size_t n_tasks, moe_task *task, void *arg) {
+    if ((p && p->run) || (rows && each > MOE__LITTLE_WORK / rows)) moe_run(p, n_tasks, task, arg);
+    else
+        for (size_t i = 0; i < n_tasks; i++) task(arg, i, 0);
+}
+
 /* -- products over panels, one task's share each -- */
 static const float moe__zeros[MOE__W] = {0};
 
@@ -3392,7 +3400,7 @@ typedef struct moe__job {
 #define MOE__BLOCK_END(i, n) moe__min((n), ((i) + 1) * MOE__TOKENS)
 
 static void moe__run_blocks(const moe__job *j, moe_task *task, void *arg) {
-    moe_run(&j->d->parallel, moe__ceil_div(j->t->n_tokens, MOE__TOKENS), task, arg);
+    moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->d * (j->dims->N + j->dims->S), moe__ceil_div(j->t->n_tokens, MOE__TOKENS), task, arg);
 }
 /* A tensor of the router, or of its gradient; NULL if this desc has it not. */
 static const float *moe__router_part(const moe__job *j, int part) {
@@ -3457,7 +3465,7 @@ static void moe__task_map_da(void *arg, size_t i, size_t worker) { /* i: a block
 }
 static void moe__map_backward(moe__map *v) {
     const moe__job *j = v->j;
-    if (v->dw) moe_run(&j->d->parallel, moe__ceil_div(v->k, MOE__W), moe__task_map_dw, v);
+    if (v->dw) moe__run_work(&j->d->parallel, j->t->n_tokens, v->k * v->n, moe__ceil_div(v->k, MOE__W), moe__task_map_dw, v);
     if (!v->da) return;
     for (size_t p = 0; p < moe__ceil_div(v->k, MOE__W); p++) /* w^T (n, k) */
         moe__fill_panel_t(j->kn, v->w, v->n, 0, v->n, p * MOE__W, moe__min(MOE__W, v->k - p * MOE__W), j->m->packed + p * MOE__W * v->n);
@@ -3782,7 +3790,7 @@ static void moe__task_subspace_dv(void *arg, size_t i, size_t worker) { /* i: an
 }
 static void moe__subspace_backward(const moe__job *j) {
     moe__run_blocks(j, moe__task_subspace_dx, (void *)(uintptr_t)j);
-    if (j->t->side.d_experts) moe_run(&j->d->parallel, j->dims->E * j->dims->dp, moe__task_subspace_dv, (void *)(uintptr_t)j);
+    if (j->t->side.d_experts) moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->E * j->dims->d * j->dims->f, j->dims->E * j->dims->dp, moe__task_subspace_dv, (void *)(uintptr_t)j);
 }
 
 /* hash: consecutive ids of a run of E go to E different experts, in an order of the run's own: balanced over evenly used
@@ -5625,8 +5633,9 @@ static void moe__task_rest(void *arg, size_t g, size_t worker) {
 }
 
 static void moe__phase_run(moe__pass *p, size_t units, size_t most, size_t cap, moe_task *task) {
-    size_t n = moe__phase_plan(&p->j, &p->phase, units, most, cap);
-    moe_run(&p->j.d->parallel, n, task, p);
+    const moe__dims *d = p->j.dims;
+    size_t n = moe__phase_plan(&p->j, &p->phase, units, most, cap), rows = p->j.m->shared_row + (d->G - d->F) * p->j.t->n_tokens;
+    moe__run_work(&p->j.d->parallel, rows, d->expert, n, task, p);
 }
 
 /* Which rows each set of parameters computes: an expert's routes; with soft slots its slots of every sequence; merged, a
@@ -5742,7 +5751,7 @@ static void moe__experts_backward(moe__pass *p) {
     for (size_t g = 0; g < j->m->n_groups && j->m->dout; g++) j->m->group[g].weight = NULL;
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_down_back);
     if (p->dweight && !j->m->dout) moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_dweight);
-    if (any_fresh || d->bias) moe_run(&j->d->parallel, j->m->n_groups, moe__task_rest, p);
+    if (any_fresh || d->bias) moe__run_work(&j->d->parallel, j->m->n_groups, d->expert, j->m->n_groups, moe__task_rest, p);
     moe__phase_run(p, d->hp, SIZE_MAX, 8, moe__task_dw2);
     moe__phase_run(p, d->dp, SIZE_MAX, 8, moe__task_dw1);
     if (p->fresh) memset(p->dparams + d->special, 0, (d->experts - d->special) * sizeof(float));
@@ -10521,7 +10530,7 @@ static moe_status moe__layer_make(moe_layer **out, const moe_desc *resolved, voi
     *layer = m;
     moe_health_reset(&layer->health);
     moe_run(&resolved->parallel, moe__ceil_div(m.n_floats, MOE__SPAN), moe__task_zero, layer);
-    moe_run(&resolved->parallel, m.dims.G, moe__task_init, layer);
+    moe__run_work(&resolved->parallel, m.dims.G, m.dims.expert, m.dims.G, moe__task_init, layer);
     moe__init_router(layer);
     *out = layer;
     return MOE_OK;
@@ -10816,7 +10825,7 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
         else s = moe__step_span(m, &o, &at, d->experts + d->at[part + 1], matrix);
     }
     if (s) return s;
-    if (m->d.expert == MOE_EXPERT_ORTHONORMAL) moe_run(&m->d.parallel, d->G, moe__task_retract, m);
+    if (m->d.expert == MOE_EXPERT_ORTHONORMAL) moe__run_work(&m->d.parallel, d->G, d->f * d->f * d->d * 4, d->G, moe__task_retract, m);
     m->step++;
     m->fresh = 1;
     return MOE_OK;
@@ -11633,31 +11642,33 @@ MOE_API moe_status moe_file_find(const moe_file *f, const char *name, moe_file_t
     return s;
 }
 
-MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *buffer, size_t size) {
-    moe__cursor c;
-    moe__entry e;
+/* The text of a metadata value, unescaped, into a buffer; 0 if it does not fit. */
+static int moe__entry_text(const moe__cursor *c, const moe__entry *e, char *buffer, size_t size) {
     moe__json at;
     unsigned char u[4];
     size_t n = 0;
-    moe_status s;
-    if (!buffer) return MOE_E_NULL_OUT;
-    if (!size) return MOE_E_SMALL_MEMORY;
-    buffer[0] = 0;
-    s = moe__file_lookup(f, MOE__ENTRY_METADATA, key, &c, &e);
-    if (s) return s;
-    at.s = c.j.s;
-    at.n = e.value.end;
-    for (at.i = e.value.begin; at.i < at.n; ) {
+    at.s = c->j.s;
+    at.n = e->value.end;
+    for (at.i = e->value.begin; at.i < at.n;) {
         size_t length = moe__json_char(&at, u);
-        if (n + length >= size) { /* not cut: half a value is no value */
-            buffer[0] = 0;
-            return MOE_E_SMALL_MEMORY;
-        }
+        if (n + length >= size) return 0;
         memcpy(buffer + n, u, length);
         n += length;
     }
     buffer[n] = 0;
-    return MOE_OK;
+    return 1;
+}
+
+MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *buffer, size_t size) {
+    moe__cursor c;
+    moe__entry e;
+    if (!buffer) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    buffer[0] = 0;
+    moe_status s = moe__file_lookup(f, MOE__ENTRY_METADATA, key, &c, &e);
+    if (s || moe__entry_text(&c, &e, buffer, size)) return s;
+    buffer[0] = 0; /* not cut: half a value is no value */
+    return MOE_E_SMALL_MEMORY;
 }
 
 /* -- .npy: six bytes of magic, a version, the header's length, the header (a Python dictionary), the elements -- */
@@ -12192,27 +12203,34 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *m, int with_optimizer,
     return s;
 }
 
-/* The desc, and the step count if the optimiser was saved, from the metadata. A field that is not there is 0, the
- * default: a later moe.h that adds one reads older files, and raises the version when its own files need it. */
+/* The desc, and the step count if the optimiser was saved, from the metadata, read once. A field that is not there is 0, the
+ * default: a later moe.h that adds one reads older files, and raises the version when its own files need it. What is no
+ * field is not ours. */
 static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings, moe_desc *d, int *with_optimizer,
                                  uint64_t step[2]) {
+    moe__cursor c;
+    moe__entry e;
     moe__field field;
     char name[32], text[80];
-    size_t i;
-    moe_status s;
+    int format = 0, version = 0;
+    moe_status s = moe__cursor_init(&c, f);
     memset(d, 0, sizeof *d);
-    if (moe_file_metadata(f, "format", text, sizeof text) || strcmp(text, "moe.h")) return MOE_E_FILE_DESC;
-    if (moe_file_metadata(f, "version", text, sizeof text) || strcmp(text, "1")) return MOE_E_FILE_DESC;
-    for (i = 0; moe__field_at(i, &field, name); i++) {
-        s = moe_file_metadata(f, field.name, text, sizeof text);
-        if (s == MOE_E_NAME) continue;
-        if (s || !moe__field_read(&field, text, d)) return MOE_E_FILE_DESC;
+    *with_optimizer = 0;
+    while (!s && !(s = moe__cursor_next_of(&c, MOE__ENTRY_METADATA, &e))) {
+        int fits = moe__entry_text(&c, &e, text, sizeof text), good = 1;
+        if (moe__json_is(&c.j, e.name, "format")) format = fits && !strcmp(text, "moe.h");
+        else if (moe__json_is(&c.j, e.name, "version")) version = fits && !strcmp(text, "1");
+        else if (moe__json_is(&c.j, e.name, "step")) *with_optimizer = good = fits && moe__parse_u64(text, step);
+        else if (moe__json_is(&c.j, e.name, "draws")) good = fits && moe__parse_u64(text, step + 1);
+        else
+            for (size_t i = 0; moe__field_at(i, &field, name); i++)
+                if (moe__json_is(&c.j, e.name, field.name)) {
+                    good = fits && moe__field_read(&field, text, d);
+                    break;
+                }
+        if (!good) return MOE_E_FILE_DESC;
     }
-    s = moe_file_metadata(f, "step", text, sizeof text);
-    *with_optimizer = s != MOE_E_NAME;
-    if (*with_optimizer && (s || !moe__parse_u64(text, step))) return MOE_E_FILE_DESC;
-    s = moe_file_metadata(f, "draws", text, sizeof text);
-    if (s != MOE_E_NAME && (s || !moe__parse_u64(text, step + 1))) return MOE_E_FILE_DESC;
+    if (s != MOE_E_NAME || !format || !version) return MOE_E_FILE_DESC;
     if (surroundings) {
         d->parallel = surroundings->parallel;
         d->alloc_context = surroundings->alloc_context;

@@ -1,15 +1,18 @@
 /* test.h - the tests' own small harness. A suite is one file:
  *
- *     #define MOE_IMPLEMENTATION
- *     #define TEST_ALLOCATOR                 // optional: a counting allocator that can fail
  *     #include "test.h"                      // includes moe.h
  *     static void test_sum(void) { CHECK(1 + 1 == 2); CHECK_NEAR(0.1 + 0.2, 0.3, 1e-15); }
  *     int main(void) { RUN(test_sum); RUN_IF(has_gpu(), test_gpu, "no GPU"); return test_end(); }
+ *
+ * It is linked with the library as tests/moe.c compiles it, once for all suites. A suite that reads private parts defines
+ * MOE_IMPLEMENTATION first and has the library in itself. Either way the library allocates through a counting allocator
+ * that fills memory with NaN and fails when told to.
  *
  * Every CHECK has the value of its condition, so `if (!CHECK(p != NULL)) return;` leaves a test early. */
 #ifndef TEST_H
 #define TEST_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -58,16 +61,19 @@ static inline void test_free(void *p, const void *context) {
     free(p);
 }
 
-#ifdef TEST_ALLOCATOR
 #ifdef MOE_H
-#error "with TEST_ALLOCATOR, include test.h before moe.h"
+#error "include test.h before moe.h"
 #endif
+#ifdef MOE_IMPLEMENTATION
 #define MOE_MALLOC(bytes, context) test_malloc(bytes, context)
 #define MOE_FREE(p, context) test_free(p, context)
+#else /* what tests/moe.c calls */
+void *test_moe_malloc(size_t bytes, const void *context);
+void test_moe_free(void *p, const void *context);
+void *test_moe_malloc(size_t bytes, const void *context) { return test_malloc(bytes, context); }
+void test_moe_free(void *p, const void *context) { test_free(p, context); }
 #endif
-#ifndef MOE_H
 #include "moe.h"
-#endif
 
 /* ---- checks ---- */
 /* Counts an error and says whether its message should be printed. */

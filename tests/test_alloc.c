@@ -1,7 +1,5 @@
 /* Running out of memory: the N-th allocation fails, for every N. Each time the status says so, nothing leaks, the
  * layer is as it was, and works when there is memory again. */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 enum { D = 12, F = 20, E = 5, T = 30 };

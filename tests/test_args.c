@@ -1,8 +1,6 @@
 /* Bad arguments: every public function answers each kind of them with the right status, whose sentence names the
  * argument; nothing crashes and nothing is half done. (moe_gemm: test_gemm.c; optimisers: test_optim.c; elementary
  * and random functions: test_math.c; routes_fill: test_stages.c; files: test_files.c.) */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 #include <limits.h>

@@ -1,6 +1,5 @@
 /* The contract of the same bits: five training steps give one result for every instruction set, every number of
  * threads and every order in which the tasks may run. (Across compilers and processors: golden.c.) */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 #include "cases.h"
 

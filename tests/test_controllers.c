@@ -1,7 +1,5 @@
 /* Controllers of the load: each update rule against a trace worked out by hand, quantiles against sorting, saturation,
  * saving and restoring, bad input; and the schedules. */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 static moe_control control_new(moe_control_kind kind, size_t n_experts, void **memory) {

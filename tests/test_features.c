@@ -1,9 +1,8 @@
 /* test_features.c - the frozen extractor of the examples (examples/common/features.h) on made-up images, against a naive
  * version in double and against what it promises of its tokens. */
-#define MOE_IMPLEMENTATION
+#include "test.h"
 #include "examples/common/features.h"
 
-#include "test.h"
 
 enum { IMAGES = 40, D = FEATURES_WIDTH, T = FEATURES_TOKENS, N = FEATURES_RAW, K = FEATURES_WORDS / 2 };
 

@@ -4,8 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 enum { TOKENS = 12, WIDTH = 3 };

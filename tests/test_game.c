@@ -1,7 +1,5 @@
 /* The congestion game: the solver against oracles, against two other solvers and at its extremes; fits and intervals on data
  * that was made with a known gamma; several types of tokens; phases of a series; feedback. */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 /* ---- randomness and reference solvers of the tests' own ---- */

@@ -1,7 +1,5 @@
 /* moe_gemm against two oracles: a chain of fmaf in increasing k, bit for bit, and a double sum within the error bound
  * of such a chain. On every instruction set and with 1, 2 and 3 threads. */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 typedef struct gemm_case { size_t m, n, k; int ta, tb, accumulate; size_t pad_a, pad_b, pad_c; } gemm_case;

@@ -1,6 +1,5 @@
 /* Health: every metric against its definition, merged counters against one pass, what changed between windows, and the measures
  * of plain arrays on random and hand-made cases. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 typedef struct health {

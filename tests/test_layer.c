@@ -1,6 +1,4 @@
 /* The layer and level 2 against the double oracle: outputs, every gradient, losses; in the caller's memory; by parts. */
-#define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 #include "oracle.h"
 

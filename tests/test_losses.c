@@ -1,7 +1,6 @@
 /* Every auxiliary loss against a naive double-precision value of its own: the value, and the gradient against central
  * differences of it with loads held constant; closed forms, invariances, loads and means of a larger batch, bad input,
  * the same bits on every instruction set, and the table in docs/math.md. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 /* ---- one batch with everything that a loss can ask for ---- */

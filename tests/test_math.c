@@ -1,5 +1,4 @@
 /* exp, log, tanh, erf against libm's double functions; Philox against its published answers; the hash. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 /* |y - exact| in units of the last place of a float of exact's size */

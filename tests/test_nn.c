@@ -1,10 +1,9 @@
 /* test_nn.c - the neural-network operations of the examples (examples/common/nn.h): each forward against a naive
  * version in double, each backward against central differences of that naive version; the same bits for any number of
  * threads. */
-#define MOE_IMPLEMENTATION
+#include "test.h"
 #include "examples/common/nn.h"
 
-#include "test.h"
 
 #define MAX 4096
 

@@ -1,5 +1,4 @@
 /* Files of others: .npy in all its forms and broken in every way, half floats, indices, shard indices, routers by name. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 /* ---- making .npy files ---- */

@@ -1,5 +1,4 @@
 /* AdamW, SGD, weight decay, clipping and the schedule against arithmetic written out here in double. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 static moe_optimizer_args adamw(float lr, uint64_t step) {

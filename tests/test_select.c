@@ -1,6 +1,5 @@
 /* The selections, the auction and the robust aggregates against naive forms of them. */
 #define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 /* levels 0: uniform; else few values, so many ties, 0 of both signs, and some -infinity */

@@ -1,5 +1,4 @@
 /* The stages of the pipeline one by one: softmax, top-k, losses, routes with capacity, health. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 #include "oracle.h"
 

@@ -593,12 +593,20 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
         {"test, linear", level, r->epochs, 1},
     };
     if (!dense) accuracy[2] = accuracy[3];
-    plot_line gamma[] = {{"gamma_eff", r->gamma, r->epochs, 0},
-                         {"95% interval", r->gamma_lo, r->epochs, 1},
-                         {"", r->gamma_hi, r->epochs, 1}};
     plot_line ecology[] = {{"T H / (O + B)", r->ecology, r->epochs, 0}};
     plot_begin(f, 960, 1010, "CIFAR-10 with a Mixture of Experts");
-    plot_lines(f, &(plot_chart){{0, 710, 480, 300}, "gamma_eff of the routing in training", "epoch", gamma, 3, 0, 0});
+    double *epoch = allocate(r->epochs, sizeof *epoch);
+    for (size_t i = 0; i < r->epochs; i++) epoch[i] = (double)(i + 1);
+    plot_points(f, &(plot_point_chart){.box = {0, 710, 480, 300},
+                                       .title = "gamma_eff of the routing in training, where it is identified",
+                                       .x_label = "epoch",
+                                       .n = r->epochs,
+                                       .x = epoch,
+                                       .y = r->gamma,
+                                       .lo = r->gamma_lo,
+                                       .hi = r->gamma_hi,
+                                       .joined = 1});
+    free(epoch);
     plot_lines(f, &(plot_chart){{480, 710, 480, 300}, "Ecology number", "epoch", ecology, 1, 0, 0});
     plot_lines(f, &(plot_chart){{0, 0, 480, 330}, "Loss", "epoch", loss, dense ? 3 : 2, 0, 0});
     plot_lines(f, &(plot_chart){{480, 0, 480, 330}, "Accuracy", "epoch", accuracy, dense ? 4 : 3, 0, 0});

@@ -17,6 +17,7 @@
 #include "common/progress.h"
 
 enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
+enum { GAME_BATCHES = 50, REPLICATES = 200 }; // of an epoch's tokens, for the interval of gamma_eff
 
 // Systems of the literature as rows of a table. Zero means moe.h's default: 8 experts, top-2, softmax, SwiGLU. The
 // balance loss weighs ten times more than usual, because these trainings are short.
@@ -226,6 +227,7 @@ typedef struct result {
     char name[64];
     size_t experts, epochs, steps;                                   // done
     double *train_loss, *test_loss, *train_accuracy, *test_accuracy; // (epochs)
+    double *gamma, *gamma_lo, *gamma_hi, *ecology;                   // (epochs): NaN where the data do not tell gamma
     double *load;          // (experts, epochs): shares of the routes in training
     double *class_map;     // (CLASSES, experts): where the test images of a class go
     double *share, *first; // (experts): shares of the routes, and of the first choices, on the test images
@@ -275,11 +277,36 @@ static void write_health(json *j, const moe_health *h) {
     json_whole(j, "dropped", h->n_dropped);
 }
 
+// The ecology number of a layer's description. Nothing here rewards entropy or has an oracle, so it is 0, or infinite
+// without a balance loss.
+static double ecology_number(const moe_desc *d) {
+    return moe_ecology_number((double)d->temperature, 0, 0, (double)d->loss[MOE_LOSS_SWITCH]);
+}
+
+// gamma_eff of an epoch's training, with a 95% interval over batches.
+static void note_game(result *r, size_t e, const moe_game *g, const moe_parallel *parallel) {
+    size_t E = r->experts;
+    double *quality = allocate(4 * E, sizeof *quality), *replicate = allocate(REPLICATES, sizeof *replicate), n;
+    moe_game_fit fit;
+    r->gamma[e] = r->gamma_lo[e] = r->gamma_hi[e] = NAN;
+    nn_must(moe_game_pool(g, NULL, 0, quality, quality + E, &n));
+    nn_must(moe_game_estimate(E, quality, quality + E, n, quality + 2 * E, &fit));
+    if (fit.identified) {
+        r->gamma[e] = fit.gamma;
+        moe_status s = moe_game_bootstrap(g, REPLICATES, 1, parallel, replicate, &r->gamma_lo[e], &r->gamma_hi[e]);
+        if (s != MOE_E_N_BATCHES) nn_must(s); // one batch gives no interval
+    }
+    free(quality);
+    free(replicate);
+}
+
 // One epoch's line, and its place in the curves. The experts' load is that of the epoch's training.
-static void note_epoch(const config *o, result *r, net *m, const cifar *data, json *j, double loss, double accuracy,
-                       size_t images) {
+static void note_epoch(const config *o, result *r, net *m, const cifar *data, const moe_game *g, json *j, double loss,
+                       double accuracy, size_t images) {
     size_t e = r->epochs++;
     moe_health h;
+    note_game(r, e, g, &m->ops.parallel);
+    r->ecology[e] = ecology_number(moe_layer_desc(m->moe));
     nn_must(moe_layer_health(m->moe, &h));
     json_begin(j);
     json_text(j, "event", "epoch");
@@ -297,7 +324,20 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, js
     score s = test(m, &data->test, count < 2000 ? count : 2000, NULL); // a glance; the last test sees everything
     json_real(j, "test_loss", r->test_loss[e] = s.loss);
     json_real(j, "test_accuracy", r->test_accuracy[e] = s.accuracy);
+    json_real(j, "ecology_number", r->ecology[e]);
+    json_real(j, "gamma_eff", r->gamma[e]);
+    json_real(j, "gamma_lo", r->gamma_lo[e]);
+    json_real(j, "gamma_hi", r->gamma_hi[e]);
     json_end(j);
+    if (o->quiet || r->experts == 1) return;
+    FILE *human = o->json ? stderr : stdout;
+    fprintf(human, "epoch %2zu  test loss %.4f  accuracy %5.2f%%  E %.3g  gamma_eff ", e + 1, s.loss, 100 * s.accuracy,
+            r->ecology[e]);
+    if (isnan(r->gamma[e]))
+        fprintf(human, "unidentified\n");
+    else
+        fprintf(human, "%.2f [%.2f, %.2f]\n", r->gamma[e], r->gamma_lo[e], r->gamma_hi[e]);
+    fflush(human);
 }
 
 static uint64_t net_checksum(const net *m) {
@@ -313,14 +353,23 @@ static result *train(const config *o, const cifar *data, const char *name, const
     uint32_t *order = allocate(data->train.count, sizeof *order);
     snprintf(r->name, sizeof r->name, "%s", name);
     r->experts = desc->n_experts;
-    r->train_loss = allocate(o->epochs * (4 + r->experts) + (CLASSES + 2) * r->experts, sizeof(double));
+    r->train_loss = allocate(o->epochs * (8 + r->experts) + (CLASSES + 2) * r->experts, sizeof(double));
     r->test_loss = r->train_loss + o->epochs;
     r->train_accuracy = r->test_loss + o->epochs;
     r->test_accuracy = r->train_accuracy + o->epochs;
-    r->load = r->test_accuracy + o->epochs;
+    r->gamma = r->test_accuracy + o->epochs;
+    r->gamma_lo = r->gamma + o->epochs;
+    r->gamma_hi = r->gamma_lo + o->epochs;
+    r->ecology = r->gamma_hi + o->epochs;
+    r->load = r->ecology + o->epochs;
     r->class_map = r->load + o->epochs * r->experts;
     r->share = r->class_map + CLASSES * r->experts;
     r->first = r->share + r->experts;
+    moe_game game;
+    size_t batches = per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES, bytes = 0;
+    nn_must(moe_game_size(r->experts, batches, &bytes));
+    void *game_memory = allocate(1, bytes);
+    nn_must(moe_game_init(&game, r->experts, batches, game_memory, bytes));
     progress p = progress_begin(name, "images", total * o->batch, o->quiet);
     double busy = 0;
     for (size_t step = 0; step < total;) {
@@ -328,6 +377,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
         size_t epoch = step / per_epoch, images = 0;
         cifar_shuffle(order, data->train.count, o->seed, epoch);
         nn_must(moe_layer_health_reset(m->moe));
+        nn_must(moe_game_reset(&game));
         for (size_t i = 0; i < per_epoch && step < total; i++) {
             cifar_batch b = {.set = &data->train,
                              .order = order,
@@ -341,6 +391,8 @@ static result *train(const config *o, const cifar *data, const char *name, const
                              .label = m->label};
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
+            const moe_tape *t = moe_layer_tape(m->moe);
+            nn_must(moe_game_add(&game, i % game.n_batches, t->n_tokens, desc->top_k, t->logits, t->index));
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
             accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
             images += o->batch;
@@ -354,7 +406,8 @@ static result *train(const config *o, const cifar *data, const char *name, const
                             loss / (double)images);
         }
         busy += seconds_now() - begin;
-        note_epoch(o, r, m, data, j, loss, accuracy, images);
+        progress_clear(&p);
+        note_epoch(o, r, m, data, &game, j, loss, accuracy, images);
     }
     r->test = test(m, &data->test, test_count(o, data), r);
     progress_clear(&p);
@@ -375,6 +428,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->active_params = m->bank.count + moe_layer_active_params(m->moe);
     r->checksum = net_checksum(m);
     free(order);
+    free(game_memory);
     net_free(m);
     return r;
 }
@@ -526,7 +580,21 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
         {"test, linear", level, r->epochs, 1},
     };
     if (!dense) accuracy[2] = accuracy[3];
-    plot_begin(f, 960, 700, "CIFAR-10 with a Mixture of Experts");
+    plot_line ecology[] = {{"T H / (O + B)", r->ecology, r->epochs, 0}};
+    plot_begin(f, 960, 1010, "CIFAR-10 with a Mixture of Experts");
+    double *epoch = allocate(r->epochs, sizeof *epoch);
+    for (size_t i = 0; i < r->epochs; i++) epoch[i] = (double)(i + 1);
+    plot_points(f, &(plot_point_chart){.box = {0, 710, 480, 300},
+                                       .title = "gamma_eff of the routing in training, where it is identified",
+                                       .x_label = "epoch",
+                                       .n = r->epochs,
+                                       .x = epoch,
+                                       .y = r->gamma,
+                                       .lo = r->gamma_lo,
+                                       .hi = r->gamma_hi,
+                                       .joined = 1});
+    free(epoch);
+    plot_lines(f, &(plot_chart){{480, 710, 480, 300}, "Ecology number", "epoch", ecology, 1, 0, 0});
     plot_lines(f, &(plot_chart){{0, 0, 480, 330}, "Loss", "epoch", loss, dense ? 3 : 2, 0, 0});
     plot_lines(f, &(plot_chart){{480, 0, 480, 330}, "Accuracy", "epoch", accuracy, dense ? 4 : 3, 0, 0});
     plot_heat(f, &(plot_map){.box = {0, 340, 400, 360},

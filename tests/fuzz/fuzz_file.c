@@ -1,4 +1,4 @@
-/* libFuzzer target: any bytes as a safetensors file, and as a layer's file.
+/* libFuzzer target: any bytes as a safetensors file, as a layer's file, as .npy and as a model's index of shards.
  *
  *     clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz/fuzz_file.c -o build/fuzz_file -lm
  *     build/fuzz_file -max_len=4096 -max_total_time=60 CORPUS_DIR
@@ -58,8 +58,29 @@ static void check_file(const moe_file *f) {
     (void)moe_file_metadata(f, "format", text, sizeof text);
 }
 
+/* The other formats: what is accepted lies inside the bytes; what is not names a place in them. */
+static void check_others(const uint8_t *data, size_t size) {
+    moe_npy a;
+    moe_shards s;
+    char name[64], file[64];
+    size_t layer;
+    if (moe_npy_open(&a, data, size) == MOE_OK) {
+        require((size_t)(data + size - a.elements) == a.count * moe_dtype_size(a.dtype) && a.n_dims <= 8);
+        float x[4];
+        if (a.count >= 4) (void)moe_to_float(a.dtype, 4, a.elements, x);
+    } else require(a.offset <= size && a.count == 0);
+    if (moe_shards_open(&s, data, size) == MOE_OK) {
+        for (size_t i = 0; i < 4 && moe_shards_router(&s, i, &layer, name, sizeof name) == MOE_OK; i++) {
+            moe_status found = moe_shards_find(&s, name, file, sizeof file);
+            require(found == MOE_OK || found == MOE_E_SMALL_MEMORY);
+            require(strchr(file, '/') == NULL && strchr(file, '\\') == NULL);
+        }
+    } else require(s.offset <= size && s.n_tensors == 0);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     moe_file f;
+    check_others(data, size);
     moe_layer *m = NULL;
     if (moe_file_open(&f, data, size) == MOE_OK) check_file(&f);
     else require(f.n_tensors == 0 && f.offset <= size);

@@ -788,6 +788,550 @@ static void test_soft_moe(void) {
     moe_layer_free(m);
 }
 
+/* ---- SparseMixer: samples of the softmax over what is not masked ---- */
+/* p (E): of choice number `i` of a token whose logits are v, when `first` (or -1) is gone */
+static void sparse_softmax(const double *v, int first, double *p) {
+    double top = -INFINITY, sum = 0;
+    for (int e = 0; e < E; e++)
+        if (e != first) top = fmax(top, v[e]);
+    for (int e = 0; e < E; e++) {
+        p[e] = e == first || (top - v[e]) / fmax(fabs(v[e]), top) > 0.2 ? 0 : exp(v[e] - top);
+        sum += p[e];
+    }
+    for (int e = 0; e < E; e++) p[e] /= sum;
+}
+static double chi_square(const double *count, const double *p, double n, double *freedom) { /* -1: something that cannot be was */
+    double chi = 0;
+    *freedom = -1;
+    for (size_t e = 0; e < E; e++) {
+        if (p[e] == 0 && count[e] > 0) return -1;
+        if (p[e] > 0) chi += (count[e] - n * p[e]) * (count[e] - n * p[e]) / (n * p[e]), ++*freedom;
+    }
+    return chi;
+}
+static void test_sparsemixer(void) {
+    enum { T = 4000 };
+    static const double v[E] = {3.9, -1, 4, 2.9, 3.3, 0, 3.5, 3.15}; /* 0.2 * 4 = 0.8 is the most below 4: not 2.9, 3.15 */
+    moe_layer *m = row("sparsemixer", "");
+    if (!m) return;
+    tokens(T);
+    float *R = get(m, "router");
+    memset(R, 0, D * E * sizeof *R);
+    for (size_t e = 0; e < E; e++) R[(D - 1) * E + e] = (float)v[e];
+    set(m, "router", R);
+    double p[E], q[E], first[E] = {0}, second[E][E] = {{0}}, freedom, thirds = 0, full = 0, others = 0;
+    sparse_softmax(v, -1, p);
+    CHECK(p[0] > 0 && p[4] > 0 && p[6] > 0 && p[3] == 0 && p[7] == 0 && p[1] == 0);
+    const moe_tape *t = go(m, T, 0);
+    for (size_t i = 0; i < T; i++) {
+        int32_t a = t->index[i * 2], b = t->index[i * 2 + 1];
+        CHECK(a != b && a >= 0 && b >= 0);
+        first[a]++, second[a][b]++;
+        double w = (double)t->weight[i * 2] / p[a]; /* 1, or 1/3 for three quarters of those that are not the highest */
+        if (a == 2) CHECK_NEAR(w, 1, 1e-5);
+        else if (w > 0.9) CHECK_NEAR(w, 1, 1e-5), full++;
+        else CHECK_NEAR(w, 1.0 / 3, 1e-5), thirds++;
+        others += a != 2;
+    }
+    CHECK(fabs(full - others / 4) < 4.5 * sqrt(others * 3 / 16) && thirds > 0);
+    double chi = chi_square(first, p, T, &freedom);
+    CHECK(chi >= 0 && chi < freedom + 4.5 * sqrt(2 * freedom));
+    for (int a = 0; a < E; a++) {
+        if (first[a] < 200) continue;
+        sparse_softmax(v, a, q);
+        chi = chi_square(second[a], q, first[a], &freedom);
+        CHECK(chi >= 0 && chi < freedom + 4.5 * sqrt(2 * freedom));
+    }
+    t = go(m, T, 1);
+    sparse_softmax(v, 2, q);
+    for (size_t i = 0; i < T; i++) { /* evaluation: the highest, then the highest of the rest */
+        CHECK(t->index[i * 2] == 2 && t->index[i * 2 + 1] == 0);
+        CHECK_NEAR(t->weight[i * 2], p[2], 1e-5);
+        CHECK_NEAR(t->weight[i * 2 + 1], q[0], 1e-5);
+    }
+    moe_layer_free(m);
+}
+
+/* ---- scores on a sphere ---- */
+static void test_spheres(void) {
+    enum { T = 50 };
+    static const char *const names[] = {"xmoe", "latent-prototype", "dynmoe"};
+    for (size_t n = 0; n < 3; n++) {
+        moe_layer *m = row(names[n], "");
+        float old[T * E];
+        if (!m) continue;
+        tokens(T);
+        const moe_tape *t = go(m, T, 1);
+        memcpy(old, t->logits, sizeof old);
+        CHECK(largest(old, NULL, T * E) <= 1 + 1e-6 && largest(old, NULL, T * E) > 0.5);
+        for (size_t i = 0; i < T * D; i++) x[i] *= i / D % 2 ? 37 : 0.02f; /* of any length */
+        t = go(m, T, 1);
+        for (size_t i = 0; i < T * E; i++) CHECK_WITHIN(t->logits[i], old[i], 2e-6);
+        float *R = get(m, "router"); /* each prototype of another length */
+        for (size_t i = 0; i < count_of(m, "router"); i++) R[i] *= 0.1f + 3 * (float)(i % E);
+        set(m, "router", R);
+        t = go(m, T, 1);
+        for (size_t i = 0; i < T * E; i++) CHECK_WITHIN(t->logits[i], old[i], 2e-6);
+        if (n == 0) { /* the weight of the selected: sigmoid of the cosine over the temperature */
+            for (size_t i = 0; i < T; i++)
+                CHECK_NEAR(t->weight[i], sigmoid((double)t->logits[i * E + (size_t)t->index[i]] / (double)0.07f), 2e-5);
+            CHECK(count_of(m, "router") == E / 2 * E); /* width E / 2 */
+        }
+        moe_layer_free(m);
+    }
+}
+
+/* ---- SimBal: orthogonal at first, and pulled back ---- */
+static double off_orthogonal(const moe_layer *m) { /* sum abs(R^T R - I) */
+    float *R = get(m, "router");
+    double sum = 0;
+    for (size_t a = 0; a < E; a++)
+        for (size_t b = 0; b < E; b++) {
+            double dot = 0;
+            for (size_t c = 0; c < D; c++) dot += (double)R[c * E + a] * (double)R[c * E + b];
+            sum += fabs(dot - (a == b));
+        }
+    free(R);
+    return sum;
+}
+static void test_simbal(void) {
+    enum { T = 16 };
+    moe_layer *m = row("simbal", "weight_decay=off");
+    if (!m) return;
+    CHECK(off_orthogonal(m) < 1e-5);
+    float *R = get(m, "router");
+    for (size_t i = 0; i < D * E; i++) R[i] += test_uniform(-0.2f, 0.2f);
+    set(m, "router", R);
+    double before = off_orthogonal(m), value[MOE_LOSS_COUNT];
+    tokens(T);
+    memset(dy, 0, T * D * sizeof *dy);
+    go(m, T, 0);
+    CHECK_OK(moe_backward(m, dy, NULL));
+    CHECK_OK(moe_layer_losses(m, value, NULL));
+    CHECK_NEAR(value[MOE_LOSS_SIMBAL], before, 1e-5);
+    CHECK_OK(moe_step(m, 0.003f));
+    for (int i = 0; i < 150; i++) go(m, T, 0), back_and_step(m, 0.003f * (float)(150 - i) / 150);
+    CHECK(before > 5 && off_orthogonal(m) < before / 10);
+    moe_layer_free(m);
+}
+
+/* ---- ERMoE: bases stay orthonormal ---- */
+static void test_ermoe(void) {
+    enum { T = 16, N = 4 };
+    moe_layer *m = row("ermoe", "n_experts=4");
+    if (!m) return;
+    float *first = get(m, "experts.w1");
+    for (int step = 0; step < 1000; step++) {
+        tokens(T);
+        const moe_tape *t = go(m, T, 0);
+        for (size_t i = 0; i < T * N; i++) CHECK(t->logits[i] >= 0 && t->logits[i] <= 1 + 1e-6f);
+        back_and_step(m, 0.01f);
+    }
+    float *V = get(m, "experts.w1"), *W = get(m, "experts.w2");
+    CHECK(largest(V, first, N * D * F) > 0.1); /* they did move */
+    for (size_t e = 0; e < N; e++)
+        for (size_t a = 0; a < F; a++)
+            for (size_t b = 0; b < F; b++) {
+                double vv = 0, ww = 0, wa = 0, wb = 0;
+                for (size_t c = 0; c < D; c++) {
+                    double u = (double)W[(e * F + a) * D + c], w = (double)W[(e * F + b) * D + c];
+                    vv += (double)V[(e * D + c) * F + a] * (double)V[(e * D + c) * F + b];
+                    ww += u * w, wa += u * u, wb += w * w;
+                }
+                CHECK_WITHIN(vv, a == b, 1e-5);
+                if (a != b) CHECK_WITHIN(ww / sqrt(wa * wb), 0, 1e-5);
+            }
+    for (size_t i = 0; i < T; i++) { /* the score: the share of the token that lies in the basis */
+        const moe_tape *t = i ? moe_layer_tape(m) : go(m, T, 1);
+        for (size_t e = 0; e < N; e++) {
+            double in = 0, all = 0;
+            for (size_t f = 0; f < F; f++) {
+                double p = 0;
+                for (size_t c = 0; c < D; c++) p += (double)x[i * D + c] * (double)V[(e * D + c) * F + f];
+                in += p * p;
+            }
+            for (size_t c = 0; c < D; c++) all += (double)x[i * D + c] * (double)x[i * D + c];
+            CHECK_WITHIN(t->logits[i * N + e], sqrt(in / all), 1e-6);
+        }
+    }
+    free(first), free(V), free(W);
+    moe_layer_free(m);
+}
+
+/* ---- a sequence goes one way ---- */
+static void test_mot(void) {
+    enum { T = 64 + 2 }; /* the last sequence is shorter */
+    moe_layer *m = row("mot", "");
+    if (!m) return;
+    tokens(T);
+    for (int evaluate = 0; evaluate < 2; evaluate++) {
+        const moe_tape *t = go(m, T, evaluate);
+        uint64_t most = 0;
+        for (size_t i = 0; i < T; i++) {
+            size_t begin = i / SEQ * SEQ, end = begin + SEQ < T ? begin + SEQ : T;
+            CHECK(t->n_slots == 1 && t->index[i] == t->index[begin]);
+            for (size_t e = 0; e < E; e++) { /* logits of the sequence's mean; in training uniform noise in [0, 0.1) */
+                double mean = 0;
+                for (size_t k = begin; k < end; k++) mean += linear(m, k, e) / (double)(end - begin);
+                double noise = (double)t->logits[i * E + e] - mean;
+                CHECK(noise > -1e-6 && noise < (evaluate ? 1e-6 : 0.1 + 1e-6));
+            }
+        }
+        for (size_t e = 0; e < E; e++) most = t->routes.load[e] > most ? t->routes.load[e] : most;
+        CHECK(most < T); /* but not all sequences the same */
+    }
+    moe_layer_free(m);
+}
+
+/* ---- VQMoE ---- */
+static void layer_norm(const float *in, float *out) {
+    double mean = 0, square = 0;
+    for (size_t c = 0; c < D; c++) mean += (double)in[c] / D;
+    for (size_t c = 0; c < D; c++) square += ((double)in[c] - mean) * ((double)in[c] - mean) / D;
+    for (size_t c = 0; c < D; c++) out[c] = (float)(((double)in[c] - mean) / sqrt(square));
+}
+static void test_vqmoe(void) {
+    enum { T = 40, CODES = 16 };
+    moe_layer *m = row("vqmoe", "");
+    if (!m) return;
+    tokens(T);
+    float *C = get(m, "router.codebook"), *G = get(m, "router.branch");
+    CHECK(largest(C, NULL, CODES * D) <= 1.0 / CODES && largest(C, NULL, CODES * D) > 0.9 / CODES);
+    test_fill(C, CODES * D, -1, 1), test_fill(G, D * 2, -1, 1);
+    set(m, "router.codebook", C), set(m, "router.branch", G);
+    C = get(m, "router.codebook"), G = get(m, "router.branch");
+    const moe_tape *t = go(m, T, 0);
+    size_t used = 0, low = 0, high = 0;
+    for (size_t i = 0; i < T; i++) {
+        double best = INFINITY, want[D] = {0}, s[2] = {0};
+        size_t code = 0;
+        float q[D], out[D], v[D];
+        for (size_t j = 0; j < CODES; j++) {
+            double far = 0;
+            for (size_t c = 0; c < D; c++) far += pow((double)x[i * D + c] - (double)C[j * D + c], 2);
+            if (far < best) best = far, code = j;
+        }
+        CHECK(t->memory->branch->code[i] == (int32_t)code && t->memory->branch->expert[i] == (int32_t)(code % E));
+        used |= (size_t)1 << code;
+        for (size_t c = 0; c < D; c++)
+            for (size_t k = 0; k < 2; k++) s[k] += (double)x[i * D + c] * (double)G[c * 2 + k];
+        double g = sigmoid(s[0] - s[1]);
+        CHECK_NEAR(t->memory->branch->g[i * 2], g, 1e-6);
+        CHECK_NEAR(t->memory->branch->g[i * 2] + t->memory->branch->g[i * 2 + 1], 1, 1e-6);
+        low += g < 0.4, high += g > 0.6;
+        for (size_t k = 0; k < 2; k++) {
+            network(m, (size_t)t->index[i * 2 + k], NULL, x + i * D, 1, out);
+            for (size_t c = 0; c < D; c++) want[c] += g * (double)t->weight[i * 2 + k] * (double)out[c];
+        }
+        layer_norm(C + code * D, q);
+        network(m, code % E, NULL, q, 1, out);
+        layer_norm(out, v);
+        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], want[c] + (1 - g) * (double)v[c], 1e-5);
+    }
+    CHECK(low && high && (used >> E) != 0); /* some by code % E, not code */
+    free(C), free(G);
+    moe_layer_free(m);
+}
+
+/* ---- LocMoE ---- */
+static void test_locmoe(void) {
+    enum { T = 40, WIDE = D / E };
+    moe_layer *m = row("locmoe", "");
+    size_t floats = 1;
+    if (!m) return;
+    CHECK_OK(moe_router_count(moe_layer_desc(m), &floats));
+    CHECK(floats == 0 && count_of(m, "router") == 0);
+    tokens(T);
+    for (size_t i = 0; i < T; i++) x[i * D + D - 1] = test_uniform(-1, 1);
+    const moe_tape *t = go(m, T, 1);
+    for (size_t i = 0; i < T; i++)
+        for (size_t e = 0; e < E; e++) {
+            float mean = (x[i * D + e * WIDE] + x[i * D + e * WIDE + 1]) / WIDE; /* of two numbers: one rounding, exactly this */
+            CHECK_BITS(t->logits[i * E + e], mean > 0 ? mean : 0.0f);
+        }
+    CHECK(t->n_slots == 1);
+    for (size_t i = 0; i < T; i++) CHECK(holds_best(t, i, t->logits + i * E, E, 1));
+    float clean[T * E];
+    memcpy(clean, t->logits, sizeof clean);
+    t = go(m, T, 0); /* the noise goes inside the ReLU */
+    double square = 0, n = 0;
+    for (size_t i = 0; i < T * E; i++) {
+        CHECK(t->logits[i] >= 0);
+        if (clean[i] > 0.06f) square += pow((double)t->logits[i] - (double)clean[i], 2), n++;
+    }
+    CHECK(n > 50 && fabs(square / n / 1e-4 - 1) < 4.5 * sqrt(2 / n));
+    moe_layer_free(m);
+    m = row("locmoe", "d_model=40");
+    if (!m) return;
+    test_fill(x, T * 40, -1, 1);
+    t = go(m, T, 1);
+    for (size_t i = 0; i < T; i++)
+        for (size_t e = 0; e < E; e++) {
+            double mean = 0;
+            for (size_t c = 0; c < 5; c++) mean += (double)x[i * 40 + e * 5 + c] / 5;
+            CHECK_WITHIN(t->logits[i * E + e], fmax(mean, 0), 1e-7);
+        }
+    moe_layer_free(m);
+}
+
+/* ---- SMEAR ---- */
+static void test_smear(void) {
+    enum { T = 24 };
+    moe_layer *m = row("smear", "bias=true");
+    if (!m) return;
+    tokens(T);
+    float *b = get(m, "router.bias"), out[SEQ * D];
+    CHECK(b != NULL && count_of(m, "router.bias") == E);
+    b[5] = 200;
+    set(m, "router.bias", b);
+    go(m, T, 1);
+    network(m, 5, NULL, x, T, z); /* p = (0, .., 1, .., 0): that expert */
+    for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-6);
+    b = get(m, "router.bias");
+    b[5] = 0;
+    set(m, "router.bias", b);
+    scale(m, "experts.w1", 3), scale(m, "experts.wu", 3);
+    const moe_tape *t = go(m, T, 1);
+    double away = 0;
+    for (size_t s = 0; s < T; s += SEQ) {
+        const float *p = t->prob + s * E;
+        double sum = 0;
+        for (size_t e = 0; e < E; e++) sum += (double)p[e];
+        CHECK_NEAR(sum, 1, 1e-6);
+        for (size_t i = s; i < s + SEQ; i++) CHECK_SAME(t->prob + i * E, p, E); /* one for the sequence */
+        network(m, 0, p, x + s * D, SEQ, out); /* the network of the mean parameters, */
+        for (size_t i = 0; i < SEQ * D; i++) CHECK_WITHIN(y[s * D + i], out[i], 1e-5);
+        double ensemble[SEQ * D] = {0};
+        for (size_t e = 0; e < E; e++) {
+            network(m, e, NULL, x + s * D, SEQ, out);
+            for (size_t i = 0; i < SEQ * D; i++) ensemble[i] += (double)p[e] * (double)out[i];
+        }
+        for (size_t i = 0; i < SEQ * D; i++) away = fmax(away, fabs(ensemble[i] - (double)y[s * D + i])); /* not the mean of the outputs */
+    }
+    CHECK(away > 0.05);
+    CHECK(largest(t->prob, t->prob + SEQ * E, E) > 1e-3); /* another mixture for another sequence */
+    /* expert dropout in training: about a tenth of the experts of a sequence, the rest renormalised */
+    size_t gone = 0, n = 0;
+    for (int round = 0; round < 20; round++) {
+        t = go(m, T, 0);
+        for (size_t i = 0; i < T; i += SEQ) {
+            double sum = 0;
+            for (size_t k = 0; k < E; k++) {
+                n++, gone += t->index[i * E + k] < 0;
+                sum += (double)t->weight[i * E + k];
+            }
+            CHECK_NEAR(sum, 1, 1e-6);
+        }
+    }
+    CHECK(fabs((double)gone - 0.1 * (double)n) < 4.5 * sqrt(0.09 * (double)n));
+    moe_layer_free(m);
+}
+
+/* ---- SMoE-Dropout ---- */
+static size_t choices(const moe_tape *t, size_t token) {
+    size_t n = 0;
+    for (size_t k = 0; k < t->n_slots; k++) n += t->index[token * t->n_slots + k] >= 0;
+    return n;
+}
+static void test_smoe_dropout(void) {
+    enum { T = 20, STEPS = 17 };
+    moe_layer *m = row("smoe-dropout", "top_k=7 top_k_min=2 schedule_steps=17");
+    if (!m) return;
+    tokens(T);
+    float *R = get(m, "router"), *w = get(m, "experts.w1"), *now;
+    for (int step = 0; step < STEPS + 8; step++) {
+        double share = step < STEPS ? (double)step / STEPS : 1;
+        size_t k = (size_t)floor(5 * share + 0.5) + 2; /* round((kmax - kmin) t / T) + kmin; no tie with 17 steps */
+        const moe_tape *t = go(m, T, 1);
+        for (size_t i = 0; i < T; i++) CHECK(choices(t, i) == 7); /* evaluation: all of them */
+        moe_layer_side(m)->top_k = 3;
+        t = go(m, T, 1);
+        for (size_t i = 0; i < T; i++) CHECK(holds_best(t, i, t->logits + i * E, E, 3)); /* or as many as asked for */
+        t = go(m, T, 0);
+        for (size_t i = 0; i < T; i++) CHECK(choices(t, i) == 3);
+        moe_layer_side(m)->top_k = 0;
+        t = go(m, T, 0);
+        for (size_t i = 0; i < T; i++) {
+            double sum = 0, top = (double)t->logits[i * E + (size_t)t->index[i * 7]];
+            CHECK(holds_best(t, i, t->logits + i * E, E, k));
+            for (size_t l = 0; l < k; l++) sum += exp((double)t->logits[i * E + (size_t)t->index[i * 7 + l]] - top);
+            for (size_t l = 0; l < k; l++) /* softmax over the selected */
+                CHECK_NEAR(t->weight[i * 7 + l], exp((double)t->logits[i * E + (size_t)t->index[i * 7 + l]] - top) / sum, 1e-6);
+        }
+        back_and_step(m, 0.05f);
+    }
+    now = get(m, "router");
+    CHECK_SAME(now, R, D * E);
+    free(now);
+    now = get(m, "experts.w1");
+    CHECK(largest(now, w, count_of(m, "experts.w1")) > 0.1);
+    free(now), free(w), free(R);
+    moe_layer_free(m);
+}
+
+/* ---- gating dropout: one draw a step ---- */
+static void test_gating_dropout(void) {
+    enum { T = 64, P = 4, STEPS = 60, MANY = 4000 };
+    moe_layer *m = row("gating-dropout", "capacity_factor=off capacity_factor_eval=off");
+    if (!m) return;
+    tokens(T);
+    size_t dropped = 0;
+    for (int step = 0; step < STEPS; step++) {
+        int first = 0;
+        for (int micro = 0; micro < 3; micro++) { /* all forwards of a step share it, as all ranks do */
+            const moe_tape *t = go(m, T, 0);
+            if (!micro) first = t->dropped;
+            CHECK(t->dropped == first);
+            for (size_t i = 0; i < T; i++) {
+                CHECK(t->index[i] >= 0);
+                if (t->dropped) CHECK((size_t)t->index[i] * P / E == i * P / T); /* at home */
+                else CHECK(holds_best(t, i, t->logits + i * E, E, 1));
+            }
+            if (t->dropped) /* the best that is at home */
+                for (size_t i = 0; i < T; i++)
+                    for (size_t e = 0; e < E; e++)
+                        CHECK(e * P / E != i * P / T || t->logits[i * E + e] <= t->logits[i * E + (size_t)t->index[i]]);
+        }
+        dropped += (size_t)first;
+        CHECK(!go(m, T, 1)->dropped);
+        go(m, T, 0);
+        back_and_step(m, 0.001f);
+    }
+    CHECK(dropped > 5 && dropped < 35);
+    /* the frequency, at level 2 */
+    moe_desc d = *moe_layer_desc(m);
+    moe_tape *t = NULL;
+    float *R = get(m, "router");
+    double n = 0, follows = 0;
+    CHECK_OK(moe_tape_new(&t, &d, E, MOE_ON));
+    for (uint64_t step = 0, last = 0; step < MANY; step++) {
+        t->side.step = step, t->side.draw = step * 7;
+        CHECK_OK(moe_route(&d, R, x, E, t));
+        n += t->dropped, follows += t->dropped && last, last = (uint64_t)t->dropped;
+        t->side.draw++; /* another batch of the same step, */
+        t->side.evaluate = 1;
+        CHECK_OK(moe_route(&d, R, x, E, t));
+        CHECK(!t->dropped); /* and evaluation */
+        t->side.evaluate = 0;
+    }
+    CHECK(fabs(n - 0.3 * MANY) < 4.5 * sqrt(0.21 * MANY));
+    CHECK(fabs(follows - 0.09 * MANY) < 4.5 * sqrt((0.09 * 0.91 + 2 * (0.027 - 0.0081)) * MANY)); /* one step says nothing of the next */
+    moe_tape_free(t);
+    free(R);
+    moe_layer_free(m);
+    /* capacity 1 in training, 2 in evaluation */
+    m = row("gating-dropout", "gate_drop=0");
+    if (!m) return;
+    lean(m, 1, 5);
+    CHECK(kept(go(m, T, 0), 1) == T / E && kept(go(m, T, 1), 1) == 2 * T / E);
+    moe_layer_free(m);
+    /* with gate_drop_experts no expert runs at all then */
+    m = row("gating-dropout", "gate_drop=1 gate_drop_experts=true");
+    if (!m) return;
+    CHECK(go(m, T, 0)->routes.n_routes == 0 && largest(y, NULL, T * D) == 0);
+    go(m, T, 1);
+    CHECK(largest(y, NULL, T * D) > 0);
+    moe_layer_free(m);
+}
+
+/* ---- robust combination ---- */
+static void test_robust(void) {
+    enum { T = 64 };
+    static const size_t sizes[] = {5, 10}; /* of which 40 %: 2 and 4 */
+    for (size_t n = 0; n < 2; n++) {
+        size_t k = sizes[n];
+        char all[64];
+        float clean[2][T * D], broken[2][T * D];
+        snprintf(all, sizeof all, "n_experts=%d top_k=%d", (int)k, (int)k);
+        for (int plain = 0; plain < 2; plain++) {
+            moe_layer *m = row("robust", all);
+            if (!m) return;
+            if (plain) {
+                moe_desc d = *moe_layer_desc(m);
+                moe_layer_free(m);
+                d.combine = MOE_COMBINE_SUM;
+                if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+            }
+            test_seed = 77; /* the same tokens and experts for both */
+            tokens(T);
+            static const char *const names[] = {"experts.w1", "experts.wu", "experts.w2"};
+            for (size_t i = 0; i < 3; i++) { /* experts that have learned nearly the same */
+                float *p = get(m, names[i]);
+                for (size_t e = 1; e < k; e++)
+                    for (size_t c = 0; c < D * F; c++) p[e * D * F + c] = p[c] * test_uniform(0.9f, 1.1f);
+                set(m, names[i], p);
+            }
+            go(m, T, 0);
+            memcpy(clean[plain], y, sizeof clean[plain]);
+            for (size_t i = 0; i < 3; i++) { /* 40 % of them become noise */
+                float *p = get(m, names[i]);
+                for (size_t e = 0; e < k * 2 / 5; e++) test_fill(p + (e * 2 + 1) * D * F, D * F, -3, 3);
+                set(m, names[i], p);
+            }
+            go(m, T, 0);
+            memcpy(broken[plain], y, sizeof broken[plain]);
+            moe_layer_free(m);
+        }
+        double size = largest(clean[1], NULL, T * D), hardly = largest(clean[0], clean[1], T * D) / size;
+        double robust = largest(broken[0], clean[0], T * D) / size, plain = largest(broken[1], clean[1], T * D) / size;
+        printf("    robust, %d of %d experts are noise: y is off by %.2g of its largest, plain by %.2g; none: by %.2g\n", (int)(k * 2 / 5), (int)k,
+               robust, plain, hardly);
+        CHECK(hardly < 0.1 && robust < 0.2 && plain > 5);
+    }
+}
+
+/* ---- ecology, growth: entropy ---- */
+static double token_entropy(const moe_tape *t) {
+    size_t n = t->routes.n_experts;
+    double sum = 0;
+    for (size_t i = 0; i < t->n_tokens * n; i++)
+        if (t->prob[i] > 0) sum -= (double)t->prob[i] * log((double)t->prob[i]) / (double)t->n_tokens;
+    return sum;
+}
+static void test_ecology(void) {
+    enum { T = 100 };
+    moe_layer *m = row("ecology", "");
+    if (!m) return;
+    tokens(T);
+    scale(m, "router", 5);
+    CHECK(count_of(m, "router.proj") == D * D / 2 && count_of(m, "router") == D / 2 * E); /* an MLP, d / 2 wide */
+    double last = 0;
+    for (float temperature = 0.25f; temperature < 20; temperature *= 2) {
+        moe_layer_side(m)->temperature = temperature;
+        const moe_tape *t = go(m, T, 1);
+        double h = token_entropy(t);
+        CHECK(h > last + 0.001 && h < log(E));
+        last = h;
+        for (size_t i = 0; i < T; i++) { /* softmax(z / temperature) */
+            double sum = 0;
+            for (size_t e = 0; e < E; e++) sum += exp(((double)t->logits[i * E + e] - (double)t->logits[i * E]) / (double)temperature);
+            CHECK_NEAR(t->prob[i * E], 1 / sum, 1e-5);
+        }
+    }
+    CHECK(last > 0.99 * log(E));
+    moe_layer_free(m);
+}
+static void test_growth(void) {
+    enum { T = 64 };
+    double end[2] = {0, 0}, begin = 0;
+    for (int without = 0; without < 2; without++) {
+        moe_layer *m = row("growth", without ? "loss.entropy=0" : "");
+        if (!m) return;
+        test_seed = 5;
+        tokens(T);
+        CHECK(moe_layer_desc(m)->n_experts == 3 && moe_layer_desc(m)->top_k == 2);
+        scale(m, "router", 6);
+        begin = token_entropy(go(m, T, 1));
+        memset(dy, 0, T * D * sizeof *dy);
+        for (int i = 0; i < 50; i++) go(m, T, 0), back_and_step(m, 0.01f);
+        end[without] = token_entropy(go(m, T, 1));
+        moe_layer_free(m);
+    }
+    CHECK(end[0] > begin + 0.2 && end[0] < log(3) + 1e-6 && end[1] < begin + 0.02);
+}
+
+/* @more */
+
 int main(void) {
     RUN(test_dense);
     RUN(test_softmax_topk);
@@ -806,6 +1350,19 @@ int main(void) {
     RUN(test_sinkhorn);
     RUN(test_base);
     RUN(test_soft_moe);
+    RUN(test_sparsemixer);
+    RUN(test_spheres);
+    RUN(test_simbal);
+    RUN(test_ermoe);
+    RUN(test_mot);
+    RUN(test_vqmoe);
+    RUN(test_locmoe);
+    RUN(test_smear);
+    RUN(test_smoe_dropout);
+    RUN(test_gating_dropout);
+    RUN(test_robust);
+    RUN(test_ecology);
+    RUN(test_growth);
     CHECK(test_live_blocks == 0);
     return test_end();
 }

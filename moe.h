@@ -3340,23 +3340,24 @@ static void moe__random_forward(const moe__job *j, size_t t0, size_t t1) {
 typedef struct moe__score_row {
     const char *name;
     int relu;                                                 /* of the logits, after the noise */
+    int blind;                                                /* the logits can be finite although x is not */
     void (*prepare)(const moe__job *j);                       /* once a batch, after m->xr */
     void (*forward)(const moe__job *j, size_t t0, size_t t1); /* tape.logits, or m->soft */
     void (*backward)(const moe__job *j);                      /* from m->dlogits, or m->dsoft: += drouter, += dx; NULL: no gradient */
 } moe__score_row;
 static const moe__score_row moe__scores[MOE__SCORE_COUNT] = {
-    {"default", 0, NULL, NULL, NULL},
-    {"linear", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"unit", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"mlp", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"cosine", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"projected", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"normed", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"prototype", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"slice", 1, NULL, moe__slice_forward, moe__slice_backward},
-    {"subspace", 0, NULL, moe__subspace_forward, moe__subspace_backward},
-    {"hash", 0, NULL, moe__hash_forward, NULL},
-    {"random", 0, NULL, moe__random_forward, NULL},
+    {"default", 0, 0, NULL, NULL, NULL},
+    {"linear", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"unit", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"mlp", 0, 1, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"cosine", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"projected", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"normed", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"prototype", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"slice", 1, 1, NULL, moe__slice_forward, moe__slice_backward},
+    {"subspace", 0, 1, NULL, moe__subspace_forward, moe__subspace_backward},
+    {"hash", 0, 1, NULL, moe__hash_forward, NULL},
+    {"random", 0, 1, NULL, moe__random_forward, NULL},
 };
 
 /* -- noise on the logits -- */
@@ -7997,6 +7998,8 @@ static void moe__task_route(void *arg, size_t i, size_t worker) {
     (void)worker;
     score->forward(j, t0, t1);
     j->m->bad[i] = (unsigned char)(j->m->soft && !moe__all_finite((t1 - t0) * j->dims->N, j->m->soft + t0 * j->dims->N));
+    for (size_t p = 0; p < j->dims->dp && score->blind; p++)
+        j->m->bad[i] |= (unsigned char)!moe__all_finite((t1 - t0) * MOE__W, j->m->xp + (p * j->t->n_tokens + t0) * MOE__W);
     if (j->m->bad[i]) return;
     if (j->m->soft) moe__soft_weights(j, t0, t1);
     moe__residual_add(j, t0, t1);

@@ -1330,7 +1330,432 @@ static void test_growth(void) {
     CHECK(end[0] > begin + 0.2 && end[0] < log(3) + 1e-6 && end[1] < begin + 0.02);
 }
 
-/* @more */
+/* ---- bad input, for every score and every selection ---- */
+static const char *const stages[] = { /* each score, and each selection with the gates and combinations that it goes with */
+    "score=linear", "score=unit", "score=mlp", "score=mlp d_router=1", "score=cosine", "score=projected", "score=normed", "score=prototype",
+    "score=slice", "score=subspace expert=orthonormal", "score=hash", "score=random",
+    "select=top-k threshold=0.3", "select=groups", "select=top-p", "select=threshold gate=relu", "select=threshold gate=sigmoid threshold=0.5",
+    "select=threshold gate=sign score=cosine", "select=expert-choice", "select=sinkhorn", "select=auction gate=sigmoid",
+    "select=sampled gate=sparsemixer", "select=all", "select=all gate=softmax-selected", "combine=soft select=all score=cosine",
+    "combine=soft select=all", "combine=merge select=all", "combine=merge select=all score=normed", "combine=robust", "n_codes=16",
+    "noise=learned", "route_sequence=true", "jitter=0.1", "gate_drop=1 n_ranks=1", "random_steps=9"};
+enum { STAGES = sizeof stages / sizeof *stages };
+static int is_auction(const char *stage) { return strstr(stage, "auction") != NULL; }
+static int finite_all(const float *v, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(v[i])) return 0;
+    return 1;
+}
+/* Forward, and in training backward and step: everything stays finite. */
+static void whole_step(const char *stage, const char *more, size_t T, moe_layer *m, int evaluate) {
+    static float back[MAX_TOKENS * D];
+    double norm = NAN;
+    moe_layer_side(m)->evaluate = evaluate;
+    moe_status s = moe_forward(m, x, T, y);
+    if (!s) s = moe_backward(m, dy, back);
+    if (!s) s = moe_layer_grad_norm(m, &norm);
+    int ok = CHECK_OK(s) && CHECK(finite_all(y, T * D)) && CHECK(finite_all(back, T * D)) && CHECK(isfinite(norm)) && CHECK_OK(moe_step(m, 0.01f));
+    if (!ok) printf("        %s %s, %d tokens, evaluate %d\n", stage, more, (int)T, evaluate);
+}
+static void test_odd_sizes(void) {
+    static const char *const sizes[] = {"", "n_experts=1 top_k=1", "n_experts=8 top_k=8", "n_experts=2 top_k=1 d_model=2", "sequence=1", "sequence=0"};
+    tokens(64);
+    for (size_t i = 0; i < STAGES; i++)
+        for (size_t k = 0; k < 6; k++) {
+            char more[200];
+            if (is_auction(stages[i]) && k == 2) continue;
+            if (strstr(stages[i], "n_codes") && k == 1) snprintf(more, sizeof more, "%s %s", stages[i], "n_experts=1 top_k=1 n_codes=1");
+            else snprintf(more, sizeof more, "%s %s", stages[i], sizes[k]);
+            if (k == 3) strncat(more, " d_ff=1", sizeof more - strlen(more) - 1);
+            moe_layer *m = row(NULL, more);
+            if (!m) continue;
+            for (size_t T = 0; T <= 24; T += T < 2 ? 1 : 22)
+                for (int evaluate = 0; evaluate < 2; evaluate++) {
+                    if (is_auction(stages[i]) && !evaluate && T % moe_layer_desc(m)->n_experts) {
+                        moe_layer_side(m)->evaluate = 0;
+                        CHECK_STATUS(moe_forward(m, x, T, y), MOE_E_UNEVEN);
+                    } else whole_step(stages[i], sizes[k], T, m, evaluate);
+                }
+            moe_layer_free(m);
+        }
+}
+static void test_too_many(void) { /* k > E, and what does not fit */
+    static const struct { const char *more; moe_status status; } bad[] = {
+        {"n_experts=4 top_k=5", MOE_E_TOP_K}, {"n_experts=1 top_k=2", MOE_E_TOP_K}, {"score=slice d_model=17", MOE_E_SLICE},
+        {"score=slice d_model=4", MOE_E_SLICE}, {"score=subspace", MOE_E_SUBSPACE}, {"select=auction top_k=2", MOE_E_TOP_K},
+        {"select=groups n_groups=3", MOE_E_GROUPS}, {"select=groups n_groups=4 top_groups=1 top_k=3", MOE_E_TOP_GROUPS},
+        {"select=groups n_groups=4 top_groups=5", MOE_E_TOP_GROUPS}};
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_desc d = row_desc(NULL, stages[i]), r;
+        moe_layer *m = NULL;
+        d.n_experts = 4, d.top_k = 5;
+        CHECK_STATUS(moe_layer_new(&m, &d), MOE_E_TOP_K);
+        CHECK_STATUS(moe_desc_resolve(&d, &r), MOE_E_TOP_K);
+        CHECK(m == NULL);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        moe_desc d = row_desc(NULL, bad[i].more), r;
+        if (!CHECK_STATUS(moe_desc_resolve(&d, &r), bad[i].status)) printf("        %s\n", bad[i].more);
+    }
+}
+static void test_not_finite(void) {
+    enum { T = 40 };
+    static const float odd[] = {NAN, INFINITY, -INFINITY};
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_layer *m = row(NULL, stages[i]);
+        if (!m) continue;
+        uint64_t hash = moe_layer_hash(m);
+        for (size_t k = 0; k < 3; k++)
+            for (size_t at = 0; at < T * D; at += 7 * D + 5) {
+                tokens(T);
+                for (size_t c = 0; c < T * D; c++) y[c] = 7;
+                x[at] = odd[k];
+                moe_layer_side(m)->evaluate = at % 2 == 1;
+                moe_status s = moe_forward(m, x, T, y);
+                if (!CHECK_STATUS(s, MOE_E_NAN_X)) printf("        %s, %g\n", stages[i], (double)odd[k]);
+                for (size_t c = 0; c < T * D && s; c++)
+                    if (!CHECK(y[c] == 7)) break;
+                CHECK_STATUS(moe_backward(m, dy, NULL), MOE_E_NO_FORWARD);
+            }
+        CHECK(moe_layer_hash(m) == hash);
+        tokens(T);
+        whole_step(stages[i], "after NaN", T, m, 0);
+        moe_layer_free(m);
+    }
+}
+static void zero_router(moe_layer *m) {
+    moe_tensor t;
+    for (size_t i = 0; i < moe_layer_tensors(m); i++) {
+        CHECK_OK(moe_layer_tensor(m, i, &t));
+        if (!strncmp(t.name, "router", 6)) set(m, t.name, test_floats(t.count));
+    }
+}
+static void test_equal_logits(void) {
+    enum { T = 40 };
+    tokens(T);
+    for (size_t i = 0; i < STAGES; i++) { /* nothing breaks */
+        moe_layer *m = row(NULL, stages[i]);
+        if (!m) continue;
+        for (int evaluate = 0; evaluate < 2; evaluate++) {
+            zero_router(m);
+            whole_step(stages[i], "zero router", T, m, evaluate);
+        }
+        memset(x, 0, T * D * sizeof *x); /* nor with tokens that have no direction */
+        whole_step(stages[i], "zero tokens", T, m, 0);
+        tokens(T);
+        moe_layer_free(m);
+    }
+    /* what is chosen: the lowest index */
+    static const struct { const char *more; size_t n[2]; } rows[] = {
+        {"", {2, 2}}, {"gate=sigmoid top_k=5", {5, 5}}, {"gate=softmax-selected top_k=8", {8, 8}}, {"select=groups n_groups=4 top_groups=2 top_k=3", {3, 3}},
+        {"select=top-p top_p=0.4", {4, 4}}, {"select=threshold gate=relu", {0, 1}}, {"select=threshold gate=sigmoid threshold=0.4", {8, 8}},
+        {"select=sinkhorn top_k=3", {3, 3}}, {"select=all", {8, 8}}, {"score=unit", {2, 2}}, {"score=cosine", {2, 2}}, {"score=mlp", {2, 2}},
+        {"score=projected", {2, 2}}, {"score=normed", {2, 2}}, {"score=prototype", {2, 2}}, {"n_codes=9", {2, 2}}, {"combine=robust top_k=3", {3, 3}}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_layer *m = row(NULL, rows[i].more);
+        if (!m) continue;
+        zero_router(m);
+        for (int evaluate = 0; evaluate < 2; evaluate++) {
+            const moe_tape *t = go(m, T, evaluate);
+            size_t wrong = 0;
+            for (size_t a = 0; a < T; a++) {
+                wrong += choices(t, a) != rows[i].n[evaluate];
+                for (size_t k = 0; k < rows[i].n[evaluate]; k++) wrong += t->index[a * t->n_slots + k] != (int32_t)k;
+            }
+            if (!CHECK(wrong == 0)) printf("        %s\n", rows[i].more);
+        }
+        moe_layer_free(m);
+    }
+    moe_layer *m = row(NULL, "select=expert-choice top_k=2");
+    if (!m) return;
+    zero_router(m);
+    const moe_tape *t = go(m, T, 0);
+    for (size_t a = 0; a < T; a++) CHECK(choices(t, a) == (a < T / 4 ? E : 0)); /* T k / E = the first ten tokens */
+    moe_layer_free(m);
+    m = row(NULL, "select=auction");
+    if (!m) return;
+    zero_router(m);
+    t = go(m, T, 0);
+    for (size_t e = 0; e < E; e++) CHECK(t->routes.load[e] == T / E);
+    CHECK(go(m, T, 1)->routes.load[0] == T);
+    moe_layer_free(m);
+}
+static void test_one_huge_logit(void) {
+    enum { T = 40 };
+    static const char *const selects[] = {"", "gate=softmax-selected", "gate=sigmoid", "select=groups n_groups=4 top_groups=1", "select=top-p",
+        "select=threshold gate=sigmoid threshold=0.5", "select=threshold gate=sign", "select=expert-choice", "select=sinkhorn", "select=auction",
+        "select=sampled gate=sparsemixer", "select=all", "combine=soft select=all", "combine=merge select=all", "combine=robust top_k=3", "n_codes=8",
+        "noise=gaussian", "random_second=true", "learn_temperature=true", "temperature=0.01"};
+    tokens(T);
+    for (size_t i = 0; i < sizeof selects / sizeof *selects; i++)
+        for (int sign = -1; sign <= 1; sign += 2)
+            for (int evaluate = 0; evaluate < 2; evaluate++) {
+                moe_layer *m = row(NULL, selects[i]);
+                if (!m) continue;
+                lean(m, 3, (float)sign * 1e30f);
+                whole_step(selects[i], sign > 0 ? "1e30" : "-1e30", T, m, evaluate);
+                const moe_tape *t = moe_layer_tape(m);
+                int per_token = !strstr(selects[i], "auction") && !strstr(selects[i], "combine=soft") && !strstr(selects[i], "expert-choice") &&
+                                !(strstr(selects[i], "sinkhorn") && !evaluate);
+                for (size_t a = 0; a < T && per_token && sign > 0; a++)
+                    if (!CHECK(t->index[a * t->n_slots] == 3)) { printf("        %s\n", selects[i]); break; }
+                for (size_t a = 0; a < T; a++) CHECK_WITHIN(t->prob[a * E + 3], sign > 0, 0);
+                moe_layer_free(m);
+            }
+    for (int sign = -1; sign <= 1; sign += 2) { /* too large: said, not computed with */
+        moe_layer *m = row(NULL, "");
+        if (!m) return;
+        float *R = get(m, "router");
+        for (size_t c = 0; c < D; c++) R[c * E + 3] = (float)sign * 3e38f;
+        set(m, "router", R);
+        for (size_t k = 0; k < T * D; k++) x[k] = 1;
+        CHECK_STATUS(moe_forward(m, x, T, y), MOE_E_NAN_X);
+        moe_layer_free(m);
+    }
+}
+/* level 1: NaN, everything equal, and all -infinity but one */
+static void test_one_finite(void) {
+    enum { T = 5 };
+    float s[T * E];
+    int32_t index[T * E];
+    for (size_t i = 0; i < T * E; i++) s[i] = i % E == 6 ? 0.5f : -INFINITY;
+    for (int way = 0; way < 3; way++) { /* of groups every sum of two is -infinity, so the first two are the best */
+        size_t k = 2;
+        if (way == 0) CHECK_OK(moe_topk(T, E, k, s, index, NULL));
+        if (way == 1) CHECK_OK(moe_topk_groups(T, E, k, 4, 2, s, index));
+        if (way == 2) CHECK_OK(moe_topk_threshold(T, E, k, -1, NULL, 0, s, index));
+        for (size_t i = 0; i < T; i++) CHECK(index[i * k] == (way == 1 ? 0 : 6) && index[i * k + 1] == (way == 2 ? -1 : way == 1 ? 1 : 0));
+    }
+    CHECK_OK(moe_expert_choice(T, E, 2, E, s, index, NULL, 0));
+    CHECK_STATUS(moe_sinkhorn(T, E, 1, 5, s, x, NULL, 0), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_auction(E, E, x, NULL, NULL, 0), MOE_E_NULL_INDEX);
+    for (size_t i = 0; i < T * E; i++) s[i] = i == 17 ? NAN : 0;
+    CHECK_STATUS(moe_topk(T, E, 2, s, index, NULL), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_topk_groups(T, E, 2, 4, 2, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_topk_threshold(T, E, 2, 0, NULL, 0, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_top_p(T, E, E, 0.5f, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_expert_choice(T, E, 2, E, s, index, NULL, 0), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_sinkhorn(T, E, 1, 5, s, x, NULL, 0), MOE_E_NAN_LOGITS);
+}
+static void test_level_two(void) {
+    enum { T = 24 };
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_layer *m = row(NULL, stages[i]), *other = row(NULL, "d_model=32");
+        if (!m || !other) return;
+        moe_desc d = *moe_layer_desc(m);
+        moe_tape *t = NULL;
+        size_t n = 0, most = 0;
+        CHECK_OK(moe_router_count(&d, &n));
+        float *router = test_floats(n);
+        CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON));
+        tokens(T + 1);
+        for (size_t k = 0; k < n; k++) router[k] = NAN;
+        t->side.experts = m->part[MOE_PART_PARAMS];
+        if (n) CHECK_STATUS(moe_route(&d, NULL, x, T, t), MOE_E_NULL_PARAMS);
+        CHECK_STATUS(moe_route(&d, router, NULL, T, t), MOE_E_NULL_X);
+        CHECK_STATUS(moe_route(&d, router, x, T, NULL), MOE_E_NULL_TAPE);
+        CHECK_STATUS(moe_route(NULL, router, x, T, t), MOE_E_NULL_DESC);
+        CHECK_STATUS(moe_route(&d, router, x, T + 1, t), MOE_E_N_TOKENS);
+        CHECK_STATUS(moe_route(moe_layer_desc(other), router, x, T, t), MOE_E_TAPE_DESC);
+        CHECK_STATUS(moe_route_backward(&d, router, t, NULL, NULL, NULL, NULL), MOE_E_NO_FORWARD);
+        if (count_of(m, "router") && !strstr(stages[i], "n_codes")) /* the router is NaN */
+            if (!CHECK_STATUS(moe_route(&d, router, x, T, t), MOE_E_NAN_X)) printf("        %s\n", stages[i]);
+        if (d.score == MOE_SCORE_SUBSPACE) {
+            t->side.experts = NULL;
+            CHECK_STATUS(moe_route(&d, router, x, T, t), MOE_E_NULL_EXPERTS);
+        }
+        t->side.experts = m->part[MOE_PART_PARAMS];
+        memset(router, 0, n * sizeof *router);
+        CHECK_OK(moe_route(&d, router, x, T, t));
+        for (size_t e = 0; e < E; e++) most += kept(t, e);
+        CHECK(most == t->routes.n_routes);
+        CHECK_OK(moe_route(&d, router, NULL, 0, t)); /* no tokens need no memory */
+        CHECK(t->routes.n_routes == 0);
+        free(router);
+        moe_tape_free(t);
+        moe_layer_free(m), moe_layer_free(other);
+    }
+    CHECK(moe_layer_side(NULL) == NULL && moe_layer_control(NULL) == NULL && moe_layer_step_load(NULL) == NULL);
+    double pes;
+    moe_layer *m = row("switch", "");
+    if (!m) return;
+    CHECK_STATUS(moe_layer_pes(NULL, x, 1, &pes), MOE_E_NULL_LAYER);
+    CHECK_STATUS(moe_layer_pes(m, NULL, 1, &pes), MOE_E_NULL_X);
+    CHECK_STATUS(moe_layer_pes(m, x, 1, NULL), MOE_E_NULL_OUT);
+    moe_layer_free(m);
+}
+
+/* ---- fields of the desc out of range: each its own status, whose field is the one that is wrong ---- */
+static void bad_field(const moe_desc *d, const char *field, moe_status want) {
+    moe_desc r, before;
+    moe_layer *m = NULL;
+    memset(&r, 0x5a, sizeof r);
+    memcpy(&before, &r, sizeof r);
+    moe_status s = moe_desc_resolve(d, &r);
+    if (!CHECK_STATUS(s, want)) printf("        %s\n", field);
+    CHECK(!memcmp(&r, &before, sizeof r)); /* nothing was written */
+    if (!CHECK(strstr(moe_status_field(s), field) != NULL)) printf("        %s: \"%s\"\n", field, moe_status_field(s));
+    CHECK_STATUS(moe_layer_new(&m, d), want);
+    CHECK(m == NULL);
+}
+static void test_fields(void) {
+    static const struct { const char *field, *text; moe_status status; } by_text[] = {
+        {"n_zero", "n_zero=8", MOE_E_SPECIAL_EXPERTS}, {"n_zero", "n_zero=3 n_copy=3 n_constant=2", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_zero=18446744073709551615 n_copy=1", MOE_E_SPECIAL_EXPERTS}, {"n_zero", "n_copy=1 combine=robust", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_constant=1 combine=merge select=all", MOE_E_SPECIAL_EXPERTS},
+        {"n_ranks", "n_ranks=9", MOE_E_N_RANKS}, {"d_ff", "expert=orthonormal d_ff=16", MOE_E_D_FF},
+        {"score", "score=subspace", MOE_E_SUBSPACE}, {"score", "score=subspace expert=orthonormal n_copy=1", MOE_E_SUBSPACE},
+        {"d_model", "score=slice d_model=12", MOE_E_SLICE}, {"gate", "gate=sparsemixer", MOE_E_GATE_SELECT}, {"gate", "select=sampled", MOE_E_GATE_SELECT},
+        {"gate", "gate=sign", MOE_E_GATE_SELECT}, {"select", "combine=soft", MOE_E_SELECT_COMBINE}, {"select", "combine=merge", MOE_E_SELECT_COMBINE},
+        {"select", "combine=merge select=all gate=sigmoid", MOE_E_SELECT_COMBINE}, {"select", "combine=soft select=all score=hash", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all noise=gaussian", MOE_E_SELECT_COMBINE}, {"select", "combine=soft select=all capacity_factor=1", MOE_E_SELECT_COMBINE},
+        {"route_sequence", "combine=merge select=all route_sequence=false", MOE_E_ROUTE_SEQUENCE},
+        {"route_sequence", "combine=soft select=all route_sequence=true", MOE_E_ROUTE_SEQUENCE}, {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
+        {"n_codes", "n_codes=7", MOE_E_N_CODES}, {"n_codes", "n_codes=8 jitter=0.1", MOE_E_N_CODES}, {"n_codes", "n_codes=8 combine=robust", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 n_zero=1", MOE_E_N_CODES}, {"soft_slots", "soft_slots=2", MOE_E_SOFT_SLOTS},
+        {"soft_slots", "combine=soft select=all soft_slots=131073", MOE_E_SOFT_SLOTS}, {"n_groups", "n_groups=3", MOE_E_GROUPS},
+        {"n_groups", "n_groups=512 n_experts=512", MOE_E_GROUPS}, {"top_groups", "n_groups=4 top_groups=5", MOE_E_TOP_GROUPS},
+        {"top_groups", "select=groups n_groups=8 top_groups=1 top_k=2", MOE_E_TOP_GROUPS}, {"top_k_min", "top_k_min=3 schedule_steps=5", MOE_E_TOP_K_MIN},
+        {"top_k_min", "top_k_min=1", MOE_E_TOP_K_MIN}, {"temperature_end", "temperature_end=2", MOE_E_TEMPERATURE_END},
+        {"top_k", "select=auction top_k=2", MOE_E_TOP_K}, {"controller", "controller=relu-lambda", MOE_E_CONTROLLER},
+        {"controller", "controller=relu-lambda gate=relu", MOE_E_CONTROLLER}, {"controller", "controller=adaptive", MOE_E_CONTROLLER},
+        {"loss", "loss.load=1", MOE_E_LOSS_STAGE}, {"loss", "loss.codebook=1", MOE_E_LOSS_STAGE}, {"loss", "loss.orthonormal=1", MOE_E_LOSS_STAGE}};
+    for (size_t i = 0; i < sizeof by_text / sizeof *by_text; i++) {
+        moe_desc d = row_desc(NULL, by_text[i].text);
+        bad_field(&d, by_text[i].field, by_text[i].status);
+    }
+#define BAD(member, value, status) do { moe_desc bad_ = row_desc(NULL, ""); bad_.member = value; bad_field(&bad_, #member, status); } while (0)
+    static const int past[] = {-1, -2, 50, 1 << 30};
+    for (int i = 0; i < 4; i++) {
+        BAD(noise, (moe_noise_kind)past[i], MOE_E_NOISE);
+        BAD(combine, (moe_combine_kind)past[i], MOE_E_COMBINE);
+        BAD(schedule, (moe_schedule_kind)past[i], MOE_E_SCHEDULE);
+        BAD(router_init, (moe_init_kind)past[i], MOE_E_ROUTER_INIT);
+        BAD(controller, (moe_control_kind)past[i], MOE_E_CONTROLLER);
+        int odd = i ? past[i] : 2;
+        BAD(route_sequence, odd, MOE_E_ROUTE_SEQUENCE);
+        BAD(freeze_router, odd, MOE_E_FREEZE_ROUTER);
+        BAD(residual, odd, MOE_E_RESIDUAL);
+        BAD(learn_temperature, odd, MOE_E_LEARN_TEMPERATURE);
+        BAD(fallback, odd, MOE_E_FALLBACK);
+        BAD(random_second, odd, MOE_E_RANDOM_SECOND);
+        BAD(gate_drop_experts, odd, MOE_E_GATE_DROP_EXPERTS);
+        BAD(zero_output, odd, MOE_E_ZERO_OUTPUT);
+    }
+    static const float wrong[] = {NAN, INFINITY, -INFINITY, -0.5f, -1, 1, 1.5f};
+    for (int i = 0; i < 7; i++) {
+        float v = wrong[i];
+        if (i != 5) { /* 1 itself is a probability */
+            BAD(gate_drop, v, MOE_E_GATE_DROP);
+            BAD(top_p, v, MOE_E_TOP_P);
+        }
+        BAD(expert_drop, v, MOE_E_EXPERT_DROP);
+        BAD(jitter, v, MOE_E_JITTER);
+        if (i >= 5) continue;
+        BAD(router_gain, v, MOE_E_ROUTER_GAIN);
+        BAD(noise_std, v, MOE_E_NOISE_STD);
+        BAD(weight_scale, v, MOE_E_WEIGHT_SCALE);
+        BAD(mask_jitter, v, MOE_E_MASK_JITTER);
+        BAD(sinkhorn_epsilon, v, MOE_E_SINKHORN);
+        BAD(robust_tau, v, MOE_E_ROBUST_TAU);
+        BAD(controller_rate, v, MOE_E_CONTROLLER_RATE);
+        BAD(temperature_end, v, MOE_E_TEMPERATURE_END);
+        if (i < 3) BAD(threshold, v, MOE_E_THRESHOLD);
+        if (i == 4) continue; /* MOE_OFF */
+        BAD(controller_damping, v, MOE_E_CONTROLLER_DAMPING);
+        BAD(capacity_factor_eval, v, MOE_E_CAPACITY_FACTOR_EVAL);
+    }
+#undef BAD
+}
+
+/* ---- the N-th allocation fails, for every N ---- */
+static void test_no_memory(void) {
+    enum { T = 24, SMALL = 8 };
+    static const char *const names[] = {"soft-moe", "smear", "vqmoe", "base", "sinkhorn", "robust", "ermoe", "expert-choice", "deepseek-v3", "moe++"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        moe_desc d = row_desc(names[i], "");
+        moe_layer *m = NULL;
+        tokens(T);
+        float want[T * D];
+        if (!CHECK_OK(moe_layer_new(&m, &d))) continue;
+        CHECK_OK(moe_forward(m, x, SMALL, y));
+        CHECK_OK(moe_forward(m, x, T, want));
+        CHECK_OK(moe_backward(m, dy, NULL));
+        CHECK_OK(moe_step(m, 0.01f));
+        uint64_t hash = moe_layer_hash(m);
+        moe_layer_free(m);
+        CHECK(test_live_blocks == 0);
+        for (long n = 0, failed = 1; failed && n < 100; n++) {
+            failed = 0;
+            for (int stage = 0; stage < 5; stage++) { /* each call is tried with n allocations left, and again with all */
+                moe_status s = MOE_OK;
+                for (int again = 0; again < 2; again++) {
+                    uint64_t before = m && stage ? moe_layer_hash(m) : 0;
+                    if (!again) test_fail_at = n;
+                    if (stage == 0) s = moe_layer_new(&m, &d);
+                    if (stage == 1) s = moe_forward(m, x, SMALL, y);
+                    if (stage == 2) s = moe_forward(m, x, T, y); /* the tape grows */
+                    if (stage == 3) s = moe_backward(m, dy, NULL);
+                    if (stage == 4) s = moe_step(m, 0.01f);
+                    test_fail_at = -1;
+                    if (!s) break;
+                    if (!CHECK(!again && moe_status_kind(s) == MOE_KIND_MEMORY)) printf("        %s: %s\n", names[i], moe_status_string(s));
+                    CHECK(stage ? moe_layer_hash(m) == before : m == NULL);
+                    if (stage == 2) CHECK_STATUS(moe_backward(m, dy, NULL), MOE_E_NO_FORWARD);
+                    failed = 1;
+                }
+                if (!CHECK_OK(s)) break;
+            }
+            CHECK_SAME(y, want, T * D);
+            CHECK(moe_layer_hash(m) == hash); /* as if nothing had happened */
+            moe_layer_free(m);
+            m = NULL;
+            CHECK(test_live_blocks == 0);
+            CHECK(n > 0 || failed);
+        }
+    }
+}
+
+/* ---- saving and loading: the same layer, the same next step ---- */
+static void test_save_load(void) {
+    enum { T = 24, STEPS = 3 };
+    for (size_t i = 0; i < moe_systems_count(); i++) {
+        const char *name = moe_system_at(i)->name;
+        moe_layer *m = row(name, ""), *back = NULL;
+        float again[T * D];
+        size_t bytes = 0;
+        if (!m) continue;
+        for (int step = 0; step < STEPS; step++) {
+            tokens(T);
+            go(m, T, 0), go(m, T, 0); /* one forward more than steps: draws are not steps */
+            back_and_step(m, 0.01f);
+        }
+        CHECK_OK(moe_layer_save_size(m, 1, &bytes));
+        unsigned char *file = (unsigned char *)test_memory(bytes, 1);
+        moe_desc surroundings = row_desc(name, "");
+        moe_status s = moe_layer_save_memory(m, 1, file, bytes);
+        if (!s) s = moe_layer_load_memory(&back, file, bytes, &surroundings);
+        free(file);
+        if (!CHECK_OK(s)) { printf("        %s\n", name); moe_layer_free(m); continue; }
+        int same = CHECK(moe_layer_hash(m) == moe_layer_hash(back));
+        const moe_control *a = moe_layer_control(m), *b = moe_layer_control(back);
+        same &= CHECK(a->n_state == b->n_state && a->kind == b->kind);
+        if (same && a->n_state) CHECK_SAME(a->state, b->state, a->n_state);
+        for (int step = 0; step < 2; step++) {
+            tokens(T);
+            go(back, T, 0);
+            memcpy(again, y, sizeof again);
+            go(m, T, 0);
+            same &= CHECK_SAME(y, again, T * D);
+            back_and_step(m, 0.01f), back_and_step(back, 0.01f);
+            same &= CHECK(moe_layer_hash(m) == moe_layer_hash(back));
+            if (a->n_state) same &= CHECK_SAME(a->state, b->state, a->n_state);
+        }
+        for (int l = 0; l < MOE_LOSS_COUNT; l++) CHECK_BITS(moe_layer_desc(m)->loss[l], moe_layer_desc(back)->loss[l]);
+        if (!same) printf("        %s\n", name);
+        moe_layer_free(m), moe_layer_free(back);
+    }
+}
 
 int main(void) {
     RUN(test_dense);
@@ -1363,6 +1788,16 @@ int main(void) {
     RUN(test_robust);
     RUN(test_ecology);
     RUN(test_growth);
+    RUN(test_odd_sizes);
+    RUN(test_too_many);
+    RUN(test_not_finite);
+    RUN(test_equal_logits);
+    RUN(test_one_huge_logit);
+    RUN(test_one_finite);
+    RUN(test_level_two);
+    RUN(test_fields);
+    RUN(test_no_memory);
+    RUN(test_save_load);
     CHECK(test_live_blocks == 0);
     return test_end();
 }

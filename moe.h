@@ -215,7 +215,7 @@ typedef enum moe_kind {
     X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be 0 to 1")                              \
     X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite (and every expert's own), or in a desc MOE_OFF") \
     X(MOE_E_SINKHORN, ARGUMENT, "sinkhorn_epsilon", "sinkhorn_epsilon: must be finite and above 0")          \
-    X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1]")                                \
+    X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1], and 0 with select = sinkhorn, auction or sampled and with combine = soft or merge") \
     X(MOE_E_EXPERT_DROP, ARGUMENT, "expert_drop", "expert_drop: must be in [0, 1)")                          \
     X(MOE_E_CAPACITY_FACTOR_EVAL, ARGUMENT, "capacity_factor_eval", "capacity_factor_eval: must be finite and above 0, or 0, or MOE_OFF") \
     X(MOE_E_ROBUST_TAU, ARGUMENT, "robust_tau", "robust_tau: must be finite and above 0")                    \
@@ -312,7 +312,7 @@ typedef enum moe_score_kind { /* x (T, d) -> logits (T, E); h = d_router */
     MOE_SCORE_SLICE,     /* relu(mean of slice e of x), d % E == 0, as in LocMoE [P]; no parameters */
     MOE_SCORE_SUBSPACE,  /* |V_e^T x| / |x|, V_e = w1 of expert e, after ERMoE [S]; needs expert = orthonormal */
     MOE_SCORE_HASH,      /* by side.id alone (NULL: the token's position in its sequence); no parameters, no gradient */
-    MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each forward; no parameters, no gradient */
+    MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each training forward; no parameters, no gradient */
     MOE__SCORE_COUNT
 } moe_score_kind;
 
@@ -7567,6 +7567,9 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
         return MOE_E_GATE_SELECT;
     if ((soft || merge) && (d->select != MOE_SELECT_ALL || d->gate != MOE_GATE_SOFTMAX || d->capacity_factor != (float)MOE_OFF)) return MOE_E_SELECT_COMBINE;
     if (soft && (!moe__latent_score(d->score) || d->noise != MOE_NOISE_NONE)) return MOE_E_SELECT_COMBINE;
+    if (d->gate_drop > 0.0f && (soft || merge || d->select == MOE_SELECT_SINKHORN || d->select == MOE_SELECT_AUCTION ||
+                                d->select == MOE_SELECT_SAMPLED))
+        return MOE_E_GATE_DROP; /* they cannot leave experts out */
     if (merge && d->route_sequence != MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->residual == MOE_ON) return MOE_E_RESIDUAL;

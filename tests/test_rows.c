@@ -673,6 +673,8 @@ static void test_random(void) {
         if (round) CHECK(same < T / E * 2); /* new ones: about one in E repeats */
         memcpy(before, t->index, sizeof before);
     }
+    memcpy(before, go(m, T, 1)->index, sizeof before);
+    CHECK(!memcmp(before, go(m, T, 1)->index, sizeof before)); /* evaluation can be repeated */
     double chi = 0, expected = (double)T * ROUNDS / (E * (E - 1));
     for (size_t a = 0; a < E; a++)
         for (size_t b = 0; b < E; b++)
@@ -1274,8 +1276,8 @@ static void test_robust(void) {
         }
         double size = largest(clean[1], NULL, T * D), hardly = largest(clean[0], clean[1], T * D) / size;
         double robust = largest(broken[0], clean[0], T * D) / size, plain = largest(broken[1], clean[1], T * D) / size;
-        printf("    robust, %d of %d experts are noise: y is off by %.2g of its largest, plain by %.2g; none: by %.2g\n", (int)(k * 2 / 5), (int)k,
-               robust, plain, hardly);
+        printf("    robust, %d of %d experts are noise: y is off by %.2g of its largest, plain by %.2g; none: by %.2g\n",
+               (int)(k * 2 / 5), (int)k, robust, plain, hardly);
         CHECK(hardly < 0.1 && robust < 0.2 && plain > 5);
     }
 }
@@ -1334,11 +1336,13 @@ static void test_growth(void) {
 static const char *const stages[] = { /* each score, and each selection with the gates and combinations that it goes with */
     "score=linear", "score=unit", "score=mlp", "score=mlp d_router=1", "score=cosine", "score=projected", "score=normed", "score=prototype",
     "score=slice", "score=subspace expert=orthonormal", "score=hash", "score=random",
-    "select=top-k threshold=0.3", "select=groups", "select=top-p", "select=threshold gate=relu", "select=threshold gate=sigmoid threshold=0.5",
+    "select=top-k threshold=0.3", "select=groups", "select=top-p", "select=threshold gate=relu",
+    "select=threshold gate=sigmoid threshold=0.5",
     "select=threshold gate=sign score=cosine", "select=expert-choice", "select=sinkhorn", "select=auction gate=sigmoid",
     "select=sampled gate=sparsemixer", "select=all", "select=all gate=softmax-selected", "combine=soft select=all score=cosine",
     "combine=soft select=all", "combine=merge select=all", "combine=merge select=all score=normed", "combine=robust", "n_codes=16",
-    "noise=learned", "route_sequence=true", "jitter=0.1", "gate_drop=1 n_ranks=1", "random_steps=9"};
+    "noise=learned", "route_sequence=true", "jitter=0.1", "gate_drop=1", "gate_drop=1 n_ranks=1 gate_drop_experts=true",
+    "random_steps=9"};
 enum { STAGES = sizeof stages / sizeof *stages };
 static int is_auction(const char *stage) { return strstr(stage, "auction") != NULL; }
 static int finite_all(const float *v, size_t n) {
@@ -1354,11 +1358,13 @@ static void whole_step(const char *stage, const char *more, size_t T, moe_layer 
     moe_status s = moe_forward(m, x, T, y);
     if (!s) s = moe_backward(m, dy, back);
     if (!s) s = moe_layer_grad_norm(m, &norm);
-    int ok = CHECK_OK(s) && CHECK(finite_all(y, T * D)) && CHECK(finite_all(back, T * D)) && CHECK(isfinite(norm)) && CHECK_OK(moe_step(m, 0.01f));
+    int ok = CHECK_OK(s) && CHECK(finite_all(y, T * D)) && CHECK(finite_all(back, T * D)) && CHECK(isfinite(norm)) &&
+             CHECK_OK(moe_step(m, 0.01f));
     if (!ok) printf("        %s %s, %d tokens, evaluate %d\n", stage, more, (int)T, evaluate);
 }
 static void test_odd_sizes(void) {
-    static const char *const sizes[] = {"", "n_experts=1 top_k=1", "n_experts=8 top_k=8", "n_experts=2 top_k=1 d_model=2", "sequence=1", "sequence=0"};
+    static const char *const sizes[] = {"", "n_experts=1 top_k=1", "n_experts=8 top_k=8", "n_experts=2 top_k=1 d_model=2", "sequence=1",
+        "sequence=0"};
     tokens(64);
     for (size_t i = 0; i < STAGES; i++)
         for (size_t k = 0; k < 6; k++) {
@@ -1447,10 +1453,13 @@ static void test_equal_logits(void) {
     }
     /* what is chosen: the lowest index */
     static const struct { const char *more; size_t n[2]; } rows[] = {
-        {"", {2, 2}}, {"gate=sigmoid top_k=5", {5, 5}}, {"gate=softmax-selected top_k=8", {8, 8}}, {"select=groups n_groups=4 top_groups=2 top_k=3", {3, 3}},
+        {"", {2, 2}}, {"gate=sigmoid top_k=5", {5, 5}}, {"gate=softmax-selected top_k=8", {8, 8}},
+        {"select=groups n_groups=4 top_groups=2 top_k=3", {3, 3}},
         {"select=top-p top_p=0.4", {4, 4}}, {"select=threshold gate=relu", {0, 1}}, {"select=threshold gate=sigmoid threshold=0.4", {8, 8}},
-        {"select=sinkhorn top_k=3", {3, 3}}, {"select=all", {8, 8}}, {"score=unit", {2, 2}}, {"score=cosine", {2, 2}}, {"score=mlp", {2, 2}},
-        {"score=projected", {2, 2}}, {"score=normed", {2, 2}}, {"score=prototype", {2, 2}}, {"n_codes=9", {2, 2}}, {"combine=robust top_k=3", {3, 3}}};
+        {"select=sinkhorn top_k=3", {3, 3}}, {"select=all", {8, 8}}, {"score=unit", {2, 2}}, {"score=cosine", {2, 2}},
+        {"score=mlp", {2, 2}},
+        {"score=projected", {2, 2}}, {"score=normed", {2, 2}}, {"score=prototype", {2, 2}}, {"n_codes=9", {2, 2}},
+        {"combine=robust top_k=3", {3, 3}}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         moe_layer *m = row(NULL, rows[i].more);
         if (!m) continue;
@@ -1482,9 +1491,12 @@ static void test_equal_logits(void) {
 }
 static void test_one_huge_logit(void) {
     enum { T = 40 };
-    static const char *const selects[] = {"", "gate=softmax-selected", "gate=sigmoid", "select=groups n_groups=4 top_groups=1", "select=top-p",
-        "select=threshold gate=sigmoid threshold=0.5", "select=threshold gate=sign", "select=expert-choice", "select=sinkhorn", "select=auction",
-        "select=sampled gate=sparsemixer", "select=all", "combine=soft select=all", "combine=merge select=all", "combine=robust top_k=3", "n_codes=8",
+    static const char *const selects[] = {"", "gate=softmax-selected", "gate=sigmoid", "select=groups n_groups=4 top_groups=1",
+        "select=top-p",
+        "select=threshold gate=sigmoid threshold=0.5", "select=threshold gate=sign", "select=expert-choice", "select=sinkhorn",
+        "select=auction",
+        "select=sampled gate=sparsemixer", "select=all", "combine=soft select=all", "combine=merge select=all", "combine=robust top_k=3",
+        "n_codes=8",
         "noise=gaussian", "random_second=true", "learn_temperature=true", "temperature=0.01"};
     tokens(T);
     for (size_t i = 0; i < sizeof selects / sizeof *selects; i++)
@@ -1495,8 +1507,8 @@ static void test_one_huge_logit(void) {
                 lean(m, 3, (float)sign * 1e30f);
                 whole_step(selects[i], sign > 0 ? "1e30" : "-1e30", T, m, evaluate);
                 const moe_tape *t = moe_layer_tape(m);
-                int per_token = !strstr(selects[i], "auction") && !strstr(selects[i], "combine=soft") && !strstr(selects[i], "expert-choice") &&
-                                !(strstr(selects[i], "sinkhorn") && !evaluate);
+                int per_token = !strstr(selects[i], "auction") && !strstr(selects[i], "combine=soft") &&
+                                !strstr(selects[i], "expert-choice") && !(strstr(selects[i], "sinkhorn") && !evaluate);
                 for (size_t a = 0; a < T && per_token && sign > 0; a++)
                     if (!CHECK(t->index[a * t->n_slots] == 3)) { printf("        %s\n", selects[i]); break; }
                 for (size_t a = 0; a < T; a++) CHECK_WITHIN(t->prob[a * E + 3], sign > 0, 0);
@@ -1601,30 +1613,48 @@ static void bad_field(const moe_desc *d, const char *field, moe_status want) {
 static void test_fields(void) {
     static const struct { const char *field, *text; moe_status status; } by_text[] = {
         {"n_zero", "n_zero=8", MOE_E_SPECIAL_EXPERTS}, {"n_zero", "n_zero=3 n_copy=3 n_constant=2", MOE_E_SPECIAL_EXPERTS},
-        {"n_zero", "n_zero=18446744073709551615 n_copy=1", MOE_E_SPECIAL_EXPERTS}, {"n_zero", "n_copy=1 combine=robust", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_zero=18446744073709551615 n_copy=1", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_copy=1 combine=robust", MOE_E_SPECIAL_EXPERTS},
         {"n_zero", "n_constant=1 combine=merge select=all", MOE_E_SPECIAL_EXPERTS},
         {"n_ranks", "n_ranks=9", MOE_E_N_RANKS}, {"d_ff", "expert=orthonormal d_ff=16", MOE_E_D_FF},
         {"score", "score=subspace", MOE_E_SUBSPACE}, {"score", "score=subspace expert=orthonormal n_copy=1", MOE_E_SUBSPACE},
-        {"d_model", "score=slice d_model=12", MOE_E_SLICE}, {"gate", "gate=sparsemixer", MOE_E_GATE_SELECT}, {"gate", "select=sampled", MOE_E_GATE_SELECT},
-        {"gate", "gate=sign", MOE_E_GATE_SELECT}, {"select", "combine=soft", MOE_E_SELECT_COMBINE}, {"select", "combine=merge", MOE_E_SELECT_COMBINE},
-        {"select", "combine=merge select=all gate=sigmoid", MOE_E_SELECT_COMBINE}, {"select", "combine=soft select=all score=hash", MOE_E_SELECT_COMBINE},
-        {"select", "combine=soft select=all noise=gaussian", MOE_E_SELECT_COMBINE}, {"select", "combine=soft select=all capacity_factor=1", MOE_E_SELECT_COMBINE},
+        {"d_model", "score=slice d_model=12", MOE_E_SLICE}, {"gate", "gate=sparsemixer", MOE_E_GATE_SELECT},
+        {"gate", "select=sampled", MOE_E_GATE_SELECT},
+        {"gate", "gate=sign", MOE_E_GATE_SELECT}, {"select", "combine=soft", MOE_E_SELECT_COMBINE},
+        {"select", "combine=merge", MOE_E_SELECT_COMBINE},
+        {"select", "combine=merge select=all gate=sigmoid", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all score=hash", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all noise=gaussian", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all capacity_factor=1", MOE_E_SELECT_COMBINE},
         {"route_sequence", "combine=merge select=all route_sequence=false", MOE_E_ROUTE_SEQUENCE},
-        {"route_sequence", "combine=soft select=all route_sequence=true", MOE_E_ROUTE_SEQUENCE}, {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
-        {"n_codes", "n_codes=7", MOE_E_N_CODES}, {"n_codes", "n_codes=8 jitter=0.1", MOE_E_N_CODES}, {"n_codes", "n_codes=8 combine=robust", MOE_E_N_CODES},
+        {"route_sequence", "combine=soft select=all route_sequence=true", MOE_E_ROUTE_SEQUENCE},
+        {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
+        {"n_codes", "n_codes=7", MOE_E_N_CODES}, {"n_codes", "n_codes=8 jitter=0.1", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 combine=robust", MOE_E_N_CODES},
         {"n_codes", "n_codes=8 n_zero=1", MOE_E_N_CODES}, {"soft_slots", "soft_slots=2", MOE_E_SOFT_SLOTS},
         {"soft_slots", "combine=soft select=all soft_slots=131073", MOE_E_SOFT_SLOTS}, {"n_groups", "n_groups=3", MOE_E_GROUPS},
         {"n_groups", "n_groups=512 n_experts=512", MOE_E_GROUPS}, {"top_groups", "n_groups=4 top_groups=5", MOE_E_TOP_GROUPS},
-        {"top_groups", "select=groups n_groups=8 top_groups=1 top_k=2", MOE_E_TOP_GROUPS}, {"top_k_min", "top_k_min=3 schedule_steps=5", MOE_E_TOP_K_MIN},
+        {"top_groups", "select=groups n_groups=8 top_groups=1 top_k=2", MOE_E_TOP_GROUPS},
+        {"top_k_min", "top_k_min=3 schedule_steps=5", MOE_E_TOP_K_MIN},
         {"top_k_min", "top_k_min=1", MOE_E_TOP_K_MIN}, {"temperature_end", "temperature_end=2", MOE_E_TEMPERATURE_END},
+        {"gate_drop", "gate_drop=0.3 select=sinkhorn", MOE_E_GATE_DROP}, {"gate_drop", "gate_drop=0.3 select=auction", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=sampled gate=sparsemixer", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=all combine=soft", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=all combine=merge", MOE_E_GATE_DROP},
         {"top_k", "select=auction top_k=2", MOE_E_TOP_K}, {"controller", "controller=relu-lambda", MOE_E_CONTROLLER},
         {"controller", "controller=relu-lambda gate=relu", MOE_E_CONTROLLER}, {"controller", "controller=adaptive", MOE_E_CONTROLLER},
-        {"loss", "loss.load=1", MOE_E_LOSS_STAGE}, {"loss", "loss.codebook=1", MOE_E_LOSS_STAGE}, {"loss", "loss.orthonormal=1", MOE_E_LOSS_STAGE}};
+        {"loss", "loss.load=1", MOE_E_LOSS_STAGE}, {"loss", "loss.codebook=1", MOE_E_LOSS_STAGE},
+        {"loss", "loss.orthonormal=1", MOE_E_LOSS_STAGE}};
     for (size_t i = 0; i < sizeof by_text / sizeof *by_text; i++) {
         moe_desc d = row_desc(NULL, by_text[i].text);
         bad_field(&d, by_text[i].field, by_text[i].status);
     }
-#define BAD(member, value, status) do { moe_desc bad_ = row_desc(NULL, ""); bad_.member = value; bad_field(&bad_, #member, status); } while (0)
+#define BAD(member, value, status)                                                                           \
+    do {                                                                                                     \
+        moe_desc bad_ = row_desc(NULL, "");                                                                  \
+        bad_.member = value;                                                                                 \
+        bad_field(&bad_, #member, status);                                                                   \
+    } while (0)
     static const int past[] = {-1, -2, 50, 1 << 30};
     for (int i = 0; i < 4; i++) {
         BAD(noise, (moe_noise_kind)past[i], MOE_E_NOISE);
@@ -1671,7 +1701,8 @@ static void test_fields(void) {
 /* ---- the N-th allocation fails, for every N ---- */
 static void test_no_memory(void) {
     enum { T = 24, SMALL = 8 };
-    static const char *const names[] = {"soft-moe", "smear", "vqmoe", "base", "sinkhorn", "robust", "ermoe", "expert-choice", "deepseek-v3", "moe++"};
+    static const char *const names[] = {"soft-moe", "smear", "vqmoe", "base", "sinkhorn", "robust", "ermoe", "expert-choice",
+        "deepseek-v3", "moe++"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         moe_desc d = row_desc(names[i], "");
         moe_layer *m = NULL;
@@ -1757,6 +1788,8 @@ static void test_save_load(void) {
     }
 }
 
+static void test_nothing_is_left(void) { CHECK(test_live_blocks == 0); }
+
 int main(void) {
     RUN(test_dense);
     RUN(test_softmax_topk);
@@ -1798,6 +1831,6 @@ int main(void) {
     RUN(test_fields);
     RUN(test_no_memory);
     RUN(test_save_load);
-    CHECK(test_live_blocks == 0);
+    RUN(test_nothing_is_left);
     return test_end();
 }

@@ -215,7 +215,7 @@ typedef enum moe_kind {
     X(MOE_E_TOP_P, ARGUMENT, "top_p", "top_p: must be 0 to 1")                              \
     X(MOE_E_THRESHOLD, ARGUMENT, "threshold", "threshold: must be finite (and every expert's own), or in a desc MOE_OFF") \
     X(MOE_E_SINKHORN, ARGUMENT, "sinkhorn_epsilon", "sinkhorn_epsilon: must be finite and above 0")          \
-    X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1]")                                \
+    X(MOE_E_GATE_DROP, ARGUMENT, "gate_drop", "gate_drop: must be in [0, 1], and 0 with select = sinkhorn, auction or sampled and with combine = soft or merge") \
     X(MOE_E_EXPERT_DROP, ARGUMENT, "expert_drop", "expert_drop: must be in [0, 1)")                          \
     X(MOE_E_CAPACITY_FACTOR_EVAL, ARGUMENT, "capacity_factor_eval", "capacity_factor_eval: must be finite and above 0, or 0, or MOE_OFF") \
     X(MOE_E_ROBUST_TAU, ARGUMENT, "robust_tau", "robust_tau: must be finite and above 0")                    \
@@ -337,7 +337,7 @@ typedef enum moe_score_kind { /* x (T, d) -> logits (T, E); h = d_router */
     MOE_SCORE_SLICE,     /* relu(mean of slice e of x), d % E == 0, as in LocMoE [P]; no parameters */
     MOE_SCORE_SUBSPACE,  /* |V_e^T x| / |x|, V_e = w1 of expert e, after ERMoE [S]; needs expert = orthonormal */
     MOE_SCORE_HASH,      /* by side.id alone (NULL: the token's position in its sequence); no parameters, no gradient */
-    MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each forward; no parameters, no gradient */
+    MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each training forward; no parameters, no gradient */
     MOE__SCORE_COUNT
 } moe_score_kind;
 
@@ -3813,23 +3813,24 @@ static void moe__random_forward(const moe__job *j, size_t t0, size_t t1) {
 typedef struct moe__score_row {
     const char *name;
     int relu;                                                 /* of the logits, after the noise */
+    int blind;                                                /* the logits can be finite although x is not */
     void (*prepare)(const moe__job *j);                       /* once a batch, after m->xr */
     void (*forward)(const moe__job *j, size_t t0, size_t t1); /* tape.logits, or m->soft */
     void (*backward)(const moe__job *j);                      /* from m->dlogits, or m->dsoft: += drouter, += dx; NULL: no gradient */
 } moe__score_row;
 static const moe__score_row moe__scores[MOE__SCORE_COUNT] = {
-    {"default", 0, NULL, NULL, NULL},
-    {"linear", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"unit", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"mlp", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"cosine", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"projected", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"normed", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"prototype", 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
-    {"slice", 1, NULL, moe__slice_forward, moe__slice_backward},
-    {"subspace", 0, NULL, moe__subspace_forward, moe__subspace_backward},
-    {"hash", 0, NULL, moe__hash_forward, NULL},
-    {"random", 0, NULL, moe__random_forward, NULL},
+    {"default", 0, 0, NULL, NULL, NULL},
+    {"linear", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"unit", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"mlp", 0, 1, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"cosine", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"projected", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"normed", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"prototype", 0, 0, moe__latent_prepare, moe__latent_forward, moe__latent_backward},
+    {"slice", 1, 1, NULL, moe__slice_forward, moe__slice_backward},
+    {"subspace", 0, 1, NULL, moe__subspace_forward, moe__subspace_backward},
+    {"hash", 0, 1, NULL, moe__hash_forward, NULL},
+    {"random", 0, 1, NULL, moe__random_forward, NULL},
 };
 
 /* -- noise on the logits -- */
@@ -9609,6 +9610,9 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
         return MOE_E_GATE_SELECT;
     if ((soft || merge) && (d->select != MOE_SELECT_ALL || d->gate != MOE_GATE_SOFTMAX || d->capacity_factor != (float)MOE_OFF)) return MOE_E_SELECT_COMBINE;
     if (soft && (!moe__latent_score(d->score) || d->noise != MOE_NOISE_NONE)) return MOE_E_SELECT_COMBINE;
+    if (d->gate_drop > 0.0f && (soft || merge || d->select == MOE_SELECT_SINKHORN || d->select == MOE_SELECT_AUCTION ||
+                                d->select == MOE_SELECT_SAMPLED))
+        return MOE_E_GATE_DROP; /* they cannot leave experts out */
     if (merge && d->route_sequence != MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->residual == MOE_ON) return MOE_E_RESIDUAL;
@@ -10040,6 +10044,8 @@ static void moe__task_route(void *arg, size_t i, size_t worker) {
     (void)worker;
     score->forward(j, t0, t1);
     j->m->bad[i] = (unsigned char)(j->m->soft && !moe__all_finite((t1 - t0) * j->dims->N, j->m->soft + t0 * j->dims->N));
+    for (size_t p = 0; p < j->dims->dp && score->blind; p++)
+        j->m->bad[i] |= (unsigned char)!moe__all_finite((t1 - t0) * MOE__W, j->m->xp + (p * j->t->n_tokens + t0) * MOE__W);
     if (j->m->bad[i]) return;
     if (j->m->soft) moe__soft_weights(j, t0, t1);
     moe__residual_add(j, t0, t1);

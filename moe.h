@@ -26,9 +26,9 @@
  *
  * TABLE OF CONTENTS (search for the banner "==== name")
  *
- *     declarations: configuration, status, types, arrays, routes and tape, layer, files
+ *     declarations: configuration, status, types, arrays, routes and tape, diagnostics, layer, files
  *     implementation: platform, memory, random, kernels, dispatch, threads, score, gate, select, routes,
- *         experts, combine, losses, controllers, optimiser, health, layer, systems, files
+ *         experts, combine, losses, controllers, optimiser, health, game, layer, systems, files
  *
  * Calls go only upward in the implementation: a section may call those above it.
  *
@@ -198,7 +198,7 @@ typedef enum moe_kind {
     X(MOE_E_ZERO_OUTPUT, ARGUMENT, "zero_output", "zero_output: must be MOE_DEFAULT, MOE_ON or MOE_OFF")     \
     X(MOE_E_SPECIAL_EXPERTS, ARGUMENT, "n_zero", "n_zero, n_copy, n_constant: together at most n_experts - 1, and none with combine = soft, merge or robust") \
     X(MOE_E_D_FF, ARGUMENT, "d_ff", "d_ff: must be below d_model for expert = orthonormal")                  \
-    X(MOE_E_N_RANKS, ARGUMENT, "n_ranks", "n_ranks: must be at most n_experts")                              \
+    X(MOE_E_N_RANKS, ARGUMENT, "n_ranks", "n_ranks: must be at least 1, in a desc at most n_experts")                              \
     X(MOE_E_SLICE, ARGUMENT, "d_model", "d_model: must be a multiple of n_experts for score = slice")        \
     X(MOE_E_SUBSPACE, ARGUMENT, "score", "score: subspace needs expert = orthonormal and no special experts") \
     X(MOE_E_GATE_SELECT, ARGUMENT, "gate", "gate: sparsemixer goes with select = sampled, and sign with select = threshold, only") \
@@ -256,6 +256,25 @@ typedef enum moe_kind {
     X(MOE_E_NAME, ARGUMENT, "name", "name: no such tensor")                                                  \
     X(MOE_E_PART, ARGUMENT, "part", "part: not a moe_part, or one that this optimizer has not")              \
     X(MOE_E_TENSOR_SIZE, ARGUMENT, "count", "count: not the number of elements of the tensor")               \
+    X(MOE_E_NULL_GAME, ARGUMENT, "game", "game: must not be NULL")                                           \
+    X(MOE_E_NULL_QUALITY, ARGUMENT, "quality", "quality: must not be NULL")                                  \
+    X(MOE_E_NULL_WORK, ARGUMENT, "work", "work: must not be NULL")                                           \
+    X(MOE_E_NULL_LABEL, ARGUMENT, "label", "label: must not be NULL, nor what else is given by token")       \
+    X(MOE_E_NULL_COUNT, ARGUMENT, "count", "count: must not be NULL")                                        \
+    X(MOE_E_QUALITY, NUMBER, "quality", "quality: NaN or infinite")                                          \
+    X(MOE_E_LOAD, NUMBER, "load", "load: must be finite, at least 0 and not all 0")                          \
+    X(MOE_E_GAMMA, ARGUMENT, "gamma", "gamma: must be finite and above -1; with several types at least 0")   \
+    X(MOE_E_N_TYPES, ARGUMENT, "n_types", "n_types: must be 1 to 64")                                        \
+    X(MOE_E_TYPE_SHARE, ARGUMENT, "share", "share: must be finite, at least 0 and sum to 1")                 \
+    X(MOE_E_N_BATCHES, ARGUMENT, "n_batches", "n_batches: must be at least 1; for halves and intervals 2 with tokens in them") \
+    X(MOE_E_BATCH, ARGUMENT, "batch", "batch: not below n_batches")                                          \
+    X(MOE_E_LABEL, ARGUMENT, "label", "label: not below n_labels")                                           \
+    X(MOE_E_TIER, ARGUMENT, "tier", "tier: not below n_tiers")                                               \
+    X(MOE_E_REPLICATES, ARGUMENT, "replicates", "replicates: must be at least 1")                            \
+    X(MOE_E_QUALITY_KIND, ARGUMENT, "kind", "kind: not a moe_quality_kind")                                  \
+    X(MOE_E_SERIES, ARGUMENT, "series", "series: steps must be finite and ascend, and values be finite")     \
+    X(MOE_E_FEEDBACK, ARGUMENT, "kf", "kf: must be finite, and at least 2 for a fold; h, dt and the series finite, dt above 0") \
+    X(MOE_E_GAME, NUMBER, "game", "game: the numbers are too far apart for an equilibrium to be found")      \
     X(MOE_E_MERGE, ARGUMENT, "n_experts", "n_experts: the two health counters differ in it")                 \
     X(MOE_E_TAPE_DESC, STATE, "tape", "tape: was made for another desc")                                     \
     X(MOE_E_OVERFLOW, OVERFLOW, "size", "size: the memory needed does not fit in size_t or an index in 31 bits") \
@@ -280,6 +299,12 @@ typedef enum moe_kind {
     X(MOE_E_FILE_TWICE, FILE, "file", "file: two tensors have the same name")                                \
     X(MOE_E_FILE_TENSOR, FILE, "file", "file: a tensor of the layer is missing or has another shape")        \
     X(MOE_E_FILE_DESC, FILE, "file", "file: the layer's description in __metadata__ is missing or not valid") \
+    X(MOE_E_NPY_MAGIC, FILE, "file", "file: not an .npy file of version 1, 2 or 3")                          \
+    X(MOE_E_NPY_HEADER, FILE, "file", "file: the .npy header is not a dictionary of descr, fortran_order and shape") \
+    X(MOE_E_NPY_ORDER, FILE, "file", "file: the array is in Fortran order; save it as numpy.ascontiguousarray gives it") \
+    X(MOE_E_NPY_SIZE, FILE, "file", "file: the data after the .npy header is longer than the shape says")    \
+    X(MOE_E_NPY_INDEX, FILE, "file", "file: an index or label is not a whole number that fits in 31 bits")   \
+    X(MOE_E_SHARDS, FILE, "file", "file: not a safetensors index: an object with a weight_map of names to file names") \
     X(MOE_E_FILE_NAN, NUMBER, "file", "file: a tensor of the layer holds NaN or infinity")
 
 typedef enum moe_status {
@@ -966,6 +991,13 @@ MOE_API moe_status moe_experts_forward(const moe_desc *d, const float *params, m
 MOE_API moe_status moe_experts_backward(const moe_desc *d, const float *params, moe_tape *t, const float *dy,
                                         int fresh, float *d_params, float *d_weight, float *dx);
 
+/* ==== diagnostics =============================================================================
+ * Is the routing healthy? Counters that need no layer, measures of plain arrays, the ecology number, and the
+ * congestion game behind gamma_eff. In double with libm: outside the same-bits contract, and never part of a gradient.
+ * Wherever index (T, k) is asked for: experts below n_experts, the first choice first, negative = no choice; work is
+ * scratch of the stated number of elements. What is counted is added to, so the counts of threads and ranks add up.
+ * Formulas and how sure they are: docs/math.md and docs/gamma.md. */
+
 /* moe_health counts routed batches and yields the load metrics. It needs no layer: O(E) memory. */
 typedef struct moe_health {
     size_t n_experts;
@@ -982,6 +1014,13 @@ typedef struct moe_health {
     double drop_rate;    /* dropped / selected */
     size_t n_dead;       /* experts with under 1% of the first choices (after the ecology paper [S]); a single expert is never
                             dead, and above 100 experts even an even router has them: the definition is the source's */
+    double minvio;            /* 1 - min(load) / mean(load) */
+    double gini;              /* sum_ij |l_i - l_j| / (2 E^2 mean): 0 = even, 1 - 1 / E = all on one expert */
+    double min_max;           /* min(load) / max(load) */
+    double effective_experts; /* exp of the load's entropy in nats: E = even, 1 = all on one expert */
+    size_t n_dead_relative;   /* experts with under dead_fraction / E of the selections */
+    double dead_fraction;     /* yours to set, kept by a reset; 0 = 0.1 */
+    uint64_t *sorted;         /* (E): scratch of moe_health_update */
 } moe_health;
 MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes);
 MOE_API moe_status moe_health_init(moe_health *h, size_t n_experts, void *memory, size_t bytes); /* memory stays yours */
@@ -990,6 +1029,201 @@ MOE_API moe_status moe_health_reset(moe_health *h);
 MOE_API moe_status moe_health_add(moe_health *h, const moe_routes *r, const float *prob);
 MOE_API moe_status moe_health_merge(moe_health *h, const moe_health *other); /* h += other */
 MOE_API moe_status moe_health_update(moe_health *h);                         /* counters -> metrics */
+
+/* What changed between two windows, both updated. An expert died if it was alive in `before` and is dead in `now`. */
+typedef struct moe_health_change {
+    size_t newly_dead, revived;                   /* by the absolute definition of n_dead */
+    size_t newly_dead_relative, revived_relative; /* by that of n_dead_relative, with now->dead_fraction */
+    double load_moved;                            /* sum |l_e - l'_e| / 2 of the load's shares: 0 to 1 */
+} moe_health_change;
+MOE_API moe_status moe_health_compare(const moe_health *before, const moe_health *now, moe_health_change *out);
+
+/* Share of the tokens whose set of experts differs; before and after (T, k), in any order within a token. */
+MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *before, const int32_t *after, double *share);
+/* Sequence expert utilisation [P]: mean over sequences of `sequence` tokens (the last may be shorter) of distinct experts / E.
+ * work (E). */
+MOE_API moe_status moe_seu(size_t n_tokens, size_t n_experts, size_t top_k, size_t sequence, const int32_t *index,
+                           uint32_t *work, double *seu);
+/* count (E, E) += tokens that select both i and j; the diagonal is the load. */
+MOE_API moe_status moe_coselect(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index, uint64_t *count);
+/* Share of the routes that leave their token's rank: token t lives on rank t P / T, expert e on rank e P / E (whole numbers). */
+MOE_API moe_status moe_crossing(size_t n_tokens, size_t n_experts, size_t n_ranks, size_t top_k, const int32_t *index,
+                                double *share);
+/* share (n_tiers) = of the load (E), by tier (E): the tier of each expert, below n_tiers. With a device as a tier: its load. */
+MOE_API moe_status moe_tier_usage(size_t n_experts, size_t n_tiers, const uint32_t *tier, const uint64_t *load, double *share);
+/* sum (E) += loss (T) of the tokens that select an expert; divided by the load, the expert's mean loss. */
+MOE_API moe_status moe_loss_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
+                                      const float *loss, double *sum);
+/* By first choice: right (E) += tokens that are correct (T, 0 or 1); count (E, n_labels) += tokens of each label (T). */
+MOE_API moe_status moe_right_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
+                                       const uint8_t *correct, uint64_t *right);
+MOE_API moe_status moe_label_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_labels,
+                                       const int32_t *index, const uint32_t *label, uint64_t *count);
+/* Where labels are known and correctness is not: right (E) = tokens of the expert's most frequent label, count (E, n_labels) [D]. */
+MOE_API moe_status moe_label_majority(size_t n_experts, size_t n_labels, const uint64_t *count, uint64_t *right);
+
+/* The ecology paper's kinds of experts [S], by usage u (share of first choices) and accuracy a. */
+typedef enum moe_ecology {
+    MOE_ECOLOGY_DEAD,       /* u < 1% */
+    MOE_ECOLOGY_NOISE,      /* 1% <= u < 3%, a < 25% */
+    MOE_ECOLOGY_EDGE,       /* 1% <= u < 3%, a >= 25% */
+    MOE_ECOLOGY_WEAK_CORE,  /* u >= 3%, a < 30% */
+    MOE_ECOLOGY_BROAD_CORE, /* u >= 3%, 30% <= a < 50% */
+    MOE_ECOLOGY_PURE_CORE,  /* u >= 3%, a >= 50% */
+    MOE__ECOLOGY_COUNT
+} moe_ecology;
+MOE_API const char *moe_ecology_name(moe_ecology v); /* "DEAD" ... "PURE_CORE"; NULL past the end */
+MOE_API moe_status moe_ecology_classes(size_t n_experts, const uint64_t *top1, const uint64_t *right, moe_ecology *out);
+/* E = T H / (O + B) [S]: softmax temperature, and the weights of the entropy, oracle and balance losses. O + B = 0 gives
+ * infinity, whatever T H is: the source leaves it undefined. Anything negative, infinite or NaN gives NaN. */
+MOE_API double moe_ecology_number(double temperature, double entropy, double oracle, double balance);
+
+/* A temperature scan on given logits (T, E): row i is what the softmax gate at temperature[i] would do. Selection is
+ * by the float32 scores, as the layer selects: where a low temperature rounds scores to the same number, it changes. */
+typedef struct moe_temperature_row {
+    double temperature;
+    double entropy, token_entropy;   /* of the mean softmax; mean over tokens: nats. These change with T, */
+    double top_mass, first_mass;     /* as do the mean mass of the selected, and of the first choice */
+    double maxvio, load_cv, changed; /* of the load, and share of tokens with another set than by the logits: these stay */
+    size_t n_dead;                   /* absolute */
+} moe_temperature_row;
+MOE_API moe_status moe_temperature_scan_work(size_t n_experts, size_t top_k, size_t *bytes);
+MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, size_t n_rows,
+                                        const float *temperature, moe_temperature_row *row, void *work, size_t work_bytes);
+
+/* Pairwise expert similarity [P]: mean over tokens of 2 / (E (E - 1)) sum_{i<j} cos(o_i, o_j), outputs (T, E, d) of ALL
+ * experts; the cosine with a zero output is 0 [D]; one expert gives 0. work (E). */
+MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const float *outputs, double *work, double *pes);
+
+/* One pass over logits (T, E): load (E) += selections by top-k (ties go to the lowest index), top1 (E) += first choices,
+ * sum (E) += logits. Each may be NULL (without load there is no top1 either). Adds nothing if a logit is NaN or infinite.
+ * work: moe_topk_count_work bytes. */
+MOE_API moe_status moe_topk_count_work(size_t n_experts, size_t top_k, size_t *bytes);
+MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, uint64_t *load,
+                                  uint64_t *top1, double *sum, void *work, size_t work_bytes);
+
+/* -- the congestion game, after arXiv 2604.04230, of which only the abstract was available: all of it is [D] --
+ *
+ * Load m on the simplex, quality q in logits: a token that picks expert i pays gamma m_i - q_i, with entropy weight 1, so
+ * m = softmax(q - gamma m). gamma is in logits per unit of load share. load (E) is a share: it sums to 1. */
+typedef struct moe_game_info {
+    int iterations;
+    double residual; /* largest |log m_i + gamma m_i - q_i + c|, relative to its terms */
+} moe_game_info;
+/* load (E) = the equilibrium: finite gamma > -1, where it is unique. info may be NULL. */
+MOE_API moe_status moe_game_solve(size_t n_experts, const double *quality, double gamma, double *load, moe_game_info *info);
+/* d_load (E) = d load / d gamma at the equilibrium `load`. */
+MOE_API moe_status moe_game_sensitivity(size_t n_experts, double gamma, const double *load, double *d_load);
+/* load (E) = softmax(quality / temperature): the game to first order around even load, at temperature 1 + gamma / E. */
+MOE_API moe_status moe_game_softmax(size_t n_experts, const double *quality, double temperature, double *load);
+
+#define MOE_GAME_GAMMA_MAX 200.0 /* gamma is looked for in [0, this] */
+typedef struct moe_game_fit {
+    int identified;        /* 0: the data do not tell gamma, which is NaN then (see below) */
+    double gamma;          /* argmin of sum_i |m_i - m_i(gamma)| */
+    double gamma_ols;      /* closed form: slope of q_i - log m_i on m_i; NaN for an even load */
+    double temperature;    /* argmin of sum_i |m_i - softmax(q / T)_i|, T in [0.02, 500]; NaN for constant quality */
+    double l1_game, l1_softmax, l1_uniform; /* sum_i |m_i - prediction|, 0 to 2 */
+    double peak_load, peak_softmax; /* E max m, and E max softmax(q): two candidates for the paper's B_0, which it does not define */
+} moe_game_fit;
+/* Fits quality (E) and load (E, any positive multiple of shares). selections: how many the load was counted from, or 0 = exact.
+ * Unidentified: over all of [0, MOE_GAME_GAMMA_MAX] the prediction moves by less than the sampling noise of the load, or
+ * the best gamma is that upper end. Caveat: differences between tokens alone move gamma, in either sign. work (2 E). */
+MOE_API moe_status moe_game_estimate(size_t n_experts, const double *quality, const double *load, double selections,
+                                     double *work, moe_game_fit *out);
+/* gamma_explicit = alpha E unit_scale, of a Switch loss with coefficient alpha. unit_scale: logit units in a unit of loss (they
+ * are not commensurate), 1 / layers where the loss is a mean over layers, times k where f sums to k. gamma_implicit = gamma_eff - it. */
+MOE_API double moe_game_explicit(double alpha, size_t n_experts, double unit_scale);
+
+/* Several types of tokens: type c has share pi_c and mean logits q^c; share (C), quality (C, E).
+ * Clusters logits (T, E), each row less its mean, by k-means++ (at most 50 rounds; the same for a seed everywhere): type (T),
+ * share, quality. work (T + E). C is 1 to 64; with fewer distinct tokens some shares are 0. */
+MOE_API moe_status moe_game_cluster(size_t n_tokens, size_t n_experts, size_t n_types, uint64_t seed, const float *logits,
+                                    uint32_t *type, double *share, double *quality, double *work);
+/* Elements of work for the three below. */
+MOE_API moe_status moe_game_types_work(size_t n_experts, size_t n_types, size_t *count);
+/* Coupled: load (E) = sum_c pi_c softmax(q^c - gamma load), gamma >= 0. */
+MOE_API moe_status moe_game_types_solve(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                        double gamma, double *load, double *work, moe_game_info *info);
+/* Independent: load (E) = sum_c pi_c softmax(q^c / T). */
+MOE_API moe_status moe_game_types_softmax(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                          double temperature, double *load, double *work);
+typedef struct moe_game_types_fit { double gamma, l1_coupled, temperature, l1_independent; } moe_game_types_fit;
+MOE_API moe_status moe_game_types_estimate(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                           const double *load, double *work, moe_game_types_fit *out);
+
+/* Scope. Is each expert's load possible with k different experts a token: max m <= 1 / k? */
+MOE_API moe_status moe_game_feasible(size_t n_experts, size_t top_k, const double *load, int *feasible);
+/* epsilon_l = max V - min V, V(i) = mean over the tokens that use i at layer l, index (T, k) of n_experts, of
+ * logsumexp_j(z_j - gamma m_j) at layer l + 1: logits (T, n_next), load (n_next). Experts with under `least` tokens do not count.
+ * work (2 n_experts). The last layer's is 0. */
+MOE_API moe_status moe_game_epsilon(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index, size_t n_next,
+                                    const float *logits, const double *load, double gamma, size_t least, double *work,
+                                    double *epsilon);
+/* ||m of the whole network - m of the layer alone||_1 is at most epsilon / (2 (1 + gamma / E)); 2 tanh(epsilon / 4) at gamma = 0. */
+MOE_API double moe_game_epsilon_bound(double epsilon, double gamma, size_t n_experts);
+
+typedef enum moe_quality_kind { /* four ways to say how good an expert is, from logits (T, E) */
+    MOE_QUALITY_MEAN,     /* mean logit */
+    MOE_QUALITY_LOG_PROB, /* log of the mean softmax: can be circular, where the load is that softmax */
+    MOE_QUALITY_SELECTED, /* mean logit of the tokens that select it; -inf if none does */
+    MOE_QUALITY_MEDIAN,   /* median logit */
+    MOE_QUALITY_TRIMMED,  /* mean without the lowest and the highest 10% */
+    MOE__QUALITY_COUNT
+} moe_quality_kind;
+MOE_API const char *moe_quality_name(moe_quality_kind v);
+/* index (T, k) only for SELECTED, whose work is (E); MEDIAN's and TRIMMED's is (T), the others need none. */
+MOE_API moe_status moe_game_quality(moe_quality_kind kind, size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
+                                    const int32_t *index, double *work, double *quality);
+/* Pearson's r of two series; pairs with a value that is not finite are left out; NaN if one does not vary. */
+MOE_API moe_status moe_pearson(size_t n, const double *a, const double *b, double *r);
+
+/* moe_game is what the estimators need of a dump: counts and logit sums by batch of text, (B, E) each. */
+typedef struct moe_game {
+    size_t n_experts, n_batches;
+    uint64_t *tokens; /* (B) */
+    uint64_t *count;  /* (B, E): selections */
+    double *logit;    /* (B, E): sums over the tokens */
+    void *alloc_context; /* moe_game_bootstrap and moe_game_holdout allocate with it; yours to set */
+} moe_game;
+MOE_API moe_status moe_game_size(size_t n_experts, size_t n_batches, size_t *bytes);
+MOE_API moe_status moe_game_init(moe_game *g, size_t n_experts, size_t n_batches, void *memory, size_t bytes);
+MOE_API moe_status moe_game_reset(moe_game *g);
+/* Adds tokens to a batch: logits (T, E) and the experts they use, index (T, k). (From logits alone: moe_topk_count.) */
+MOE_API moe_status moe_game_add(moe_game *g, size_t batch, size_t n_tokens, size_t top_k, const float *logits, const int32_t *index);
+MOE_API moe_status moe_game_merge(moe_game *g, const moe_game *other); /* g += other, batch by batch */
+/* quality (E), load (E) and the selections of the batches b with half[b] == which; half NULL: of all. */
+MOE_API moe_status moe_game_pool(const moe_game *g, const uint8_t *half, int which, double *quality, double *load, double *selections);
+/* A random half of the batches, the same for a seed: half (B) = 0 or 1, B / 2 of them 0. */
+MOE_API moe_status moe_game_split(const moe_game *g, uint64_t seed, uint8_t *half);
+/* Held-out errors: gamma and T are fitted on half 0; the load of half 1 is predicted from half 0's quality. */
+MOE_API moe_status moe_game_holdout(const moe_game *g, uint64_t seed, moe_game_fit *out);
+/* Percentile bootstrap: gamma (replicates) = fits on batches drawn with replacement, in order of the draws; lo and hi are their
+ * percentiles 2.5 and 97.5. Replicate r draws the same batches for a seed whatever the layer, so means over layers can be formed. */
+MOE_API moe_status moe_game_bootstrap(const moe_game *g, size_t replicates, uint64_t seed, const moe_parallel *parallel,
+                                      double *gamma, double *lo, double *hi);
+/* The percentiles alone. Sorts x. */
+MOE_API moe_status moe_interval(size_t n, double *x, double *lo, double *hi);
+
+typedef enum moe_phase {
+    MOE_PHASE_NONE, MOE_PHASE_DORMANT, MOE_PHASE_SURGE, MOE_PHASE_STABILISATION, MOE_PHASE_RELAXATION, MOE__PHASE_COUNT
+} moe_phase;
+MOE_API const char *moe_phase_name(moe_phase v); /* "none", "dormant", "surge", "stabilisation", "relaxation" */
+/* Phases of a series: step (n, ascending), gamma and its interval lo, hi (n). work (n). Docs: docs/gamma.md. */
+MOE_API moe_status moe_game_phases(size_t n, const double *step, const double *gamma, const double *lo, const double *hi,
+                                   double *work, moe_phase *phase);
+
+/* -- feedback, after arXiv 2605.29121: ds_i/dt = a p_i - lambda s_i, p = softmax(beta s); steady states are the game's with
+ * gamma = -Kf, Kf = a beta / lambda [D] -- */
+/* E = 2: the largest u = p_1 - p_2 with u = tanh((Kf u + h) / 2). */
+MOE_API moe_status moe_feedback_two(double kf, double h, double *u);
+/* E = 2, Kf >= 2: the fold, where two states meet: u and h (its mirror is -u, -h). */
+MOE_API moe_status moe_feedback_fold(double kf, double *u, double *h);
+/* E >= 2: one-sided states exist from Kf = ks on, lie as deep as balance at kc, and balance is unstable from E on. */
+MOE_API moe_status moe_feedback_thresholds(size_t n_experts, double *ks, double *kc);
+/* a and lambda by least squares of (s_{t+1} - s_t) / dt on p_t and s_t; s and p (n_steps, E). */
+MOE_API moe_status moe_feedback_fit(size_t n_steps, size_t n_experts, double dt, const double *s, const double *p, double *a,
+                                    double *lambda);
 
 /* ==== layer ===================================================================================
  * Level 3: parameters, gradients and optimiser state in one block. */
@@ -1056,7 +1290,7 @@ MOE_API moe_status moe_layer_get(const moe_layer *m, moe_part part, const char *
 MOE_API moe_status moe_layer_set(moe_layer *m, moe_part part, const char *name, const float *in, size_t count);
 
 /* ==== files ===================================================================================
- * safetensors, read defensively: header cap, checked arithmetic, contiguous offsets. */
+ * safetensors and .npy, read defensively: header cap, checked arithmetic, contiguous offsets. */
 typedef struct moe_file_tensor {
     const char *name; size_t name_length; /* as in the file, still JSON-escaped, not NUL-terminated */
     char dtype[8];                        /* "F32", "BF16", ... */
@@ -1075,6 +1309,51 @@ MOE_API moe_status moe_file_tensor_at(const moe_file *f, size_t i, moe_file_tens
 MOE_API moe_status moe_file_find(const moe_file *f, const char *name, moe_file_tensor *out);
 /* The value of a __metadata__ key into buffer, NUL-terminated; MOE_E_NAME if there is none. */
 MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *buffer, size_t size);
+
+/* .npy (NumPy's array files, versions 1 to 3), read as defensively: little-endian, C order. */
+typedef enum moe_dtype {
+    MOE_DTYPE_NONE, MOE_DTYPE_F32, MOE_DTYPE_F16, MOE_DTYPE_BF16, MOE_DTYPE_F64, MOE_DTYPE_U16, MOE_DTYPE_I32, MOE_DTYPE_I64,
+    MOE__DTYPE_COUNT
+} moe_dtype; /* <f4 <f2 (none in NumPy) <f8 <u2 <i4 <i8 */
+MOE_API size_t moe_dtype_size(moe_dtype v);      /* bytes of an element; 0 past the end */
+MOE_API const char *moe_dtype_name(moe_dtype v); /* "F32", ... as safetensors names them */
+typedef struct moe_npy {
+    moe_dtype dtype;
+    size_t n_dims, dim[8], count; /* count: product of the dimensions; 1 without any */
+    uint64_t data;                /* where in the file the elements begin */
+    const unsigned char *elements; /* moe_npy_open only: (count), not aligned */
+    size_t offset;                /* after an error: where in the file */
+} moe_npy;
+/* Validates a whole file in memory; the view lasts as long as the bytes. */
+MOE_API moe_status moe_npy_open(moe_npy *f, const void *bytes, size_t size);
+/* The same from the first `size` bytes of a file of file_size bytes, to stream the rest. MOE_E_FILE_SHORT with offset above
+ * size: give the first `offset` bytes, at most 1 MB. */
+MOE_API moe_status moe_npy_header(moe_npy *f, const void *bytes, size_t size, uint64_t file_size);
+
+/* n little-endian elements (any alignment) -> float. BF16 and U16 hold the upper half of a float32's bits (bfloat16, which NumPy
+ * keeps as uint16). Integers are refused: MOE_E_FILE_DTYPE. */
+MOE_API moe_status moe_to_float(moe_dtype dtype, size_t n, const void *elements, float *out);
+/* I32 or I64 -> int32; *bad (may be NULL) = the first that does not fit, with MOE_E_NPY_INDEX. */
+MOE_API moe_status moe_to_index(moe_dtype dtype, size_t n, const void *elements, int32_t *out, size_t *bad);
+/* The same for a tensor of a safetensors file: which of the types above it is, or MOE_DTYPE_NONE. */
+MOE_API moe_dtype moe_dtype_of(const char *safetensors_name);
+
+/* model.safetensors.index.json: which file holds which tensor. File names with a path in them are refused. */
+typedef struct moe_shards {
+    const unsigned char *bytes; size_t size; /* yours; must outlive the view */
+    size_t n_tensors;
+    size_t map;    /* where the weight_map begins */
+    size_t offset; /* after an error: where in the file */
+} moe_shards;
+MOE_API moe_status moe_shards_open(moe_shards *f, const void *bytes, size_t size);
+/* The file of a tensor into buffer, NUL-terminated; MOE_E_NAME if it is not listed. */
+MOE_API moe_status moe_shards_find(const moe_shards *f, const char *name, char *buffer, size_t size);
+/* Name number i of moe_router_name that the model has, with its layer: MOE_E_NAME past the last. Layers ascend. */
+MOE_API moe_status moe_shards_router(const moe_shards *f, size_t i, size_t *layer, char *name, size_t size);
+MOE_API moe_status moe_file_router(const moe_file *f, size_t i, size_t *layer, moe_file_tensor *out);
+/* Is this the name of a router's weight (E, d) in OLMoE, Qwen-MoE, DeepSeek (model.layers.N.mlp.gate.weight) or Mixtral
+ * (model.layers.N.block_sparse_moe.gate.weight) [K]? 1 and its layer, or 0. */
+MOE_API int moe_router_name(const char *name, size_t length, size_t *layer);
 
 /* A layer as safetensors: parameters, desc, and with_optimizer the moments and the step count. Little-endian
  * float32. moe_layer_save_size gives the bytes needed. Loading makes a new layer (parallel and alloc_context are
@@ -1510,6 +1789,12 @@ typedef struct moe__kernels {
     void (*sgd)(size_t n, const moe__adam *o, float *p, const float *g, float *m);
     /* the k highest of each row, descending, ties by index: index (rows, k), value (rows, k) or NULL. 0 at a NaN. */
     int (*topk)(size_t rows, size_t n, size_t k, const float *s, int32_t *index, float *value);
+    uint32_t (*count)(size_t n, size_t k, const float *z, float *list, float *selected, float *first);
+    uint32_t (*count8)(size_t n, size_t k, const float *z, float *selected, float *first);
+    void (*sum_rows)(size_t rows, size_t cols, const float *x, double *sum);
+    int (*all_finite)(size_t n, const float *x);
+    void (*half)(size_t n, const unsigned char *p, float *out);
+    void (*bfloat)(size_t n, const unsigned char *p, float *out);
 } moe__kernels;
 
 #define MOE__TOPK_K 16  /* up to here the k best of rows are found side by side; in longer rows one row at a time, as most of */
@@ -1655,6 +1940,7 @@ typedef float moe__f;
 #define MOE__F_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MOE__F_SQRT(a) sqrtf(a)
 #define MOE__F_LT(a, b) ((a) < (b))
+#define MOE__F_GE(a, b, one) ((a) >= (b) ? (one) : 0.0f) /* one where a >= b, else 0 */
 #define MOE__F_ISNAN(a) ((a) != (a))
 #define MOE__F_UNORD(a, b) ((a) != (a) || (b) != (b))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
@@ -1686,6 +1972,7 @@ typedef __m256 moe__f;
 #define MOE__F_MAX(a, b) _mm256_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
+#define MOE__F_GE(a, b, one) _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), one)
 #define MOE__F_ISNAN(a) _mm256_cmp_ps(a, a, _CMP_UNORD_Q)
 #define MOE__F_UNORD(a, b) _mm256_cmp_ps(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
@@ -1717,6 +2004,7 @@ typedef __m512 moe__f;
 #define MOE__F_MAX(a, b) _mm512_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
+#define MOE__F_GE(a, b, one) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), one)
 #define MOE__F_ISNAN(a) _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)
 #define MOE__F_UNORD(a, b) _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
@@ -1749,6 +2037,7 @@ typedef float32x4_t moe__f;
 #define MOE__F_MAX(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
+#define MOE__F_GE(a, b, one) vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(a, b), vreinterpretq_u32_f32(one)))
 #define MOE__F_ISNAN(a) vmvnq_u32(vceqq_f32(a, a))
 #define MOE__F_UNORD(a, b) vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b)))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
@@ -2363,6 +2652,179 @@ MOE__FN int MOE__S(moe__topk_)(size_t rows, size_t n, size_t k, const float *s, 
     return 1;
 }
 
+/* -- counting the k highest, without sorting anything -- */
+/* 16 tokens, expert e in z[e * 32 + lane]. list: k + 1 vectors of scratch. Adds 1 to selected[e * 16 + lane] and first[e * 16 + lane]
+ * where a lane has one k-th highest and one highest; the lanes where a tie decides come back as bits, uncounted. */
+MOE__FN uint32_t MOE__S(moe__count_)(size_t n, size_t k, const float *z, float *list, float *selected, float *first) {
+    const moe__v one = moe__v_set1(1.0f), zero = moe__v_set1(0.0f), none = moe__v_set1(INFINITY);
+    for (size_t j = 0; j <= k; j++) moe__v_store(list + j * 16, moe__v_neg(none));
+    for (size_t e = 0; e < n; e++) { /* sinks into a descending list: it keeps the k + 1 highest */
+        moe__v x = moe__v_load(z + e * 32);
+        for (size_t j = 0; j <= k; j++) {
+            moe__v have = moe__v_load(list + j * 16);
+            moe__v_store(list + j * 16, moe__v_max(have, x));
+            x = moe__v_min(have, x);
+        }
+    }
+    moe__v kth = moe__v_load(list + (k - 1) * 16), top = moe__v_load(list);
+    moe__m sure_kth = moe__v_lt(moe__v_load(list + k * 16), kth), sure_top = moe__v_lt(moe__v_load(list + 16), top);
+    moe__v tie = moe__v_sel(sure_kth, moe__v_sel(sure_top, zero, one), one);
+    kth = moe__v_sel(sure_kth, moe__v_sel(sure_top, kth, none), none); /* what a tie decides counts nowhere */
+    top = moe__v_sel(sure_kth, moe__v_sel(sure_top, top, none), none);
+    for (size_t e = 0; e < n; e++) {
+        moe__v x = moe__v_load(z + e * 32);
+        moe__v in = moe__v_sel(moe__v_lt(x, kth), zero, one), best = moe__v_sel(moe__v_lt(x, top), zero, one);
+        moe__v_store(selected + e * 16, moe__v_add(moe__v_load(selected + e * 16), in));
+        moe__v_store(first + e * 16, moe__v_add(moe__v_load(first + e * 16), best));
+    }
+    float t[16];
+    uint32_t bits = 0;
+    moe__v_store(t, tie);
+    for (uint32_t i = 0; i < 16; i++) bits |= (uint32_t)(t[i] > 0.0f) << i;
+    return bits;
+}
+/* The same for k <= 8 and 32 tokens, by sorting networks: the experts come eight at a time, are sorted, and merged with the eight
+ * highest so far. Bits of 32 lanes. */
+#define MOE__ORDER(a, b) { moe__f high = MOE__F_MAX(a, b); b = MOE__F_MIN(a, b); a = high; }
+#define MOE__ORDER4(a, b, c, d, e, f, g, h) MOE__ORDER(a, b) MOE__ORDER(c, d) MOE__ORDER(e, f) MOE__ORDER(g, h)
+MOE__FN uint32_t MOE__S(moe__count8_)(size_t n, size_t k, const float *z, float *selected, float *first) {
+    const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f), none = MOE__F_SET1(-INFINITY);
+    moe__f all_in = zero, all_best = zero;
+    float kth[32], top[32], seen[2 * MOE__VL], total = 0.0f, total_first = 0.0f;
+    uint32_t bits = 0;
+    for (uint32_t lane = 0; lane < 32; lane += MOE__VL, z += MOE__VL) {
+        moe__f a0 = none, a1 = none, a2 = none, a3 = none, a4 = none, a5 = none, a6 = none, a7 = none; /* descending */
+        float sorted[8 * MOE__VL];
+        for (size_t e = 0; e < n; e += 8) {
+            moe__f b0 = MOE__F_LOAD(z + e * 32), b1, b2, b3, b4, b5, b6, b7;
+            b1 = e + 1 < n ? MOE__F_LOAD(z + (e + 1) * 32) : none;
+            b2 = e + 2 < n ? MOE__F_LOAD(z + (e + 2) * 32) : none;
+            b3 = e + 3 < n ? MOE__F_LOAD(z + (e + 3) * 32) : none;
+            b4 = e + 4 < n ? MOE__F_LOAD(z + (e + 4) * 32) : none;
+            b5 = e + 5 < n ? MOE__F_LOAD(z + (e + 5) * 32) : none;
+            b6 = e + 6 < n ? MOE__F_LOAD(z + (e + 6) * 32) : none;
+            b7 = e + 7 < n ? MOE__F_LOAD(z + (e + 7) * 32) : none;
+            MOE__ORDER4(b0, b1, b2, b3, b4, b5, b6, b7) /* Batcher's odd-even merge sort */
+            MOE__ORDER4(b0, b2, b1, b3, b4, b6, b5, b7)
+            MOE__ORDER(b1, b2) MOE__ORDER(b5, b6)
+            MOE__ORDER4(b0, b4, b1, b5, b2, b6, b3, b7)
+            MOE__ORDER(b2, b4) MOE__ORDER(b3, b5)
+            MOE__ORDER(b1, b2) MOE__ORDER(b3, b4) MOE__ORDER(b5, b6)
+            a0 = MOE__F_MAX(a0, b7), a1 = MOE__F_MAX(a1, b6), a2 = MOE__F_MAX(a2, b5), a3 = MOE__F_MAX(a3, b4);
+            a4 = MOE__F_MAX(a4, b3), a5 = MOE__F_MAX(a5, b2), a6 = MOE__F_MAX(a6, b1), a7 = MOE__F_MAX(a7, b0);
+            MOE__ORDER4(a0, a4, a1, a5, a2, a6, a3, a7) /* the eight highest, as a bitonic sequence: sorted again */
+            MOE__ORDER4(a0, a2, a1, a3, a4, a6, a5, a7)
+            MOE__ORDER4(a0, a1, a2, a3, a4, a5, a6, a7)
+        }
+        MOE__F_STORE(sorted, a0); MOE__F_STORE(sorted + MOE__VL, a1);
+        MOE__F_STORE(sorted + 2 * MOE__VL, a2); MOE__F_STORE(sorted + 3 * MOE__VL, a3);
+        MOE__F_STORE(sorted + 4 * MOE__VL, a4); MOE__F_STORE(sorted + 5 * MOE__VL, a5);
+        MOE__F_STORE(sorted + 6 * MOE__VL, a6); MOE__F_STORE(sorted + 7 * MOE__VL, a7);
+        MOE__F_STORE(kth + lane, MOE__F_LOAD(sorted + (k - 1) * MOE__VL));
+        MOE__F_STORE(top + lane, a0);
+    }
+    z -= 32;
+    for (size_t e = 0; e < n; e++) {
+        moe__f in = zero, best = zero;
+        for (int lane = 0; lane < 32; lane += MOE__VL) {
+            moe__f x = MOE__F_LOAD(z + e * 32 + lane);
+            in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth + lane), one));
+            best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top + lane), one));
+        }
+        all_in = MOE__F_ADD(all_in, in);
+        all_best = MOE__F_ADD(all_best, best);
+        MOE__F_STORE(selected + e * 16, MOE__F_ADD(MOE__F_LOAD(selected + e * 16), in));
+        MOE__F_STORE(first + e * 16, MOE__F_ADD(MOE__F_LOAD(first + e * 16), best));
+    }
+    MOE__F_STORE(seen, all_in);
+    MOE__F_STORE(seen + MOE__VL, all_best);
+    for (int l = 0; l < MOE__VL; l++) total += seen[l], total_first += seen[MOE__VL + l];
+    if (total == 32.0f * (float)k && total_first == 32.0f) return 0;
+    for (uint32_t lane = 0; lane < 32; lane += MOE__VL) { /* somewhere a tie decides: found, and taken back */
+        moe__f in = zero, best = zero;
+        for (size_t e = 0; e < n; e++) {
+            moe__f x = MOE__F_LOAD(z + e * 32 + lane);
+            in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth + lane), one));
+            best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top + lane), one));
+        }
+        MOE__F_STORE(seen, in);
+        MOE__F_STORE(seen + MOE__VL, best);
+        for (uint32_t l = 0; l < MOE__VL; l++) {
+            if (!(seen[l] > (float)k || seen[MOE__VL + l] > 1.0f)) continue;
+            bits |= 1u << (lane + l);
+            for (size_t e = 0; e < n; e++) {
+                selected[e * 16 + l] -= (float)!(z[e * 32 + lane + l] < kth[lane + l]);
+                first[e * 16 + l] -= (float)!(z[e * 32 + lane + l] < top[lane + l]);
+            }
+        }
+    }
+    return bits;
+}
+#undef MOE__ORDER
+#undef MOE__ORDER4
+/* Are all numbers finite? 0 times anything else is NaN, and stays in the sum. */
+MOE__FN int MOE__S(moe__all_finite_)(size_t n, const float *x) {
+    moe__f a = MOE__F_SET1(0.0f), b = a, c = a, d = a, zero = a;
+    float sum[MOE__VL], rest = 0.0f;
+    size_t i = 0;
+    for (; n - i >= 4 * MOE__VL; i += 4 * MOE__VL) {
+        a = MOE__F_FMA(MOE__F_LOAD(x + i), zero, a);
+        b = MOE__F_FMA(MOE__F_LOAD(x + i + MOE__VL), zero, b);
+        c = MOE__F_FMA(MOE__F_LOAD(x + i + 2 * MOE__VL), zero, c);
+        d = MOE__F_FMA(MOE__F_LOAD(x + i + 3 * MOE__VL), zero, d);
+    }
+    for (; i < n; i++) rest += x[i] * 0.0f;
+    MOE__F_STORE(sum, MOE__F_ADD(MOE__F_ADD(a, b), MOE__F_ADD(c, d)));
+    for (i = 0; i < MOE__VL; i++) rest += sum[i];
+    return rest == 0.0f;
+}
+/* 16 numbers of two bytes, little-endian, of any alignment: loops that compilers turn into vectors */
+MOE__FI void MOE__S(moe__half16_)(const unsigned char *p, float *out) {
+    uint32_t b[16], special[16];
+    float f[16];
+    for (int l = 0; l < 16; l++) b[l] = (uint32_t)p[2 * l] | (uint32_t)p[2 * l + 1] << 8;
+    for (int l = 0; l < 16; l++) special[l] = (b[l] & 0x8000u) << 16 | ((b[l] & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+    for (int l = 0; l < 16; l++) b[l] = (b[l] & 0x7fffu) << 13;
+    memcpy(f, b, sizeof f);
+    for (int l = 0; l < 16; l++) f[l] *= 5.192296858534828e33f; /* 2^112: exact, subnormals too */
+    memcpy(b, f, sizeof b);
+    for (int l = 0; l < 16; l++) b[l] |= special[l]; /* the sign; infinity and NaN have all bits of the exponent */
+    memcpy(out, b, sizeof b);
+}
+MOE__FI void MOE__S(moe__bfloat16_)(const unsigned char *p, float *out) {
+    uint32_t b[16];
+    for (int l = 0; l < 16; l++) b[l] = (uint32_t)p[2 * l] << 16 | (uint32_t)p[2 * l + 1] << 24;
+    memcpy(out, b, sizeof b);
+}
+#define MOE__WIDEN(name, sixteen)                                                      \
+    MOE__FN void name(size_t n, const unsigned char *p, float *out) {                  \
+        for (; n >= 16; n -= 16, p += 32, out += 16) sixteen(p, out);                  \
+        unsigned char rest[32] = {0};                                                  \
+        float last[16];                                                                \
+        if (!n) return;                                                                \
+        memcpy(rest, p, 2 * n);                                                        \
+        sixteen(rest, last);                                                           \
+        memcpy(out, last, n * sizeof *out);                                            \
+    }
+MOE__WIDEN(MOE__S(moe__half_), MOE__S(moe__half16_))
+MOE__WIDEN(MOE__S(moe__bfloat_), MOE__S(moe__bfloat16_))
+#undef MOE__WIDEN
+/* sum[c] += row r of x, one row after the other */
+MOE__FN void MOE__S(moe__sum_rows_)(size_t rows, size_t cols, const float *x, double *sum) {
+    for (size_t c = 0; c < cols; c += 16) {
+        if (cols - c < 16) {
+            for (size_t r = 0; r < rows; r++)
+                for (size_t l = c; l < cols; l++) sum[l] += (double)x[r * cols + l];
+            return;
+        }
+        double s[16];
+        for (int i = 0; i < 16; i++) s[i] = sum[c + (size_t)i];
+        for (size_t r = 0; r < rows; r++)
+            for (int i = 0; i < 16; i++) s[i] += (double)x[r * cols + c + (size_t)i];
+        for (int i = 0; i < 16; i++) sum[c + (size_t)i] = s[i];
+    }
+}
+
 #define MOE__NN_ENTRY(R) , MOE__S(moe__nn##R##_)
 #define MOE__TN_ENTRY(R) , MOE__S(moe__tn##R##_)
 static const moe__kernels MOE__S(moe__kernels_) = {
@@ -2375,7 +2837,9 @@ static const moe__kernels MOE__S(moe__kernels_) = {
      MOE__S(moe__swiglu_forward_), MOE__S(moe__geglu_forward_), MOE__S(moe__same_forward_)},
     {0, MOE__S(moe__relu_backward_), MOE__S(moe__gelu_backward_), MOE__S(moe__silu_backward_),
      MOE__S(moe__swiglu_backward_), MOE__S(moe__geglu_backward_), MOE__S(moe__same_backward_)},
-    MOE__S(moe__adamw_), MOE__S(moe__sgd_), MOE__S(moe__topk_)};
+    MOE__S(moe__adamw_), MOE__S(moe__sgd_), MOE__S(moe__topk_),
+    MOE__S(moe__count_), MOE__S(moe__count8_), MOE__S(moe__sum_rows_), MOE__S(moe__all_finite_), MOE__S(moe__half_),
+    MOE__S(moe__bfloat_)};
 
 #undef MOE__FN
 #undef MOE__FI
@@ -2397,6 +2861,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_MAX
 #undef MOE__F_SQRT
 #undef MOE__F_LT
+#undef MOE__F_GE
 #undef MOE__F_ISNAN
 #undef MOE__F_SEL
 #undef MOE__F_BITS
@@ -6982,6 +7447,7 @@ static moe_status moe__health_layout(moe_health *h, size_t n_experts, moe__arena
     h->load = (uint64_t *)moe__take(a, n_experts, sizeof(uint64_t));
     h->top1 = (uint64_t *)moe__take(a, n_experts, sizeof(uint64_t));
     h->prob = (double *)moe__take(a, n_experts, sizeof(double));
+    h->sorted = (uint64_t *)moe__take(a, n_experts, sizeof(uint64_t));
     return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
 }
 
@@ -7011,6 +7477,8 @@ MOE_API moe_status moe_health_reset(moe_health *h) {
     fresh.load = h->load;
     fresh.top1 = h->top1;
     fresh.prob = h->prob;
+    fresh.sorted = h->sorted;
+    fresh.dead_fraction = h->dead_fraction;
     *h = fresh;
     memset(h->load, 0, h->n_experts * sizeof(uint64_t));
     memset(h->top1, 0, h->n_experts * sizeof(uint64_t));
@@ -7051,12 +7519,48 @@ MOE_API moe_status moe_health_merge(moe_health *h, const moe_health *other) {
     return MOE_OK;
 }
 
+#define MOE__DEAD_FIRST 0.01   /* of the first choices (the ecology paper [S]) */
+#define MOE__DEAD_FRACTION 0.1 /* of an even share of the selections */
+
+static double moe__count_sum(size_t n, const uint64_t *x) {
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i];
+    return sum;
+}
+
+static int moe__dead_first(const moe_health *h, double first, size_t e) {
+    return h->n_experts > 1 && first > 0.0 && (double)h->top1[e] < MOE__DEAD_FIRST * first;
+}
+static int moe__dead_load(const moe_health *h, double total, double fraction, size_t e) {
+    return h->n_experts > 1 && total > 0.0 && (double)h->load[e] < fraction * total / (double)h->n_experts;
+}
+static double moe__dead_fraction(const moe_health *h) { return h->dead_fraction > 0.0 ? h->dead_fraction : MOE__DEAD_FRACTION; }
+
+/* Heap sort, ascending. */
+static void moe__sort_counts(size_t n, uint64_t *x) {
+    size_t start = n / 2;
+    while (n > 1) {
+        uint64_t v;
+        if (start) v = x[--start];            /* the heap is still being built */
+        else v = x[--n], x[n] = x[0];         /* its largest goes to the end */
+        size_t at = start, child;
+        while ((child = 2 * at + 1) < n) {
+            if (child + 1 < n && x[child + 1] > x[child]) child++;
+            if (x[child] <= v) break;
+            x[at] = x[child];
+            at = child;
+        }
+        x[at] = v;
+    }
+}
+
 MOE_API moe_status moe_health_update(moe_health *h) {
     if (!h || !h->load) return MOE_E_NULL_HEALTH;
     size_t E = h->n_experts;
     double total = 0.0, first = 0.0, prob = 0.0, top = 0.0, square = 0.0;
     h->maxvio = h->load_cv = h->load_entropy = h->entropy = h->drop_rate = 0.0;
-    h->n_dead = 0;
+    h->minvio = h->gini = h->min_max = h->effective_experts = 0.0;
+    h->n_dead = h->n_dead_relative = 0;
     for (size_t e = 0; e < E; e++) {
         total += (double)h->load[e];
         first += (double)h->top1[e];
@@ -7072,14 +7576,1544 @@ MOE_API moe_status moe_health_update(moe_health *h) {
         }
         h->maxvio = top / mean - 1.0;
         h->load_cv = sqrt(square / (double)E) / mean;
+        h->effective_experts = exp(h->load_entropy);
+        memcpy(h->sorted, h->load, E * sizeof *h->sorted);
+        moe__sort_counts(E, h->sorted);
+        for (size_t i = 0; i < E; i++) /* sum_{i<j} |l_i - l_j| of the sorted load */
+            h->gini += (2.0 * (double)i + 1.0 - (double)E) * (double)h->sorted[i] / ((double)E * total);
+        h->minvio = 1.0 - (double)h->sorted[0] / mean;
+        h->min_max = (double)h->sorted[0] / top;
         h->load_entropy = E > 1 ? h->load_entropy / log((double)E) : 1.0;
     }
     for (size_t e = 0; e < E; e++) {
         double share = prob > 0.0 ? h->prob[e] / prob : 0.0;
         if (share > 0.0) h->entropy -= share * log(share);
         if (E > 1 && first > 0.0 && (double)h->top1[e] < 0.01 * first) h->n_dead++;
+        h->n_dead_relative += (size_t)moe__dead_load(h, total, moe__dead_fraction(h), e);
     }
     if (h->n_selected) h->drop_rate = (double)h->n_dropped / (double)h->n_selected;
+    return MOE_OK;
+}
+
+/* -- beside the counters: measures of plain arrays -- */
+/* Indices that may be counted: in range, and no expert twice in a token. */
+static moe_status moe__index_ok(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index) {
+    size_t pairs;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!top_k || top_k > n_experts) return MOE_E_TOP_K;
+    if (!moe__mul(n_tokens, top_k, &pairs)) return MOE_E_OVERFLOW;
+    if (pairs && !index) return MOE_E_NULL_INDEX;
+    for (size_t p = 0; p < pairs; p++) {
+        if (index[p] < 0) continue;
+        if ((size_t)index[p] >= n_experts) return MOE_E_INDEX;
+        for (size_t q = p - p % top_k; q < p; q++)
+            if (index[q] == index[p]) return MOE_E_INDEX_TWICE;
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_health_compare(const moe_health *before, const moe_health *now, moe_health_change *out) {
+    if (!before || !now || !before->load || !now->load) return MOE_E_NULL_HEALTH;
+    if (!out) return MOE_E_NULL_OUT;
+    if (before->n_experts != now->n_experts) return MOE_E_MERGE;
+    size_t E = now->n_experts;
+    double first0 = moe__count_sum(E, before->top1), first1 = moe__count_sum(E, now->top1), fraction = moe__dead_fraction(now);
+    double total0 = moe__count_sum(E, before->load), total1 = moe__count_sum(E, now->load);
+    memset(out, 0, sizeof *out);
+    for (size_t e = 0; e < E; e++) {
+        int was = moe__dead_first(before, first0, e), is = moe__dead_first(now, first1, e);
+        out->newly_dead += is && !was;
+        out->revived += was && !is;
+        was = moe__dead_load(before, total0, fraction, e), is = moe__dead_load(now, total1, fraction, e);
+        out->newly_dead_relative += is && !was;
+        out->revived_relative += was && !is;
+        if (total0 > 0.0 && total1 > 0.0)
+            out->load_moved += 0.5 * fabs((double)now->load[e] / total1 - (double)before->load[e] / total0);
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *before, const int32_t *after, double *share) {
+    size_t pairs, changed = 0;
+    if (!top_k) return MOE_E_TOP_K;
+    if (!moe__mul(n_tokens, top_k, &pairs)) return MOE_E_OVERFLOW;
+    if (!share) return MOE_E_NULL_OUT;
+    if (pairs && (!before || !after)) return MOE_E_NULL_INDEX;
+    for (size_t t = 0; t < n_tokens; t++, before += top_k, after += top_k) {
+        size_t n = 0, m = 0, common = 0; /* sizes of both sets, and of their intersection */
+        for (size_t i = 0; i < top_k; i++) {
+            n += before[i] >= 0;
+            m += after[i] >= 0;
+            for (size_t j = 0; before[i] >= 0 && j < top_k; j++) common += after[j] == before[i];
+        }
+        changed += common != n || common != m;
+    }
+    *share = n_tokens ? (double)changed / (double)n_tokens : 0.0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_seu(size_t n_tokens, size_t n_experts, size_t top_k, size_t sequence, const int32_t *index,
+                           uint32_t *work, double *seu) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (!sequence) return MOE_E_SEQUENCE;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!seu) return MOE_E_NULL_OUT;
+    size_t n_sequences = moe__ceil_div(n_tokens, sequence);
+    double distinct = 0.0;
+    memset(work, 0, n_experts * sizeof *work);
+    if (n_sequences >= UINT32_MAX) return MOE_E_OVERFLOW;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < top_k; i++) {
+            int32_t e = index[t * top_k + i];
+            uint32_t mark = (uint32_t)(t / sequence) + 1; /* the sequence that saw the expert last */
+            if (e < 0 || work[e] == mark) continue;
+            work[e] = mark;
+            distinct += 1.0;
+        }
+    *seu = n_sequences ? distinct / ((double)n_sequences * (double)n_experts) : 0.0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_coselect(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index, uint64_t *count) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (!count) return MOE_E_NULL_COUNT;
+    for (size_t t = 0; t < n_tokens; t++, index += top_k)
+        for (size_t i = 0; i < top_k; i++)
+            for (size_t j = 0; index[i] >= 0 && j < top_k; j++)
+                if (index[j] >= 0) count[(size_t)index[i] * n_experts + (size_t)index[j]]++;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_crossing(size_t n_tokens, size_t n_experts, size_t n_ranks, size_t top_k, const int32_t *index,
+                                double *share) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (!n_ranks) return MOE_E_N_RANKS;
+    if (!share) return MOE_E_NULL_OUT;
+    if (n_ranks > MOE__MAX_INDEX || n_tokens > MOE__MAX_INDEX) return MOE_E_OVERFLOW; /* products stay exact in a uint64_t */
+    uint64_t routes = 0, crossing = 0, P = n_ranks;
+    for (size_t t = 0; t < n_tokens; t++)
+        for (size_t i = 0; i < top_k; i++) {
+            int32_t e = index[t * top_k + i];
+            if (e < 0) continue;
+            routes++;
+            crossing += (uint64_t)t * P / n_tokens != (uint64_t)e * P / n_experts;
+        }
+    *share = routes ? (double)crossing / (double)routes : 0.0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_tier_usage(size_t n_experts, size_t n_tiers, const uint32_t *tier, const uint64_t *load, double *share) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!share) return MOE_E_NULL_OUT;
+    if (!tier) return MOE_E_NULL_LABEL;
+    for (size_t e = 0; e < n_experts; e++)
+        if (tier[e] >= n_tiers) return MOE_E_TIER;
+    double total = moe__count_sum(n_experts, load);
+    for (size_t i = 0; i < n_tiers; i++) share[i] = 0.0;
+    for (size_t e = 0; e < n_experts && total > 0.0; e++) share[tier[e]] += (double)load[e] / total;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_loss_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
+                                      const float *loss, double *sum) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (n_tokens && !loss) return MOE_E_NULL_LABEL;
+    if (!sum) return MOE_E_NULL_OUT;
+    for (size_t p = 0; p < n_tokens * top_k; p++)
+        if (index[p] >= 0) sum[index[p]] += (double)loss[p / top_k];
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_right_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
+                                       const uint8_t *correct, uint64_t *right) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (n_tokens && !correct) return MOE_E_NULL_LABEL;
+    if (!right) return MOE_E_NULL_COUNT;
+    for (size_t t = 0; t < n_tokens; t++)
+        if (index[t * top_k] >= 0) right[index[t * top_k]] += correct[t] != 0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_label_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_labels,
+                                       const int32_t *index, const uint32_t *label, uint64_t *count) {
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (n_tokens && !label) return MOE_E_NULL_LABEL;
+    if (!count) return MOE_E_NULL_COUNT;
+    for (size_t t = 0; t < n_tokens; t++)
+        if (label[t] >= n_labels) return MOE_E_LABEL;
+    for (size_t t = 0; t < n_tokens; t++)
+        if (index[t * top_k] >= 0) count[(size_t)index[t * top_k] * n_labels + label[t]]++;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_label_majority(size_t n_experts, size_t n_labels, const uint64_t *count, uint64_t *right) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!count || !right) return MOE_E_NULL_COUNT;
+    for (size_t e = 0; e < n_experts; e++) {
+        right[e] = 0;
+        for (size_t c = 0; c < n_labels; c++)
+            if (count[e * n_labels + c] > right[e]) right[e] = count[e * n_labels + c];
+    }
+    return MOE_OK;
+}
+
+MOE_API const char *moe_ecology_name(moe_ecology v) {
+    static const char *const names[] = {"DEAD", "NOISE", "EDGE", "WEAK_CORE", "BROAD_CORE", "PURE_CORE"};
+    return (unsigned)v < MOE__ECOLOGY_COUNT ? names[v] : NULL;
+}
+
+MOE_API moe_status moe_ecology_classes(size_t n_experts, const uint64_t *top1, const uint64_t *right, moe_ecology *out) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!top1) return MOE_E_NULL_LOAD;
+    if (!right) return MOE_E_NULL_COUNT;
+    if (!out) return MOE_E_NULL_OUT;
+    double total = moe__count_sum(n_experts, top1);
+    for (size_t e = 0; e < n_experts; e++) { /* products, not quotients: a count exactly on a border is on its upper side */
+        double n = (double)top1[e], a = (double)right[e];
+        if (n <= 0.0 || 100.0 * n < total) out[e] = MOE_ECOLOGY_DEAD;
+        else if (100.0 * n < 3.0 * total) out[e] = 4.0 * a < n ? MOE_ECOLOGY_NOISE : MOE_ECOLOGY_EDGE;
+        else out[e] = 10.0 * a < 3.0 * n ? MOE_ECOLOGY_WEAK_CORE : 2.0 * a < n ? MOE_ECOLOGY_BROAD_CORE : MOE_ECOLOGY_PURE_CORE;
+    }
+    return MOE_OK;
+}
+
+static int moe__finite_double(double x) { return x - x == 0.0; }
+
+MOE_API double moe_ecology_number(double temperature, double entropy, double oracle, double balance) {
+    double a[4], nan = (double)NAN;
+    a[0] = temperature, a[1] = entropy, a[2] = oracle, a[3] = balance;
+    for (int i = 0; i < 4; i++)
+        if (!(a[i] >= 0.0) || !moe__finite_double(a[i])) return nan;
+    return oracle + balance > 0.0 ? temperature * entropy / (oracle + balance) : HUGE_VAL;
+}
+
+MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const float *outputs, double *work, double *pes) {
+    size_t row, n;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!d) return MOE_E_D_MODEL;
+    if (!moe__mul(n_experts, d, &row) || !moe__mul(n_tokens, row, &n)) return MOE_E_OVERFLOW;
+    if (n && !outputs) return MOE_E_NULL_X;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!pes) return MOE_E_NULL_OUT;
+    double sum = 0.0;
+    for (size_t t = 0; t < n_tokens; t++, outputs += row) {
+        double ones = 0.0, square = 0.0; /* with unit vectors u: sum_{i<j} <u_i, u_j> = (|sum u|^2 - sum |u|^2) / 2 */
+        for (size_t e = 0; e < n_experts; e++) {
+            double norm = 0.0, largest = 0.0;
+            const float *o = outputs + e * d;
+            for (size_t i = 0; i < d; i++) {
+                if (!moe__finite(o[i])) return MOE_E_NAN_X;
+                norm += (double)o[i] * (double)o[i];
+                largest += fabs((double)o[i]);
+            }
+            work[e] = largest > 0.0 ? 1.0 / sqrt(norm) : 0.0; /* squares of float32 do not underflow in double */
+            ones += largest > 0.0;
+        }
+        for (size_t i = 0; i < d; i++) {
+            double u = 0.0;
+            for (size_t e = 0; e < n_experts; e++) u += work[e] * (double)outputs[e * d + i];
+            square += u * u;
+        }
+        sum += (square - ones) / ((double)n_experts * (double)(n_experts > 1 ? n_experts - 1 : 1));
+    }
+    *pes = n_tokens && n_experts > 1 ? sum / (double)n_tokens : 0.0;
+    return MOE_OK;
+}
+
+/* -- a pass over logits: blocks of 32 tokens are transposed, so that 16 tokens are ranked at once -- */
+typedef struct moe__count_work {
+    float *pad, *panel, *list, *selected, *first;
+    double *sum;
+    int32_t *index;
+} moe__count_work;
+
+static moe_status moe__count_layout(moe__count_work *w, size_t n_experts, size_t top_k, moe__arena *a) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!top_k || top_k > n_experts) return MOE_E_TOP_K;
+    size_t columns = moe__ceil_div(n_experts, 32) * 32;
+    w->pad = moe__take_floats(a, 32, 32);            /* the block at the edge */
+    w->panel = moe__take_floats(a, columns, 32);     /* (expert, 32 tokens) */
+    w->list = moe__take_floats(a, top_k + 1, 16);
+    w->selected = moe__take_floats(a, n_experts, 16);
+    w->first = moe__take_floats(a, n_experts, 16);
+    w->sum = (double *)moe__take(a, n_experts, sizeof(double));
+    w->index = (int32_t *)moe__take(a, top_k, sizeof(int32_t));
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+
+MOE_API moe_status moe_topk_count_work(size_t n_experts, size_t top_k, size_t *bytes) {
+    moe__count_work w;
+    moe__arena a = {NULL, 0, 0};
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status s = moe__count_layout(&w, n_experts, top_k, &a);
+    return s ? s : moe__arena_bytes(&a, bytes);
+}
+
+/* The counts of the lanes, whole numbers below 2^24. */
+static void moe__count_flush(size_t n_experts, const float *lanes, uint64_t *count) {
+    for (size_t e = 0; count && e < n_experts; e++) {
+        double sum = 0.0;
+        for (size_t l = 0; l < 16; l++) sum += (double)lanes[e * 16 + l];
+        count[e] += (uint64_t)sum;
+    }
+}
+
+/* At most 2^20 tokens, so that a lane stays below 2^24, where float stops counting. */
+static moe_status moe__count_piece(const moe__count_work *w, size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
+                                   uint64_t *load, uint64_t *top1, double *sum) {
+    const moe__kernels *kn = moe__k();
+    double finite = 0.0;
+    memset(w->selected, 0, n_experts * 16 * sizeof(float));
+    memset(w->first, 0, n_experts * 16 * sizeof(float));
+    memset(w->pad, 0, 32 * 32 * sizeof(float));
+    for (size_t e = 0; e < n_experts; e++) w->sum[e] = 0.0;
+    for (size_t t = 0, rows; t < n_tokens; t += rows) {
+        const float *z = logits + t * n_experts;
+        rows = moe__min(n_tokens - t, 32);
+        kn->sum_rows(rows, n_experts, z, w->sum);
+        if (!load) continue;
+        size_t whole = n_experts / 32 * 32; /* the block at the edge is copied first */
+        for (size_t e = 0; rows == 32 && e < n_experts; e += 32) {
+            size_t cols = moe__min(n_experts - e, 32);
+            if (e < whole) {
+                kn->transpose(z + e, n_experts, w->panel + e * 32);
+                continue;
+            }
+            for (size_t r = 0; r < rows; r++) memcpy(w->pad + r * 32, z + r * n_experts + e, cols * sizeof(float));
+            kn->transpose(w->pad, 32, w->panel + e * 32);
+        }
+        uint32_t ties = 0xffffffffu; /* one row after the other: where a tie decides, and the last few */
+        if (rows == 32 && top_k <= 8) ties = kn->count8(n_experts, top_k, w->panel, w->selected, w->first);
+        else if (rows == 32) {
+            ties = kn->count(n_experts, top_k, w->panel, w->list, w->selected, w->first);
+            ties |= kn->count(n_experts, top_k, w->panel + 16, w->list, w->selected, w->first) << 16;
+        }
+        for (size_t r = 0; ties && r < rows; r++, ties >>= 1) {
+            if (!(ties & 1) || !kn->topk(1, n_experts, top_k, z + r * n_experts, w->index, NULL)) continue;
+            for (size_t i = 0; i < top_k; i++) w->selected[(size_t)w->index[i] * 16] += 1.0f;
+            w->first[(size_t)w->index[0] * 16] += 1.0f;
+        }
+    }
+    for (size_t e = 0; e < n_experts; e++) finite += w->sum[e] * 0.0; /* a sum in double of finite floats is finite */
+    if (!(finite == 0.0)) return MOE_E_NAN_LOGITS;
+    for (size_t e = 0; sum && e < n_experts; e++) sum[e] += w->sum[e];
+    if (!load) return MOE_OK;
+    moe__count_flush(n_experts, w->selected, load);
+    moe__count_flush(n_experts, w->first, top1);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, uint64_t *load,
+                                  uint64_t *top1, double *sum, void *work, size_t work_bytes) {
+    size_t needed, n, most = (size_t)1 << 20;
+    moe__arena a;
+    moe__count_work w;
+    moe_status s = moe_topk_count_work(n_experts, top_k, &needed);
+    if (s) return s;
+    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !logits) return MOE_E_NULL_LOGITS;
+    if (!work) return MOE_E_NULL_WORK;
+    s = moe__arena_over(&a, work, work_bytes, needed);
+    if (!s) s = moe__count_layout(&w, n_experts, top_k, &a);
+    if (s) return s;
+    if (n_tokens > most && !moe__k()->all_finite(n, logits)) return MOE_E_NAN_LOGITS; /* before the first piece is added */
+    for (size_t t = 0, some; t < n_tokens && !s; t += some) {
+        some = moe__min(n_tokens - t, most);
+        s = moe__count_piece(&w, some, n_experts, top_k, logits + t * n_experts, load, top1, sum);
+    }
+    return s;
+}
+
+/* -- the temperature scan -- */
+typedef struct moe__scan_work { float *score; double *mean; uint64_t *load, *top1; int32_t *plain, *index; } moe__scan_work;
+
+static moe_status moe__scan_layout(moe__scan_work *w, size_t n_experts, size_t top_k, moe__arena *a) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!top_k || top_k > n_experts) return MOE_E_TOP_K;
+    w->score = moe__take_floats(a, 1, n_experts);
+    w->mean = (double *)moe__take(a, n_experts, sizeof(double));
+    w->load = (uint64_t *)moe__take(a, n_experts, sizeof(uint64_t));
+    w->top1 = (uint64_t *)moe__take(a, n_experts, sizeof(uint64_t));
+    w->plain = (int32_t *)moe__take(a, top_k, sizeof(int32_t));
+    w->index = (int32_t *)moe__take(a, top_k, sizeof(int32_t));
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+
+MOE_API moe_status moe_temperature_scan_work(size_t n_experts, size_t top_k, size_t *bytes) {
+    moe__scan_work w;
+    moe__arena a = {NULL, 0, 0};
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status s = moe__scan_layout(&w, n_experts, top_k, &a);
+    return s ? s : moe__arena_bytes(&a, bytes);
+}
+
+static double moe__entropy_of(double p) { return p > 0.0 ? -p * log(p) : 0.0; }
+
+MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits, size_t n_rows,
+                                        const float *temperature, moe_temperature_row *row, void *work, size_t work_bytes) {
+    size_t needed, n;
+    moe__arena a;
+    moe__scan_work w;
+    moe_status s = moe_temperature_scan_work(n_experts, top_k, &needed);
+    if (s) return s;
+    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !logits) return MOE_E_NULL_LOGITS;
+    if (n_rows && (!temperature || !row)) return MOE_E_NULL_OUT;
+    if (!work) return MOE_E_NULL_WORK;
+    s = moe__arena_over(&a, work, work_bytes, needed);
+    if (!s) s = moe__scan_layout(&w, n_experts, top_k, &a);
+    if (s) return s;
+    for (size_t i = 0; i < n_rows; i++)
+        if (!moe__temperature_ok(temperature[i])) return MOE_E_TEMPERATURE;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    for (size_t i = 0; i < n_rows; i++) {
+        moe_temperature_row r;
+        moe_health h;
+        double tokens = n_tokens ? (double)n_tokens : 1.0, share = 0.0;
+        memset(&r, 0, sizeof r);
+        memset(&h, 0, sizeof h);
+        memset(w.load, 0, n_experts * sizeof *w.load);
+        memset(w.top1, 0, n_experts * sizeof *w.top1);
+        for (size_t e = 0; e < n_experts; e++) w.mean[e] = 0.0;
+        r.temperature = (double)temperature[i];
+        for (size_t t = 0; t < n_tokens; t++) {
+            const float *z = logits + t * n_experts;
+            moe__k()->softmax(n_experts, 1.0f / temperature[i], z, w.score);
+            moe__k()->topk(1, n_experts, top_k, z, w.plain, NULL);
+            moe__k()->topk(1, n_experts, top_k, w.score, w.index, NULL);
+            for (size_t e = 0; e < n_experts; e++) {
+                w.mean[e] += (double)w.score[e];
+                r.token_entropy += moe__entropy_of((double)w.score[e]) / tokens;
+            }
+            for (size_t k = 0; k < top_k; k++) {
+                w.load[w.index[k]]++;
+                r.top_mass += (double)w.score[w.index[k]] / tokens;
+            }
+            w.top1[w.index[0]]++;
+            r.first_mass += (double)w.score[w.index[0]] / tokens;
+            (void)moe_churn(1, top_k, w.plain, w.index, &share);
+            r.changed += share / tokens;
+        }
+        double mean = tokens * (double)top_k / (double)n_experts, top = 0.0, square = 0.0;
+        h.n_experts = n_experts;
+        h.top1 = w.top1;
+        for (size_t e = 0; e < n_experts && n_tokens; e++) {
+            double l = (double)w.load[e];
+            r.entropy += moe__entropy_of(w.mean[e] / tokens);
+            if (l > top) top = l;
+            square += (l - mean) * (l - mean);
+            r.n_dead += (size_t)moe__dead_first(&h, tokens, e);
+        }
+        if (n_tokens) r.maxvio = top / mean - 1.0;
+        r.load_cv = sqrt(square / (double)n_experts) / mean; /* square is 0 without tokens */
+        row[i] = r;
+    }
+    return MOE_OK;
+}
+
+/* ==== game ====================================================================================
+ * The congestion game of the routers: load m = softmax(q - gamma m). After arXiv 2604.04230, of which only the abstract
+ * was available: every formula is [D], derived for this library (docs/gamma.md). All in double. */
+#define MOE__GAME_ROUNDS 60
+#define MOE__GAME_PICARD 0.1 /* up to here plain iteration is fast: it contracts by |gamma| / 2 */
+#define MOE__GAME_TYPES 64
+
+static moe_status moe__game_sizes_ok(size_t n_experts, const double *quality) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!quality) return MOE_E_NULL_QUALITY;
+    for (size_t i = 0; i < n_experts; i++)
+        if (!moe__finite_double(quality[i])) return MOE_E_QUALITY;
+    return MOE_OK;
+}
+
+/* The sum of a load whose every element may be used, or 0. */
+static double moe__game_total(size_t n, const double *load) {
+    double total = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        if (!(load[i] >= 0.0) || !moe__finite_double(load[i])) return 0.0;
+        total += load[i];
+    }
+    return moe__finite_double(total) ? total : 0.0;
+}
+
+static double moe__max_of(size_t n, const double *x) {
+    double top = x[0];
+    for (size_t i = 1; i < n; i++)
+        if (x[i] > top) top = x[i];
+    return top;
+}
+
+static double moe__l1(size_t n, const double *a, const double *b) {
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) sum += fabs(a[i] - b[i]);
+    return sum;
+}
+
+/* out = softmax((x - price) * inverse), price NULL = 0; returns the logsumexp. out may be x or price. */
+static double moe__softmax_double(size_t n, const double *x, const double *price, double inverse, double *out) {
+    double top = -HUGE_VAL, sum = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        out[i] = (price ? x[i] - price[i] : x[i]) * inverse;
+        if (out[i] > top) top = out[i];
+    }
+    for (size_t i = 0; i < n; i++) sum += out[i] = exp(out[i] - top);
+    for (size_t i = 0; i < n; i++) out[i] /= sum;
+    return top + log(sum);
+}
+
+/* The m > 0 with log m + gamma m = a, gamma > 0: omega(a + log gamma) / gamma, omega the Wright omega. Never overflows:
+ * only logarithms of what grows. Fritsch, Shafer and Crowley's iteration, of fourth order. guess > 0: a start near m. */
+static double moe__game_response(double a, double gamma, double log_gamma, double guess) {
+    double x = a + log_gamma, m = guess, r = 1.0;
+    if (x < -36.0) return exp(a); /* gamma m is below the rounding of 1 */
+    if (guess > 0.0) r = a - log(m) - gamma * m;
+    if (!(guess > 0.0) || fabs(r) > 0.5) {
+        if (x < -1.0) m = exp(a);
+        else if (x < 4.0) m = (1.0 + (x - 1.0) / 2.0 + (x - 1.0) * (x - 1.0) / 16.0) / gamma;
+        else m = (x - log(x)) / gamma;
+        r = a - log(m) - gamma * m;
+    }
+    for (int i = 0; i < 8; i++) {
+        double one = 1.0 + gamma * m, t = 2.0 * one * (one + r * (2.0 / 3.0));
+        m *= 1.0 + r / one * ((t - r) / (t - 2.0 * r));
+        if (fabs(r) < 1e-4) break; /* r^4 is below rounding */
+        r = a - log(m) - gamma * m;
+    }
+    return m;
+}
+
+/* Newton's iteration for c in sum_i m_i(c) = 1: the sum is convex and falls with c, so from the left it never overshoots. q is
+ * less `top`; *c and m are starts if `warm`. Returns the rounds, or 0 without success. */
+static int moe__game_newton(size_t n, const double *quality, double top, double gamma, int warm, double *c, double *m) {
+    double sum = 0.0, log_gamma = log(gamma), before = HUGE_VAL;
+    for (size_t i = 0; i < n; i++) sum += exp(quality[i] - top);
+    double lo = log(sum) - gamma, hi = log(sum);
+    if (!warm || !(*c >= lo && *c <= hi)) {
+        *c = lo;
+        for (size_t i = 0; i < n; i++) m[i] = 0.0;
+    }
+    for (int round = 1; round <= MOE__GAME_ROUNDS; round++) {
+        double f = -1.0, lost = 0.0, slope = 0.0;
+        for (size_t i = 0; i < n; i++) {
+            m[i] = moe__game_response((quality[i] - top) - *c, gamma, log_gamma, m[i]);
+            double part = m[i] - lost, next = f + part; /* Kahan's sum */
+            lost = (next - f) - part;
+            f = next;
+            slope += m[i] / (1.0 + gamma * m[i]);
+        }
+        if (fabs(f) < 1e-15 || (fabs(f) < 1e-10 && fabs(f) >= before)) { /* as near as the sum's rounding allows */
+            for (size_t i = 0; i < n; i++) m[i] /= 1.0 + f;
+            return round;
+        }
+        before = fabs(f);
+        if (f > 0.0) lo = *c;
+        else hi = *c;
+        double next = *c + f / slope;
+        if (!(next >= lo && next <= hi)) next = lo + (hi - lo) / 2.0;
+        double step = next - *c;
+        *c = next;
+        for (size_t i = 0; i < n; i++) {
+            m[i] -= step * (m[i] / (1.0 + gamma * m[i]));
+            if (!(m[i] > 0.0)) m[i] = 0.0; /* a poor guess is none */
+        }
+    }
+    return 0;
+}
+
+/* Small and negative gamma: m = softmax(q - gamma m), again and again. */
+static int moe__game_picard(size_t n, const double *quality, double top, double gamma, double *c, double *m) {
+    double sum;
+    for (size_t i = 0; i < n; i++) m[i] = 0.0;
+    for (int round = 1; round <= MOE__GAME_ROUNDS; round++) {
+        double change = 0.0;
+        sum = 0.0;
+        for (size_t i = 0; i < n; i++) sum += exp((quality[i] - top) - gamma * m[i]);
+        *c = log(sum);
+        for (size_t i = 0; i < n; i++) {
+            double next = exp((quality[i] - top) - gamma * m[i]) / sum;
+            change += fabs(next - m[i]);
+            m[i] = next;
+        }
+        if (change * fabs(gamma) < 1e-16) return round;
+    }
+    return MOE__GAME_ROUNDS; /* by now the change is below 2^-59 */
+}
+
+static int moe__game_rounds(size_t n, const double *quality, double gamma, int warm, double *c, double *m) {
+    double top = moe__max_of(n, quality);
+    if (gamma <= MOE__GAME_PICARD) return moe__game_picard(n, quality, top, gamma, c, m);
+    return moe__game_newton(n, quality, top, gamma, warm, c, m);
+}
+
+MOE_API moe_status moe_game_solve(size_t n_experts, const double *quality, double gamma, double *load, moe_game_info *info) {
+    moe_status s = moe__game_sizes_ok(n_experts, quality);
+    if (s) return s;
+    if (!(gamma > -1.0) || !moe__finite_double(gamma)) return MOE_E_GAMMA;
+    if (!load) return MOE_E_NULL_LOAD;
+    double c = 0.0, top = moe__max_of(n_experts, quality), residual = 0.0;
+    int rounds = moe__game_rounds(n_experts, quality, gamma, 0, &c, load);
+    if (!rounds) return MOE_E_GAME;
+    for (size_t i = 0; i < n_experts; i++) {
+        double a = quality[i] - top, l, r;
+        if (load[i] < DBL_MIN) continue; /* so small that its logarithm is not exact */
+        l = log(load[i]);
+        r = fabs(l + gamma * load[i] - a + c) / (1.0 + fabs(l) + fabs(gamma) * load[i] + fabs(a) + fabs(c));
+        if (r > residual) residual = r;
+    }
+    if (info) info->iterations = rounds, info->residual = residual;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_sensitivity(size_t n_experts, double gamma, const double *load, double *d_load) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!(gamma > -1.0) || !moe__finite_double(gamma)) return MOE_E_GAMMA;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!d_load) return MOE_E_NULL_OUT;
+    if (!(moe__game_total(n_experts, load) > 0.0)) return MOE_E_LOAD;
+    double sum = 0.0, mean = 0.0;
+    for (size_t i = 0; i < n_experts; i++) {
+        d_load[i] = load[i] / (1.0 + gamma * load[i]);
+        sum += d_load[i];
+        mean += d_load[i] * load[i];
+    }
+    for (size_t i = 0; i < n_experts; i++) d_load[i] *= mean / sum - load[i];
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_softmax(size_t n_experts, const double *quality, double temperature, double *load) {
+    moe_status s = moe__game_sizes_ok(n_experts, quality);
+    if (s) return s;
+    if (!(temperature > 0.0) || !moe__finite_double(1.0 / temperature)) return MOE_E_TEMPERATURE;
+    if (!load) return MOE_E_NULL_LOAD;
+    double top = moe__max_of(n_experts, quality), sum = 0.0;
+    for (size_t i = 0; i < n_experts; i++) sum += load[i] = exp((quality[i] - top) / temperature);
+    for (size_t i = 0; i < n_experts; i++) load[i] /= sum;
+    return MOE_OK;
+}
+
+/* -- fits: the parameter with the least L1 distance between prediction and load -- */
+typedef struct moe__curve moe__curve;
+struct moe__curve {
+    void (*predict)(moe__curve *v, double u); /* of the scaled parameter, into m */
+    size_t n, n_types;
+    const double *share, *quality, *load; /* quality (n), or (n_types, n) */
+    double *m, *work, c;
+    int warm; /* m and c are of a parameter before */
+};
+
+static double moe__curve_at(moe__curve *v, double u) {
+    v->predict(v, u);
+    return moe__l1(v->n, v->m, v->load);
+}
+
+/* Golden section on [lo, hi]. */
+static double moe__curve_golden(moe__curve *v, double lo, double hi, double tolerance, double *u) {
+    const double ratio = 0.6180339887498949;
+    double a = hi - ratio * (hi - lo), b = lo + ratio * (hi - lo), fa = moe__curve_at(v, a), fb = moe__curve_at(v, b);
+    while (hi - lo > tolerance) {
+        if (fa <= fb) {
+            hi = b, b = a, fb = fa;
+            fa = moe__curve_at(v, a = hi - ratio * (hi - lo));
+        } else {
+            lo = a, a = b, fa = fb;
+            fb = moe__curve_at(v, b = lo + ratio * (hi - lo));
+        }
+    }
+    *u = fa <= fb ? a : b;
+    return fa <= fb ? fa : fb;
+}
+
+/* A grid over [lo, hi], then golden section around its best point. The ends themselves can be the answer. */
+static double moe__curve_fit(moe__curve *v, double lo, double hi, double *u) {
+    const int grid = 40;
+    double best = HUGE_VAL, h = (hi - lo) / grid, value, inside;
+    int at = 0;
+    v->warm = 0;
+    for (int i = 0; i <= grid; i++) {
+        value = moe__curve_at(v, lo + i * h);
+        if (value < best) best = value, at = i;
+    }
+    *u = lo + at * h;
+    value = moe__curve_golden(v, at > 0 ? *u - h : lo, at < grid ? *u + h : hi, 1e-11, &inside);
+    if (value < best) best = value, *u = inside;
+    return best;
+}
+
+/* The same downhill from a start, in growing steps, and to three digits: for a bootstrap. */
+static double moe__curve_descend(moe__curve *v, double start, double lo, double hi) {
+    double h = 0.05, u = start, f, left, right, inside;
+    v->warm = 0;
+    f = moe__curve_at(v, u);
+    left = u - h < lo ? lo : u - h, right = u + h > hi ? hi : u + h;
+    double fl = left < u ? moe__curve_at(v, left) : HUGE_VAL, fr = right > u ? moe__curve_at(v, right) : HUGE_VAL;
+    while (fl < f || fr < f) {
+        h *= 2.0;
+        if (fl < fr) {
+            right = u, u = left, fr = f, f = fl;
+            left = u - h < lo ? lo : u - h;
+            fl = left < u ? moe__curve_at(v, left) : HUGE_VAL;
+        } else {
+            left = u, u = right, fl = f, f = fr;
+            right = u + h > hi ? hi : u + h;
+            fr = right > u ? moe__curve_at(v, right) : HUGE_VAL;
+        }
+    }
+    return moe__curve_golden(v, left, right, 2e-4, &inside) < f ? inside : u;
+}
+
+#define MOE__GAMMA_END log1p(MOE_GAME_GAMMA_MAX) /* u = log(1 + gamma) */
+static const double moe__log_temperature[2] = {-3.912023005428146, 6.214608098422191}; /* log 0.02, log 500 */
+
+static void moe__predict_game(moe__curve *v, double u) {
+    double gamma = expm1(u) > 0.0 ? expm1(u) : 0.0;
+    v->warm = gamma > MOE__GAME_PICARD && moe__game_rounds(v->n, v->quality, gamma, v->warm, &v->c, v->m) > 0;
+    if (gamma <= MOE__GAME_PICARD) (void)moe__game_rounds(v->n, v->quality, gamma, 0, &v->c, v->m);
+}
+static void moe__predict_softmax(moe__curve *v, double u) { (void)moe_game_softmax(v->n, v->quality, exp(u), v->m); }
+
+static moe__curve moe__curve_of(void (*predict)(moe__curve *, double), size_t n, const double *quality, const double *load, double *m) {
+    moe__curve v;
+    memset(&v, 0, sizeof v);
+    v.predict = predict;
+    v.n = n;
+    v.quality = quality;
+    v.load = load;
+    v.m = m;
+    return v;
+}
+
+/* Slope of q - log m on m, and whether the load varies at all. A load of 0 counts as half a selection. */
+static double moe__game_slope(size_t n, const double *quality, const double *m, double selections) {
+    double least = HUGE_VAL, mean = 0.0, mean_y = 0.0, xx = 0.0, xy = 0.0;
+    for (size_t i = 0; i < n; i++)
+        if (m[i] > 0.0 && m[i] < least) least = m[i];
+    least = selections > 0.0 ? 0.5 / selections : least / 2.0;
+    for (size_t i = 0; i < n; i++) {
+        mean += m[i] / (double)n;
+        mean_y += (quality[i] - log(m[i] > 0.0 ? m[i] : least)) / (double)n;
+    }
+    for (size_t i = 0; i < n; i++) {
+        double x = m[i] - mean;
+        xx += x * x;
+        xy += x * (quality[i] - log(m[i] > 0.0 ? m[i] : least) - mean_y);
+    }
+    return xx > 1e-24 ? xy / xx : (double)NAN;
+}
+
+MOE_API moe_status moe_game_estimate(size_t n_experts, const double *quality, const double *load, double selections,
+                                     double *work, moe_game_fit *out) {
+    size_t n = n_experts;
+    moe_status s = moe__game_sizes_ok(n, quality);
+    if (s) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!out) return MOE_E_NULL_OUT;
+    double total = moe__game_total(n, load), *m = work, *prediction = work + n, u, low = quality[0], top = moe__max_of(n, quality);
+    if (!(total > 0.0) || !(selections >= 0.0) || !moe__finite_double(selections)) return MOE_E_LOAD;
+    memset(out, 0, sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        m[i] = load[i] / total;
+        out->l1_uniform += fabs(m[i] - 1.0 / (double)n);
+        if (quality[i] < low) low = quality[i];
+    }
+    out->peak_load = (double)n * moe__max_of(n, m);
+    (void)moe_game_softmax(n, quality, 1.0, prediction);
+    out->peak_softmax = (double)n * moe__max_of(n, prediction);
+    out->gamma_ols = moe__game_slope(n, quality, m, selections);
+
+    moe__curve v = moe__curve_of(moe__predict_softmax, n, quality, m, prediction);
+    out->l1_softmax = moe__curve_fit(&v, moe__log_temperature[0], moe__log_temperature[1], &u);
+    out->temperature = top - low > 1e-12 * (1.0 + fabs(top)) ? exp(u) : (double)NAN;
+    v = moe__curve_of(moe__predict_game, n, quality, m, prediction);
+    out->l1_game = moe__curve_fit(&v, 0.0, MOE__GAMMA_END, &u);
+    out->gamma = expm1(u);
+
+    /* how far the prediction can move, against the mean L1 distance of a load of so many draws from its own truth */
+    double noise = selections > 0.0 ? sqrt(2.0 * (double)n / (3.141592653589793 * selections)) : 0.0, span = 0.0, sum = 0.0;
+    v.warm = 0;
+    moe__predict_game(&v, MOE__GAMMA_END);
+    for (size_t i = 0; i < n; i++) sum += exp(quality[i] - top);
+    for (size_t i = 0; i < n; i++) span += fabs(prediction[i] - exp(quality[i] - top) / sum);
+    out->identified = span > noise + 1e-9 && u < MOE__GAMMA_END - 1e-6;
+    if (!out->identified) out->gamma = (double)NAN;
+    return MOE_OK;
+}
+
+MOE_API double moe_game_explicit(double alpha, size_t n_experts, double unit_scale) {
+    return alpha * (double)n_experts * unit_scale;
+}
+
+/* -- several types of tokens -- */
+/* Number i of a stream as a double in [0, 1). */
+static double moe__uniform_double(uint64_t seed, uint64_t stream, uint64_t i) {
+    double hi = (double)moe_rand_u32(seed, stream, 2 * i), lo = (double)(moe_rand_u32(seed, stream, 2 * i + 1) >> 11);
+    return (hi * 2097152.0 + lo) / 9007199254740992.0; /* 53 bits */
+}
+
+/* row = z less its mean */
+static void moe__centre(size_t n, const float *z, double *row) {
+    double mean = 0.0;
+    for (size_t i = 0; i < n; i++) mean += (double)z[i];
+    mean /= (double)n;
+    for (size_t i = 0; i < n; i++) row[i] = (double)z[i] - mean;
+}
+
+static double moe__type_distance(size_t n, const double *a, const double *b) {
+    double sum = 0.0;
+    for (size_t i = 0; i < n; i++) sum += (a[i] - b[i]) * (a[i] - b[i]);
+    return sum;
+}
+
+MOE_API moe_status moe_game_cluster(size_t n_tokens, size_t n_experts, size_t n_types, uint64_t seed, const float *logits,
+                                    uint32_t *type, double *share, double *quality, double *work) {
+    size_t n, E = n_experts, seeded;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!n_types || n_types > MOE__GAME_TYPES) return MOE_E_N_TYPES;
+    if (!n_tokens) return MOE_E_N_BATCHES;
+    if (!moe__mul(n_tokens, n_experts, &n)) return MOE_E_OVERFLOW;
+    if (!logits) return MOE_E_NULL_LOGITS;
+    if (!type || !share || !quality) return MOE_E_NULL_OUT;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    double *nearest = work, *row = work + n_tokens; /* squared distance to the nearest centre; one token */
+    for (size_t t = 0; t < n_tokens; t++) nearest[t] = HUGE_VAL, type[t] = 0;
+    for (size_t i = 0; i < n_types * E; i++) quality[i] = 0.0;
+    for (seeded = 0; seeded < n_types; seeded++) { /* k-means++: the next centre with probability as the squared distance */
+        double total = 0.0, left, *centre = quality + seeded * E;
+        size_t pick = 0;
+        for (size_t t = 0; seeded && t < n_tokens; t++) total += nearest[t];
+        if (seeded && !(total > 0.0)) break; /* every token is a centre already */
+        left = moe__uniform_double(seed, 0, seeded) * (seeded ? total : (double)n_tokens);
+        if (!seeded) pick = (size_t)left;
+        for (size_t t = 0; seeded && t < n_tokens; t++) {
+            if (nearest[t] > 0.0) pick = t; /* the last such one if rounding leaves a rest */
+            if ((left -= nearest[t]) < 0.0) break;
+        }
+        moe__centre(E, logits + pick * E, centre);
+        for (size_t t = 0; t < n_tokens; t++) {
+            moe__centre(E, logits + t * E, row);
+            double d = moe__type_distance(E, row, centre);
+            if (d < nearest[t]) nearest[t] = d, type[t] = (uint32_t)seeded;
+        }
+    }
+    for (int round = 0; round < 50; round++) {
+        size_t changed = 0;
+        for (size_t c = 0; c < n_types; c++) share[c] = 0.0;
+        for (size_t t = 0; t < n_tokens; t++) share[type[t]] += 1.0;
+        for (size_t c = 0; c < n_types; c++) /* an empty type keeps its centre */
+            for (size_t i = 0; i < E && share[c] > 0.0; i++) quality[c * E + i] = 0.0;
+        for (size_t t = 0; t < n_tokens; t++) {
+            moe__centre(E, logits + t * E, row);
+            for (size_t i = 0; i < E; i++) quality[type[t] * E + i] += row[i] / share[type[t]];
+        }
+        if (round == 49) break; /* means of the last assignment */
+        for (size_t t = 0; t < n_tokens; t++) {
+            uint32_t best = type[t];
+            moe__centre(E, logits + t * E, row);
+            double least = moe__type_distance(E, row, quality + best * E);
+            for (size_t c = 0; c < seeded; c++) {
+                double d = moe__type_distance(E, row, quality + c * E);
+                if (d < least) least = d, best = (uint32_t)c;
+            }
+            changed += best != type[t];
+            type[t] = best;
+        }
+        if (!changed) break;
+    }
+    for (size_t c = 0; c < n_types; c++) share[c] /= (double)n_tokens;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_types_work(size_t n_experts, size_t n_types, size_t *count) {
+    if (!count) return MOE_E_NULL_OUT;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!n_types || n_types > MOE__GAME_TYPES) return MOE_E_N_TYPES;
+    *count = n_types * n_experts + 7 * n_experts + n_types * n_types + n_types; /* below 2^27 */
+    return MOE_OK;
+}
+
+static moe_status moe__game_types_ok(size_t n_experts, size_t n_types, const double *share, const double *quality) {
+    size_t count;
+    double sum = 0.0;
+    moe_status s = moe_game_types_work(n_experts, n_types, &count);
+    if (s) return s;
+    if (!share || !quality) return MOE_E_NULL_QUALITY;
+    for (size_t c = 0; c < n_types; c++) {
+        if (!(share[c] >= 0.0)) return MOE_E_TYPE_SHARE;
+        sum += share[c];
+    }
+    if (!(fabs(sum - 1.0) < 1e-6)) return MOE_E_TYPE_SHARE;
+    for (size_t i = 0; i < n_types * n_experts; i++)
+        if (!moe__finite_double(quality[i])) return MOE_E_QUALITY;
+    return MOE_OK;
+}
+
+/* load = sum_c pi_c softmax((q^c - price) / T), p (C, E) = the types' softmaxes; returns sum_c pi_c logsumexp. */
+static double moe__types_load(size_t E, size_t C, const double *share, const double *quality, const double *price, double inverse,
+                              double *p, double *load) {
+    double lse = 0.0;
+    for (size_t i = 0; i < E; i++) load[i] = 0.0;
+    for (size_t c = 0; c < C; c++) {
+        lse += share[c] * moe__softmax_double(E, quality + c * E, price, inverse, p + c * E);
+        for (size_t i = 0; i < E; i++) load[i] += share[c] * p[c * E + i];
+    }
+    return lse;
+}
+
+/* x = A^-1 x for a symmetric positive definite A (n, n), which becomes its Cholesky factor. 0: it is not definite. */
+static int moe__cholesky_solve(size_t n, double *a, double *x) {
+    for (size_t j = 0; j < n; j++) {
+        for (size_t i = j; i < n; i++) {
+            double v = a[i * n + j];
+            for (size_t k = 0; k < j; k++) v -= a[i * n + k] * a[j * n + k];
+            if (i == j && !(v > 0.0)) return 0;
+            a[i * n + j] = i == j ? sqrt(v) : v / a[j * n + j];
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        for (size_t k = 0; k < i; k++) x[i] -= a[i * n + k] * x[k];
+        x[i] /= a[i * n + i];
+    }
+    for (size_t i = n; i-- > 0;) {
+        for (size_t k = i + 1; k < n; k++) x[i] -= a[k * n + i] * x[k];
+        x[i] /= a[i * n + i];
+    }
+    return 1;
+}
+
+/* Newton's step -H^-1 g for H = D - U U^T, D = diag(load + 1 / gamma), U (E, C) = sqrt(pi_c) p^c: by Woodbury's identity only
+ * I - U^T D^-1 U (C, C) is factored. step (E); a (C, C) and x (C) are scratch. */
+static int moe__types_step(size_t E, size_t C, const double *share, const double *p, const double *load, double gamma,
+                           const double *gradient, double *a, double *x, double *step) {
+    for (size_t c = 0; c < C; c++) {
+        x[c] = 0.0;
+        for (size_t i = 0; i < E; i++) x[c] += sqrt(share[c]) * p[c * E + i] * gradient[i] / (load[i] + 1.0 / gamma);
+        for (size_t b = 0; b <= c; b++) {
+            double v = 0.0;
+            for (size_t i = 0; i < E; i++) v += p[c * E + i] * p[b * E + i] / (load[i] + 1.0 / gamma);
+            a[c * C + b] = (b == c ? 1.0 : 0.0) - sqrt(share[c] * share[b]) * v;
+        }
+    }
+    if (!moe__cholesky_solve(C, a, x)) return 0;
+    for (size_t i = 0; i < E; i++) {
+        double v = gradient[i];
+        for (size_t c = 0; c < C; c++) v += sqrt(share[c]) * p[c * E + i] * x[c];
+        step[i] = -v / (load[i] + 1.0 / gamma);
+    }
+    return 1;
+}
+
+/* With y = gamma m: the minimum of F(y) = sum_c pi_c logsumexp(q^c - y) + |y|^2 / (2 gamma), which is strictly convex. */
+static int moe__types_newton(size_t E, size_t C, const double *share, const double *quality, double gamma, double *load,
+                             double *work, double *residual) {
+    double *p = work, *y = p + C * E, *trial = y + E, *gradient = trial + E, *step = gradient + E, *best = step + E;
+    double *a = best + E, *x = a + C * C, f, least = HUGE_VAL;
+    *residual = 0.0;
+    if (gamma <= 0.0) {
+        (void)moe__types_load(E, C, share, quality, NULL, 1.0, p, load);
+        return 1;
+    }
+    (void)moe__types_load(E, C, share, quality, NULL, 1.0 / (1.0 + gamma / (double)E), p, y);
+    for (size_t i = 0; i < E; i++) y[i] *= gamma;
+    for (int round = 1; round <= MOE__GAME_ROUNDS; round++) {
+        double slope = 0.0, worst = 0.0, square = 0.0, t = 1.0;
+        f = moe__types_load(E, C, share, quality, y, 1.0, p, load);
+        for (size_t i = 0; i < E; i++) {
+            gradient[i] = y[i] / gamma - load[i];
+            square += y[i] * y[i];
+            if (fabs(gradient[i]) > worst) worst = fabs(gradient[i]);
+        }
+        f += square / (2.0 * gamma);
+        if (worst < least) {
+            memcpy(best, load, E * sizeof *best);
+        }
+        if (worst < 1e-16 || (worst < 1e-11 && worst >= least)) { /* as near as rounding allows */
+            memcpy(load, best, E * sizeof *load);
+            *residual = worst < least ? worst : least;
+            return round;
+        }
+        if (worst < least) least = worst;
+        if (!moe__types_step(E, C, share, p, load, gamma, gradient, a, x, step)) return 0;
+        for (size_t i = 0; i < E; i++) slope += gradient[i] * step[i];
+        for (; t > 1e-9; t /= 2.0) { /* damped: until F falls. Near the minimum its fall is below rounding */
+            double value;
+            square = 0.0;
+            for (size_t i = 0; i < E; i++) {
+                trial[i] = y[i] + t * step[i];
+                square += trial[i] * trial[i];
+            }
+            if (-slope < 1e-9 * (1.0 + fabs(f))) break;
+            value = square / (2.0 * gamma);
+            for (size_t c = 0; c < C; c++) value += share[c] * moe__softmax_double(E, quality + c * E, trial, 1.0, p + c * E);
+            if (value <= f + 1e-4 * t * slope) break;
+        }
+        memcpy(y, trial, E * sizeof *y);
+    }
+    return 0;
+}
+
+MOE_API moe_status moe_game_types_solve(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                        double gamma, double *load, double *work, moe_game_info *info) {
+    double residual;
+    moe_status s = moe__game_types_ok(n_experts, n_types, share, quality);
+    if (s) return s;
+    if (!(gamma >= 0.0) || !moe__finite_double(gamma)) return MOE_E_GAMMA;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!work) return MOE_E_NULL_WORK;
+    int rounds = moe__types_newton(n_experts, n_types, share, quality, gamma, load, work, &residual);
+    if (!rounds) return MOE_E_GAME;
+    if (info) info->iterations = rounds, info->residual = residual;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_types_softmax(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                          double temperature, double *load, double *work) {
+    moe_status s = moe__game_types_ok(n_experts, n_types, share, quality);
+    if (s) return s;
+    if (!(temperature > 0.0) || !moe__finite_double(1.0 / temperature)) return MOE_E_TEMPERATURE;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!work) return MOE_E_NULL_WORK;
+    (void)moe__types_load(n_experts, n_types, share, quality, NULL, 1.0 / temperature, work, load);
+    return MOE_OK;
+}
+
+static void moe__predict_coupled(moe__curve *v, double u) {
+    double residual, gamma = expm1(u) > 0.0 ? expm1(u) : 0.0;
+    (void)moe__types_newton(v->n, v->n_types, v->share, v->quality, gamma, v->m, v->work, &residual);
+}
+static void moe__predict_independent(moe__curve *v, double u) {
+    (void)moe__types_load(v->n, v->n_types, v->share, v->quality, NULL, exp(-u), v->work, v->m);
+}
+
+MOE_API moe_status moe_game_types_estimate(size_t n_experts, size_t n_types, const double *share, const double *quality,
+                                           const double *load, double *work, moe_game_types_fit *out) {
+    size_t n = n_experts;
+    moe_status s = moe__game_types_ok(n, n_types, share, quality);
+    if (s) return s;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!out) return MOE_E_NULL_OUT;
+    double total = moe__game_total(n, load), u, *m = work, *prediction = work + n; /* the solver's work follows */
+    if (!(total > 0.0)) return MOE_E_LOAD;
+    for (size_t i = 0; i < n; i++) m[i] = load[i] / total;
+    moe__curve v = moe__curve_of(moe__predict_coupled, n, quality, m, prediction);
+    v.n_types = n_types;
+    v.share = share;
+    v.work = work + 2 * n;
+    memset(out, 0, sizeof *out);
+    out->l1_coupled = moe__curve_fit(&v, 0.0, MOE__GAMMA_END, &u);
+    out->gamma = expm1(u);
+    v.predict = moe__predict_independent;
+    out->l1_independent = moe__curve_fit(&v, moe__log_temperature[0], moe__log_temperature[1], &u);
+    out->temperature = exp(u);
+    return MOE_OK;
+}
+
+/* -- scope -- */
+MOE_API moe_status moe_game_feasible(size_t n_experts, size_t top_k, const double *load, int *feasible) {
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!top_k || top_k > n_experts) return MOE_E_TOP_K;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!feasible) return MOE_E_NULL_OUT;
+    double total = moe__game_total(n_experts, load);
+    if (!(total > 0.0)) return MOE_E_LOAD;
+    *feasible = moe__max_of(n_experts, load) * (double)top_k <= total * (1.0 + 1e-12);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_epsilon(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index, size_t n_next,
+                                    const float *logits, const double *load, double gamma, size_t least, double *work,
+                                    double *epsilon) {
+    size_t n;
+    double lowest = HUGE_VAL, highest = -HUGE_VAL;
+    moe_status s = moe__index_ok(n_tokens, n_experts, top_k, index);
+    if (s) return s;
+    if (!n_next || n_next > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!moe__mul(n_tokens, n_next, &n)) return MOE_E_OVERFLOW;
+    if (n && !logits) return MOE_E_NULL_LOGITS;
+    if (!load) return MOE_E_NULL_LOAD;
+    if (!moe__finite_double(gamma)) return MOE_E_GAMMA;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!epsilon) return MOE_E_NULL_OUT;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    if (!(moe__game_total(n_next, load) > 0.0)) return MOE_E_LOAD;
+    double *sum = work, *count = work + n_experts;
+    for (size_t i = 0; i < n_experts; i++) sum[i] = count[i] = 0.0;
+    for (size_t t = 0; t < n_tokens; t++) {
+        const float *z = logits + t * n_next;
+        double top = -HUGE_VAL, lse = 0.0;
+        for (size_t j = 0; j < n_next; j++) top = fmax(top, (double)z[j] - gamma * load[j]);
+        for (size_t j = 0; j < n_next; j++) lse += exp((double)z[j] - gamma * load[j] - top);
+        for (size_t i = 0; i < top_k; i++) {
+            int32_t e = index[t * top_k + i];
+            if (e < 0) continue;
+            sum[e] += top + log(lse);
+            count[e] += 1.0;
+        }
+    }
+    for (size_t i = 0; i < n_experts; i++) {
+        if (!(count[i] > 0.0) || count[i] < (double)least) continue;
+        lowest = fmin(lowest, sum[i] / count[i]);
+        highest = fmax(highest, sum[i] / count[i]);
+    }
+    *epsilon = highest > lowest ? highest - lowest : 0.0;
+    return MOE_OK;
+}
+
+MOE_API double moe_game_epsilon_bound(double epsilon, double gamma, size_t n_experts) {
+    if (!(epsilon >= 0.0) || !(gamma >= 0.0) || !n_experts) return (double)NAN;
+    return gamma > 0.0 ? epsilon / (2.0 * (1.0 + gamma / (double)n_experts)) : 2.0 * tanh(epsilon / 4.0);
+}
+
+/* -- quality -- */
+static void moe__sort_doubles(size_t n, double *x) { /* heap sort, ascending */
+    size_t start = n / 2;
+    while (n > 1) {
+        double v;
+        if (start) v = x[--start];
+        else v = x[--n], x[n] = x[0];
+        size_t at = start, child;
+        while ((child = 2 * at + 1) < n) {
+            if (child + 1 < n && x[child + 1] > x[child]) child++;
+            if (x[child] <= v) break;
+            x[at] = x[child];
+            at = child;
+        }
+        x[at] = v;
+    }
+}
+
+MOE_API const char *moe_quality_name(moe_quality_kind v) {
+    static const char *const names[] = {"mean", "log-prob", "selected", "median", "trimmed"};
+    return (unsigned)v < MOE__QUALITY_COUNT ? names[v] : NULL;
+}
+
+MOE_API moe_status moe_game_quality(moe_quality_kind kind, size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
+                                    const int32_t *index, double *work, double *quality) {
+    size_t n, E = n_experts, T = n_tokens;
+    if ((unsigned)kind >= MOE__QUALITY_COUNT) return MOE_E_QUALITY_KIND;
+    if (!E || E > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!T) return MOE_E_N_BATCHES;
+    if (!moe__mul(T, E, &n)) return MOE_E_OVERFLOW;
+    if (!logits) return MOE_E_NULL_LOGITS;
+    if (!quality) return MOE_E_NULL_QUALITY;
+    int sorts = kind == MOE_QUALITY_MEDIAN || kind == MOE_QUALITY_TRIMMED;
+    if ((sorts || kind == MOE_QUALITY_SELECTED) && !work) return MOE_E_NULL_WORK;
+    moe_status s = kind == MOE_QUALITY_SELECTED ? moe__index_ok(T, E, top_k, index) : MOE_OK;
+    if (s) return s;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    for (size_t e = 0; e < E; e++) quality[e] = 0.0;
+    for (size_t e = 0; sorts && e < E; e++) {
+        size_t cut = kind == MOE_QUALITY_TRIMMED ? T / 10 : (T - 1) / 2; /* left out at each end */
+        for (size_t t = 0; t < T; t++) work[t] = (double)logits[t * E + e];
+        moe__sort_doubles(T, work);
+        for (size_t t = cut; t < T - cut; t++) quality[e] += work[t] / (double)(T - 2 * cut);
+    }
+    if (kind == MOE_QUALITY_SELECTED) {
+        for (size_t e = 0; e < E; e++) work[e] = 0.0;
+        for (size_t p = 0; p < T * top_k; p++) {
+            if (index[p] < 0) continue;
+            quality[index[p]] += (double)logits[p / top_k * E + (size_t)index[p]];
+            work[index[p]] += 1.0;
+        }
+        for (size_t e = 0; e < E; e++) quality[e] = work[e] > 0.0 ? quality[e] / work[e] : -HUGE_VAL;
+    }
+    for (size_t t = 0; !sorts && kind != MOE_QUALITY_SELECTED && t < T; t++) {
+        const float *z = logits + t * E;
+        double top = (double)z[0], sum = 0.0;
+        if (kind == MOE_QUALITY_MEAN) {
+            for (size_t e = 0; e < E; e++) quality[e] += (double)z[e] / (double)T;
+            continue;
+        }
+        for (size_t e = 0; e < E; e++) top = fmax(top, (double)z[e]);
+        for (size_t e = 0; e < E; e++) sum += exp((double)z[e] - top);
+        for (size_t e = 0; e < E; e++) quality[e] += exp((double)z[e] - top) / sum / (double)T;
+    }
+    for (size_t e = 0; kind == MOE_QUALITY_LOG_PROB && e < E; e++) quality[e] = log(quality[e]);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_pearson(size_t n, const double *a, const double *b, double *r) {
+    double count = 0.0, ma = 0.0, mb = 0.0, aa = 0.0, bb = 0.0, ab = 0.0;
+    if (n && (!a || !b)) return MOE_E_NULL_QUALITY;
+    if (!r) return MOE_E_NULL_OUT;
+    for (size_t i = 0; i < n; i++) {
+        if (!moe__finite_double(a[i]) || !moe__finite_double(b[i])) continue;
+        count += 1.0;
+        ma += (a[i] - ma) / count;
+        mb += (b[i] - mb) / count;
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (!moe__finite_double(a[i]) || !moe__finite_double(b[i])) continue;
+        aa += (a[i] - ma) * (a[i] - ma);
+        bb += (b[i] - mb) * (b[i] - mb);
+        ab += (a[i] - ma) * (b[i] - mb);
+    }
+    *r = aa > 0.0 && bb > 0.0 ? ab / (sqrt(aa) * sqrt(bb)) : (double)NAN;
+    return MOE_OK;
+}
+
+/* -- a dump by batches -- */
+static moe_status moe__game_layout(moe_game *g, size_t n_experts, size_t n_batches, moe__arena *a) {
+    size_t n;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!n_batches) return MOE_E_N_BATCHES;
+    if (!moe__mul(n_experts, n_batches, &n)) return MOE_E_OVERFLOW;
+    memset(g, 0, sizeof *g);
+    g->n_experts = n_experts;
+    g->n_batches = n_batches;
+    g->tokens = (uint64_t *)moe__take(a, n_batches, sizeof(uint64_t));
+    g->count = (uint64_t *)moe__take(a, n, sizeof(uint64_t));
+    g->logit = (double *)moe__take(a, n, sizeof(double));
+    return a->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+
+MOE_API moe_status moe_game_size(size_t n_experts, size_t n_batches, size_t *bytes) {
+    moe_game g;
+    moe__arena a = {NULL, 0, 0};
+    if (!bytes) return MOE_E_NULL_OUT;
+    moe_status s = moe__game_layout(&g, n_experts, n_batches, &a);
+    return s ? s : moe__arena_bytes(&a, bytes);
+}
+
+MOE_API moe_status moe_game_init(moe_game *g, size_t n_experts, size_t n_batches, void *memory, size_t bytes) {
+    size_t needed;
+    moe__arena a;
+    if (!g) return MOE_E_NULL_GAME;
+    moe_status s = moe_game_size(n_experts, n_batches, &needed);
+    if (!s) s = moe__arena_over(&a, memory, bytes, needed);
+    if (!s) s = moe__game_layout(g, n_experts, n_batches, &a);
+    return s ? s : moe_game_reset(g);
+}
+
+MOE_API moe_status moe_game_reset(moe_game *g) {
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    memset(g->tokens, 0, g->n_batches * sizeof *g->tokens);
+    memset(g->count, 0, g->n_batches * g->n_experts * sizeof *g->count);
+    for (size_t i = 0; i < g->n_batches * g->n_experts; i++) g->logit[i] = 0.0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_add(moe_game *g, size_t batch, size_t n_tokens, size_t top_k, const float *logits, const int32_t *index) {
+    size_t n;
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    if (batch >= g->n_batches) return MOE_E_BATCH;
+    if (!moe__mul(n_tokens, g->n_experts, &n)) return MOE_E_OVERFLOW;
+    if (n && !logits) return MOE_E_NULL_LOGITS;
+    moe_status s = moe__index_ok(n_tokens, g->n_experts, top_k, index);
+    if (s) return s;
+    if (!moe__all_finite(n, logits)) return MOE_E_NAN_LOGITS;
+    g->tokens[batch] += n_tokens;
+    for (size_t p = 0; p < n_tokens * top_k; p++)
+        if (index[p] >= 0) g->count[batch * g->n_experts + (size_t)index[p]]++;
+    moe__k()->sum_rows(n_tokens, g->n_experts, logits, g->logit + batch * g->n_experts);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_merge(moe_game *g, const moe_game *other) {
+    if (!g || !other || !g->tokens || !other->tokens) return MOE_E_NULL_GAME;
+    if (g->n_experts != other->n_experts) return MOE_E_MERGE;
+    if (g->n_batches != other->n_batches) return MOE_E_N_BATCHES;
+    for (size_t b = 0; b < g->n_batches; b++) g->tokens[b] += other->tokens[b];
+    for (size_t i = 0; i < g->n_batches * g->n_experts; i++) {
+        g->count[i] += other->count[i];
+        g->logit[i] += other->logit[i];
+    }
+    return MOE_OK;
+}
+
+/* Adds batch b to sums that begin at 0. */
+static void moe__game_pour(const moe_game *g, size_t b, double *quality, double *load, double *tokens) {
+    const uint64_t *count = g->count + b * g->n_experts;
+    const double *logit = g->logit + b * g->n_experts;
+    for (size_t i = 0; i < g->n_experts; i++) {
+        quality[i] += logit[i];
+        load[i] += (double)count[i];
+    }
+    *tokens += (double)g->tokens[b];
+}
+/* Sums -> mean logits and shares. */
+static moe_status moe__game_settle(size_t n, double *quality, double *load, double tokens, double *selections) {
+    double total = 0.0;
+    for (size_t i = 0; i < n; i++) total += load[i];
+    if (!(tokens > 0.0)) return MOE_E_N_BATCHES;
+    if (!(total > 0.0)) return MOE_E_LOAD;
+    for (size_t i = 0; i < n; i++) {
+        quality[i] /= tokens;
+        load[i] /= total;
+    }
+    *selections = total;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_pool(const moe_game *g, const uint8_t *half, int which, double *quality, double *load, double *selections) {
+    double tokens = 0.0, total;
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    if (!quality) return MOE_E_NULL_QUALITY;
+    if (!load) return MOE_E_NULL_LOAD;
+    for (size_t i = 0; i < g->n_experts; i++) quality[i] = load[i] = 0.0;
+    for (size_t b = 0; b < g->n_batches; b++)
+        if (!half || half[b] == which) moe__game_pour(g, b, quality, load, &tokens);
+    return moe__game_settle(g->n_experts, quality, load, tokens, selections ? selections : &total);
+}
+
+MOE_API moe_status moe_game_split(const moe_game *g, uint64_t seed, uint8_t *half) {
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    if (!half) return MOE_E_NULL_OUT;
+    size_t first = g->n_batches / 2;
+    for (size_t b = 0; b < g->n_batches; b++) { /* of those left, so many still go to half 0 */
+        double left = (double)(g->n_batches - b);
+        half[b] = moe__uniform_double(seed, 0, b) * left >= (double)first;
+        first -= !half[b];
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_game_holdout(const moe_game *g, uint64_t seed, moe_game_fit *out) {
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t n = g->n_experts;
+    double selections, *quality = (double *)moe__alloc(g->alloc_context, 6 * n * sizeof(double)), c = 0.0;
+    uint8_t *half = (uint8_t *)moe__alloc(g->alloc_context, g->n_batches);
+    moe_status s = quality && half ? moe_game_split(g, seed, half) : MOE_E_NO_MEMORY;
+    double *load = quality ? quality + n : NULL, *truth = quality ? load + n : NULL, *work = quality ? truth + 2 * n : NULL;
+    moe_game_fit fit;
+    if (!s) s = moe_game_pool(g, half, 1, work, truth, NULL);
+    if (!s) s = moe_game_pool(g, half, 0, quality, load, &selections);
+    if (!s) s = moe_game_estimate(n, quality, load, selections, work, &fit);
+    if (!s) {
+        fit.l1_uniform = 0.0;
+        for (size_t i = 0; i < n; i++) fit.l1_uniform += fabs(truth[i] - 1.0 / (double)n);
+        if (fit.temperature == fit.temperature) (void)moe_game_softmax(n, quality, fit.temperature, work);
+        fit.l1_softmax = fit.temperature == fit.temperature ? moe__l1(n, work, truth) : fit.l1_uniform;
+        fit.l1_game = (double)NAN;
+        if (fit.identified && moe__game_rounds(n, quality, fit.gamma, 0, &c, work)) fit.l1_game = moe__l1(n, work, truth);
+        *out = fit;
+    }
+    moe__free(g->alloc_context, half);
+    moe__free(g->alloc_context, quality);
+    return s;
+}
+
+MOE_API moe_status moe_interval(size_t n, double *x, double *lo, double *hi) {
+    if (!n) return MOE_E_REPLICATES;
+    if (!x) return MOE_E_NULL_X;
+    if (!lo || !hi) return MOE_E_NULL_OUT;
+    moe__sort_doubles(n, x);
+    for (int i = 0; i < 2; i++) { /* between the neighbours in rank */
+        double at = (i ? 0.975 : 0.025) * (double)(n - 1), rest = at - floor(at);
+        size_t k = (size_t)at;
+        *(i ? hi : lo) = k + 1 < n ? x[k] + rest * (x[k + 1] - x[k]) : x[k];
+    }
+    return MOE_OK;
+}
+
+typedef struct moe__boot {
+    const moe_game *g;
+    const size_t *batch; /* (n): those with tokens */
+    size_t n;
+    uint64_t seed;
+    double start, *gamma, *work; /* work (workers, 3 E) */
+} moe__boot;
+
+static void moe__task_boot(void *arg, size_t r, size_t worker) {
+    const moe__boot *j = (const moe__boot *)arg;
+    size_t E = j->g->n_experts;
+    double *quality = j->work + worker * 3 * E, *load = quality + E, tokens = 0.0, selections;
+    for (size_t i = 0; i < E; i++) quality[i] = load[i] = 0.0;
+    for (size_t i = 0; i < j->n; i++) {
+        uint64_t draw = (uint64_t)moe_rand_u32(j->seed, 1 + (uint64_t)r, i) * j->n >> 32;
+        moe__game_pour(j->g, j->batch[draw], quality, load, &tokens);
+    }
+    if (moe__game_settle(E, quality, load, tokens, &selections)) { /* batches of which none selects */
+        j->gamma[r] = expm1(j->start);
+        return;
+    }
+    moe__curve v = moe__curve_of(moe__predict_game, E, quality, load, load + E);
+    j->gamma[r] = expm1(moe__curve_descend(&v, j->start, 0.0, MOE__GAMMA_END));
+}
+
+MOE_API moe_status moe_game_bootstrap(const moe_game *g, size_t replicates, uint64_t seed, const moe_parallel *parallel,
+                                      double *gamma, double *lo, double *hi) {
+    if (!g || !g->tokens) return MOE_E_NULL_GAME;
+    if (!replicates) return MOE_E_REPLICATES;
+    if (!gamma || !lo || !hi) return MOE_E_NULL_OUT;
+    size_t E = g->n_experts, workers = moe_workers(parallel), count, *batch = NULL;
+    double *work = NULL, *sorted = NULL, *mean, u = 0.0;
+    moe__boot j;
+    if (g->n_batches > UINT32_MAX || !moe__mul(workers, 3 * E, &count) || !moe__add_size(count, 3 * E, &count) ||
+        !moe__mul(count, sizeof(double), &count) || replicates > SIZE_MAX / sizeof(double)) return MOE_E_OVERFLOW;
+    work = (double *)moe__alloc(g->alloc_context, count);
+    sorted = (double *)moe__alloc(g->alloc_context, replicates * sizeof *sorted);
+    batch = (size_t *)moe__alloc(g->alloc_context, g->n_batches * sizeof *batch);
+    moe_status s = work && sorted && batch ? MOE_OK : MOE_E_NO_MEMORY;
+    memset(&j, 0, sizeof j);
+    for (size_t b = 0; !s && b < g->n_batches; b++)
+        if (g->tokens[b]) batch[j.n++] = b;
+    if (!s && j.n < 2) s = MOE_E_N_BATCHES;
+    if (!s) s = moe_game_pool(g, NULL, 0, work, work + E, NULL);
+    if (!s) {
+        mean = work + workers * 3 * E;
+        memcpy(mean, work, 2 * E * sizeof *mean);
+        moe__curve v = moe__curve_of(moe__predict_game, E, mean, mean + E, mean + 2 * E);
+        (void)moe__curve_fit(&v, 0.0, MOE__GAMMA_END, &u);
+        j.g = g;
+        j.batch = batch;
+        j.seed = seed;
+        j.start = u;
+        j.gamma = gamma;
+        j.work = work;
+        moe_run(parallel, replicates, moe__task_boot, &j);
+        memcpy(sorted, gamma, replicates * sizeof *sorted);
+        s = moe_interval(replicates, sorted, lo, hi);
+    }
+    moe__free(g->alloc_context, batch);
+    moe__free(g->alloc_context, sorted);
+    moe__free(g->alloc_context, work);
+    return s;
+}
+
+/* -- phases of a series -- */
+MOE_API const char *moe_phase_name(moe_phase v) {
+    static const char *const names[] = {"none", "dormant", "surge", "stabilisation", "relaxation"};
+    return (unsigned)v < MOE__PHASE_COUNT ? names[v] : NULL;
+}
+
+static double moe__median3(double a, double b, double c) { return fmax(fmin(a, b), fmin(fmax(a, b), c)); }
+
+/* Sum of squares left by two lines that meet at x[b], over points first .. n - 1, first < b < n - 1. */
+static double moe__two_lines(size_t first, size_t n, size_t b, const double *x, const double *y) {
+    double count = (double)(n - first), sy = 0.0, left = 0.0, right = 0.0, ll = 0.0, rr = 0.0, ly = 0.0, ry = 0.0, sum = 0.0;
+    double scale = x[n - 1] - x[first];
+    for (size_t i = first; i < n; i++) {
+        double d = (x[i] - x[b]) / scale, l = fmin(d, 0.0), r = fmax(d, 0.0);
+        sy += y[i], left += l, right += r, ll += l * l, rr += r * r, ly += l * y[i], ry += r * y[i];
+    }
+    double level = (sy - left * ly / ll - right * ry / rr) / (count - left * left / ll - right * right / rr);
+    double before = (ly - left * level) / ll, after = (ry - right * level) / rr;
+    for (size_t i = first; i < n; i++) {
+        double d = (x[i] - x[b]) / scale, e = y[i] - level - before * fmin(d, 0.0) - after * fmax(d, 0.0);
+        sum += e * e;
+    }
+    return sum;
+}
+
+MOE_API moe_status moe_game_phases(size_t n, const double *step, const double *gamma, const double *lo, const double *hi,
+                                   double *work, moe_phase *phase) {
+    if (!n) return MOE_OK;
+    if (!step || !gamma || !lo || !hi) return MOE_E_NULL_QUALITY;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!phase) return MOE_E_NULL_OUT;
+    for (size_t i = 0; i < n; i++) {
+        if (!moe__finite_double(step[i]) || !moe__finite_double(gamma[i])) return MOE_E_SERIES;
+        if (!moe__finite_double(lo[i]) || !moe__finite_double(hi[i]) || (i && !(step[i] > step[i - 1]))) return MOE_E_SERIES;
+    }
+    size_t top = 0, peak = 0, dormant = 0, end = n - 1, at = 0;
+    double least = HUGE_VAL;
+    for (size_t i = 0; i < n; i++) {
+        phase[i] = MOE_PHASE_NONE;
+        work[i] = i && i < end ? moe__median3(gamma[i - 1], gamma[i], gamma[i + 1]) : gamma[i];
+        if (work[i] > work[top]) top = i;
+    }
+    while (peak < top && hi[peak] < lo[top]) peak++; /* the first that cannot be told from the highest */
+    while (dormant < peak && lo[dormant] <= hi[0] && hi[dormant] >= lo[0]) dormant++;
+    if (dormant < 3) dormant = 0; /* one or two in line are a surge that begins slowly */
+    for (size_t i = 0; peak && i <= peak; i++) phase[i] = i < dormant ? MOE_PHASE_DORMANT : MOE_PHASE_SURGE;
+    for (size_t b = peak + 1; b < end; b++) {
+        double sum = moe__two_lines(peak, n, b, step, gamma);
+        if (sum < least) least = sum, at = b;
+    }
+    int falls = least < HUGE_VAL && hi[end] < lo[at];
+    if (falls && !peak) phase[0] = MOE_PHASE_STABILISATION;
+    for (size_t i = peak + 1; i < n && (falls || peak); i++)
+        phase[i] = falls && i > at ? MOE_PHASE_RELAXATION : MOE_PHASE_STABILISATION;
+    return MOE_OK;
+}
+
+/* -- feedback, after arXiv 2605.29121 [D] -- */
+MOE_API moe_status moe_feedback_two(double kf, double h, double *u) {
+    if (!moe__finite_double(kf) || !moe__finite_double(h)) return MOE_E_FEEDBACK;
+    if (!u) return MOE_E_NULL_OUT;
+    /* F(v) = (Kf tanh v + h) / 2 - v with u = tanh v. For Kf > 0 it is concave where v > 0: Newton from the right comes to the
+     * largest root there, or to a point from where F only rises to the left: then there is none, and one where v <= 0. */
+    double hi = (fabs(kf) + fabs(h)) / 2.0 + 1.0, lo = -hi, v = hi;
+    for (int i = 0; i < 200 && kf > 0.0; i++) {
+        double t = tanh(v), f = (kf * t + h) / 2.0 - v, slope = kf * (1.0 - t * t) / 2.0 - 1.0;
+        if (fabs(f) <= 4e-16 * (1.0 + v)) {
+            *u = t;
+            return MOE_OK;
+        }
+        double next = v - f / slope;
+        if (slope >= 0.0 || !(next < v)) {
+            if (slope < 0.0) { /* only rounding is left */
+                *u = t;
+                return MOE_OK;
+            }
+            break;
+        }
+        if (next <= 0.0) break;
+        v = next;
+    }
+    if (kf > 0.0) hi = 0.0;
+    for (int i = 0; i < 200; i++) { /* one root in [lo, hi] */
+        v = lo + (hi - lo) / 2.0;
+        if ((kf * tanh(v) + h) / 2.0 - v > 0.0) lo = v;
+        else hi = v;
+    }
+    *u = tanh(v);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_feedback_fold(double kf, double *u, double *h) {
+    if (!(kf >= 2.0) || !moe__finite_double(kf)) return MOE_E_FEEDBACK;
+    if (!u || !h) return MOE_E_NULL_OUT;
+    *u = sqrt(1.0 - 2.0 / kf);
+    *h = log1p(*u) - log1p(-*u) - kf * *u; /* 2 atanh(u) - Kf u */
+    return MOE_OK;
+}
+
+/* One expert with odds e^s against each other one is a steady state at this Kf. */
+static double moe__feedback_kf(double n, double s) { return s * (exp(s) + n - 1.0) / expm1(s); }
+
+MOE_API moe_status moe_feedback_thresholds(size_t n_experts, double *ks, double *kc) {
+    if (n_experts < 2 || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (!ks || !kc) return MOE_E_NULL_OUT;
+    const double ratio = 0.6180339887498949;
+    double n = (double)n_experts, lo = 1e-9, hi = 2.0 * log(n) + 4.0;
+    for (int i = 0; i < 120; i++) { /* one minimum */
+        double a = hi - ratio * (hi - lo), b = lo + ratio * (hi - lo);
+        if (moe__feedback_kf(n, a) <= moe__feedback_kf(n, b)) hi = b;
+        else lo = a;
+    }
+    *ks = n_experts == 2 ? 2.0 : moe__feedback_kf(n, (lo + hi) / 2.0);
+    *kc = n_experts == 2 ? 2.0 : 2.0 * (n - 1.0) / (n - 2.0) * log(n - 1.0);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_feedback_fit(size_t n_steps, size_t n_experts, double dt, const double *s, const double *p, double *a,
+                                    double *lambda) {
+    size_t n;
+    double pp = 0.0, ps = 0.0, ss = 0.0, py = 0.0, sy = 0.0;
+    if (!n_experts || n_experts > ((size_t)1 << 20)) return MOE_E_N_EXPERTS;
+    if (n_steps < 2 || !moe__mul(n_steps, n_experts, &n)) return MOE_E_SERIES;
+    if (!(dt > 0.0) || !moe__finite_double(dt)) return MOE_E_FEEDBACK;
+    if (!s || !p) return MOE_E_NULL_QUALITY;
+    if (!a || !lambda) return MOE_E_NULL_OUT;
+    for (size_t i = 0; i < n - n_experts; i++) {
+        double y = (s[i + n_experts] - s[i]) / dt;
+        pp += p[i] * p[i], ps += p[i] * s[i], ss += s[i] * s[i], py += p[i] * y, sy += s[i] * y;
+    }
+    double determinant = pp * ss - ps * ps;
+    if (!(determinant > 1e-14 * pp * ss) || !moe__finite_double(py + sy)) return MOE_E_FEEDBACK; /* p and s are in proportion */
+    *a = (py * ss - sy * ps) / determinant;
+    *lambda = -(pp * sy - ps * py) / determinant;
     return MOE_OK;
 }
 
@@ -8812,36 +10846,38 @@ MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, d
     if (!pes) return MOE_E_NULL_OUT;
     enum { CHUNK = 64 };
     moe_desc b = moe__branch_desc(&m->d);
-    size_t d = m->dims.d, F = m->dims.F, floats, most = moe__min(n, CHUNK);
+    size_t d = m->dims.d, F = m->dims.F, most = moe__max(1, moe__min(n, CHUNK)), rows, bytes;
     moe_tape *t = NULL;
-    *pes = 0.0;
+    moe__arena a = {NULL, 0, 0};
+    void *memory = NULL;
+    double sum = 0.0, part;
     b.n_experts = b.top_k = F;
-    moe_status s = moe_tape_new(&t, &b, moe__max(most, 1), MOE_OFF);
-    if (s) return s;
-    float *y = moe__mul(most, d, &floats) && moe__mul(floats, sizeof(float), &floats) ? (float *)moe__alloc(b.alloc_context, floats) : NULL;
-    int32_t *index = moe__mul(most, F, &floats) && moe__mul(floats, sizeof(int32_t), &floats) ? (int32_t *)moe__alloc(b.alloc_context, floats) : NULL;
-    if (!y || !index) s = MOE_E_NO_MEMORY;
-    for (size_t i = 0; i < most * F && !s; i++) index[i] = (int32_t)(i % F);
-    for (size_t at = 0; at < n && !s; at += CHUNK) {
-        size_t count = moe__min(CHUNK, n - at);
-        s = moe_tape_tokens(&b, t, x + at * d, count);
-        if (!s) s = moe__routes_fill(&t->routes, count, index, NULL, 0, MOE_ORDER_TOKEN);
-        if (!s) s = moe_experts_forward(&b, m->part[MOE_PART_PARAMS], t, y);
-        for (size_t i = 0; i < count && !s; i++)
-            for (size_t e = 0; e < F; e++)
-                for (size_t f = 0; f < e; f++) {
-                    const float *u = t->memory->o + (t->routes.begin[e] + i) * m->dims.ldo, *v = t->memory->o + (t->routes.begin[f] + i) * m->dims.ldo;
-                    double uv = 0.0, uu = 0.0, vv = 0.0;
-                    for (size_t c = 0; c < d; c++) {
-                        uv += (double)u[c] * (double)v[c];
-                        uu += (double)u[c] * (double)u[c];
-                        vv += (double)v[c] * (double)v[c];
-                    }
-                    if (uu > 0.0 && vv > 0.0) *pes += uv / (sqrt(uu) * sqrt(vv)) * 2.0 / ((double)F * (double)(F - 1)) / (double)n;
-                }
+    if (!moe__mul(most, F, &rows)) return MOE_E_OVERFLOW;
+    moe_status s = moe_tape_new(&t, &b, most, MOE_OFF);
+    for (int pass = 0; pass < 2 && !s; pass++) { /* measured, then laid out */
+        if (pass) {
+            memory = moe__alloc(b.alloc_context, bytes);
+            if (!memory || moe__arena_over(&a, memory, bytes, bytes)) { s = MOE_E_NO_MEMORY; break; }
+        }
+        float *y = moe__take_floats(&a, most, d), *out = moe__take_floats(&a, rows, d);
+        int32_t *index = (int32_t *)moe__take(&a, rows, sizeof(int32_t));
+        double *work = (double *)moe__take(&a, F, sizeof(double));
+        s = moe__arena_bytes(&a, &bytes);
+        if (!pass || s) continue;
+        for (size_t i = 0; i < rows; i++) index[i] = (int32_t)(i % F);
+        for (size_t at = 0; at < n && !s; at += CHUNK) {
+            size_t count = moe__min(CHUNK, n - at);
+            s = moe_tape_tokens(&b, t, x + at * d, count);
+            if (!s) s = moe__routes_fill(&t->routes, count, index, NULL, 0, MOE_ORDER_TOKEN);
+            if (!s) s = moe_experts_forward(&b, m->part[MOE_PART_PARAMS], t, y);
+            for (size_t i = 0; i < count * F && !s; i++)
+                memcpy(out + i * d, t->memory->o + (t->routes.begin[i % F] + i / F) * m->dims.ldo, d * sizeof(float));
+            if (!s) s = moe_pes(count, F, d, out, work, &part);
+            if (!s) sum += part * (double)count;
+        }
     }
-    moe__free(b.alloc_context, y);
-    moe__free(b.alloc_context, index);
+    if (!s) *pes = n ? sum / (double)n : 0.0;
+    moe__free(b.alloc_context, memory);
     moe_tape_free(t);
     return s;
 }
@@ -9622,6 +11658,382 @@ MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *b
     }
     buffer[n] = 0;
     return MOE_OK;
+}
+
+/* -- .npy: six bytes of magic, a version, the header's length, the header (a Python dictionary), the elements -- */
+#define MOE__NPY_CAP ((size_t)1 << 20) /* of the header; NumPy's own are below 200 bytes */
+
+static const struct { const char *npy, *safetensors; size_t bytes; } moe__dtypes[MOE__DTYPE_COUNT] = {
+    {"", "none", 0}, {"<f4", "F32", 4}, {"<f2", "F16", 2}, {"", "BF16", 2}, {"<f8", "F64", 8}, {"<u2", "U16", 2},
+    {"<i4", "I32", 4}, {"<i8", "I64", 8}};
+
+MOE_API size_t moe_dtype_size(moe_dtype v) { return (unsigned)v < MOE__DTYPE_COUNT ? moe__dtypes[v].bytes : 0; }
+MOE_API const char *moe_dtype_name(moe_dtype v) { return (unsigned)v < MOE__DTYPE_COUNT ? moe__dtypes[v].safetensors : NULL; }
+MOE_API moe_dtype moe_dtype_of(const char *safetensors_name) {
+    int v = safetensors_name ? MOE__DTYPE_COUNT - 1 : 0;
+    while (v > 0 && strcmp(safetensors_name, moe__dtypes[v].safetensors)) v--;
+    return (moe_dtype)v;
+}
+
+/* 'text' or "text", printable ASCII without escapes, into a buffer that it must fit in. */
+static int moe__npy_string(moe__json *j, char *out, size_t size) {
+    size_t n = 0;
+    moe__json_space(j);
+    if (j->i == j->n || (j->s[j->i] != '\'' && j->s[j->i] != '"')) return 0;
+    unsigned char quote = j->s[j->i++];
+    while (j->i < j->n && j->s[j->i] != quote) {
+        unsigned char c = j->s[j->i];
+        if (c < 0x20 || c > 0x7e || c == '\\' || n + 1 >= size) return 0;
+        out[n++] = (char)c;
+        j->i++;
+    }
+    out[n] = 0;
+    return j->i < j->n && j->s[j->i++] == quote;
+}
+
+static int moe__npy_word(moe__json *j, const char *word) {
+    size_t n = strlen(word);
+    moe__json_space(j);
+    if (j->n - j->i < n || memcmp(j->s + j->i, word, n)) return 0;
+    j->i += n;
+    return 1;
+}
+
+/* (), (3,), (3, 4) or (3, 4,) */
+static moe_status moe__npy_shape(moe__json *j, moe_npy *f) {
+    int comma = 1;
+    f->n_dims = 0;
+    if (!moe__json_take(j, '(')) return MOE_E_NPY_HEADER;
+    while (!moe__json_take(j, ')')) {
+        size_t v = 0, start, digits;
+        moe__json_space(j);
+        start = j->i;
+        digits = moe__json_digits(j);
+        if (!comma || !digits || (digits > 1 && j->s[start] == '0')) return MOE_E_NPY_HEADER;
+        if (f->n_dims == sizeof f->dim / sizeof f->dim[0]) return MOE_E_FILE_SHAPE;
+        for (size_t k = 0; k < digits; k++)
+            if (!moe__mul(v, 10, &v) || !moe__add_size(v, (size_t)(j->s[start + k] - '0'), &v)) return MOE_E_FILE_SHAPE;
+        f->dim[f->n_dims++] = v;
+        comma = moe__json_take(j, ',');
+    }
+    return f->n_dims == 1 && !comma ? MOE_E_NPY_HEADER : MOE_OK; /* (3) is no tuple */
+}
+
+static moe_status moe__npy_dictionary(moe__json *j, moe_npy *f) {
+    int seen = 0, order = 0;
+    char key[16], text[8];
+    if (!moe__json_take(j, '{')) return MOE_E_NPY_HEADER;
+    for (int first = 1; !moe__json_take(j, '}'); first = 0) {
+        moe_status s = MOE_OK;
+        int bit;
+        if (!first && !moe__json_take(j, ',')) return MOE_E_NPY_HEADER;
+        if (!first && moe__json_take(j, '}')) break; /* a comma may stand after the last */
+        if (!moe__npy_string(j, key, sizeof key) || !moe__json_take(j, ':')) return MOE_E_NPY_HEADER;
+        moe__json_space(j);
+        bit = !strcmp(key, "descr") ? 1 : !strcmp(key, "fortran_order") ? 2 : !strcmp(key, "shape") ? 4 : 0;
+        if (!bit || (seen & bit)) return MOE_E_NPY_HEADER;
+        seen |= bit;
+        if (bit == 1) {
+            size_t at = j->i;
+            int v = MOE__DTYPE_COUNT - 1;
+            if (j->i < j->n && j->s[j->i] == '[') return MOE_E_FILE_DTYPE; /* records */
+            if (!moe__npy_string(j, text, sizeof text)) return MOE_E_NPY_HEADER;
+            while (v > 0 && (!*moe__dtypes[v].npy || strcmp(text, moe__dtypes[v].npy))) v--;
+            f->dtype = (moe_dtype)v;
+            if (!v) {
+                j->i = at;
+                return MOE_E_FILE_DTYPE;
+            }
+        } else if (bit == 2) {
+            order = moe__npy_word(j, "True");
+            if (!order && !moe__npy_word(j, "False")) return MOE_E_NPY_HEADER;
+            if (order) return MOE_E_NPY_ORDER;
+        } else s = moe__npy_shape(j, f);
+        if (s) return s;
+    }
+    moe__json_space(j);
+    return seen == 7 && j->i == j->n ? MOE_OK : MOE_E_NPY_HEADER;
+}
+
+/* Needs the first n bytes. What is there of the file is too little: more must be given, or the file ends too early. */
+static moe_status moe__npy_needs(moe_npy *f, uint64_t n, size_t size, uint64_t file_size) {
+    if (n <= size) return MOE_OK;
+    f->offset = n <= file_size ? (size_t)n : file_size < size ? (size_t)file_size : size;
+    return MOE_E_FILE_SHORT;
+}
+
+static moe_status moe__npy_read(moe_npy *f, const unsigned char *p, size_t size, uint64_t file_size) {
+    moe__json j;
+    size_t start, length, bytes;
+    moe_status s = moe__npy_needs(f, 10, size, file_size);
+    if (s) return s;
+    if (memcmp(p, "\x93NUMPY", 6) || p[6] < 1 || p[6] > 3 || p[7]) {
+        f->offset = memcmp(p, "\x93NUMPY", 6) ? 0 : 6;
+        return MOE_E_NPY_MAGIC;
+    }
+    start = p[6] == 1 ? 10 : 12;
+    s = moe__npy_needs(f, start, size, file_size);
+    if (s) return s;
+    length = p[6] == 1 ? (size_t)p[8] | (size_t)p[9] << 8 : 0;
+    for (size_t k = 4; p[6] > 1 && k-- > 0;) length = length << 8 | p[8 + k];
+    f->offset = 8;
+    if (length > MOE__NPY_CAP - start) return MOE_E_NPY_HEADER;
+    s = moe__npy_needs(f, start + length, size, file_size);
+    if (s) return s;
+    j.s = p;
+    j.i = start;
+    j.n = start + length;
+    s = moe__npy_dictionary(&j, f);
+    f->offset = j.i;
+    if (s) return s;
+    f->data = j.n;
+    f->count = 1;
+    for (size_t k = 0; k < f->n_dims; k++)
+        if (!moe__mul(f->count, f->dim[k], &f->count)) return MOE_E_FILE_SHAPE;
+    for (size_t k = 0, product = 1; k < f->n_dims; k++) /* a 0 hides no overflow of the others */
+        if (f->dim[k] && !moe__mul(product, f->dim[k], &product)) return MOE_E_FILE_SHAPE;
+    if (!moe__mul(f->count, moe_dtype_size(f->dtype), &bytes)) return MOE_E_FILE_SHAPE;
+    if (bytes > file_size - f->data) {
+        f->offset = file_size > SIZE_MAX ? SIZE_MAX : (size_t)file_size;
+        return MOE_E_FILE_SHORT;
+    }
+    if (bytes < file_size - f->data) {
+        f->offset = (size_t)f->data + bytes;
+        return MOE_E_NPY_SIZE;
+    }
+    f->offset = 0;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_npy_header(moe_npy *f, const void *bytes, size_t size, uint64_t file_size) {
+    if (!f) return MOE_E_NULL_OUT;
+    memset(f, 0, sizeof *f);
+    if (!bytes) return MOE_E_NULL_BYTES;
+    if (size > file_size) size = (size_t)file_size;
+    moe_status s = moe__npy_read(f, (const unsigned char *)bytes, size, file_size);
+    if (s) f->count = f->n_dims = 0, f->data = 0, f->dtype = MOE_DTYPE_NONE; /* nothing is to be found in it */
+    return s;
+}
+
+MOE_API moe_status moe_npy_open(moe_npy *f, const void *bytes, size_t size) {
+    moe_status s = moe_npy_header(f, bytes, size, size);
+    if (!s) f->elements = (const unsigned char *)bytes + (size_t)f->data;
+    return s;
+}
+
+/* Element i of a little-endian array. */
+static uint64_t moe__little(const unsigned char *p, size_t bytes) {
+    uint64_t v = 0;
+    for (size_t k = bytes; k-- > 0;) v = v << 8 | p[k];
+    return v;
+}
+
+MOE_API moe_status moe_to_float(moe_dtype dtype, size_t n, const void *elements, float *out) {
+    const unsigned char *p = (const unsigned char *)elements;
+    if ((unsigned)dtype >= MOE__DTYPE_COUNT || dtype == MOE_DTYPE_NONE || dtype >= MOE_DTYPE_I32) return MOE_E_FILE_DTYPE;
+    if (!n) return MOE_OK;
+    if (!p) return MOE_E_NULL_BYTES;
+    if (!out) return MOE_E_NULL_OUT;
+    const uint32_t one = 1;
+    unsigned char low;
+    memcpy(&low, &one, 1);
+    if (dtype == MOE_DTYPE_F32 && low) { /* this machine's own order */
+        memcpy(out, p, n * sizeof *out);
+        return MOE_OK;
+    }
+    if (dtype == MOE_DTYPE_F16) moe__k()->half(n, p, out);
+    else if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_U16) moe__k()->bfloat(n, p, out);
+    for (size_t i = 0; dtype == MOE_DTYPE_F32 && i < n; i++) out[i] = moe__float_of((uint32_t)moe__little(p + 4 * i, 4));
+    for (size_t i = 0; dtype == MOE_DTYPE_F64 && i < n; i++) {
+        uint64_t bits = moe__little(p + 8 * i, 8);
+        double d;
+        memcpy(&d, &bits, sizeof d);
+        out[i] = (float)d;
+    }
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_to_index(moe_dtype dtype, size_t n, const void *elements, int32_t *out, size_t *bad) {
+    const unsigned char *p = (const unsigned char *)elements;
+    if (dtype != MOE_DTYPE_I32 && dtype != MOE_DTYPE_I64) return MOE_E_FILE_DTYPE;
+    if (!n) return MOE_OK;
+    if (!p) return MOE_E_NULL_BYTES;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t size = moe_dtype_size(dtype);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t v = moe__little(p + size * i, size);
+        uint32_t low = (uint32_t)v, high = size == 8 ? (uint32_t)(v >> 32) : low >> 31 ? 0xffffffffu : 0;
+        if (high != (low >> 31 ? 0xffffffffu : 0)) {
+            if (bad) *bad = i;
+            return MOE_E_NPY_INDEX;
+        }
+        memcpy(&out[i], &low, sizeof low);
+    }
+    return MOE_OK;
+}
+
+/* -- the routers of known models -- */
+MOE_API int moe_router_name(const char *name, size_t length, size_t *layer) {
+    static const char before[] = "model.layers.";
+    static const char *const after[] = {".mlp.gate.weight", ".block_sparse_moe.gate.weight"};
+    size_t i = sizeof before - 1, first, v = 0;
+    if (!name || length < i || memcmp(name, before, i)) return 0;
+    for (first = i; i < length && i < first + 9 && name[i] >= '0' && name[i] <= '9'; i++) v = v * 10 + (size_t)(name[i] - '0');
+    if (i == first || (name[first] == '0' && i > first + 1)) return 0;
+    for (int k = 0; k < 2; k++) {
+        if (length - i != strlen(after[k]) || memcmp(name + i, after[k], length - i)) continue;
+        if (layer) *layer = v;
+        return 1;
+    }
+    return 0;
+}
+
+MOE_API moe_status moe_file_router(const moe_file *f, size_t i, size_t *layer, moe_file_tensor *out) {
+    size_t last = 0, best;
+    if (!layer || !out) return MOE_E_NULL_OUT;
+    for (size_t found = 0;; found++) { /* the lowest layer above the last one */
+        moe__cursor c;
+        moe__entry e;
+        moe_status s = moe__cursor_init(&c, f);
+        best = SIZE_MAX;
+        while (!s && !(s = moe__cursor_next_of(&c, MOE__ENTRY_TENSOR, &e))) {
+            size_t at;
+            if (!moe_router_name(e.tensor.name, e.tensor.name_length, &at) || at >= best || (found && at <= last)) continue;
+            best = at;
+            if (found == i) *out = e.tensor;
+        }
+        if (s != MOE_E_NAME) return s;
+        if (best == SIZE_MAX) return MOE_E_NAME;
+        last = best;
+        if (found < i) continue;
+        *layer = best;
+        return MOE_OK;
+    }
+}
+
+/* The next pair of a weight_map: 1, 0 at its end, -1 for a fault. */
+static int moe__shards_next(moe__json *j, int *first, moe__json_text *name, moe__json_text *file) {
+    int more = moe__json_more(j, '}', first);
+    if (more > 0 && !(moe__json_string(j, name) && moe__json_take(j, ':') && moe__json_string(j, file))) return -1;
+    return more;
+}
+
+/* A string's text into a buffer; MOE_E_SMALL_MEMORY if it does not fit. */
+static moe_status moe__json_copy(const moe__json *j, moe__json_text t, char *buffer, size_t size) {
+    moe__json at;
+    unsigned char u[4];
+    size_t n = 0;
+    at.s = j->s;
+    at.n = t.end;
+    buffer[0] = 0;
+    for (at.i = t.begin; at.i < at.n;) {
+        size_t length = moe__json_char(&at, u);
+        if (n + length >= size) {
+            buffer[0] = 0;
+            return MOE_E_SMALL_MEMORY;
+        }
+        memcpy(buffer + n, u, length);
+        n += length;
+    }
+    buffer[n] = 0;
+    return MOE_OK;
+}
+
+/* A file in the same folder: no separator, drive or control character, and not "." or "..". */
+static int moe__plain_file_name(const moe__json *j, moe__json_text t) {
+    moe__json at;
+    unsigned char u[4];
+    at.s = j->s;
+    at.n = t.end;
+    for (at.i = t.begin; at.i < at.n;)
+        if (moe__json_char(&at, u) == 1 && (u[0] < 0x20 || u[0] == '/' || u[0] == '\\' || u[0] == ':')) return 0;
+    return t.end > t.begin && !moe__json_is(j, t, ".") && !moe__json_is(j, t, "..");
+}
+
+MOE_API moe_status moe_shards_open(moe_shards *f, const void *bytes, size_t size) {
+    moe__json j;
+    moe__json_text key, file;
+    int first = 1, inner, more, again;
+    if (!f) return MOE_E_NULL_OUT;
+    memset(f, 0, sizeof *f);
+    if (!bytes) return MOE_E_NULL_BYTES;
+    f->bytes = (const unsigned char *)bytes;
+    f->size = size;
+    j.s = f->bytes;
+    j.i = 0;
+    j.n = size;
+    int ok = moe__json_take(&j, '{');
+    while (ok && (more = moe__json_more(&j, '}', &first)) != 0) {
+        ok = more > 0 && moe__json_string(&j, &key) && moe__json_take(&j, ':');
+        if (!ok) break;
+        if (!moe__json_is(&j, key, "weight_map")) {
+            ok = moe__json_skip(&j, MOE__JSON_DEPTH);
+            continue;
+        }
+        ok = !f->map && moe__json_take(&j, '{');
+        f->map = j.i;
+        inner = 1;
+        while (ok && (again = moe__shards_next(&j, &inner, &key, &file)) != 0) {
+            ok = again > 0 && moe__plain_file_name(&j, file);
+            f->n_tensors += (size_t)ok;
+            if (again > 0 && !ok) j.i = file.begin;
+        }
+    }
+    moe__json_space(&j);
+    if (ok && f->map && j.i == j.n) return MOE_OK;
+    f->offset = j.i;
+    f->n_tensors = f->map = 0;
+    f->bytes = NULL; /* nothing is to be found in it */
+    return MOE_E_SHARDS;
+}
+
+static moe_status moe__shards_start(const moe_shards *f, moe__json *j) {
+    if (!f || !f->bytes || !f->map) return MOE_E_NULL_BYTES;
+    j->s = f->bytes;
+    j->i = f->map;
+    j->n = f->size;
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_shards_find(const moe_shards *f, const char *name, char *buffer, size_t size) {
+    moe__json j;
+    moe__json_text key, file;
+    int first = 1;
+    moe_status s = moe__shards_start(f, &j);
+    if (s) return s;
+    if (!name) return MOE_E_NULL_NAME;
+    if (!buffer) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    while (moe__shards_next(&j, &first, &key, &file) > 0)
+        if (moe__json_is(&j, key, name)) return moe__json_copy(&j, file, buffer, size); /* buffer may be name */
+    buffer[0] = 0;
+    return MOE_E_NAME;
+}
+
+MOE_API moe_status moe_shards_router(const moe_shards *f, size_t i, size_t *layer, char *name, size_t size) {
+    size_t last = 0, best, at;
+    if (!layer || !name) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    name[0] = 0;
+    for (size_t found = 0;; found++) {
+        moe__json j;
+        moe__json_text key, file, found_key = {0, 0};
+        int first = 1;
+        moe_status s = moe__shards_start(f, &j);
+        if (s) return s;
+        best = SIZE_MAX;
+        while (moe__shards_next(&j, &first, &key, &file) > 0) {
+            if (!moe_router_name((const char *)j.s + key.begin, key.end - key.begin, &at)) continue;
+            if (at >= best || (found && at <= last)) continue;
+            best = at;
+            found_key = key;
+        }
+        if (best == SIZE_MAX) return MOE_E_NAME;
+        last = best;
+        if (found < i) continue;
+        *layer = best;
+        return moe__json_copy(&j, found_key, name, size);
+    }
 }
 
 /* What a layer's file holds: tensor i, its part, and its name there. The moments follow the parameters. */

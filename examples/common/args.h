@@ -8,6 +8,7 @@
 //
 // Both "--name value" and "--name=value" work. An unknown name or a bad value prints one clear line and ends the
 // program with status 2; --help prints the table and ends it with 0. What a variable holds before is its default.
+// With args_parse_files whatever is no option is a file; "--" ends the options.
 #ifndef EX_ARGS_H
 #define EX_ARGS_H
 
@@ -108,9 +109,21 @@ EX_FUNC void args_set(const char *program, const args_option *o, const char *tex
     }
 }
 
-EX_FUNC void args_parse(const char *program, const char *about, const args_option *o, size_t n, int argc, char **argv) {
+// files: room for argc names, or NULL where there are none. Returns how many there are.
+EX_FUNC size_t args_parse_files(const char *program, const char *about, const args_option *o, size_t n, int argc,
+                                char **argv, const char **files) {
+    size_t n_files = 0;
+    int only_files = 0;
     for (int a = 1; a < argc; a++) {
         const char *name = argv[a];
+        if (files && !only_files && strcmp(name, "--") == 0) {
+            only_files = 1;
+            continue;
+        }
+        if (files && (only_files || *name != '-')) {
+            files[n_files++] = name;
+            continue;
+        }
         if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
             args_help(program, about, o, n);
             exit(0);
@@ -129,6 +142,11 @@ EX_FUNC void args_parse(const char *program, const char *about, const args_optio
             args_set(program, &o[i], equals ? equals + 1 : argv[++a]);
         }
     }
+    return n_files;
+}
+
+EX_FUNC void args_parse(const char *program, const char *about, const args_option *o, size_t n, int argc, char **argv) {
+    args_parse_files(program, about, o, n, argc, argv, NULL);
 }
 
 #endif

@@ -17,6 +17,8 @@
 #include <direct.h>
 #include <io.h>
 #else
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -83,6 +85,51 @@ EX_FUNC FILE *open_output(const char *dir, const char *name) {
     FILE *f = fopen(path, "w");
     if (!f) die("cannot write %s: %s", path, strerror(errno));
     return f;
+}
+
+// Goes to byte `at` of a file, beyond 2 GB too. 0 if that fails.
+EX_FUNC int file_seek(FILE *f, uint64_t at) {
+#ifdef _WIN32
+    return _fseeki64(f, (long long)at, SEEK_SET) == 0;
+#else
+    return fseeko(f, (off_t)at, SEEK_SET) == 0;
+#endif
+}
+
+// The size of an open file, which is at its beginning then; 0 if it cannot be told (a pipe).
+EX_FUNC uint64_t file_size(FILE *f) {
+#ifdef _WIN32
+    long long n = _fseeki64(f, 0, SEEK_END) ? 0 : _ftelli64(f);
+#else
+    off_t n = fseeko(f, 0, SEEK_END) ? 0 : ftello(f);
+#endif
+    return file_seek(f, 0) && n > 0 ? (uint64_t)n : 0;
+}
+
+// A whole file as memory that is read from disk only where it is looked at (on Windows: read). NULL if that fails; an
+// empty file has size 0. The view stays until the program ends.
+EX_FUNC const void *file_view(const char *path, size_t *size) {
+    *size = 0;
+#ifdef _WIN32
+    FILE *f = fopen(path, "rb");
+    uint64_t n = f ? file_size(f) : 0;
+    void *p = f ? malloc(n ? (size_t)n : 1) : NULL;
+    if (p && fread(p, 1, (size_t)n, f) == n) *size = (size_t)n;
+    if (f) fclose(f);
+    return p;
+#else
+    struct stat info;
+    int file = open(path, O_RDONLY);
+    if (file < 0) return NULL;
+    void *p = NULL;
+    if (fstat(file, &info) == 0 && S_ISREG(info.st_mode)) {
+        p = info.st_size ? mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0) : (void *)"";
+        if (p == MAP_FAILED) p = NULL;
+        if (p) *size = (size_t)info.st_size;
+    }
+    close(file);
+    return p;
+#endif
 }
 
 // Closes a file that was written; a full disk shows here at the latest.

@@ -154,6 +154,122 @@ EX_FUNC void plot_lines(FILE *f, const plot_chart *c) {
     }
 }
 
+// The lines and numbers of a y axis over a box; lo and hi become round.
+EX_FUNC void plot_axis(FILE *f, double left, double right, double top, double bottom, double *lo, double *hi) {
+    char text[64];
+    if (!(*lo <= *hi)) *lo = 0, *hi = 1;
+    if (*hi - *lo < 1e-9) *lo -= 0.5, *hi += 0.5;
+    double step = plot_step(*hi - *lo, 5);
+    *lo = floor(*lo / step + 1e-9) * step, *hi = ceil(*hi / step - 1e-9) * step;
+    for (int i = 0; i <= (int)((*hi - *lo) / step + 0.5); i++) {
+        double v = *lo + i * step, y = bottom - (v - *lo) / (*hi - *lo) * (bottom - top);
+        plot_number(text, sizeof text, v, step);
+        fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"" PLOT_GRID "\"/>\n", left, y, right);
+        plot_text(f, left - 8, y + 4, 11, PLOT_END, PLOT_SOFT, "", text);
+    }
+}
+
+typedef struct plot_bar_chart {
+    plot_box box;
+    const char *title, *x_label;
+    size_t n;
+    const double *value; // (n), at least 0
+    double hi;           // top of the scale; 0 = from the data
+    double mark;         // a dashed line at this height; 0 = none
+} plot_bar_chart;
+
+EX_FUNC void plot_bars(FILE *f, const plot_bar_chart *c) {
+    double left = c->box.x + 52, right = c->box.x + c->box.w - 16, top = c->box.y + 40,
+           bottom = c->box.y + c->box.h - 42, lo = 0, hi = c->hi;
+    char text[64];
+    for (size_t i = 0; i < c->n && c->hi <= 0; i++)
+        if (isfinite(c->value[i])) hi = fmax(hi, c->value[i]);
+    if (hi <= 0) hi = 1;
+    plot_text(f, c->box.x + 14, c->box.y + 24, 13, PLOT_START, PLOT_INK, "font-weight=\"600\"", c->title);
+    plot_axis(f, left, right, top, bottom, &lo, &hi);
+    double w = (right - left) / (double)(c->n ? c->n : 1), gap = w > 5 ? 1.5 : 0;
+    for (size_t i = 0; i < c->n; i++) {
+        double h = isfinite(c->value[i]) ? fmin(c->value[i], hi) / hi * (bottom - top) : 0;
+        fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"/>\n",
+                left + (double)i * w + gap / 2, bottom - h, w - gap, h, plot_colour[0]);
+    }
+    if (c->mark > 0)
+        fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"%s\" stroke-dasharray=\"5 4\"/>\n", left,
+                bottom - fmin(c->mark, hi) / hi * (bottom - top), right, plot_colour[1]);
+    size_t every = (size_t)fmax(1, plot_step((double)c->n, 8));
+    for (size_t i = 0; i < c->n; i += every) {
+        snprintf(text, sizeof text, "%zu", i);
+        plot_text(f, left + ((double)i + 0.5) * w, bottom + 15, 11, PLOT_MIDDLE, PLOT_SOFT, "", text);
+    }
+    plot_text(f, (left + right) / 2, bottom + 32, 11, PLOT_MIDDLE, PLOT_SOFT, "", c->x_label);
+}
+
+typedef struct plot_point_chart {
+    plot_box box;
+    const char *title, *x_label;
+    size_t n;
+    const double *x, *y;   // (n); x ascends; y NaN = none
+    const double *lo, *hi; // (n): whiskers; NULL or NaN = none
+    const int *group;      // (n): colours by this; NULL = one colour
+    const char *const *group_name;
+    int n_groups;
+    int joined; // a line through the points
+} plot_point_chart;
+
+EX_FUNC void plot_points(FILE *f, const plot_point_chart *c) {
+    double left = c->box.x + 52, right = c->box.x + c->box.w - 24, top = c->box.y + (c->group ? 56 : 40),
+           bottom = c->box.y + c->box.h - 42, lo = INFINITY, hi = -INFINITY, first = c->n ? c->x[0] : 0,
+           last = c->n ? c->x[c->n - 1] : 1, legend = c->box.x + 14;
+    char text[64];
+    if (!(last > first)) first -= 1, last += 1;
+    for (size_t i = 0; i < c->n; i++) {
+        const double *part[] = {c->y, c->lo, c->hi};
+        for (int k = 0; k < 3; k++)
+            if (part[k] && isfinite(part[k][i])) lo = fmin(lo, part[k][i]), hi = fmax(hi, part[k][i]);
+    }
+    plot_text(f, c->box.x + 14, c->box.y + 24, 14, PLOT_START, PLOT_INK, "font-weight=\"600\"", c->title);
+    plot_axis(f, left, right, top, bottom, &lo, &hi);
+    double step = fmax(1, plot_step(last - first, 8));
+    for (double v = ceil(first / step - 1e-9) * step; v <= last + step * 1e-6; v += step) {
+        plot_number(text, sizeof text, v, step);
+        plot_text(f, left + 12 + (v - first) / (last - first) * (right - left - 24), bottom + 17, 11, PLOT_MIDDLE,
+                  PLOT_SOFT, "", text);
+    }
+    fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"" PLOT_SOFT "\"/>\n", left, bottom, right);
+    plot_text(f, (left + right) / 2, bottom + 34, 11, PLOT_MIDDLE, PLOT_SOFT, "", c->x_label);
+    for (int pass = c->joined ? 0 : 1; pass < 2; pass++) { // the line lies below the points
+        int pen = 0;
+        if (!pass) fputs("<path fill=\"none\" stroke=\"" PLOT_GRID "\" stroke-width=\"2\" d=\"", f);
+        for (size_t i = 0; i < c->n; i++) {
+            double x = left + 12 + (c->x[i] - first) / (last - first) * (right - left - 24);
+            double scale = (bottom - top) / (hi - lo), y = bottom - (c->y[i] - lo) * scale;
+            const char *colour = plot_colour[c->group ? (size_t)c->group[i] % PLOT_COLOURS : 0];
+            if (!isfinite(c->y[i])) {
+                pen = 0;
+            } else if (!pass) {
+                fprintf(f, "%c%.1f %.1f", pen ? 'L' : 'M', x, y);
+                pen = 1;
+            } else {
+                if (c->lo && c->hi && isfinite(c->lo[i]) && isfinite(c->hi[i]))
+                    fprintf(f, "<path d=\"M%.1f %.1fV%.1fm-3 0h6m-6 %.1fh6\" stroke=\"%s\" fill=\"none\"/>\n", x,
+                            bottom - (c->lo[i] - lo) * scale, bottom - (c->hi[i] - lo) * scale,
+                            (c->hi[i] - c->lo[i]) * scale, colour);
+                fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\"/>\n", x, y, colour);
+            }
+        }
+        if (!pass) fputs("\"/>\n", f);
+    }
+    for (int g = 0; c->group && g < c->n_groups; g++) {
+        size_t i = 0;
+        while (i < c->n && c->group[i] != g) i++;
+        if (i == c->n) continue; // nobody is in it
+        fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", legend + 4, c->box.y + 40,
+                plot_colour[(size_t)g % PLOT_COLOURS]);
+        plot_text(f, legend + 13, c->box.y + 44, 11, PLOT_START, PLOT_SOFT, "", c->group_name[g]);
+        legend += 13 + 6.1 * (double)strlen(c->group_name[g]) + 16;
+    }
+}
+
 // Colours from dark to light, in steps that look even (after viridis, by Smith and van der Walt, CC0). v in [0, 1].
 EX_FUNC void plot_shade(double v, int rgb[3]) {
     static const unsigned char stop[][3] = {{68, 1, 84},    {72, 40, 120},  {62, 73, 137},  {49, 104, 142},

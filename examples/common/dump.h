@@ -1,0 +1,288 @@
+// dump.h - router dumps of any size: .npy files of logits, top-k indices or hidden states, read in pieces by several
+// threads into the counters of moe_game. Memory does not grow with the file.
+//
+// A bad file ends the program with status 2 and one line that names the file and the byte.
+#ifndef EX_DUMP_H
+#define EX_DUMP_H
+
+#include "platform.h"
+
+#include "moe.h"
+
+#define DUMP_PIECE ((size_t)256 << 10) // bytes that are read at once: they stay in the second-level cache
+
+typedef struct dump_file {
+    const char *path; // NULL = there is no such file
+    moe_npy npy;
+    size_t layers, tokens, width; // of (tokens,), (tokens, width) or (layers, tokens, width)
+} dump_file;
+
+EX_PRINTF(3, 4) EX_FUNC void dump_fail(const char *path, uint64_t offset, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fprintf(stderr, "inspect: %s: byte %llu: ", path, (unsigned long long)offset);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(2);
+}
+
+EX_FUNC dump_file dump_open(const char *path) {
+    dump_file d = {.path = path, .layers = 1, .width = 1};
+    FILE *f = fopen(path, "rb");
+    if (!f) dump_fail(path, 0, "%s", strerror(errno));
+    uint64_t length = file_size(f);
+    size_t have = 0, want = 4096, got;
+    char *head = NULL;
+    moe_status s;
+    do { // the header, longer if it says so
+        head = realloc(head, want);
+        if (!head) die("out of memory");
+        have += got = fread(head + have, 1, want - have, f);
+        s = moe_npy_header(&d.npy, head, have, length);
+        want = d.npy.offset;
+    } while (s == MOE_E_FILE_SHORT && want > have && got);
+    if (ferror(f)) dump_fail(path, have, "%s", strerror(errno)); // a folder
+    fclose(f);
+    free(head);
+    if (s) dump_fail(path, d.npy.offset, "%s", moe_status_string(s));
+    if (!d.npy.n_dims || d.npy.n_dims > 3) dump_fail(path, 0, "%zu dimensions: 2 or 3 are expected", d.npy.n_dims);
+    const size_t *dim = d.npy.dim;
+    if (d.npy.n_dims == 3) d.layers = *dim++;
+    d.tokens = dim[0];
+    if (d.npy.n_dims > 1) d.width = dim[1];
+    if (!d.npy.count) dump_fail(path, d.npy.data, "no tokens: the shape has a 0");
+    return d;
+}
+
+EX_FUNC int dump_is_index(const dump_file *d) { return d->npy.dtype == MOE_DTYPE_I32 || d->npy.dtype == MOE_DTYPE_I64; }
+
+// One layer of a dump. Batch b is tokens b T / B .. (b + 1) T / B - 1; of all tokens an even sample is kept.
+typedef struct dump_layer {
+    const dump_file *logits, *indices, *labels; // any may be NULL, but not both of the first
+    size_t layer, experts, top_k, n_labels;
+    const float *router; // (experts, width of logits): the logits are hidden states, and these the router's weights
+    moe_game *game;
+    uint64_t *first;    // (B, experts): first choices
+    uint64_t *labelled; // (workers, experts, n_labels): first choices by label
+    size_t n_sample;
+    float *sample;          // (n_sample, experts)
+    int32_t *sample_index;  // (n_sample, top_k)
+    uint32_t *sample_batch; // (n_sample)
+    const moe_parallel *parallel;
+} dump_layer;
+
+typedef struct dump_worker {
+    FILE *file[3]; // logits, indices, labels
+    unsigned char *raw;
+    float *values, *logits;
+    int32_t *index, *label;
+    uint32_t *class;
+    void *work;
+    size_t work_bytes;
+} dump_worker;
+
+// What stopped a batch.
+typedef struct dump_error {
+    const char *path, *text;
+    uint64_t offset;
+} dump_error;
+
+typedef struct dump_job {
+    dump_layer *l;
+    size_t piece; // tokens
+    size_t begin; // the first batch of this round
+    dump_worker *worker;
+    dump_error *error; // (B)
+} dump_job;
+
+EX_FUNC size_t dump_tokens(const dump_layer *l) { return l->logits ? l->logits->tokens : l->indices->tokens; }
+
+// Rows first .. first + n - 1 of a layer, as bytes.
+EX_FUNC int dump_rows(dump_worker *w, int which, const dump_file *d, size_t layer, size_t first, size_t n, void *out,
+                      dump_error *e) {
+    size_t row = d->width * moe_dtype_size(d->npy.dtype);
+    uint64_t at = d->npy.data + ((uint64_t)layer * d->tokens + first) * row;
+    if (!w->file[which]) {
+        w->file[which] = fopen(d->path, "rb");
+        if (w->file[which]) setvbuf(w->file[which], NULL, _IONBF, 0); // pieces are large
+    }
+    if (w->file[which] && file_seek(w->file[which], at) && fread(out, row, n, w->file[which]) == n) return 1;
+    *e = (dump_error){d->path, "cannot be read", at};
+    return 0;
+}
+
+EX_FUNC int dump_little_endian(void) {
+    const uint32_t one = 1;
+    unsigned char low;
+    memcpy(&low, &one, 1);
+    return low;
+}
+
+// The logits of n tokens into w->logits; the error names the first number that is not finite.
+EX_FUNC int dump_read_logits(dump_job *j, dump_worker *w, size_t first, size_t n, dump_error *e) {
+    const dump_layer *l = j->l;
+    const dump_file *d = l->logits;
+    float *values = l->router ? w->values : w->logits;
+    int direct = d->npy.dtype == MOE_DTYPE_F32 && dump_little_endian();
+    if (!dump_rows(w, 0, d, l->layer < d->layers ? l->layer : 0, first, n, direct ? (void *)values : w->raw, e))
+        return 0;
+    if (!direct) moe_to_float(d->npy.dtype, n * d->width, w->raw, values);
+    if (!l->router) return 1;
+    const moe_parallel alone = {.n_threads = 1};
+    moe_gemm_args g = {.m = n, .n = l->experts, .k = d->width, .a = values, .b = l->router, .tb = 1, .c = w->logits};
+    g.parallel = &alone;
+    moe_status s = moe_gemm(&g);
+    if (s) *e = (dump_error){d->path, moe_status_string(s), 0};
+    return !s;
+}
+
+EX_FUNC void dump_find_nan(const dump_layer *l, const dump_worker *w, size_t first, size_t n, dump_error *e) {
+    const dump_file *d = l->logits;
+    const float *values = l->router ? w->values : w->logits;
+    size_t i = 0, count = n * d->width, layer = l->layer < d->layers ? l->layer : 0;
+    while (i < count && values[i] - values[i] == 0) i++;
+    uint64_t at = ((uint64_t)layer * d->tokens + first) * d->width + (i < count ? i : 0);
+    *e = (dump_error){d->path, "NaN or infinite", d->npy.data + at * moe_dtype_size(d->npy.dtype)};
+}
+
+// The choices of n tokens into w->index, counted; the error names the first that cannot be.
+EX_FUNC int dump_read_indices(dump_job *j, dump_worker *w, size_t batch, size_t first, size_t n, dump_error *e) {
+    const dump_layer *l = j->l;
+    const dump_file *d = l->indices;
+    size_t k = l->top_k, layer = l->layer < d->layers ? l->layer : 0, bad = 0;
+    uint64_t at = ((uint64_t)layer * d->tokens + first) * k;
+    const char *text = NULL;
+    if (!dump_rows(w, 1, d, layer, first, n, w->raw, e)) return 0;
+    if (moe_to_index(d->npy.dtype, n * k, w->raw, w->index, &bad)) text = moe_status_string(MOE_E_NPY_INDEX);
+    for (size_t p = 0; p < n * k && !text; p++) {
+        if (w->index[p] < 0) continue;
+        bad = p;
+        if ((size_t)w->index[p] >= l->experts) text = "an expert's index is not below the number of experts";
+        for (size_t q = p - p % k; q < p && !text; q++)
+            if (w->index[q] == w->index[p]) text = "a token has the same expert twice";
+        if (text) break;
+        l->game->count[batch * l->experts + (size_t)w->index[p]]++;
+        if (p % k == 0) l->first[batch * l->experts + (size_t)w->index[p]]++;
+    }
+    if (text) *e = (dump_error){d->path, text, d->npy.data + (at + bad) * moe_dtype_size(d->npy.dtype)};
+    return !text;
+}
+
+EX_FUNC int dump_read_labels(dump_job *j, dump_worker *w, size_t worker, size_t first, size_t n, dump_error *e) {
+    const dump_layer *l = j->l;
+    const dump_file *d = l->labels;
+    size_t bad = 0;
+    if (!dump_rows(w, 2, d, 0, first, n, w->raw, e)) return 0;
+    moe_status s = moe_to_index(d->npy.dtype, n, w->raw, w->label, &bad);
+    for (size_t t = 0; t < n && !s; t++) {
+        if (w->label[t] < 0 || (size_t)w->label[t] >= l->n_labels) s = MOE_E_LABEL, bad = t;
+        w->class[t] = (uint32_t)w->label[t];
+    }
+    uint64_t *count = l->labelled + worker * l->experts * l->n_labels;
+    if (!s && !l->indices) moe_topk(n, l->experts, 1, w->logits, w->index, NULL);
+    if (!s) moe_label_by_expert(n, l->experts, l->indices ? l->top_k : 1, l->n_labels, w->index, w->class, count);
+    if (s) *e = (dump_error){d->path, moe_status_string(s), d->npy.data + (first + bad) * moe_dtype_size(d->npy.dtype)};
+    return !s;
+}
+
+// Sample s is token s T / S.
+EX_FUNC void dump_keep_sample(const dump_layer *l, const dump_worker *w, size_t batch, size_t first, size_t n) {
+    uint64_t T = dump_tokens(l), S = l->n_sample;
+    for (uint64_t s = (first * S + T - 1) / T; s < S && s * T / S < first + n; s++) {
+        size_t t = (size_t)(s * T / S) - first;
+        l->sample_batch[s] = (uint32_t)batch;
+        if (l->logits) memcpy(l->sample + s * l->experts, w->logits + t * l->experts, l->experts * sizeof(float));
+        if (l->indices) memcpy(l->sample_index + s * l->top_k, w->index + t * l->top_k, l->top_k * sizeof(int32_t));
+    }
+}
+
+EX_FUNC void dump_task(void *arg, size_t i, size_t worker) {
+    dump_job *j = arg;
+    dump_layer *l = j->l;
+    dump_worker *w = &j->worker[worker];
+    size_t batch = j->begin + i, E = l->experts, B = l->game->n_batches, T = dump_tokens(l), n;
+    size_t first = (size_t)((uint64_t)batch * T / B), end = (size_t)((uint64_t)(batch + 1) * T / B);
+    dump_error *e = &j->error[batch];
+    for (; first < end; first += n) {
+        n = end - first < j->piece ? end - first : j->piece;
+        if (l->logits && !dump_read_logits(j, w, first, n, e)) return;
+        if (l->indices && !dump_read_indices(j, w, batch, first, n, e)) return;
+        if (l->logits) { // with indices the load is theirs, and of the logits only the sums count
+            uint64_t *load = l->indices ? NULL : l->game->count + batch * E;
+            if (moe_topk_count(n, E, l->top_k, w->logits, load, l->first + batch * E, l->game->logit + batch * E,
+                               w->work, w->work_bytes)) {
+                dump_find_nan(l, w, first, n, e);
+                return;
+            }
+        }
+        l->game->tokens[batch] += n;
+        if (l->labels && !dump_read_labels(j, w, worker, first, n, e)) return;
+        dump_keep_sample(l, w, batch, first, n);
+    }
+}
+
+// Reads one layer. tick (may be NULL) is called between rounds with the tokens that are done.
+EX_FUNC void dump_read(dump_layer *l, void (*tick)(void *user, size_t done), void *user) {
+    size_t workers = moe_workers(l->parallel), B = l->game->n_batches, row = 4 * l->experts;
+    if (l->logits && l->logits->width * 8 > row) row = l->logits->width * 8;
+    if (l->indices && l->top_k * 8 > row) row = l->top_k * 8;
+    dump_job j = {.l = l, .piece = DUMP_PIECE / row / 32 * 32};
+    if (!j.piece) j.piece = 32;
+    j.worker = allocate(workers, sizeof *j.worker);
+    j.error = allocate(B, sizeof *j.error);
+    for (size_t i = 0; i < workers; i++) {
+        dump_worker *w = &j.worker[i];
+        w->raw = allocate(j.piece, row);
+        w->logits = allocate(j.piece, l->experts * sizeof(float));
+        if (l->router) w->values = allocate(j.piece, l->logits->width * sizeof(float));
+        w->index = allocate(j.piece, l->top_k * sizeof(int32_t));
+        w->label = allocate(j.piece, sizeof(int32_t));
+        w->class = allocate(j.piece, sizeof(uint32_t));
+        if (!moe_topk_count_work(l->experts, l->top_k, &w->work_bytes)) w->work = allocate(1, w->work_bytes);
+    }
+    for (; j.begin < B; j.begin += 4 * workers) {
+        size_t round = B - j.begin < 4 * workers ? B - j.begin : 4 * workers;
+        moe_run(l->parallel, round, dump_task, &j);
+        for (size_t b = j.begin; b < j.begin + round; b++)
+            if (j.error[b].path) dump_fail(j.error[b].path, j.error[b].offset, "%s", j.error[b].text);
+        if (tick) tick(user, (size_t)((uint64_t)(j.begin + round) * dump_tokens(l) / B));
+    }
+    for (size_t i = 0; i < workers; i++) {
+        dump_worker *w = &j.worker[i];
+        for (int k = 0; k < 3; k++)
+            if (w->file[k]) fclose(w->file[k]);
+        free(w->raw), free(w->values), free(w->logits), free(w->index), free(w->label), free(w->class), free(w->work);
+    }
+    free(j.worker);
+    free(j.error);
+}
+
+// The largest value of a file of indices or labels, plus 1.
+EX_FUNC size_t dump_largest(const dump_file *d) {
+    enum { PIECE = 16384 };
+    dump_worker w = {0};
+    dump_error e = {0};
+    size_t size = moe_dtype_size(d->npy.dtype), rows = d->layers * d->tokens, most = 0, bad = 0, n;
+    size_t piece = PIECE / d->width ? PIECE / d->width : 1;
+    dump_file flat = *d; // one layer of all rows
+    flat.tokens = rows;
+    unsigned char *raw = allocate(piece * d->width, size);
+    int32_t *index = allocate(piece * d->width, sizeof *index);
+    for (size_t first = 0; first < rows; first += n) {
+        n = rows - first < piece ? rows - first : piece;
+        uint64_t at = d->npy.data + (uint64_t)first * d->width * size;
+        if (!dump_rows(&w, 0, &flat, 0, first, n, raw, &e)) dump_fail(e.path, e.offset, "%s", e.text);
+        moe_status s = moe_to_index(d->npy.dtype, n * d->width, raw, index, &bad);
+        if (s) dump_fail(d->path, at + bad * size, "%s", moe_status_string(s));
+        for (size_t i = 0; i < n * d->width; i++)
+            if (index[i] >= 0 && (size_t)index[i] + 1 > most) most = (size_t)index[i] + 1;
+    }
+    fclose(w.file[0]);
+    free(raw);
+    free(index);
+    return most;
+}
+
+#endif

@@ -1,0 +1,729 @@
+// inspect.c - how does a model route? Looks at router logits, at top-k indices, or at router weights and hidden states.
+//
+//     build/inspect                                    three routers that the repository carries
+//     build/inspect --top-k 8 logits.npy               (tokens, experts) or (layers, tokens, experts)
+//     build/inspect --logits z.npy --indices i.npy     the load is that of the indices
+//     build/inspect --router model.safetensors --top-k 8 hidden.npy
+//     build/inspect --series --steps-at 1000,2000,4000 a.npy b.npy c.npy
+//
+// For each layer: the load and its metrics, and gamma_eff of the congestion game with its interval. docs/inspect.md
+// says what every column means and how to get the files from a model; docs/gamma.md has the mathematics.
+#define MOE_IMPLEMENTATION
+#include "common/args.h"
+#include "common/dump.h"
+#include "common/json.h"
+#include "common/plot.h"
+#include "common/progress.h"
+
+#include <math.h>
+
+enum { SAMPLE = 4096, MAX_LABELS = 4096 };
+
+typedef struct config {
+    const char *logits, *indices, *labels, *router, *steps_at, *out;
+    size_t top_k, experts, batches, bootstrap, types, threads;
+    uint64_t seed;
+    int series, bf16, json, html, quiet;
+    const char **file;
+    size_t n_files;
+    moe_parallel parallel;
+} config;
+
+// What is known of one layer.
+typedef struct layer {
+    const char *path;
+    size_t layer, tokens, experts, top_k;
+    double *load; // (experts): shares
+    double maxvio, cv, gini, entropy, effective;
+    size_t dead_absolute, dead_relative;
+    int has_logits, identified, feasible;
+    double gamma, lo, hi, gamma_ols, temperature;
+    double l1_game, l1_softmax, l1_uniform, l1_coupled, l1_independent; // held out
+    double peak_load, peak_softmax, epsilon;                            // epsilon: NaN until the next layer is known
+    double agreement[MOE__QUALITY_COUNT];                               // of the quality estimators with the mean logit
+    double gamma_by[MOE__QUALITY_COUNT];
+    double *replicate; // (bootstrap): gamma
+    size_t ecology[MOE__ECOLOGY_COUNT];
+    double purity; // share of the tokens whose label is their expert's most frequent one
+} layer;
+
+static void must(moe_status s, const char *what) {
+    if (s) die("%s: %s", what, moe_status_string(s));
+}
+
+// ---- analysis ----
+
+static void load_metrics(layer *r, const dump_layer *d) {
+    moe_health h;
+    size_t bytes = 0, E = d->experts;
+    must(moe_health_size(E, &bytes), "health");
+    void *memory = allocate(1, bytes);
+    must(moe_health_init(&h, E, memory, bytes), "health");
+    for (size_t i = 0; i < d->game->n_batches * E; i++) {
+        h.load[i % E] += d->game->count[i];
+        h.top1[i % E] += d->first[i];
+        h.n_selected += d->game->count[i];
+    }
+    must(moe_health_update(&h), "health");
+    r->load = allocate(E, sizeof *r->load);
+    for (size_t e = 0; e < E && h.n_selected; e++) r->load[e] = (double)h.load[e] / (double)h.n_selected;
+    r->maxvio = h.maxvio, r->cv = h.load_cv, r->gini = h.gini;
+    r->effective = h.effective_experts, r->entropy = h.n_selected ? log(h.effective_experts) : 0;
+    r->dead_absolute = h.n_dead, r->dead_relative = h.n_dead_relative;
+    if (h.n_selected) must(moe_game_feasible(E, d->top_k, r->load, &r->feasible), "feasible");
+    if (d->labels) {
+        uint64_t *right = allocate(E, sizeof *right), hits = 0, tokens = 0;
+        moe_ecology *kind = allocate(E, sizeof *kind);
+        size_t cells = E * d->n_labels;
+        for (size_t w = 1; w < moe_workers(d->parallel); w++)
+            for (size_t i = 0; i < cells; i++) d->labelled[i] += d->labelled[w * cells + i];
+        must(moe_label_majority(E, d->n_labels, d->labelled, right), "labels");
+        must(moe_ecology_classes(E, h.top1, right, kind), "ecology");
+        for (size_t e = 0; e < E; e++) r->ecology[kind[e]]++, hits += right[e], tokens += h.top1[e];
+        r->purity = tokens ? (double)hits / (double)tokens : 0;
+        free(right), free(kind);
+    }
+    free(memory);
+}
+
+// The sample's tokens of half 0 make the types; their load is fitted to half 0's, and compared with half 1's.
+static void type_errors(const config *o, layer *r, const dump_layer *d) {
+    size_t E = d->experts, count = 0, n = 0, C = o->types;
+    uint8_t *half = allocate(d->game->n_batches, 1);
+    float *z = allocate(d->n_sample * E, sizeof *z);
+    uint32_t *type = allocate(d->n_sample, sizeof *type);
+    must(moe_game_types_work(E, C, &count), "types");
+    if (count < d->n_sample + E) count = d->n_sample + E;
+    double *work = allocate(count, sizeof *work), *share = allocate(C, sizeof *share), l1 = 0;
+    double *quality = allocate(C * E, sizeof *quality), *load = allocate(4 * E, sizeof *load), *truth = load + E;
+    moe_game_types_fit fit;
+    must(moe_game_split(d->game, o->seed, half), "halves");
+    must(moe_game_pool(d->game, half, 0, load + 2 * E, load, NULL), "halves");
+    must(moe_game_pool(d->game, half, 1, load + 3 * E, truth, NULL), "halves");
+    for (size_t s = 0; s < d->n_sample; s++)
+        if (!half[d->sample_batch[s]]) memcpy(z + n++ * E, d->sample + s * E, E * sizeof *z);
+    if (n) {
+        must(moe_game_cluster(n, E, C, o->seed, z, type, share, quality, work), "types");
+        must(moe_game_types_estimate(E, C, share, quality, load, work, &fit), "types");
+        must(moe_game_types_solve(E, C, share, quality, fit.gamma, load, work, NULL), "types");
+        for (size_t e = 0; e < E; e++) l1 += fabs(load[e] - truth[e]);
+        r->l1_coupled = l1, l1 = 0;
+        must(moe_game_types_softmax(E, C, share, quality, fit.temperature, load, work), "types");
+        for (size_t e = 0; e < E; e++) l1 += fabs(load[e] - truth[e]);
+        r->l1_independent = l1;
+    }
+    free(half), free(z), free(type), free(work), free(share), free(quality), free(load);
+}
+
+static void quality_agreement(layer *r, const dump_layer *d) {
+    size_t E = d->experts, S = d->n_sample, most = S > E ? S : E;
+    double *work = allocate(most > 2 * E ? most : 2 * E, sizeof *work), *q = allocate(2 * E, sizeof *q);
+    for (int kind = 0; kind < MOE__QUALITY_COUNT; kind++) {
+        double *mine = kind ? q + E : q;
+        moe_game_fit fit;
+        must(moe_game_quality((moe_quality_kind)kind, S, E, d->top_k, d->sample, d->sample_index, work, mine),
+             "quality");
+        must(moe_pearson(E, q, mine, &r->agreement[kind]), "quality");
+        r->gamma_by[kind] = NAN; // an expert that nobody selects has no quality by that estimator
+        if (!moe_game_estimate(E, mine, r->load, 0, work, &fit)) r->gamma_by[kind] = fit.gamma;
+    }
+    free(work), free(q);
+}
+
+static void game_metrics(const config *o, layer *r, const dump_layer *d) {
+    size_t E = d->experts;
+    double *quality = allocate(4 * E, sizeof *quality), *load = quality + E, selections;
+    moe_game_fit fit, held;
+    r->gamma = r->lo = r->hi = r->gamma_ols = r->temperature = r->l1_game = r->l1_softmax = r->l1_uniform = NAN;
+    r->l1_coupled = r->l1_independent = r->epsilon = r->peak_load = r->peak_softmax = NAN;
+    r->has_logits = d->logits != NULL;
+    if (d->logits && !moe_game_pool(d->game, NULL, 0, quality, load, &selections)) {
+        must(moe_game_estimate(E, quality, load, selections, quality + 2 * E, &fit), "gamma");
+        r->identified = fit.identified;
+        r->gamma = fit.gamma, r->gamma_ols = fit.gamma_ols, r->temperature = fit.temperature;
+        r->peak_load = fit.peak_load, r->peak_softmax = fit.peak_softmax;
+        if (d->game->n_batches > 1 && o->bootstrap) {
+            r->replicate = allocate(o->bootstrap, sizeof *r->replicate);
+            must(moe_game_bootstrap(d->game, o->bootstrap, o->seed, &o->parallel, r->replicate, &r->lo, &r->hi),
+                 "bootstrap");
+            if (!r->identified) r->lo = r->hi = NAN;
+        }
+        if (d->game->n_batches > 1 && !moe_game_holdout(d->game, o->seed, &held)) {
+            r->l1_game = held.l1_game, r->l1_softmax = held.l1_softmax, r->l1_uniform = held.l1_uniform;
+            type_errors(o, r, d);
+        }
+        quality_agreement(r, d);
+    }
+    free(quality);
+}
+
+// How much the choice at the layer before decides the value of this one: needs the same tokens of both.
+static double epsilon_of(const dump_layer *before, const dump_layer *now, const layer *r) {
+    double epsilon, *work = allocate(2 * before->experts, sizeof *work);
+    moe_status s =
+        moe_game_epsilon(before->n_sample, before->experts, before->top_k, before->sample_index, now->experts,
+                         now->sample, r->load, r->identified ? r->gamma : 0, 10, work, &epsilon);
+    free(work);
+    return s ? NAN : epsilon;
+}
+
+// ---- reading ----
+
+typedef struct table {
+    layer *row;
+    size_t n;
+} table;
+
+typedef struct ticker {
+    progress p;
+    size_t before;
+} ticker;
+
+static void tick(void *user, size_t done) {
+    ticker *t = user;
+    progress_update(&t->p, t->before + done, "%s", "");
+}
+
+static dump_layer *layer_memory(const config *o, const dump_layer *like) {
+    dump_layer *d = allocate(1, sizeof *d);
+    *d = *like;
+    size_t T = dump_tokens(d), B = o->batches < T ? o->batches : T, bytes = 0;
+    d->game = allocate(1, sizeof *d->game);
+    must(moe_game_size(d->experts, B, &bytes), "game");
+    must(moe_game_init(d->game, d->experts, B, allocate(1, bytes), bytes), "game");
+    d->first = allocate(B * d->experts, sizeof *d->first);
+    if (d->labels) d->labelled = allocate(moe_workers(d->parallel) * d->experts * d->n_labels, sizeof *d->labelled);
+    d->n_sample = T < SAMPLE ? T : SAMPLE;
+    d->sample = allocate(d->n_sample * d->experts, sizeof *d->sample);
+    d->sample_index = allocate(d->n_sample * d->top_k, sizeof *d->sample_index);
+    d->sample_batch = allocate(d->n_sample, sizeof *d->sample_batch);
+    return d;
+}
+
+static void layer_reset(dump_layer *d) {
+    must(moe_game_reset(d->game), "game");
+    memset(d->first, 0, d->game->n_batches * d->experts * sizeof *d->first);
+    if (d->labels) memset(d->labelled, 0, moe_workers(d->parallel) * d->experts * d->n_labels * sizeof *d->labelled);
+}
+
+// All layers of one dump; two lie in memory at a time. weights: a router for each layer, or NULL.
+static void inspect(const config *o, const dump_layer *like, size_t layers, const float *const *weights,
+                    const size_t *number, table *t, ticker *tick_at) {
+    dump_layer *memory[2] = {layer_memory(o, like), layer_memory(o, like)};
+    for (size_t i = 0; i < layers; i++) {
+        dump_layer *d = memory[i % 2];
+        layer r = {.path = like->logits ? like->logits->path : like->indices->path, .layer = number ? number[i] : i};
+        layer_reset(d);
+        d->layer = i;
+        d->router = weights ? weights[i] : NULL;
+        dump_read(d, tick, tick_at);
+        tick_at->before += dump_tokens(d);
+        if (d->logits && !d->indices)
+            must(moe_topk(d->n_sample, d->experts, d->top_k, d->sample, d->sample_index, NULL), "top-k");
+        r.tokens = dump_tokens(d), r.experts = d->experts, r.top_k = d->top_k;
+        load_metrics(&r, d);
+        game_metrics(o, &r, d);
+        if (i && d->logits) t->row[t->n - 1].epsilon = epsilon_of(memory[(i - 1) % 2], d, &r);
+        if (i + 1 == layers && d->logits) r.epsilon = 0; // the last layer's, by definition
+        t->row = realloc(t->row, (t->n + 1) * sizeof r);
+        if (!t->row) die("out of memory");
+        t->row[t->n++] = r;
+    }
+    for (int i = 0; i < 2; i++) {
+        dump_layer *d = memory[i]; // the game's own block is small, and stays until the end
+        free(d->first), free(d->labelled), free(d->sample), free(d->sample_index), free(d->sample_batch), free(d->game);
+        free(d);
+    }
+}
+
+static dump_file open_floats(const config *o, const char *path) {
+    dump_file d = dump_open(path);
+    if (dump_is_index(&d)) dump_fail(path, 0, "%s: logits or hidden states are expected", moe_dtype_name(d.npy.dtype));
+    if (d.npy.dtype == MOE_DTYPE_U16 && !o->bf16) dump_fail(path, 0, "uint16: if this is bfloat16, say --bf16");
+    if (d.npy.n_dims < 2) dump_fail(path, 0, "one dimension: (tokens, experts) is expected");
+    return d;
+}
+
+// Routers of a safetensors file or of a model.safetensors.index.json beside its files.
+typedef struct routers {
+    size_t n, experts, width, *number;
+    float **weight;
+} routers;
+
+static void add_router(routers *r, const char *path, const moe_file *f, size_t number, const moe_file_tensor *t) {
+    uint64_t at = (uint64_t)(t->data - f->bytes);
+    moe_dtype type = moe_dtype_of(t->dtype);
+    if (t->n_dims != 2 || !t->bytes) dump_fail(path, at, "layer %zu's router is not (experts, width)", number);
+    if (r->n && (t->dim[0] != r->experts || t->dim[1] != r->width))
+        dump_fail(path, at, "layer %zu's router has another shape than the first one", number);
+    r->experts = t->dim[0], r->width = t->dim[1];
+    r->weight = realloc(r->weight, (r->n + 1) * sizeof *r->weight);
+    r->number = realloc(r->number, (r->n + 1) * sizeof *r->number);
+    if (!r->weight || !r->number) die("out of memory");
+    float *w = r->weight[r->n] = allocate(r->experts * r->width, sizeof *w);
+    moe_status s = moe_to_float(type, r->experts * r->width, t->data, w);
+    if (s) dump_fail(path, at, "layer %zu's router is %s: %s", number, t->dtype, moe_status_string(s));
+    for (size_t i = 0; i < r->experts * r->width; i++)
+        if (w[i] - w[i] != 0)
+            dump_fail(path, at + i * moe_dtype_size(type), "layer %zu's router: NaN or infinite", number);
+    r->number[r->n++] = number;
+}
+
+static const void *view(const char *path, size_t *size) {
+    const void *p = file_view(path, size);
+    if (!p) dump_fail(path, 0, "%s", errno ? strerror(errno) : "cannot be read");
+    return p;
+}
+
+static routers open_routers(const char *path) {
+    routers r = {0};
+    moe_file f;
+    moe_file_tensor t;
+    moe_shards index;
+    size_t size, length = strlen(path), number = 0;
+    const void *bytes = view(path, &size);
+    moe_status s;
+    if (length > 5 && strcmp(path + length - 5, ".json") == 0) {
+        char name[256], file[256], full[1200], *slash;
+        s = moe_shards_open(&index, bytes, size);
+        if (s) dump_fail(path, index.offset, "%s", moe_status_string(s));
+        for (size_t i = 0; !(s = moe_shards_router(&index, i, &number, name, sizeof name)); i++) {
+            if ((s = moe_shards_find(&index, name, file, sizeof file)) != 0) break;
+            snprintf(full, sizeof full - sizeof file - 1, "%s", path);
+            slash = strrchr(full, '/');
+            strcpy(slash ? slash + 1 : full, file);
+            bytes = view(full, &size);
+            s = moe_file_open(&f, bytes, size);
+            if (s) dump_fail(full, f.offset, "%s", moe_status_string(s));
+            if (moe_file_find(&f, name, &t)) dump_fail(full, 0, "no %s in it, against %s", name, path);
+            add_router(&r, strcpy(allocate(strlen(full) + 1, 1), full), &f, number, &t);
+        }
+    } else {
+        s = moe_file_open(&f, bytes, size);
+        if (s) dump_fail(path, f.offset, "%s", moe_status_string(s));
+        for (size_t i = 0; !(s = moe_file_router(&f, i, &number, &t)); i++) add_router(&r, path, &f, number, &t);
+    }
+    if (s != MOE_E_NAME) dump_fail(path, 0, "%s", moe_status_string(s));
+    if (!r.n) dump_fail(path, 0, "no router in it: model.layers.N.mlp.gate.weight or .block_sparse_moe.gate.weight");
+    return r;
+}
+
+// Which files make one dump, and what of the options they need.
+static void inspect_files(const config *o, const char *logits, const char *indices, const routers *r, table *t) {
+    dump_file z = {0}, i = {0}, l = {0};
+    dump_layer like = {.parallel = &o->parallel};
+    if (logits) z = open_floats(o, logits), like.logits = &z;
+    if (indices) {
+        i = dump_open(indices), like.indices = &i;
+        if (!dump_is_index(&i)) dump_fail(indices, 0, "%s: indices are int32 or int64", moe_dtype_name(i.npy.dtype));
+    }
+    size_t layers = logits ? z.layers : i.layers;
+    like.experts = r ? r->experts : logits ? z.width : o->experts ? o->experts : dump_largest(&i);
+    like.top_k = indices ? i.width : o->top_k;
+    if (r && z.width != r->width)
+        dump_fail(logits, 0, "hidden states of width %zu, but the routers take %zu", z.width, r->width);
+    if (r && layers != 1 && layers != r->n) dump_fail(logits, 0, "%zu layers, but %zu routers", layers, r->n);
+    if (r) layers = r->n;
+    if (logits && indices && (z.tokens != i.tokens || z.layers != i.layers))
+        dump_fail(indices, 0, "%zu layers of %zu tokens; %s has %zu of %zu", i.layers, i.tokens, logits, z.layers,
+                  z.tokens);
+    if (!like.experts || like.experts > (size_t)1 << 20)
+        dump_fail(logits ? logits : indices, 0, "%zu experts", like.experts);
+    if (like.top_k > like.experts)
+        dump_fail(indices ? indices : logits, 0, "top-%zu of %zu experts", like.top_k, like.experts);
+    if (o->labels) {
+        l = dump_open(o->labels), like.labels = &l;
+        if (!dump_is_index(&l) || l.layers != 1 || l.width != 1 || l.tokens != dump_tokens(&like))
+            dump_fail(o->labels, 0, "labels are %zu numbers, int32 or int64: one for each token", dump_tokens(&like));
+        like.n_labels = dump_largest(&l);
+        if (like.n_labels > MAX_LABELS) dump_fail(o->labels, 0, "%zu labels: at most %d", like.n_labels, MAX_LABELS);
+    }
+    ticker at = {progress_begin(logits ? logits : indices, "tokens", layers * dump_tokens(&like), o->quiet), 0};
+    inspect(o, &like, layers, r ? (const float *const *)r->weight : NULL, r ? r->number : NULL, t, &at);
+    progress_clear(&at.p);
+}
+
+// ---- a series of checkpoints ----
+
+typedef struct series {
+    size_t n;
+    double *step, *gamma, *lo, *hi;
+    moe_phase *phase;
+} series;
+
+// gamma of a checkpoint is the mean over its layers that tell it; so is each replicate, which gives the interval.
+static series make_series(const config *o, const table *t, const size_t *end) {
+    series s = {.n = o->n_files};
+    double **number[] = {&s.step, &s.gamma, &s.lo, &s.hi};
+    for (int i = 0; i < 4; i++) *number[i] = allocate(s.n, sizeof(double));
+    s.phase = allocate(s.n, sizeof *s.phase);
+    double *mean = allocate(o->bootstrap, sizeof *mean), *work = allocate(s.n, sizeof *work);
+    const char *text = o->steps_at;
+    for (size_t c = 0, i = 0; c < s.n; c++) {
+        size_t layers = 0;
+        char *rest = NULL;
+        s.step[c] = text ? strtod(text, &rest) : (double)(c + 1);
+        if (text && (rest == text || (*rest && *rest != ',') || (*rest == 0) != (c + 1 == s.n)))
+            args_fail("inspect", "--steps-at: %zu numbers with commas between them are expected", s.n);
+        if (text) text = rest + 1;
+        if (!isfinite(s.step[c]) || (c && !(s.step[c] > s.step[c - 1])))
+            args_fail("inspect", "--steps-at: must ascend");
+        memset(mean, 0, o->bootstrap * sizeof *mean);
+        for (; i < end[c]; i++) {
+            if (!t->row[i].identified || !t->row[i].replicate) continue;
+            layers++;
+            s.gamma[c] += t->row[i].gamma;
+            for (size_t k = 0; k < o->bootstrap; k++) mean[k] += t->row[i].replicate[k];
+        }
+        for (size_t k = 0; k < o->bootstrap; k++) mean[k] /= (double)layers;
+        s.gamma[c] = layers ? s.gamma[c] / (double)layers : NAN;
+        s.lo[c] = s.hi[c] = NAN;
+        if (layers) must(moe_interval(o->bootstrap, mean, &s.lo[c], &s.hi[c]), "interval");
+    }
+    if (moe_game_phases(s.n, s.step, s.gamma, s.lo, s.hi, work, s.phase)) // a checkpoint does not tell gamma
+        for (size_t c = 0; c < s.n; c++) s.phase[c] = MOE_PHASE_NONE;
+    free(mean), free(work);
+    return s;
+}
+
+// ---- output ----
+
+static void write_layer(json *j, const layer *r) {
+    json_begin(j);
+    json_whole(j, "layer", r->layer);
+    json_whole(j, "tokens", r->tokens);
+    json_whole(j, "experts", r->experts);
+    json_whole(j, "top_k", r->top_k);
+    json_list_begin(j, "load");
+    for (size_t e = 0; e < r->experts; e++) json_real(j, NULL, r->load[e]);
+    json_list_end(j);
+    json_real(j, "maxvio", r->maxvio);
+    json_real(j, "cv", r->cv);
+    json_real(j, "gini", r->gini);
+    json_real(j, "entropy", r->entropy);
+    json_real(j, "effective_experts", r->effective);
+    json_whole(j, "dead_absolute", r->dead_absolute);
+    json_whole(j, "dead_relative", r->dead_relative);
+    json_real(j, "gamma_eff", r->gamma);
+    json_real(j, "gamma_lo", r->lo);
+    json_real(j, "gamma_hi", r->hi);
+    json_real(j, "gamma_ols", r->gamma_ols);
+    json_raw(j, "identified", r->identified ? "true" : "false");
+    json_real(j, "temperature", r->temperature);
+    json_real(j, "l1_game", r->l1_game);
+    json_real(j, "l1_softmax", r->l1_softmax);
+    json_real(j, "l1_uniform", r->l1_uniform);
+    json_real(j, "l1_types_coupled", r->l1_coupled);
+    json_real(j, "l1_types_independent", r->l1_independent);
+    json_raw(j, "feasible", r->feasible ? "true" : "false");
+    json_real(j, "k_over_m", (double)r->top_k / (double)r->experts);
+    json_end(j);
+}
+
+static void write_phases(json *j, const series *s) {
+    static const char *const key[] = {"step", "gamma_eff"};
+    const double *number[] = {s->step, s->gamma};
+    json_begin(j);
+    json_text(j, "event", "phases");
+    for (int i = 0; i < 2; i++) {
+        json_list_begin(j, key[i]);
+        for (size_t c = 0; c < s->n; c++) json_real(j, NULL, number[i][c]);
+        json_list_end(j);
+    }
+    json_list_begin(j, "phase");
+    for (size_t c = 0; c < s->n; c++) json_text(j, NULL, moe_phase_name(s->phase[c]));
+    json_list_end(j);
+    json_end(j);
+}
+
+// A number, or a dash where there is none.
+static const char *show(char out[16], const char *format, double v) {
+    if (isfinite(v))
+        snprintf(out, 16, format, v);
+    else
+        strcpy(out, "-");
+    return out;
+}
+
+static void interval_text(char out[40], const layer *r) {
+    if (!r->has_logits)
+        strcpy(out, "-");
+    else if (!r->identified)
+        strcpy(out, "unidentified");
+    else if (isfinite(r->lo))
+        snprintf(out, 40, "%.2f [%.2f, %.2f]", r->gamma, r->lo, r->hi);
+    else
+        snprintf(out, 40, "%.2f", r->gamma);
+}
+
+static void print_table(FILE *f, const config *o, const table *t) {
+    char a[7][16], gamma[40];
+    const char *path = NULL;
+    for (size_t i = 0; i < t->n; i++) {
+        const layer *r = &t->row[i];
+        if (r->path != path)
+            fprintf(f, "%s%s: %zu tokens, %zu experts, top-%zu\n%s\n", path ? "\n" : "", r->path, r->tokens, r->experts,
+                    r->top_k,
+                    "layer  MaxVio     CV   Gini  effective  dead abs/rel  gamma_eff [95%]           OLS      T  "
+                    "epsilon");
+        path = r->path;
+        interval_text(gamma, r);
+        fprintf(f, "%5zu  %6.3f  %5.3f  %5.3f  %9.2f  %8zu/%-3zu  %-22s  %6s  %5s  %7s\n", r->layer, r->maxvio, r->cv,
+                r->gini, r->effective, r->dead_absolute, r->dead_relative, gamma, show(a[0], "%.2f", r->gamma_ols),
+                show(a[1], "%.2f", r->temperature), show(a[2], "%.3f", r->epsilon));
+    }
+    if (!t->row[0].has_logits) return;
+    fprintf(f,
+            "\nHeld-out L1 of the load (0 to 2): half of the batches predicts the other\n"
+            "layer    game  softmax  uniform  types coupled  independent    K/M  feasible  E max m  E max softmax\n");
+    for (size_t i = 0; i < t->n; i++) {
+        const layer *r = &t->row[i];
+        fprintf(f, "%5zu  %6s  %7s  %7s  %13s  %11s  %5.3f  %8s  %7s  %13s\n", r->layer, show(a[0], "%.4f", r->l1_game),
+                show(a[1], "%.4f", r->l1_softmax), show(a[2], "%.4f", r->l1_uniform), show(a[3], "%.4f", r->l1_coupled),
+                show(a[4], "%.4f", r->l1_independent), (double)r->top_k / (double)r->experts,
+                r->feasible ? "yes" : "no", show(a[5], "%.2f", r->peak_load), show(a[6], "%.2f", r->peak_softmax));
+    }
+    fprintf(f, "\nOther ways to say how good an expert is, against its mean logit (Pearson's r of the experts' "
+               "qualities, mean "
+               "over layers;\nof gamma_eff, over layers), on a sample of tokens\n");
+    double *first = allocate(t->n, sizeof *first), *other = allocate(t->n, sizeof *other);
+    for (int kind = 1; kind < MOE__QUALITY_COUNT; kind++) {
+        double sum = 0, n = 0, r;
+        for (size_t i = 0; i < t->n; i++) {
+            first[i] = t->row[i].gamma_by[0], other[i] = t->row[i].gamma_by[kind];
+            if (isfinite(t->row[i].agreement[kind])) sum += t->row[i].agreement[kind], n++;
+        }
+        must(moe_pearson(t->n, first, other, &r), "agreement");
+        fprintf(f, "%-10s  qualities %6s  gamma_eff %6s\n", moe_quality_name((moe_quality_kind)kind),
+                show(a[0], "%.3f", n > 0 ? sum / n : NAN), show(a[1], "%.3f", r));
+    }
+    free(first), free(other);
+    if (o->labels) {
+        fprintf(f,
+                "\nExperts by usage and purity (share of the most frequent label among an expert's first choices)\n");
+        fprintf(f, "layer  purity");
+        for (int k = MOE__ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10s", moe_ecology_name((moe_ecology)k));
+        for (size_t i = 0; i < t->n; i++) {
+            fprintf(f, "\n%5zu  %6.3f", t->row[i].layer, t->row[i].purity);
+            for (int k = MOE__ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10zu", t->row[i].ecology[k]);
+        }
+        fprintf(f, "\n");
+    }
+    fprintf(
+        f,
+        "\ngamma_eff: logits a token gives up for a unit of load share, after arXiv 2604.04230 (docs/gamma.md). It can "
+        "also come from\ndifferences between tokens alone, with either sign.%s\n",
+        t->row[0].top_k == 1 ? " Top-1 routing is outside that paper's scope." : "");
+}
+
+static void print_series(FILE *f, const series *s) {
+    fprintf(f, "\nstep          gamma_eff [95%%]            phase\n");
+    for (size_t c = 0; c < s->n; c++)
+        fprintf(f, "%-12g  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->lo[c], s->hi[c],
+                moe_phase_name(s->phase[c]));
+}
+
+static void draw_loads(FILE *f, const table *t) {
+    double top = 0, *even;
+    size_t across = 3, down = (t->n + across - 1) / across, most = t->row[0].experts;
+    char title[64];
+    for (size_t i = 0; i < t->n; i++) {
+        for (size_t e = 0; e < t->row[i].experts; e++) top = fmax(top, t->row[i].load[e] * (double)t->row[i].experts);
+        if (t->row[i].experts > most) most = t->row[i].experts;
+    }
+    even = allocate(t->n * most, sizeof *even); // load as a multiple of an even share; NaN = no such expert
+    for (size_t i = 0; i < t->n; i++)
+        for (size_t e = 0; e < most; e++)
+            even[i * most + e] = e < t->row[i].experts ? t->row[i].load[e] * (double)t->row[i].experts : NAN;
+    if (t->n <= 48) {
+        plot_begin(f, 960, 200 * (double)down, "Load of the experts");
+        for (size_t i = 0; i < t->n; i++) {
+            snprintf(title, sizeof title, "Layer %zu: load, 1 = even", t->row[i].layer);
+            plot_bars(f, &(plot_bar_chart){.box = {320 * (double)(i % across), 200 * (double)(i / across), 320, 200},
+                                           .title = title,
+                                           .x_label = "expert",
+                                           .n = t->row[i].experts,
+                                           .value = even + i * most,
+                                           .hi = top,
+                                           .mark = 1});
+        }
+        plot_end(f);
+    }
+    double height = 90 + fmin(22 * (double)t->n, 700);
+    plot_begin(f, 960, height, "Load by layer");
+    plot_heat(f, &(plot_map){.box = {0, 0, 960, height},
+                             .title = "Load by layer and expert, 1 = even",
+                             .x_label = "expert",
+                             .rows = t->n,
+                             .cols = most,
+                             .value = even,
+                             .hi = top,
+                             .scale_format = "%.2g"});
+    plot_end(f);
+    free(even);
+}
+
+static void draw_gamma(FILE *f, const table *t) {
+    double *number = allocate(4 * t->n, sizeof *number);
+    for (size_t i = 0; i < t->n; i++) {
+        number[i] = (double)t->row[i].layer;
+        number[t->n + i] = t->row[i].gamma, number[2 * t->n + i] = t->row[i].lo, number[3 * t->n + i] = t->row[i].hi;
+    }
+    plot_begin(f, 960, 320, "gamma_eff by layer");
+    plot_points(f, &(plot_point_chart){.box = {0, 0, 960, 320},
+                                       .title = "gamma_eff by layer, with 95% intervals",
+                                       .x_label = "layer",
+                                       .n = t->n,
+                                       .x = number,
+                                       .y = number + t->n,
+                                       .lo = number + 2 * t->n,
+                                       .hi = number + 3 * t->n});
+    plot_end(f);
+    free(number);
+}
+
+static void draw_series(FILE *f, const series *s) {
+    const char *name[MOE__PHASE_COUNT];
+    int *group = allocate(s->n, sizeof *group);
+    for (int p = 0; p < MOE__PHASE_COUNT; p++) name[p] = moe_phase_name((moe_phase)p);
+    for (size_t c = 0; c < s->n; c++) group[c] = (int)s->phase[c];
+    plot_begin(f, 960, 360, "gamma_eff by checkpoint");
+    plot_points(f, &(plot_point_chart){.box = {0, 0, 960, 360},
+                                       .title = "gamma_eff over training, mean over layers, with its phases",
+                                       .x_label = "step",
+                                       .n = s->n,
+                                       .x = s->step,
+                                       .y = s->gamma,
+                                       .lo = s->lo,
+                                       .hi = s->hi,
+                                       .group = group,
+                                       .group_name = name,
+                                       .n_groups = MOE__PHASE_COUNT,
+                                       .joined = 1});
+    plot_end(f);
+    free(group);
+}
+
+static void write_page(const config *o, const table *t, const series *s, size_t last) {
+    char text[256], gamma[40], a[6][16];
+    table shown = {t->row + last, t->n - last}; // of a series the last checkpoint
+    FILE *f = open_output(o->out, "inspect.html");
+    snprintf(
+        text, sizeof text, "%s: %zu layers, %zu tokens, %zu experts, top-%zu; %zu batches, %zu bootstrap replicates.",
+        shown.row->path, shown.n, shown.row->tokens, shown.row->experts, shown.row->top_k, o->batches, o->bootstrap);
+    page_begin(f, "How a model routes", text);
+    if (s) {
+        page_heading(f, "Over training");
+        page_card(f);
+        draw_series(f, s);
+        page_card_end(f);
+    }
+    if (shown.row->has_logits) {
+        page_card(f);
+        draw_gamma(f, &shown);
+        page_card_end(f);
+    }
+    page_card(f);
+    draw_loads(f, &shown);
+    page_card_end(f);
+    page_card(f);
+    page_table_begin(f);
+    page_row(f, 1, "layer|MaxVio|CV|Gini|effective|dead|gamma_eff [95%%]|OLS|T|L1 game|softmax|uniform|types");
+    for (size_t i = 0; i < shown.n; i++) {
+        const layer *r = &shown.row[i];
+        interval_text(gamma, r);
+        page_row(f, 0, "%zu|%.3f|%.3f|%.3f|%.2f|%zu/%zu|%s|%s|%s|%s|%s|%s|%s", r->layer, r->maxvio, r->cv, r->gini,
+                 r->effective, r->dead_absolute, r->dead_relative, gamma, show(a[0], "%.2f", r->gamma_ols),
+                 show(a[1], "%.2f", r->temperature), show(a[2], "%.4f", r->l1_game), show(a[3], "%.4f", r->l1_softmax),
+                 show(a[4], "%.4f", r->l1_uniform), show(a[5], "%.4f", r->l1_coupled));
+    }
+    page_table_end(f);
+    page_card_end(f);
+    page_pre(
+        f,
+        "dead: under 1% of the first choices / under a tenth of an even share of the selections. L1: held out, 0 to 2. "
+        "gamma_eff is after arXiv 2604.04230: derived, and moved by differences between tokens alone, in either "
+        "sign.");
+    page_end(f);
+    close_output(f, "inspect.html");
+}
+
+// The routers that the repository carries, from the current folder or from that of the program.
+static const char *sample_path(const char *program) {
+    static char path[1200];
+    static const char file[] = "examples/data/router.npy";
+    const char *slash = strrchr(program, '/');
+    FILE *f = fopen(file, "rb");
+    snprintf(path, sizeof path, "%s", file);
+    if (!f && slash) {
+        snprintf(path, sizeof path, "%.*s/../%s", (int)(slash - program), program, file);
+        f = fopen(path, "rb");
+    }
+    if (!f) args_fail("inspect", "no files given, and the sample %s is not there", file);
+    fclose(f);
+    return path;
+}
+
+int main(int argc, char **argv) {
+    config o = {.top_k = 2, .batches = 50, .bootstrap = 1000, .types = 8, .seed = 1, .out = "out"};
+    args_option options[] = {
+        {"logits", ARGS_TEXT, &o.logits, "FILE", "router logits, .npy (as the first file without an option)", 0, 0},
+        {"indices", ARGS_TEXT, &o.indices, "FILE", "selected experts, .npy (T, k): the load is theirs", 0, 0},
+        {"router", ARGS_TEXT, &o.router, "FILE", "safetensors, or its index: the files are hidden states", 0, 0},
+        {"labels", ARGS_TEXT, &o.labels, "FILE", "a class for each token, .npy int32 or int64", 0, 0},
+        {"top-k", ARGS_SIZE, &o.top_k, "N", "experts a token, where no indices are given", 1, 1 << 20},
+        {"experts", ARGS_SIZE, &o.experts, "N", "experts, where only indices are given (0: the largest index + 1)", 0,
+         1 << 20},
+        {"bf16", ARGS_FLAG, &o.bf16, NULL, "uint16 files hold bfloat16", 0, 0},
+        {"batches", ARGS_SIZE, &o.batches, "N", "batches that the bootstrap draws from", 1, 1 << 20},
+        {"bootstrap", ARGS_SIZE, &o.bootstrap, "N", "replicates for the intervals (0: none)", 0, 1 << 24},
+        {"types", ARGS_SIZE, &o.types, "C", "types of tokens", 1, 64},
+        {"series", ARGS_FLAG, &o.series, NULL, "the files are checkpoints, in order", 0, 0},
+        {"steps-at", ARGS_TEXT, &o.steps_at, "A,B,...", "the checkpoints' steps (default: 1, 2, ...)", 0, 0},
+        ARGS_SEED(&o.seed),
+        ARGS_THREADS(&o.threads),
+        {"html", ARGS_FLAG, &o.html, NULL, "write inspect.html, which needs nothing else", 0, 0},
+        ARGS_OUT(&o.out),
+        ARGS_JSON(&o.json),
+        ARGS_QUIET(&o.quiet),
+    };
+    o.file = allocate((size_t)argc + 1, sizeof *o.file);
+    o.n_files = args_parse_files("inspect", "Tells how a model routes, from .npy files of its router's logits.",
+                                 options, sizeof options / sizeof *options, argc, argv, o.file);
+    o.parallel.n_threads = o.threads;
+    if (o.series && !o.bootstrap) args_fail("inspect", "--series: phases need intervals, so --bootstrap above 0");
+    if (o.steps_at && !o.series) args_fail("inspect", "--steps-at: only with --series");
+    if (o.logits) o.file[o.n_files++] = o.logits;
+    if (o.indices && o.n_files > 1) args_fail("inspect", "--indices: with one file of logits at most");
+    if (!o.n_files && !o.indices) o.file[o.n_files++] = sample_path(argv[0]);
+    if (o.router && !o.n_files) args_fail("inspect", "--router: a file of hidden states is needed");
+
+    FILE *human = o.json ? stderr : stdout;
+    json j = {{o.json ? stdout : NULL}, 0};
+    table t = {0};
+    routers r = {0};
+    size_t *end = allocate(o.n_files + 1, sizeof *end), printed = 0;
+    if (o.router) r = open_routers(o.router);
+    for (size_t i = 0; i < o.n_files || (!i && o.indices); i++) {
+        const char *path = i < o.n_files ? o.file[i] : NULL, *indices = o.indices;
+        dump_file first = path ? dump_open(path) : (dump_file){0};
+        if (path && !indices && dump_is_index(&first)) indices = path, path = NULL; // a file of indices alone
+        inspect_files(&o, path, indices, o.router ? &r : NULL, &t);
+        if (!o.series && i)
+            for (size_t k = end[i - 1]; k < t.n; k++) t.row[k].layer += t.row[end[i - 1] - 1].layer + 1; // numbered on
+        end[i] = t.n;
+        for (; o.json && printed < t.n; printed++) write_layer(&j, &t.row[printed]);
+    }
+    print_table(human, &o, &t);
+    series s = {0};
+    if (o.series) {
+        s = make_series(&o, &t, end);
+        print_series(human, &s);
+        write_phases(&j, &s);
+    }
+    if (o.html) {
+        write_page(&o, &t, o.series ? &s : NULL, o.series && o.n_files > 1 ? end[o.n_files - 2] : 0);
+        fprintf(human, "see %s/inspect.html\n", o.out);
+    }
+    return 0;
+}

@@ -290,7 +290,7 @@ typedef struct plot_cloud {
 // on another one or on a point; then a hairline leads to it.
 EX_FUNC void plot_scatter(FILE *f, const plot_cloud *c) {
     enum { TRIES = 41, LINE = 12 };
-    double left = c->box.x + 58, right = c->box.x + c->box.w - 20, top = c->box.y + (c->group ? 64 : 46),
+    double left = c->box.x + 58, right = c->box.x + c->box.w - 20, top = c->box.y + (c->group ? 74 : 50),
            bottom = c->box.y + c->box.h - 42, legend = c->box.x + 14;
     double lo = INFINITY, hi = -INFINITY, first = INFINITY, last = -INFINITY;
     plot_box *used = allocate(2 * c->n_points, sizeof *used); // the points, then the names

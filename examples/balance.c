@@ -131,7 +131,7 @@ static void make_constant(tokens *t) {
 // The router's first column looks at the constant and at nothing else.
 static void prefer_first(moe_layer *m) {
     moe_tensor t;
-    if (moe_layer_tensor(m, 0, &t) != MOE_OK || strcmp(t.name, "router") != 0) return; // it has no such router
+    if (moe_layer_tensor(m, 0, &t) != MOE_OK || strcmp(t.name, "router") != 0) return; // hash and random have none
     size_t experts = t.dim[1];
     float *router = allocate(t.count, sizeof(float));
     nn_must(moe_layer_get(m, MOE_PART_PARAMS, "router", router, t.count));

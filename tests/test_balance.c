@@ -32,7 +32,7 @@ static moe_layer *make_layer(const char *set, size_t threads) {
     CHECK_OK(moe_layer_tensor(m, 0, &tensor));
     float *router = test_floats(tensor.count);
     CHECK_OK(moe_layer_get(m, MOE_PART_PARAMS, "router", router, tensor.count));
-    for (size_t i = 0; i < D; i++) router[i * E] = i == D - 1 ? 1 : 0;
+    for (size_t i = 0; tensor.dim[0] == D && i < D; i++) router[i * E] = i == D - 1 ? 1 : 0; /* not behind a hidden layer */
     CHECK_OK(moe_layer_set(m, MOE_PART_PARAMS, "router", router, tensor.count));
     free(router);
     return m;
@@ -221,7 +221,8 @@ static size_t all_of(const moe_layer *m, moe_part part, float *out) {
     return n;
 }
 static void test_bias(void) {
-    static const char *const gates[] = {"gate=softmax normalize=false", "gate=softmax", "gate=softmax-selected", "gate=sigmoid normalize=false"};
+    static const char *const gates[] = {"gate=softmax normalize=false", "gate=softmax", "gate=softmax-selected",
+                                        "gate=sigmoid normalize=false"};
     static float x[T * D], y[T * D], dy[T * D], dx[2][T * D], grad[2][PARAMS_MAX], weight[T * 2], one[E];
     static int32_t type[T], index[T * 2];
     make_batch(1, T, x, NULL, type);

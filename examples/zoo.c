@@ -11,16 +11,12 @@
 // use where in an image something is; the same network without a mixture is printed for comparison.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
-#include "common/cifar.h"
-#include "common/features.h"
 #include "common/json.h"
-#include "common/nn.h"
 #include "common/plot.h"
-#include "common/progress.h"
+#include "common/tokens_net.h"
 
-enum { D = FEATURES_WIDTH, T = FEATURES_TOKENS, D_FF = 32, CLASSES = CIFAR_CLASSES };
+enum { D = NET_D, T = NET_T, D_FF = 32 };
 enum { WINDOWS = 24 };                   // columns of a heat map: spans of training
-static const double explosion = 20;      // a mean loss of a batch above it counts as diverged; guessing gives 2.3
 static const size_t pes_images = 256;    // the experts' similarity is measured on that many test images
 static const size_t train_images = 2000; // and the final training loss on that many
 
@@ -28,12 +24,9 @@ static const size_t train_images = 2000; // and the final training loss on that 
 
 typedef struct config {
     const char *data, *system, *set, *isa, *out;
-    size_t epochs, steps, batch, images, threads, experts, top_k;
-    size_t total; // steps that are done
-    uint64_t seed;
+    size_t epochs, steps, images, experts, top_k;
     int json, quiet, markdown;
-    double lr;
-    float smoothing, decay;
+    net_plan plan;
 } config;
 
 typedef struct result {
@@ -46,108 +39,7 @@ typedef struct result {
     int diverged;
 } result;
 
-// ---- the network ----
-
-typedef struct net {
-    nn ops;
-    nn_bank bank;
-    size_t class_weight, class_bias;
-    moe_layer *moe; // NULL: no mixture
-    float *x, *y, *q, *dq, *dy, *logits, *prob, *dlogits;
-    uint32_t *id;
-    unsigned char *label;
-} net;
-
-static net *net_new(const config *o, const moe_desc *desc, size_t batch) {
-    net *m = allocate(1, sizeof *m);
-    nn *s = &m->ops;
-    s->parallel.n_threads = o->threads;
-    m->class_weight = nn_add(&m->bank, D * CLASSES, 1);
-    m->class_bias = nn_add(&m->bank, CLASSES, 0);
-    nn_bank_alloc(s, &m->bank);
-    float **token[] = {&m->x, &m->y, &m->dy}, **image[] = {&m->q, &m->dq};
-    float **class[] = {&m->logits, &m->prob, &m->dlogits};
-    for (int k = 0; k < 3; k++) *token[k] = nn_floats(s, batch * T * D);
-    for (int k = 0; k < 2; k++) *image[k] = nn_floats(s, batch * D);
-    for (int k = 0; k < 3; k++) *class[k] = nn_floats(s, batch * CLASSES);
-    m->id = allocate(batch * T, sizeof *m->id);
-    m->label = allocate(batch, 1);
-    if (desc) nn_must(moe_layer_new(&m->moe, desc));
-    return m;
-}
-
-static void net_free(net *m) {
-    moe_layer_free(m->moe);
-    nn_free(&m->ops);
-    free(m->id);
-    free(m->label);
-    free(m);
-}
-
-static void net_take(net *m, size_t at, const tokens *from, size_t image) {
-    memcpy(m->x + at * T * D, from->x + image * T * D, T * D * sizeof(float));
-    memcpy(m->id + at * T, from->id + image * T, T * sizeof *m->id);
-    m->label[at] = from->label[image];
-}
-
-// Numbers that leave their range are a result (1 = diverged); anything else is the program's end.
-static int number_trouble(moe_status s) {
-    if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER) nn_must(s);
-    return s != MOE_OK;
-}
-
-// m->x (n images) -> m->logits. 1: diverged.
-static int net_forward(net *m, size_t n, int evaluate) {
-    if (m->moe) {
-        moe_layer_side(m->moe)->id = m->id;
-        moe_layer_side(m->moe)->evaluate = evaluate;
-        if (number_trouble(moe_forward(m->moe, m->x, n * T, m->y))) return 1;
-    } else {
-        memset(m->y, 0, n * T * D * sizeof(float));
-    }
-    for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; k < D; k++) {
-            float sum = 0;
-            for (size_t t = i * T; t < (i + 1) * T; t++) sum += m->x[t * D + k] + m->y[t * D + k];
-            m->q[i * D + k] = sum * (1.0f / T);
-        }
-    nn_linear_forward(&m->ops, n, D, CLASSES, m->q, m->bank.value + m->class_weight, m->bank.value + m->class_bias,
-                      m->logits);
-    for (size_t i = 0; i < n * CLASSES; i++)
-        if (!isfinite(m->logits[i])) return 1;
-    return 0;
-}
-
-// m->dlogits -> every gradient, and a step. 1: diverged.
-static int net_learn(net *m, const config *o, size_t n, size_t step) {
-    float lr = moe_schedule_cosine(step, o->total / 10, o->total, (float)o->lr, 0);
-    nn_linear_backward(&m->ops, n, D, CLASSES, m->q, m->bank.value + m->class_weight, m->dlogits, m->dq,
-                       m->bank.grad + m->class_weight, m->bank.grad + m->class_bias);
-    for (size_t i = 0; i < n * T * D; i++) m->dy[i] = m->dq[i / (T * D) * D + i % D] * (1.0f / T);
-    if (m->moe && number_trouble(moe_backward(m->moe, m->dy, NULL))) return 1;
-    if (m->moe && number_trouble(moe_step(m->moe, lr))) return 1;
-    nn_bank_step(&m->bank, (moe_optimizer_args){
-                               .lr = lr, .weight_decay = o->decay, .step = step + 1, .parallel = &m->ops.parallel});
-    return 0;
-}
-
 // ---- training and testing ----
-
-// Mean loss and accuracy on the first `count` images. 1: diverged.
-static int test(net *m, const config *o, const tokens *set, size_t count, double *loss, double *accuracy) {
-    double sum = 0, right = 0;
-    if (m->moe) nn_must(moe_layer_health_reset(m->moe));
-    for (size_t first = 0, n; first < count; first += n) {
-        n = count - first < o->batch ? count - first : o->batch;
-        for (size_t i = 0; i < n; i++) net_take(m, i, set, first + i);
-        if (net_forward(m, n, 1)) return 1;
-        sum += nn_cross_entropy(&m->ops, n, CLASSES, 0, m->logits, m->label, m->prob, NULL);
-        right += (double)nn_count_right(n, CLASSES, m->logits, m->label);
-    }
-    *loss = sum / (double)count;
-    *accuracy = right / (double)count;
-    return 0;
-}
 
 static void write_health(json *j, const moe_health *h, int measured) {
     json_real(j, "maxvio", measured ? h->maxvio : NAN);
@@ -180,57 +72,43 @@ static void note_window(result *r, net *m, json *j, size_t window, size_t step, 
     nn_must(moe_layer_health_reset(m->moe));
 }
 
-typedef struct samples {
-    tokens train[2], test; // train: as they are, and mirrored
-} samples;
-
 // Trains and tests; desc NULL: without a mixture.
 static void train(result *r, const config *o, const moe_desc *desc, const samples *data, json *j, progress *p,
                   size_t before, const char *label) {
-    net *m = net_new(o, desc, o->batch);
-    size_t count = data->train->count, per_epoch = count / o->batch, window = 0, images = 0;
-    uint32_t *order = allocate(count, sizeof *order);
+    const net_plan *plan = &o->plan;
+    net *m = net_new(plan, desc);
+    size_t count = data->train->count, window = 0, steps = 0;
     double loss = 0, accuracy = 0, busy = 0;
     r->experts = desc ? desc->n_experts : 0;
     r->active_params = m->bank.count + (desc ? moe_layer_active_params(m->moe) : 0);
     r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = r->pes = NAN;
     r->load = allocate(r->experts * WINDOWS, sizeof(double));
     for (size_t i = 0; i < r->experts * WINDOWS; i++) r->load[i] = NAN;
-    for (size_t step = 0; step < o->total && !r->diverged; step++) {
-        double begin = seconds_now();
-        size_t epoch = step / per_epoch;
-        if (step % per_epoch == 0) cifar_shuffle(order, count, o->seed, epoch);
-        for (size_t i = 0; i < o->batch; i++) { // each image is mirrored in every second epoch
-            uint32_t image = order[step % per_epoch * o->batch + i];
-            net_take(m, i, &data->train[(moe_rand_u32(o->seed, 1000, image) + epoch) & 1], image);
-        }
-        r->diverged = net_forward(m, o->batch, 0);
+    for (size_t step = 0; step < plan->total; step++) {
+        double begin = seconds_now(), batch_loss;
+        r->diverged = net_step(m, plan, data, step, &batch_loss);
         if (r->diverged) break;
-        double sum = nn_cross_entropy(&m->ops, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob,
-                                      m->dlogits);
-        r->diverged = !(sum <= explosion * (double)o->batch) || net_learn(m, o, o->batch, step);
-        loss += sum;
-        images += o->batch;
+        loss += batch_loss;
+        steps++;
         busy += seconds_now() - begin;
-        if (!r->diverged && desc && step + 1 >= (window + 1) * o->total / WINDOWS) {
-            note_window(r, m, j, window, step + 1, loss / (double)images);
-            window = (step + 1) * WINDOWS / o->total;
+        if (desc && step + 1 >= (window + 1) * plan->total / WINDOWS) {
+            note_window(r, m, j, window, step + 1, loss / (double)steps);
+            window = (step + 1) * WINDOWS / plan->total;
             loss = 0;
-            images = 0;
+            steps = 0;
         }
-        if (p) progress_update(p, before + step + 1, "%s  loss %.3f", label, sum / (double)o->batch);
+        if (p) progress_update(p, before + step + 1, "%s  loss %.3f", label, batch_loss);
     }
-    if (busy > 0) r->tokens_per_s = (double)(o->total * o->batch * T) / busy;
+    if (busy > 0) r->tokens_per_s = (double)(plan->total * plan->batch * T) / busy;
     size_t some = count < train_images ? count : train_images, few = data->test.count;
     if (few > pes_images) few = pes_images;
-    if (!r->diverged) r->diverged = test(m, o, &data->train[0], some, &r->train_loss, &accuracy);
-    if (!r->diverged) r->diverged = test(m, o, &data->test, data->test.count, &r->test_loss, &r->test_accuracy);
+    if (!r->diverged) r->diverged = net_test(m, plan, &data->train[0], some, &r->train_loss, &accuracy);
+    if (!r->diverged) r->diverged = net_test(m, plan, &data->test, data->test.count, &r->test_loss, &r->test_accuracy);
     if (!r->diverged && desc) {
         nn_must(moe_layer_health(m->moe, &r->health));
         if (r->experts > 1) nn_must(moe_layer_pes(m->moe, data->test.x, few * T, &r->pes));
     }
     if (r->diverged) r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = NAN;
-    free(order);
     net_free(m);
 }
 
@@ -247,15 +125,15 @@ static void write_config(json *j, const config *o, const samples *data, const mo
     json_whole(j, "train_images", data->train->count);
     json_whole(j, "test_images", data->test.count);
     json_whole(j, "tokens_per_image", T);
-    json_whole(j, "seed", o->seed);
+    json_whole(j, "seed", o->plan.seed);
     json_whole(j, "epochs", o->epochs);
-    json_whole(j, "steps", o->total);
-    json_whole(j, "batch", o->batch);
-    json_real(j, "lr", o->lr);
-    json_real(j, "weight_decay", (double)o->decay);
-    json_real(j, "label_smoothing", (double)o->smoothing);
+    json_whole(j, "steps", o->plan.total);
+    json_whole(j, "batch", o->plan.batch);
+    json_real(j, "lr", o->plan.lr);
+    json_real(j, "weight_decay", (double)o->plan.decay);
+    json_real(j, "label_smoothing", (double)o->plan.smoothing);
     json_text(j, "isa", moe_isa_name(moe_active_isa()));
-    json_whole(j, "threads", moe_workers(&(moe_parallel){.n_threads = o->threads}));
+    json_whole(j, "threads", moe_workers(&(moe_parallel){.n_threads = o->plan.threads}));
     json_object_begin(j, "layers");
     for (size_t i = 0; i < n; i++) {
         moe_desc_json(&desc[i], layer, sizeof layer);
@@ -385,7 +263,7 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     snprintf(text, sizeof text,
              "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads and PES "
              "are those of the test.",
-             n, o->total, o->batch, data->train->count, data->test.count, (unsigned long long)o->seed);
+             n, o->plan.total, o->plan.batch, data->train->count, data->test.count, (unsigned long long)o->plan.seed);
     page_begin(f, "A zoo of routers", text);
     page_card(f);
     page_table_begin(f);
@@ -453,10 +331,11 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
     size_t at = 0;
     if (!s && o->set && (s = moe_desc_parse(&d, o->set, &at)) != MOE_OK)
         args_fail("zoo", "--set: at '%s': %s", o->set + at, moe_status_string(s));
-    if (d.schedule_steps) d.schedule_steps = o->total - o->total / 4; // then a quarter of the training at its end
-    d.weight_decay = o->decay;
-    d.seed = o->seed + 1;
-    d.parallel.n_threads = o->threads;
+    // k and temperature are at their ends for the last quarter of the training
+    if (d.schedule_steps) d.schedule_steps = o->plan.total - o->plan.total / 4;
+    d.weight_decay = o->plan.decay;
+    d.seed = o->plan.seed + 1;
+    d.parallel.n_threads = o->plan.threads;
     if (!s) s = moe_desc_resolve(&d, &d);
     if (s) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     return d;
@@ -464,29 +343,29 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
 
 // A first batch through a new layer: what it cannot do with these shapes is known before anything is trained.
 static void try_layer(const config *o, const moe_system *row, const moe_desc *desc, const samples *data) {
-    net *m = net_new(o, desc, o->batch);
-    for (size_t i = 0; i < o->batch; i++) net_take(m, i, &data->train[0], i);
-    moe_status s = moe_forward(m->moe, m->x, o->batch * T, m->y);
+    net *m = net_new(&o->plan, desc);
+    for (size_t i = 0; i < o->plan.batch; i++) net_take(m, i, &data->train[0], i);
+    moe_status s = moe_forward(m->moe, m->x, o->plan.batch * T, m->y);
     if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER)
         args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     net_free(m);
 }
 
 int main(int argc, char **argv) {
-    config o = {.system = "all", .isa = "auto", .out = "out", .seed = 1};
+    config o = {.system = "all", .isa = "auto", .out = "out", .plan = {.seed = 1}};
     args_option options[] = {
         ARGS_DATA(&o.data),
         ARGS_EPOCHS(&o.epochs),
         ARGS_STEPS(&o.steps),
-        ARGS_SEED(&o.seed),
-        ARGS_THREADS(&o.threads),
+        ARGS_SEED(&o.plan.seed),
+        ARGS_THREADS(&o.plan.threads),
         ARGS_ISA(&o.isa),
         ARGS_SYSTEM(&o.system, "a name, or several with commas between"),
         ARGS_EXPERTS(&o.experts),
         ARGS_TOP_K(&o.top_k),
-        {"batch", ARGS_SIZE, &o.batch, "N", "images a step (0: by the data)", 0, 8192},
+        {"batch", ARGS_SIZE, &o.plan.batch, "N", "images a step (0: by the data)", 0, 8192},
         {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
-        {"lr", ARGS_REAL, &o.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
+        {"lr", ARGS_REAL, &o.plan.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
         {"set", ARGS_TEXT, &o.set, "TEXT", "fields of the desc for every system: \"gate=sigmoid loss.z=0.01\"", 0, 0},
         {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
         ARGS_OUT(&o.out),
@@ -505,27 +384,21 @@ int main(int argc, char **argv) {
     if (o.images && o.images < pictures.train.count) pictures.train.count = o.images;
     if (o.images && o.images < pictures.test.count) pictures.test.count = o.images;
     if (!o.epochs) o.epochs = pictures.sample ? 20 : 5;
-    if (!o.batch) o.batch = pictures.sample ? 50 : 250;
-    if (o.lr <= 0) o.lr = pictures.sample ? 2e-3 : 4e-3;
-    o.smoothing = 0.1f;
-    o.decay = 0.05f;
-    if (o.batch > pictures.train.count) args_fail("zoo", "--batch: only %zu training images", pictures.train.count);
-    o.total = pictures.train.count / o.batch * o.epochs;
-    if (o.steps && o.steps < o.total) o.total = o.steps;
+    if (!o.plan.batch) o.plan.batch = pictures.sample ? 50 : 250;
+    if (o.plan.lr <= 0) o.plan.lr = pictures.sample ? 2e-3 : 4e-3;
+    o.plan.smoothing = 0.1f;
+    o.plan.decay = 0.05f;
+    if (o.plan.batch > pictures.train.count)
+        args_fail("zoo", "--batch: only %zu training images", pictures.train.count);
+    o.plan.total = pictures.train.count / o.plan.batch * o.epochs;
+    if (o.steps && o.steps < o.plan.total) o.plan.total = o.steps;
     moe_desc *desc = allocate(n, sizeof *desc);
     for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, row[i]);
 
     FILE *human = o.json ? stderr : stdout;
-    nn ops = {.parallel = {.n_threads = o.threads}};
+    nn ops = {.parallel = {.n_threads = o.plan.threads}};
     double begin = seconds_now();
-    features *f = features_fit(&ops, &pictures.train, o.seed);
-    size_t images = pictures.train.count;
-    progress p = progress_begin("tokens", "images", 2 * images + pictures.test.count, o.quiet);
-    for (size_t k = 0; k < 2; k++)
-        data.train[k] = features_make(&ops, f, &pictures.train, (int)k, &p, k * images);
-    data.test = features_make(&ops, f, &pictures.test, 0, &p, 2 * images);
-    progress_clear(&p);
-    features_free(f);
+    data = samples_make(&ops, &pictures, o.plan.seed, o.quiet);
     nn_free(&ops);
     for (size_t i = 0; i < n; i++) try_layer(&o, row[i], &desc[i], &data);
     json j = {{open_output(o.out, "zoo.jsonl"), o.json ? stdout : NULL}, 0};
@@ -544,14 +417,14 @@ int main(int argc, char **argv) {
     json_real(&j, "test_loss", without.test_loss);
     json_real(&j, "test_accuracy", without.test_accuracy);
     json_end(&j);
-    p = progress_begin("zoo", "steps", n * o.total, o.quiet);
+    progress p = progress_begin("zoo", "steps", n * o.plan.total, o.quiet);
     for (size_t i = 0; i < n; i++) {
         char label[160];
         snprintf(label, sizeof label, "%s (%zu of %zu)", row[i]->name, i + 1, n);
         r[i].name = row[i]->name;
         r[i].source = row[i]->source;
         r[i].system = row[i];
-        train(&r[i], &o, &desc[i], &data, &j, &p, i * o.total, label);
+        train(&r[i], &o, &desc[i], &data, &j, &p, i * o.plan.total, label);
     }
     progress_clear(&p);
     qsort(r, n, sizeof *r, compare);
@@ -566,8 +439,7 @@ int main(int argc, char **argv) {
     fprintf(human, "\n%.1f s; loads and PES on the test images; see %s/zoo.html, .svg, .jsonl\n", seconds_now() - begin,
             o.out);
     for (size_t i = 0; i < n; i++) free(r[i].load);
-    for (int k = 0; k < 2; k++) tokens_free(&data.train[k]);
-    tokens_free(&data.test);
+    samples_free(&data);
     free(without.load);
     free(r);
     free(row);

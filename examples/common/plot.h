@@ -270,6 +270,86 @@ EX_FUNC void plot_points(FILE *f, const plot_point_chart *c) {
     }
 }
 
+typedef struct plot_point {
+    double x, y;
+    const char *label; // NULL = none
+    int group;         // its colour
+} plot_point;
+
+typedef struct plot_cloud {
+    plot_box box;
+    const char *title, *x_label, *y_label;
+    const plot_point *point;
+    size_t n_points;
+    size_t n_path;            // a line joins the first n_path points
+    const char *const *group; // (n_groups) names, for a legend; NULL = none
+    size_t n_groups;
+} plot_cloud;
+
+// Points in a plane, with their names beside them. A name moves up or down, or to the other side, where it would stand
+// on another one or on a point; then a hairline leads to it.
+EX_FUNC void plot_scatter(FILE *f, const plot_cloud *c) {
+    enum { TRIES = 41, LINE = 12 };
+    double left = c->box.x + 58, right = c->box.x + c->box.w - 20, top = c->box.y + (c->group ? 74 : 50),
+           bottom = c->box.y + c->box.h - 42, legend = c->box.x + 14;
+    double lo = INFINITY, hi = -INFINITY, first = INFINITY, last = -INFINITY;
+    plot_box *used = allocate(2 * c->n_points, sizeof *used); // the points, then the names
+    size_t n_used = c->n_points;
+    char text[64];
+    for (size_t i = 0; i < c->n_points; i++) {
+        lo = fmin(lo, c->point[i].y), hi = fmax(hi, c->point[i].y);
+        first = fmin(first, c->point[i].x), last = fmax(last, c->point[i].x);
+    }
+    if (!(first <= last)) first = 0, last = 1;
+    if (last - first < 1e-9) first -= 0.5, last += 0.5;
+    plot_text(f, c->box.x + 14, c->box.y + 24, 14, PLOT_START, PLOT_INK, "font-weight=\"600\"", c->title);
+    plot_axis(f, left, right, top, bottom, &lo, &hi);
+    plot_text(f, c->box.x + 14, top - 8, 11, PLOT_START, PLOT_SOFT, "", c->y_label);
+    double step = plot_step(last - first, c->box.w / 80), wide = right - left - 32;
+    for (double v = ceil(first / step - 1e-9) * step; v <= last + step * 1e-6; v += step) {
+        plot_number(text, sizeof text, v, step);
+        plot_text(f, left + 16 + (v - first) / (last - first) * wide, bottom + 17, 11, PLOT_MIDDLE, PLOT_SOFT, "",
+                  text);
+    }
+    fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"" PLOT_SOFT "\"/>\n", left, bottom, right);
+    plot_text(f, (left + right) / 2, bottom + 34, 11, PLOT_MIDDLE, PLOT_SOFT, "", c->x_label);
+    for (size_t i = 0; i < c->n_points; i++)
+        used[i] = (plot_box){left + 16 + (c->point[i].x - first) / (last - first) * wide - 4,
+                             bottom - (c->point[i].y - lo) / (hi - lo) * (bottom - top) - 4, 8, 8};
+    if (c->n_path) fputs("<path fill=\"none\" stroke=\"" PLOT_SOFT "\" stroke-width=\"1.5\" d=\"", f);
+    for (size_t i = 0; i < c->n_path; i++) fprintf(f, "%c%.1f %.1f", i ? 'L' : 'M', used[i].x + 4, used[i].y + 4);
+    if (c->n_path) fputs("\"/>\n", f);
+    for (size_t i = 0; i < c->n_points; i++) {
+        const char *colour = plot_colour[(size_t)c->point[i].group % PLOT_COLOURS];
+        double x = used[i].x + 4, y = used[i].y + 4;
+        fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", x, y, colour);
+        if (!c->point[i].label) continue;
+        plot_box name = {0, 0, 5.6 * (double)strlen(c->point[i].label), LINE};
+        for (int t = 0; t < 2 * TRIES; t++) { // right and left; level, then up and down in turn
+            int rows = t / 2, shift = rows % 2 ? -(rows + 1) / 2 : rows / 2, clear = 1;
+            name.x = t % 2 ? x - 9 - name.w : x + 9;
+            name.y = y - LINE / 2 + shift * (LINE - 2);
+            for (size_t k = 0; k < n_used && clear; k++)
+                clear = name.x + name.w <= used[k].x || used[k].x + used[k].w <= name.x ||
+                        name.y + name.h <= used[k].y || used[k].y + used[k].h <= name.y;
+            int inside = name.x >= left && name.x + name.w <= right && name.y >= top - 14 && name.y <= bottom - 8;
+            if (clear && inside) break;
+        }
+        if (fabs(name.y + LINE / 2 - y) > LINE)
+            fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" stroke-width=\"0.5\"/>\n", x, y,
+                    name.x > x ? name.x - 1 : name.x + name.w + 1, name.y + LINE / 2, colour);
+        plot_text(f, name.x, name.y + 10, 10, PLOT_START, PLOT_INK, "", c->point[i].label);
+        used[n_used++] = name;
+    }
+    free(used);
+    for (size_t g = 0; c->group && g < c->n_groups; g++) {
+        fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"/>\n", legend + 4, c->box.y + 40,
+                plot_colour[g % PLOT_COLOURS]);
+        plot_text(f, legend + 13, c->box.y + 44, 11, PLOT_START, PLOT_SOFT, "", c->group[g]);
+        legend += 13 + 6.1 * (double)strlen(c->group[g]) + 16;
+    }
+}
+
 // Colours from dark to light, in steps that look even (after viridis, by Smith and van der Walt, CC0). v in [0, 1].
 EX_FUNC void plot_shade(double v, int rgb[3]) {
     static const unsigned char stop[][3] = {{68, 1, 84},    {72, 40, 120},  {62, 73, 137},  {49, 104, 142},

@@ -1,0 +1,431 @@
+// balance.c - what keeps a mixture from collapsing, and what does it cost? The same network learns the same pictures
+// once for each auxiliary loss, each controller and each routing that is balanced by construction.
+//
+//     build/balance                          all of them, on the sample of CIFAR-10 that the repository carries
+//     build/balance --method switch,bias     some of them
+//     build/balance --sweep                  each at five coefficients, over four decades
+//
+// The network is that of zoo (common/tokens_net.h), with one expert a token, and it is made to collapse: one number of
+// every token is a constant, the router begins by looking at that for its first expert, and the learning rate is high.
+// So nearly all tokens begin at one expert, the others are never trained, and nothing in the task brings them in. Loads
+// are those of the test: MaxVio is 0 where they are even, and experts - 1 where all tokens go to one.
+#define MOE_IMPLEMENTATION
+#include "common/args.h"
+#include "common/json.h"
+#include "common/plot.h"
+#include "common/tokens_net.h"
+
+enum { CONSTANT = NET_D - 1, SWEEP = 5, D_FF = 32 }; // the weakest of a token's directions makes room for the constant
+static const float constant = 4, head_start = 1;     // the first expert's logit begins at their product
+
+// ---- the methods ----
+
+typedef enum kind { NONE, LOSS, CONTROLLER, CONSTRUCTION } kind;
+static const char *const kind_name[] = {"none", "loss", "controller", "by-construction"};
+
+typedef struct method {
+    const char *name;
+    kind kind;
+    const char *field; // of the desc: what --sweep varies; NULL = nothing
+    double coef;
+    const char *set;  // the other choices that it needs
+    const char *about; // one line for the page
+} method;
+
+#define COSINE "score=cosine temperature=0.07"
+#define RELU "gate=relu router_gain=1"
+static const method methods[] = {
+    {"unbalanced", NONE, NULL, 0, "", "the task's gradient alone"},
+    {"random", NONE, NULL, 0, "score=random", "uniformly random: balance without knowledge"},
+    {"switch", LOSS, "loss.switch", 0.1, "", "even load"},
+    {"z", LOSS, "loss.z", 0.01, "", "small logits: says nothing about which expert"},
+    {"importance", LOSS, "loss.importance", 0.05, "", "even mean probabilities, by their CV"},
+    {"importance-selected", LOSS, "loss.importance-selected", 1, "", "even sums of the selected weights"},
+    {"load", LOSS, "loss.load", 0.05, "noise=gaussian", "even chances over the router's noise"},
+    {"entropy", LOSS, "loss.entropy", 0.1, "", "each token spreads over the experts"},
+    {"certainty", LOSS, "loss.certainty", 0.1, "", "the opposite: each token is sure of its expert"},
+    {"kl-uniform", LOSS, "loss.kl-uniform", 0.4, "", "even mean probabilities, by their entropy"},
+    {"kl-reverse", LOSS, "loss.kl-reverse", 0.1, "", "even mean probabilities, hardest on dead experts"},
+    {"mutual-information", LOSS, "loss.mutual-information", 1, "", "even means of sure tokens"},
+    {"l2-uniform", LOSS, "loss.l2-uniform", 0.5, "", "even mean probabilities, by their squares"},
+    {"sequence", LOSS, "loss.sequence", 0.1, "", "even load in every image"},
+    {"device", LOSS, "loss.device", 0.1, "n_ranks=4", "even load of devices, each with two experts"},
+    {"communication", LOSS, "loss.communication", 0.1, "n_ranks=4", "even traffic to devices"},
+    {"locality", LOSS, "loss.locality", 0.1, "n_ranks=4", "tokens stay on their device: a quarter on each"},
+    {"relu-l1", LOSS, "loss.relu-l1", 0.1, RELU, "sparse ReLU gate, the busy expert first"},
+    {"variance", LOSS, "loss.variance", 1, "", "scores that differ between tokens"},
+    {"oracle", LOSS, "loss.oracle", 1, "", "a teacher: the expert of the image's class"},
+    {"simbal", LOSS, "loss.simbal", 0.1, "", "the router's columns orthonormal"},
+    {"diverse-simple", LOSS, "loss.diverse-simple", 0.1, "", "the same, by a norm"},
+    {"prototype-orthogonality", LOSS, "loss.prototype-orthogonality", 0.05, COSINE, "columns at right angles"},
+    {"prototype-diversity", LOSS, "loss.prototype-diversity", 1, COSINE, "columns apart"},
+    {"prototype-alignment", LOSS, "loss.prototype-alignment", 1, COSINE, "tokens near their expert's column"},
+    {"redundancy", LOSS, "loss.redundancy", 0.1, "", "logits of two experts at right angles"},
+    {"output-orthogonality", LOSS, "loss.output-orthogonality", 0.1, "top_k=2", "outputs of a token's two experts"},
+    {"orthonormal", LOSS, "loss.orthonormal", 0.01, "expert=orthonormal", "an expert's own basis"},
+    {"codebook", LOSS, "loss.codebook", 0.08, "n_codes=16", "codes near tokens"},
+    {"bias", CONTROLLER, "controller_rate", 0.05, "controller=bias", "against the sign of the overload"},
+    {"quantile", CONTROLLER, NULL, 0, "controller=quantile", "the bias at which a fair share would win"},
+    {"id", CONTROLLER, "controller_rate", 0.06, "controller=id", "integral and derivative of the error"},
+    {"relu-lambda", CONTROLLER, "controller_rate", 1.2, "controller=relu-lambda loss.relu-l1=1e-4 " RELU,
+     "coefficient of relu-l1, towards a sparsity"},
+    {"adaptive", CONTROLLER, "controller_rate", 0.2, "controller=adaptive loss.switch=0.01 capacity_factor=1.25",
+     "coefficient of switch, by what is dropped"},
+    {"usage-boost", CONTROLLER, "controller_rate", 0.4, "controller=usage-boost", "a boost for experts of little use"},
+    {"base", CONSTRUCTION, NULL, 0, "gate=sigmoid select=auction", "auction in training, the highest in the test"},
+    {"sinkhorn", CONSTRUCTION, NULL, 0, "gate=sigmoid select=sinkhorn", "a plan in training, the highest in the test"},
+    {"expert-choice", CONSTRUCTION, NULL, 0, "select=expert-choice", "experts choose tokens"},
+    {"hash", CONSTRUCTION, NULL, 0, "score=hash", "by the token's visual word"},
+};
+enum { METHODS = sizeof methods / sizeof *methods };
+
+typedef struct config {
+    const char *data, *method, *isa, *out;
+    size_t epochs, steps, images, experts, top_k;
+    int json, quiet, sweep;
+    net_plan plan;
+} config;
+
+typedef struct result {
+    const method *method;
+    double coef; // NaN: it has none
+    double test_loss, test_accuracy, maxvio, load_cv, train_maxvio;
+    size_t dead;
+    int diverged;
+} result;
+
+// What a method's desc is at a coefficient.
+static moe_desc layer_desc(const config *o, const method *m, double coef) {
+    moe_desc d = {0};
+    size_t at = 0;
+    char text[64];
+    d.d_model = NET_D;
+    d.sequence = NET_T;
+    d.d_ff = D_FF;
+    d.n_experts = o->experts ? o->experts : 8;
+    d.top_k = 1;
+    moe_status s = moe_desc_parse(&d, m->set, &at);
+    if (o->top_k) d.top_k = o->top_k;
+    snprintf(text, sizeof text, "%.9g", coef);
+    if (!s && m->field) s = moe_desc_set(&d, m->field, text);
+    d.weight_decay = o->plan.decay;
+    d.seed = o->plan.seed + 1;
+    d.parallel.n_threads = o->plan.threads;
+    if (!s) s = moe_desc_resolve(&d, &d);
+    if (s) args_fail("balance", "%s: %s", m->name, moe_status_string(s));
+    return d;
+}
+
+// Coefficient `i` of a sweep: from a hundredth to a hundred times; of a factor (relu-lambda) its excess over 1.
+static double sweep_coef(const method *m, size_t i) {
+    double scale = pow(10, (double)i - 2);
+    return strcmp(m->name, "relu-lambda") == 0 ? 1 + (m->coef - 1) * scale : m->coef * scale;
+}
+
+// ---- training ----
+
+static void make_constant(tokens *t) {
+    for (size_t i = 0; i < t->count * NET_T; i++) t->x[i * NET_D + CONSTANT] = constant;
+}
+
+// The router's first column looks at the constant and at nothing else.
+static void prefer_first(moe_layer *m) {
+    moe_tensor t;
+    if (moe_layer_tensor(m, 0, &t) != MOE_OK || strcmp(t.name, "router") != 0) return; // hash and random have none
+    size_t experts = t.dim[1];
+    float *router = allocate(t.count, sizeof(float));
+    nn_must(moe_layer_get(m, MOE_PART_PARAMS, "router", router, t.count));
+    for (size_t r = 0; r < NET_D; r++) router[r * experts] = r == CONSTANT ? head_start : 0;
+    nn_must(moe_layer_set(m, MOE_PART_PARAMS, "router", router, t.count));
+    free(router);
+}
+
+static void train(result *r, const config *o, const moe_desc *desc, const samples *data, progress *p, size_t before) {
+    const net_plan *plan = &o->plan;
+    net *m = net_new(plan, desc);
+    moe_health h;
+    double loss;
+    prefer_first(m->moe);
+    for (size_t step = 0; step < plan->total && !r->diverged; step++) {
+        if (step == plan->total - plan->total / 10) nn_must(moe_layer_health_reset(m->moe));
+        r->diverged = net_step(m, plan, data, step, &loss);
+        progress_update(p, before + step + 1, "%s  loss %.3f", r->method->name, loss);
+    }
+    r->test_loss = r->test_accuracy = r->maxvio = r->load_cv = r->train_maxvio = NAN;
+    if (!r->diverged) {
+        nn_must(moe_layer_health(m->moe, &h));
+        r->train_maxvio = h.maxvio;
+        r->diverged = net_test(m, plan, &data->test, data->test.count, &r->test_loss, &r->test_accuracy);
+    }
+    if (!r->diverged) {
+        nn_must(moe_layer_health(m->moe, &h));
+        r->maxvio = h.maxvio;
+        r->load_cv = h.load_cv;
+        r->dead = h.n_dead;
+    }
+    net_free(m);
+}
+
+// ---- the report ----
+
+static void write_config(json *j, const config *o, const samples *data, const moe_desc *desc, const result *r,
+                         size_t n) {
+    char layer[4096];
+    json_begin(j);
+    json_text(j, "event", "config");
+    json_text(j, "program", "balance");
+    json_text(j, "moe", MOE_VERSION);
+    json_text(j, "data", o->data ? o->data : "sample");
+    json_whole(j, "train_images", data->train->count);
+    json_whole(j, "test_images", data->test.count);
+    json_whole(j, "seed", o->plan.seed);
+    json_whole(j, "steps", o->plan.total);
+    json_whole(j, "batch", o->plan.batch);
+    json_real(j, "lr", o->plan.lr);
+    json_raw(j, "sweep", o->sweep ? "true" : "false");
+    json_text(j, "isa", moe_isa_name(moe_active_isa()));
+    json_whole(j, "threads", moe_workers(&(moe_parallel){.n_threads = o->plan.threads}));
+    json_object_begin(j, "layers");
+    for (size_t i = 0; i < n; i++) {
+        if (i && r[i].method == r[i - 1].method) continue; // the same but for its coefficient
+        moe_desc_json(&desc[i], layer, sizeof layer);
+        json_raw(j, r[i].method->name, layer);
+    }
+    json_object_end(j);
+    json_end(j);
+}
+
+static void write_final(json *j, const result *r) {
+    json_begin(j);
+    json_text(j, "event", "final");
+    json_text(j, "method", r->method->name);
+    json_text(j, "kind", kind_name[r->method->kind]);
+    json_real(j, "coef", r->coef);
+    json_real(j, "test_loss", r->test_loss);
+    json_real(j, "test_accuracy", r->test_accuracy);
+    json_real(j, "maxvio", r->maxvio);
+    json_real(j, "load_cv", r->load_cv);
+    if (r->diverged)
+        json_raw(j, "dead", "null");
+    else
+        json_whole(j, "dead", r->dead);
+    json_end(j);
+}
+
+enum { COLUMNS = 9 };
+static const char *const heading[COLUMNS] = {"method", "kind", "coef",    "test loss",         "accuracy",
+                                             "MaxVio", "CV",   "dead", "MaxVio in training"};
+static const int width[COLUMNS] = {-25, -16, 9, 11, 10, 8, 7, 6, 20};
+
+static void number(char cell[64], const char *format, double v) {
+    if (isfinite(v))
+        snprintf(cell, 64, format, v);
+    else
+        snprintf(cell, 64, "-");
+}
+
+static void row_cells(const result *r, char cell[COLUMNS][64]) {
+    snprintf(cell[0], 64, "%s", r->method->name);
+    snprintf(cell[1], 64, "%s", kind_name[r->method->kind]);
+    number(cell[2], "%g", r->coef);
+    number(cell[3], "%.4f", r->test_loss);
+    if (r->diverged) snprintf(cell[3], 64, "diverged");
+    number(cell[4], "%.1f%%", 100 * r->test_accuracy);
+    number(cell[5], "%.2f", r->maxvio);
+    number(cell[6], "%.2f", r->load_cv);
+    number(cell[7], "%.0f", r->diverged ? NAN : (double)r->dead);
+    number(cell[8], "%.2f", r->train_maxvio);
+}
+
+static void print_table(FILE *f, const result *r, size_t n) {
+    fputc('\n', f);
+    for (int i = 0; i < COLUMNS; i++) fprintf(f, "%*s", width[i], heading[i]);
+    fputc('\n', f);
+    for (size_t k = 0; k < n; k++) {
+        char cell[COLUMNS][64];
+        row_cells(&r[k], cell);
+        for (int i = 0; i < COLUMNS; i++) fprintf(f, "%*s", width[i], cell[i]);
+        fputc('\n', f);
+    }
+}
+
+// The trade-off: one point a result, or with --sweep one curve a method.
+static void draw(FILE *f, const config *o, const result *r, size_t n) {
+    enum { W = 960, H = 620, CURVES_W = 320, CURVES_H = 240, ACROSS = 3 };
+    static const char *const group[] = {"the two ends", "losses", "controllers", "by construction"};
+    plot_point *point = allocate(n, sizeof *point);
+    size_t points = 0, curves = 0, down;
+    for (size_t i = 0; i < n; i++) {
+        if (r[i].diverged) continue;
+        int single = !o->sweep || !r[i].method->field || r[i].coef == r[i].method->coef;
+        point[points++] = (plot_point){r[i].maxvio, r[i].test_loss, single ? r[i].method->name : NULL,
+                                       (int)r[i].method->kind};
+    }
+    for (size_t i = 0; i < n; i += o->sweep && r[i].method->field ? SWEEP : 1)
+        curves += o->sweep && r[i].method->field;
+    down = (curves + ACROSS - 1) / ACROSS;
+    plot_begin(f, W, H + (double)(down * CURVES_H), "Test loss against imbalance");
+    plot_scatter(f, &(plot_cloud){.box = {0, 0, W, H},
+                                  .title = "Test loss against imbalance",
+                                  .x_label = "MaxVio on the test images (0 = even)",
+                                  .y_label = "test loss",
+                                  .point = point,
+                                  .n_points = points,
+                                  .group = group,
+                                  .n_groups = 4});
+    free(point);
+    for (size_t i = 0, c = 0; c < curves; i++) {
+        if (!r[i].method->field) continue;
+        plot_point curve[SWEEP + 2];
+        size_t k = 0;
+        for (size_t s = 0; s < SWEEP; s++) {
+            if (r[i + s].diverged) continue;
+            curve[k++] = (plot_point){r[i + s].maxvio, r[i + s].test_loss, NULL, (int)r[i].method->kind};
+        }
+        size_t path = k;
+        for (size_t e = 0; e < n; e++) // the two ends, for comparison
+            if (r[e].method->kind == NONE && !r[e].diverged)
+                curve[k++] = (plot_point){r[e].maxvio, r[e].test_loss, r[e].method->name, NONE};
+        plot_scatter(f, &(plot_cloud){.box = {(double)(c % ACROSS) * CURVES_W, H + (double)(c / ACROSS) * CURVES_H,
+                                              CURVES_W, CURVES_H},
+                                      .title = r[i].method->name,
+                                      .x_label = "MaxVio",
+                                      .y_label = "test loss",
+                                      .point = curve,
+                                      .n_points = k,
+                                      .n_path = path});
+        i += SWEEP - 1;
+        c++;
+    }
+    plot_end(f);
+}
+
+static void write_page(const config *o, const result *r, size_t n, const samples *data) {
+    char text[768];
+    FILE *f = open_output(o->out, "balance.html");
+    snprintf(text, sizeof text,
+             "One network, made to collapse, trained once for each way to balance it: %zu steps of %zu images (%zu for "
+             "training, %zu for the test), seed %llu. MaxVio is the largest load over the mean load, less 1.",
+             o->plan.total, o->plan.batch, data->train->count, data->test.count, (unsigned long long)o->plan.seed);
+    page_begin(f, "The price of balance", text);
+    page_card(f);
+    draw(f, o, r, n);
+    page_card_end(f);
+    page_card(f);
+    page_table_begin(f);
+    page_row(f, 1, "%s|<%s|%s|%s|%s|%s|%s|%s|%s|<%s", heading[0], heading[1], heading[2], heading[3], heading[4],
+             heading[5], heading[6], heading[7], heading[8], "what it wants");
+    for (size_t i = 0; i < n; i++) {
+        char cell[COLUMNS][64];
+        row_cells(&r[i], cell);
+        page_row(f, 0, "%s|<%s|%s|%s|%s|%s|%s|%s|%s|<%s", cell[0], cell[1], cell[2], cell[3], cell[4], cell[5], cell[6],
+                 cell[7], cell[8], r[i].method->about);
+    }
+    page_table_end(f);
+    page_card_end(f);
+    page_end(f);
+    close_output(f, "balance.html");
+}
+
+// ---- the program ----
+
+// The trainings that --method and --sweep ask for, in the order of the table; returns how many.
+static size_t choose(const config *o, result *r) {
+    unsigned char chosen[METHODS] = {0};
+    int all = strcmp(o->method, "all") == 0;
+    for (const char *at = o->method; !all; at++) {
+        size_t length = strcspn(at, ","), i = 0;
+        while (i < METHODS && (strlen(methods[i].name) != length || strncmp(methods[i].name, at, length) != 0)) i++;
+        if (i == METHODS) {
+            char names[1024] = "";
+            for (size_t k = 0; k < METHODS; k++)
+                snprintf(names + strlen(names), sizeof names - strlen(names), " %s", methods[k].name);
+            args_fail("balance", "--method: there is no '%.*s'; there are:%s", (int)length, at, names);
+        }
+        chosen[i] = 1;
+        at += length;
+        if (!*at) break;
+    }
+    size_t n = 0;
+    for (size_t i = 0; i < METHODS; i++) {
+        if (!all && !chosen[i]) continue;
+        size_t count = o->sweep && methods[i].field ? SWEEP : 1;
+        for (size_t k = 0; k < count; k++, n++) {
+            r[n].method = &methods[i];
+            r[n].coef = !methods[i].field ? NAN : count > 1 ? sweep_coef(&methods[i], k) : methods[i].coef;
+        }
+    }
+    return n;
+}
+
+int main(int argc, char **argv) {
+    config o = {.method = "all", .isa = "auto", .out = "out", .plan = {.seed = 1}};
+    args_option options[] = {
+        ARGS_DATA(&o.data),
+        ARGS_EPOCHS(&o.epochs),
+        ARGS_STEPS(&o.steps),
+        ARGS_SEED(&o.plan.seed),
+        ARGS_THREADS(&o.plan.threads),
+        ARGS_ISA(&o.isa),
+        {"method", ARGS_TEXT, &o.method, "NAME", "a name of the table, or several with commas between", 0, 0},
+        {"sweep", ARGS_FLAG, &o.sweep, NULL, "five coefficients each, over four decades", 0, 0},
+        ARGS_EXPERTS(&o.experts),
+        ARGS_TOP_K(&o.top_k),
+        {"batch", ARGS_SIZE, &o.plan.batch, "N", "images a step (0: by the data)", 0, 8192},
+        {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
+        {"lr", ARGS_REAL, &o.plan.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
+        ARGS_OUT(&o.out),
+        ARGS_JSON(&o.json),
+        ARGS_QUIET(&o.quiet),
+    };
+    args_parse("balance", "Trains one network that collapses, once for each way to balance it.", options,
+               sizeof options / sizeof *options, argc, argv);
+    if (!nn_use_isa(o.isa)) args_fail("balance", "--isa: there is no '%s'", o.isa);
+
+    cifar pictures;
+    cifar_load(&pictures, o.data, argv[0]);
+    if (o.images && o.images < pictures.train.count) pictures.train.count = o.images;
+    if (o.images && o.images < pictures.test.count) pictures.test.count = o.images;
+    if (!o.epochs) o.epochs = pictures.sample ? 10 : 2;
+    if (!o.plan.batch) o.plan.batch = pictures.sample ? 50 : 250;
+    if (o.plan.lr <= 0) o.plan.lr = 5e-3;
+    o.plan.smoothing = 0.1f;
+    o.plan.decay = 0.05f;
+    if (o.plan.batch > pictures.train.count)
+        args_fail("balance", "--batch: only %zu training images", pictures.train.count);
+    o.plan.total = pictures.train.count / o.plan.batch * o.epochs;
+    if (o.steps && o.steps < o.plan.total) o.plan.total = o.steps;
+    result *r = allocate(METHODS * SWEEP, sizeof *r);
+    size_t n = choose(&o, r);
+    moe_desc *desc = allocate(n, sizeof *desc);
+    for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, r[i].method, r[i].coef);
+
+    FILE *human = o.json ? stderr : stdout;
+    nn ops = {.parallel = {.n_threads = o.plan.threads}};
+    double begin = seconds_now();
+    samples data = samples_make(&ops, &pictures, o.plan.seed, o.quiet);
+    for (size_t k = 0; k < 2; k++) make_constant(&data.train[k]);
+    make_constant(&data.test);
+    nn_free(&ops);
+    json j = {{open_output(o.out, "balance.jsonl"), o.json ? stdout : NULL}, 0};
+    write_config(&j, &o, &data, desc, r, n);
+    progress p = progress_begin("balance", "steps", n * o.plan.total, o.quiet);
+    for (size_t i = 0; i < n; i++) {
+        train(&r[i], &o, &desc[i], &data, &p, i * o.plan.total);
+        write_final(&j, &r[i]);
+    }
+    progress_clear(&p);
+    close_output(j.file[0], "balance.jsonl");
+    FILE *svg = open_output(o.out, "balance.svg");
+    draw(svg, &o, r, n);
+    close_output(svg, "balance.svg");
+    write_page(&o, r, n, &data);
+    print_table(human, r, n);
+    fprintf(human, "\n%zu steps each, %.1f s; loads on the test images; see %s/balance.html, .svg, .jsonl\n",
+            o.plan.total, seconds_now() - begin, o.out);
+    cifar_free(&pictures);
+    samples_free(&data);
+    free(desc);
+    free(r);
+    return 0;
+}

@@ -29,16 +29,25 @@ EX_FUNC attention attention_new(nn *s, size_t n, size_t length, size_t d, size_t
     return a;
 }
 
-// c (m, n) = a (m, k) b (k, n), or +=; with ta or tb the transpose of a (k, m) or of b (n, k). For a few rows.
-EX_FUNC void attention_product(size_t m, size_t n, size_t k, const float *a, int ta, const float *b, int tb, float scale,
-                               int add, float *c) {
-    for (size_t i = 0; i < m; i++) {
-        if (!add) memset(c + i * n, 0, n * sizeof(float));
+// c (m, n) = scale op(a) b (k, n), or += it; with ta a is (k, m). For a few rows.
+EX_FUNC void attention_product(size_t m, size_t n, size_t k, const float *a, int ta, const float *restrict b,
+                               float scale, int add, float *restrict c) {
+    if (!add) memset(c, 0, m * n * sizeof(float));
+    for (size_t i = 0; i < m; i++)
         for (size_t l = 0; l < k; l++) {
             float v = scale * (ta ? a[l * m + i] : a[i * k + l]);
-            for (size_t j = 0; j < n; j++) c[i * n + j] += v * (tb ? b[j * k + l] : b[l * n + j]);
+            for (size_t j = 0; j < n; j++) c[i * n + j] += v * b[l * n + j];
         }
-    }
+}
+// c (m, n) = scale a (m, k) b^T, b (n, k), or += it: inner products, each in the order of k
+EX_FUNC void attention_inner(size_t m, size_t n, size_t k, const float *a, const float *b, float scale, int add,
+                             float *c) {
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) {
+            float sum = 0;
+            for (size_t l = 0; l < k; l++) sum += a[i * k + l] * b[j * k + l];
+            c[i * n + j] = add ? c[i * n + j] + scale * sum : scale * sum;
+        }
 }
 
 EX_FUNC void attention_forward_task(void *arg, size_t i, size_t worker) { // i: a sequence
@@ -46,10 +55,10 @@ EX_FUNC void attention_forward_task(void *arg, size_t i, size_t worker) { // i: 
     size_t l = a->length, d = a->d, wide = i * l * d, square = i * l * l;
     const float *w = a->weight + (size_t)a->expert[i] * d * d;
     (void)worker;
-    attention_product(l, d, d, a->x + wide, 0, w, 0, 1, 0, a->q + wide);
-    attention_product(l, l, d, a->q + wide, 0, a->x + wide, 1, 1 / sqrtf((float)d), 0, a->p + square);
+    attention_product(l, d, d, a->x + wide, 0, w, 1, 0, a->q + wide);
+    attention_inner(l, l, d, a->q + wide, a->x + wide, 1 / sqrtf((float)d), 0, a->p + square);
     nn_must(moe_softmax(l, l, 1, a->p + square, a->p + square));
-    attention_product(l, d, l, a->p + square, 0, a->x + wide, 0, 1, 0, a->y + wide);
+    attention_product(l, d, l, a->p + square, 0, a->x + wide, 1, 0, a->y + wide);
 }
 EX_FUNC void attention_forward(nn *s, attention *a) { moe_run(&s->parallel, a->n, attention_forward_task, a); }
 
@@ -59,14 +68,14 @@ EX_FUNC void attention_backward_task(void *arg, size_t i, size_t worker) { // i:
     const float *x = a->x + wide, *w = a->weight + (size_t)a->expert[i] * d * d;
     float *dq = a->dq + wide, *ds = a->ds + square, scale = 1 / sqrtf((float)d);
     (void)worker;
-    attention_product(l, l, d, a->dy + wide, 0, x, 1, 1, 0, a->dp + square);
+    attention_inner(l, l, d, a->dy + wide, x, 1, 0, a->dp + square);
     memset(ds, 0, l * l * sizeof(float));
     nn_must(moe_softmax_backward(l, l, 1, a->p + square, a->dp + square, ds));
-    attention_product(l, d, l, ds, 0, x, 0, scale, 0, dq);
+    attention_product(l, d, l, ds, 0, x, scale, 0, dq);
     if (!a->dx) return; // as value, as key, as query
-    attention_product(l, d, l, a->p + square, 1, a->dy + wide, 0, 1, 0, a->dx + wide);
-    attention_product(l, d, l, ds, 1, a->q + wide, 0, scale, 1, a->dx + wide);
-    attention_product(l, d, d, dq, 0, w, 1, 1, 1, a->dx + wide);
+    attention_product(l, d, l, a->p + square, 1, a->dy + wide, 1, 0, a->dx + wide);
+    attention_product(l, d, l, ds, 1, a->q + wide, scale, 1, a->dx + wide);
+    attention_inner(l, d, d, dq, w, 1, 1, a->dx + wide);
 }
 EX_FUNC void attention_weight_task(void *arg, size_t e, size_t worker) { // e: an expert; its sequences in order
     attention *a = arg;
@@ -75,7 +84,7 @@ EX_FUNC void attention_weight_task(void *arg, size_t e, size_t worker) { // e: a
     (void)worker;
     memset(dw, 0, d * d * sizeof(float));
     for (size_t i = 0; i < a->n; i++)
-        if ((size_t)a->expert[i] == e) attention_product(d, d, l, a->x + i * l * d, 1, a->dq + i * l * d, 0, 1, 1, dw);
+        if ((size_t)a->expert[i] == e) attention_product(d, d, l, a->x + i * l * d, 1, a->dq + i * l * d, 1, 1, dw);
 }
 EX_FUNC void attention_backward(nn *s, attention *a) {
     moe_run(&s->parallel, a->n, attention_backward_task, a);

@@ -518,9 +518,10 @@ static void print_table(FILE *f, const config *o, const table *t) {
 
 static void print_series(FILE *f, const series *s) {
     fprintf(f, "\nstep          gamma_eff [95%%]            phase\n");
-    for (size_t c = 0; c < s->n; c++)
-        fprintf(f, "%-12g  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->lo[c], s->hi[c],
-                moe_phase_name(s->phase[c]));
+    for (size_t c = 0; c < s->n; c++) {
+        const char *phase = moe_phase_name(s->phase[c]);
+        fprintf(f, "%-12g  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->lo[c], s->hi[c], phase ? phase : "");
+    }
 }
 
 static void draw_loads(FILE *f, const table *t) {

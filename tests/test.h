@@ -12,6 +12,9 @@
 #ifndef TEST_H
 #define TEST_H
 
+#if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
+#define _POSIX_C_SOURCE 200809L /* for examples/common, where a suite includes that */
+#endif
 #include <float.h>
 #include <math.h>
 #include <stdint.h>

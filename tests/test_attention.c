@@ -1,6 +1,5 @@
 /* test_attention.c - the attention of examples/common/attention.h: the forward against a naive version in double, the
  * backward against central differences of that version, and the same bits for any number of threads. */
-#define MOE_IMPLEMENTATION
 #include "examples/common/attention.h"
 
 #include "test.h"

@@ -1,7 +1,6 @@
 /* Each row of the table of systems has the property that defines it; bad input for every score and select; running out of
  * memory; saving and loading. Expected values come from the source's formula, in double, not from the library's own stages. */
 #define MOE_IMPLEMENTATION
-#define TEST_ALLOCATOR
 #include "test.h"
 
 enum { D = 16, F = 6, E = 8, SEQ = 4, MAX_TOKENS = 4096 };

@@ -1259,6 +1259,9 @@ MOE_API moe_control *moe_layer_control(moe_layer *m);
 MOE_API uint64_t *moe_layer_step_load(moe_layer *m);
 /* Pairwise similarity of all experts' outputs: mean over the n tokens of the mean cosine of two different experts [P, SimBal]. */
 MOE_API moe_status moe_layer_pes(const moe_layer *m, const float *x, size_t n, double *pes);
+/* The ecology number T H / (O + B) of a desc, after arXiv 2605.06415 [D]: T = temperature, H = loss.entropy, O = loss.oracle,
+ * B = the larger of loss.kl-uniform and loss.switch (its form has both with one weight). As moe_ecology_number; NULL: NaN. */
+MOE_API double moe_desc_ecology(const moe_desc *d);
 MOE_API const moe_desc *moe_layer_desc(const moe_layer *m);   /* resolved; NULL for NULL */
 MOE_API const moe_tape *moe_layer_tape(const moe_layer *m);   /* of the last moe_forward, or NULL */
 MOE_API size_t moe_layer_params(const moe_layer *m);          /* number of parameters (padding not counted) */
@@ -10837,6 +10840,14 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
     return MOE_OK;
 }
 
+MOE_API double moe_desc_ecology(const moe_desc *d) {
+    moe_desc r;
+    if (moe_desc_resolve(d, &r)) return moe_ecology_number(-1.0, 0.0, 0.0, 0.0); /* NaN */
+    double on[4] = {(double)r.loss[MOE_LOSS_ENTROPY], (double)r.loss[MOE_LOSS_ORACLE], (double)r.loss[MOE_LOSS_KL_UNIFORM], (double)r.loss[MOE_LOSS_SWITCH]};
+    for (int i = 0; i < 4; i++)
+        if (on[i] < 0.0) on[i] = 0.0; /* off */
+    return moe_ecology_number((double)r.temperature, on[0], on[1], on[2] > on[3] ? on[2] : on[3]);
+}
 MOE_API moe_side *moe_layer_side(moe_layer *m) { return m ? &m->side : NULL; }
 MOE_API moe_control *moe_layer_control(moe_layer *m) { return m ? &m->control : NULL; }
 MOE_API uint64_t *moe_layer_step_load(moe_layer *m) { return m ? m->load : NULL; }
@@ -11099,8 +11110,8 @@ static const moe_system moe__systems[] = {
      "top_k=4 gate=softmax select=top-k normalize=true combine=robust robust_tau=1 loss.switch=0.01",
      "survives corrupted experts by the distance from the median output", "an adaptation; needs three experts a token or more"},
     {"ecology", "Ecology: router MLP, temperature, entropy, balance, orthogonality", "arXiv 2605.06415, 2026", "S",
-     "top_k=2 score=mlp gate=softmax select=top-k normalize=true temperature=1 loss.entropy=0.545 loss.kl-uniform=0.5 loss.switch=0.5 "
-     "loss.prototype-orthogonality=0.05", "ecology number T H / (O + B) = 0.545 with O = 0, B = 1", "form of the losses [D]; the oracle needs a teacher"},
+     "top_k=2 score=mlp gate=softmax select=top-k normalize=true temperature=1 loss.entropy=0.218 loss.kl-uniform=0.4 loss.switch=0.4 "
+     "loss.prototype-orthogonality=0.05", "ecology number T H / (O + B) = 0.545 with O = 0, B = 0.4", "form of the losses [D]; the oracle needs a teacher"},
     {"growth", "The growth story's top-2 entropy router", "public post, 2026-02-08", "P",
      "n_experts=3 top_k=2 gate=softmax select=top-k normalize=true loss.entropy=0.1", "a seed of three experts that growth splits",
      "weight of the entropy loss [D]"},

@@ -11,13 +11,14 @@
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
 #include "common/cifar.h"
+#include "common/game.h"
 #include "common/json.h"
 #include "common/nn.h"
 #include "common/plot.h"
 #include "common/progress.h"
 
 enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
-enum { GAME_BATCHES = 50, REPLICATES = 200 }; // of an epoch's tokens, for the interval of gamma_eff
+enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_eff
 
 // Systems of the literature as rows of a table. Zero means moe.h's default: 8 experts, top-2, softmax, SwiGLU. The
 // balance loss weighs ten times more than usual, because these trainings are short.
@@ -277,36 +278,16 @@ static void write_health(json *j, const moe_health *h) {
     json_whole(j, "dropped", h->n_dropped);
 }
 
-// The ecology number of a layer's description. Nothing here rewards entropy or has an oracle, so it is 0, or infinite
-// without a balance loss.
-static double ecology_number(const moe_desc *d) {
-    return moe_ecology_number((double)d->temperature, 0, 0, (double)d->loss[MOE_LOSS_SWITCH]);
-}
-
-// gamma_eff of an epoch's training, with a 95% interval over batches.
-static void note_game(result *r, size_t e, const moe_game *g, const moe_parallel *parallel) {
-    size_t E = r->experts;
-    double *quality = allocate(4 * E, sizeof *quality), *replicate = allocate(REPLICATES, sizeof *replicate), n;
-    moe_game_fit fit;
-    r->gamma[e] = r->gamma_lo[e] = r->gamma_hi[e] = NAN;
-    nn_must(moe_game_pool(g, NULL, 0, quality, quality + E, &n));
-    nn_must(moe_game_estimate(E, quality, quality + E, n, quality + 2 * E, &fit));
-    if (fit.identified) {
-        r->gamma[e] = fit.gamma;
-        moe_status s = moe_game_bootstrap(g, REPLICATES, 1, parallel, replicate, &r->gamma_lo[e], &r->gamma_hi[e]);
-        if (s != MOE_E_N_BATCHES) nn_must(s); // one batch gives no interval
-    }
-    free(quality);
-    free(replicate);
-}
-
 // One epoch's line, and its place in the curves. The experts' load is that of the epoch's training.
-static void note_epoch(const config *o, result *r, net *m, const cifar *data, const moe_game *g, json *j, double loss,
+static void note_epoch(const config *o, result *r, net *m, const cifar *data, game *g, json *j, double loss,
                        double accuracy, size_t images) {
     size_t e = r->epochs++;
     moe_health h;
-    note_game(r, e, g, &m->ops.parallel);
-    r->ecology[e] = ecology_number(moe_layer_desc(m->moe));
+    game_note note = game_end(g, m->moe, &m->ops.parallel);
+    r->gamma[e] = note.gamma;
+    r->gamma_lo[e] = note.lo;
+    r->gamma_hi[e] = note.hi;
+    r->ecology[e] = note.ecology;
     nn_must(moe_layer_health(m->moe, &h));
     json_begin(j);
     json_text(j, "event", "epoch");
@@ -324,19 +305,13 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, co
     score s = test(m, &data->test, count < 2000 ? count : 2000, NULL); // a glance; the last test sees everything
     json_real(j, "test_loss", r->test_loss[e] = s.loss);
     json_real(j, "test_accuracy", r->test_accuracy[e] = s.accuracy);
-    json_real(j, "ecology_number", r->ecology[e]);
-    json_real(j, "gamma_eff", r->gamma[e]);
-    json_real(j, "gamma_lo", r->gamma_lo[e]);
-    json_real(j, "gamma_hi", r->gamma_hi[e]);
+    game_json(j, &note);
     json_end(j);
     if (o->quiet || r->experts == 1) return;
     FILE *human = o->json ? stderr : stdout;
-    fprintf(human, "epoch %2zu  test loss %.4f  accuracy %5.2f%%  E %.3g  gamma_eff ", e + 1, s.loss, 100 * s.accuracy,
-            r->ecology[e]);
-    if (isnan(r->gamma[e]))
-        fprintf(human, "unidentified\n");
-    else
-        fprintf(human, "%.2f [%.2f, %.2f]\n", r->gamma[e], r->gamma_lo[e], r->gamma_hi[e]);
+    char text[80];
+    game_text(&note, text, sizeof text);
+    fprintf(human, "epoch %2zu  test loss %.4f  accuracy %5.2f%%  %s\n", e + 1, s.loss, 100 * s.accuracy, text);
     fflush(human);
 }
 
@@ -365,11 +340,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->class_map = r->load + o->epochs * r->experts;
     r->share = r->class_map + CLASSES * r->experts;
     r->first = r->share + r->experts;
-    moe_game game;
-    size_t batches = per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES, bytes = 0;
-    nn_must(moe_game_size(r->experts, batches, &bytes));
-    void *game_memory = allocate(1, bytes);
-    nn_must(moe_game_init(&game, r->experts, batches, game_memory, bytes));
+    game played = game_new(m->moe, per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES);
     progress p = progress_begin(name, "images", total * o->batch, o->quiet);
     double busy = 0;
     for (size_t step = 0; step < total;) {
@@ -377,7 +348,6 @@ static result *train(const config *o, const cifar *data, const char *name, const
         size_t epoch = step / per_epoch, images = 0;
         cifar_shuffle(order, data->train.count, o->seed, epoch);
         nn_must(moe_layer_health_reset(m->moe));
-        nn_must(moe_game_reset(&game));
         for (size_t i = 0; i < per_epoch && step < total; i++) {
             cifar_batch b = {.set = &data->train,
                              .order = order,
@@ -391,8 +361,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
                              .label = m->label};
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
-            const moe_tape *t = moe_layer_tape(m->moe);
-            nn_must(moe_game_add(&game, i % game.n_batches, t->n_tokens, desc->top_k, t->logits, t->index));
+            game_take(&played, m->moe);
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
             accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
             images += o->batch;
@@ -407,7 +376,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
         }
         busy += seconds_now() - begin;
         progress_clear(&p);
-        note_epoch(o, r, m, data, &game, j, loss, accuracy, images);
+        note_epoch(o, r, m, data, &played, j, loss, accuracy, images);
     }
     r->test = test(m, &data->test, test_count(o, data), r);
     progress_clear(&p);
@@ -428,7 +397,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->active_params = m->bank.count + moe_layer_active_params(m->moe);
     r->checksum = net_checksum(m);
     free(order);
-    free(game_memory);
+    game_free(&played);
     net_free(m);
     return r;
 }

@@ -11,6 +11,7 @@
 // use where in an image something is; the same network without a mixture is printed for comparison.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
+#include "common/game.h"
 #include "common/json.h"
 #include "common/plot.h"
 #include "common/tokens_net.h"
@@ -36,6 +37,7 @@ typedef struct result {
     double train_loss, test_loss, test_accuracy, tokens_per_s, pes; // NaN: could not be measured
     moe_health health;                                              // on the test images; its arrays are not kept
     double *load; // (experts, WINDOWS): in training, an expert's share of the routes times their number; NaN: none
+    double *gamma, *lo, *hi, ecology; // (WINDOWS): gamma_eff with its interval, NaN: not identified; T H / (O + B)
     int diverged;
 } result;
 
@@ -53,8 +55,13 @@ static void write_health(json *j, const moe_health *h, int measured) {
 }
 
 // The end of a window of training: its line, and its column of the heat map.
-static void note_window(result *r, net *m, json *j, size_t window, size_t step, double loss) {
+static void note_window(result *r, net *m, game *g, json *j, size_t window, size_t step, double loss) {
     moe_health h;
+    game_note note = game_end(g, m->moe, &m->ops.parallel);
+    r->gamma[window] = note.gamma;
+    r->lo[window] = note.lo;
+    r->hi[window] = note.hi;
+    r->ecology = note.ecology;
     nn_must(moe_layer_health(m->moe, &h));
     json_begin(j);
     json_text(j, "event", "step");
@@ -62,6 +69,7 @@ static void note_window(result *r, net *m, json *j, size_t window, size_t step, 
     json_whole(j, "step", step);
     json_real(j, "train_loss", loss);
     write_health(j, &h, 1);
+    game_json(j, &note);
     json_list_begin(j, "load"); // 1 = an even share
     for (size_t e = 0; e < r->experts; e++) {
         double load = h.n_selected ? (double)h.load[e] * (double)r->experts / (double)h.n_selected : NAN;
@@ -82,23 +90,30 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
     r->experts = desc ? desc->n_experts : 0;
     r->active_params = m->bank.count + (desc ? moe_layer_active_params(m->moe) : 0);
     r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = r->pes = NAN;
-    r->load = allocate(r->experts * WINDOWS, sizeof(double));
-    for (size_t i = 0; i < r->experts * WINDOWS; i++) r->load[i] = NAN;
+    r->load = allocate((r->experts + 3) * WINDOWS, sizeof(double));
+    for (size_t i = 0; i < (r->experts + 3) * WINDOWS; i++) r->load[i] = NAN;
+    r->gamma = r->load + r->experts * WINDOWS;
+    r->lo = r->gamma + WINDOWS;
+    r->hi = r->lo + WINDOWS;
+    game played = {.taken = 0};
+    if (desc) played = game_new(m->moe, plan->total / WINDOWS + 1);
     for (size_t step = 0; step < plan->total; step++) {
         double begin = seconds_now(), batch_loss;
         r->diverged = net_step(m, plan, data, step, &batch_loss);
         if (r->diverged) break;
+        if (desc) game_take(&played, m->moe);
         loss += batch_loss;
         steps++;
         busy += seconds_now() - begin;
         if (desc && step + 1 >= (window + 1) * plan->total / WINDOWS) {
-            note_window(r, m, j, window, step + 1, loss / (double)steps);
+            note_window(r, m, &played, j, window, step + 1, loss / (double)steps);
             window = (step + 1) * WINDOWS / plan->total;
             loss = 0;
             steps = 0;
         }
         if (p) progress_update(p, before + step + 1, "%s  loss %.3f", label, batch_loss);
     }
+    game_free(&played);
     if (busy > 0) r->tokens_per_s = (double)(plan->total * plan->batch * T) / busy;
     size_t some = count < train_images ? count : train_images, few = data->test.count;
     if (few > pes_images) few = pes_images;
@@ -250,6 +265,30 @@ static void draw(FILE *f, const result *r, size_t n) {
     plot_end(f);
 }
 
+// Each system's congestion over time: docs/gamma.md.
+static void draw_gamma(FILE *f, const result *r, size_t n) {
+    enum { ACROSS = 3, W = 320, H = 190 };
+    double time[WINDOWS];
+    for (size_t i = 0; i < WINDOWS; i++) time[i] = (double)(i + 1);
+    plot_begin(f, ACROSS * W, (double)((n + ACROSS - 1) / ACROSS * H), "gamma_eff of the routing in training");
+    for (size_t i = 0; i < n; i++) {
+        char title[80];
+        size_t told = 0;
+        for (size_t k = 0; k < WINDOWS; k++) told += isfinite(r[i].gamma[k]);
+        snprintf(title, sizeof title, "%s, E %.3g%s", r[i].name, r[i].ecology, told ? "" : ", unidentified");
+        plot_points(f, &(plot_point_chart){.box = {(double)(i % ACROSS) * W, (double)(i / ACROSS) * H, W, H},
+                                           .title = title,
+                                           .x_label = "time",
+                                           .n = WINDOWS,
+                                           .x = time,
+                                           .y = r[i].gamma,
+                                           .lo = r[i].lo,
+                                           .hi = r[i].hi,
+                                           .joined = 1});
+    }
+    plot_end(f);
+}
+
 static void page_result(FILE *f, const result *r) {
     char cell[COLUMNS][64];
     row_cells(r, cell);
@@ -279,6 +318,10 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     page_heading(f, text);
     page_card(f);
     draw(f, r, n);
+    page_card_end(f);
+    page_heading(f, "gamma_eff over the same time, with 95% intervals, where the data tell it; E is the ecology number");
+    page_card(f);
+    draw_gamma(f, r, n);
     page_card_end(f);
     page_heading(f, "The systems");
     page_card(f);

@@ -1,8 +1,8 @@
 /* test_attention.c - the attention of examples/common/attention.h: the forward against a naive version in double, the
  * backward against central differences of that version, and the same bits for any number of threads. */
-#include "examples/common/attention.h"
-
 #include "test.h"
+
+#include "examples/common/attention.h"
 
 enum { N = 5, L = 4, D = 6, E = 3, WIDE = N * L * D, WEIGHT = E * D * D };
 static const int32_t expert[N] = {2, 0, 2, 1, 0};

@@ -1,5 +1,6 @@
 /* Balance in a layer: what each loss and controller does to a collapsed router, held against docs/math.md; a bias that has
  * no gradient and no part in weights; statistics summed over micro-batches; state that is saved; the same bits. */
+#define MOE_IMPLEMENTATION
 #include "test.h"
 
 /* ---- a task on which a router collapses ----

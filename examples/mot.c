@@ -1,6 +1,6 @@
 // mot.c - three-stage training of a mixture of transformers, and whether its theory's claims are borne out.
 //
-//     build/mot                  about half a minute
+//     build/mot                  under 40 s
 //     build/mot --seed 2         another task, other parameters
 //
 // The theory: let an expert be attention and feed-forward together, route whole sequences, and train in three stages:
@@ -19,7 +19,7 @@
 // the attention between them is common/attention.h. Since the experts read what the attention makes of the tokens that
 // the router saw, there are two tapes: one that routes, one whose routes are filled from it. The noise is larger than
 // the row's, and there is a balance loss, which the row has not: without them one expert takes all classes. The router
-// learns in stage I only.
+// learns in stage I only. Sizes and rates were found with seed 1; with others fewer claims are borne out.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
 #include "common/attention.h"

@@ -1,0 +1,106 @@
+#!/bin/sh
+# docs/systems.md against the table of systems that the library prints, its generated parts against each other, and the
+# manual's exercise: its lines are put into a copy of moe.h, and its programs must print what the page says.
+# The last line is "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.." || exit 1
+cc=${CC:-cc}
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-docs.XXXXXX") || exit 1
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+passed=0 failed=0
+check() { # check WHAT COMMAND...
+    what=$1
+    shift
+    if "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAILED: $what"
+        head -n 12 "$tmp/log"
+    fi
+}
+
+# the library once; scalar kernels give the same bits and compile faster
+implement() { # implement HEADER_DIRECTORY
+    printf '#define MOE_IMPLEMENTATION\n#include "moe.h"\n' >"$tmp/library.c"
+    $cc -std=c99 -O0 -DMOE_NO_SIMD -I"$1" -c "$tmp/library.c" -o "$tmp/library.o"
+}
+build() { # build NAME HEADER_DIRECTORY: NAME.c, without the implementation, with the library
+    grep -v '^#define MOE_IMPLEMENTATION' "$tmp/$1.c" >"$tmp/$1.user.c"
+    $cc -std=c99 -O0 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -I"$2" "$tmp/$1.user.c" "$tmp/library.o" -o "$tmp/$1.run" -lm
+}
+check "the library" implement .
+
+# ---- docs/systems.md ----
+cat >"$tmp/rows.c" <<'END'
+#include <stdio.h>
+#include "moe.h"
+int main(void) {
+    for (size_t i = 0; i < moe_systems_count(); i++) {
+        const moe_system *s = moe_system_at(i);
+        printf("## %s\n\n%s. %s [%s].\n\n```text\n%s\n```\n", s->name, s->title, s->source, s->mark, s->choices);
+    }
+    return 0;
+}
+END
+check "a program that prints the table" build rows .
+"$tmp/rows.run" >"$tmp/table"
+# of each section the heading, the line about the source, and the first block
+awk '/^## / { on = 1; blocks = 0 } on { print } on && /^```$/ && ++blocks == 1 { on = 0 }' docs/systems.md >"$tmp/sections"
+check "some systems" [ "$(grep -c '^## ' "$tmp/table")" -ge 32 ]
+check "a section for each row, with its title, source, mark and choices, in the table's order, and no other" \
+    diff "$tmp/table" "$tmp/sections"
+each() { # each WHAT PATTERN: every section has it exactly once
+    check "every section has $1" awk -v pattern="$2" '
+        /^## / { if (name && count != 1) { print name ": " count; bad = 1 }; name = $2; count = 0 }
+        $0 ~ pattern { count++ }
+        END { if (count != 1) { print name ": " count; bad = 1 }; exit bad }' docs/systems.md
+}
+each "its stages" '^- [*][*]Stages:'
+each "what is special here" '^- [*][*]Here:'
+each "a measurement" '^Zoo: test loss [0-9]'
+sed -n 's/^## //p' docs/systems.md >"$tmp/names"
+sed -n 's/^<!-- zoo \(.*\) -->$/\1/p' docs/systems.md >"$tmp/marked"
+check "the measurement is of the section's system" diff "$tmp/names" "$tmp/marked"
+cp docs/systems.md "$tmp/page.md"
+check "the lines are made from the page's own table" env PAGE="$tmp/page.md" sh docs/zoo.sh docs/systems.md
+check "and agree with it" diff docs/systems.md "$tmp/page.md"
+
+# ---- the manual's exercise ----
+block() { # block NAME N: the N-th block of code after the comment <!-- exercise: NAME -->
+    awk -v mark="<!-- exercise: $1 -->" -v want="$2" '
+        $0 == mark { seen = 1; next }
+        /^<!-- exercise: / { seen = 0 }
+        seen && /^```/ { open = !open; if (open) n++; next }
+        seen && open && n == want { print }' docs/manual.md
+}
+for name in parse enum function row system program; do
+    block $name 1 >"$tmp/$name"
+    check "the manual has the block $name" [ -s "$tmp/$name" ]
+done
+mkdir "$tmp/mine"
+put() { # put FILE WHERE PATTERN: before or after the first line that matches
+    awk -v file="$1" -v where="$2" -v pattern="$3" '
+        function paste(  line) { while ((getline line <file) > 0) print line }
+        $0 ~ pattern && !done { if (where == "before") paste(); print; if (where == "after") paste(); done = 1; next }
+        { print }
+        END { exit !done }' "$tmp/mine/moe.h" >"$tmp/moe.h" && mv "$tmp/moe.h" "$tmp/mine/moe.h"
+}
+cp moe.h "$tmp/mine/moe.h"
+check "place of the enum entry" put "$tmp/enum" before '^    MOE__SCORE_COUNT$'
+check "place of the function" put "$tmp/function" before '^typedef struct moe__score_row [{]'
+check "place of the score's row" put "$tmp/row" after '^    [{]"random", 0, NULL, moe__random_forward, NULL[}],$'
+check "place of the system's row" put "$tmp/system" after '^static const moe_system moe__systems\[\] = [{]$'
+# one function and three rows: nothing else is new
+check "no more than the page's lines" sh -c "diff moe.h '$tmp/mine/moe.h' | grep '^[<>]' | sed 's/^> //' | sort >'$tmp/new'; \
+    cat '$tmp/enum' '$tmp/function' '$tmp/row' '$tmp/system' | sort | diff '$tmp/new' -"
+prints() { # prints NAME HEADER_DIRECTORY: the block compiles without warnings and prints the block after it
+    cp "$tmp/$1" "$tmp/$1.c"
+    block "$1" 2 >"$tmp/$1.want"
+    build "$1" "$2" && "$tmp/$1.run" >"$tmp/$1.got" && [ -s "$tmp/$1.want" ] && diff "$tmp/$1.want" "$tmp/$1.got"
+}
+check "a system by text alone" prints parse "$PWD"
+check "the library with the exercise" implement "$tmp/mine"
+check "a system by one function" prints program "$tmp/mine"
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

@@ -30,11 +30,16 @@ help:
 run: $(BUILD)/cifar10
 	$(BUILD)/cifar10 $(ARGS)
 
-$(BUILD)/%: examples/%.c moe.h $(wildcard examples/common/*.h) | $(BUILD)
-	$(CC) $(FLAGS) $< -o $@ $(LIBS)
+# Each example is a whole program of one file; the library in it is compiled once for all of them.
+LINKED = -DMOE_NO_IMPLEMENTATION $(BUILD)/moe.o
+$(BUILD)/moe.o: tests/compile/implementation.c moe.h | $(BUILD)
+	$(CC) $(FLAGS) -c $< -o $@
 
-$(BUILD)/bench_%: bench/%.c moe.h $(wildcard bench/*.h) | $(BUILD)
-	$(CC) $(FLAGS) $< -o $@ $(LIBS)
+$(BUILD)/%: examples/%.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUILD)
+	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
+
+$(BUILD)/bench_%: bench/%.c $(BUILD)/moe.o $(wildcard bench/*.h examples/common/*.h) | $(BUILD)
+	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
 
 TEST_NEEDS = moe.h $(wildcard tests/*.h examples/common/*.h) | $(BUILD)
 TEST_FLAGS = $(FLAGS) -O2 -Itests

@@ -66,6 +66,7 @@
  * Define before including. All are optional.
  *
  *   MOE_IMPLEMENTATION   compile the implementation here
+ *   MOE_NO_IMPLEMENTATION  take no notice of MOE_IMPLEMENTATION: for a build that compiles it once and links it
  *   MOE_STATIC           everything static: moe.h private to this file
  *   MOE_MALLOC(n, ctx), MOE_FREE(p, ctx)   your allocator (any alignment); ctx is desc.alloc_context
  *   MOE_ASSERT(x)        the library's own invariants (default: nothing; bad input never reaches it)
@@ -1373,7 +1374,7 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #endif /* MOE_H */
 #endif /* !MOE__PASS */
 
-#ifdef MOE_IMPLEMENTATION
+#if defined(MOE_IMPLEMENTATION) && !defined(MOE_NO_IMPLEMENTATION)
 #ifndef MOE__PASS
 #ifndef MOE__IMPLEMENTED
 #define MOE__IMPLEMENTED

@@ -20,18 +20,8 @@
 enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
 enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_eff
 
-// Systems of the literature as rows of a table. Zero means moe.h's default: 8 experts, top-2, softmax, SwiGLU. The
-// balance loss weighs ten times more than usual, because these trainings are short.
-static const struct {
-    const char *name;
-    moe_desc desc;
-} systems[] = {
-    {"softmax-topk", {.loss = {[MOE_LOSS_SWITCH] = 0.1f}}},
-    {"switch", {.top_k = 1, .expert = MOE_EXPERT_RELU, .capacity_factor = 1.25f, .loss = {[MOE_LOSS_SWITCH] = 0.1f}}},
-    {"mixtral", {.gate = MOE_GATE_SOFTMAX_SELECTED, .top_k = 2, .loss = {[MOE_LOSS_SWITCH] = 0.1f}}},
-    {"dense", {.n_experts = 1, .top_k = 1, .d_ff = 2 * D_FF}},
-};
-enum { SYSTEMS = sizeof systems / sizeof *systems };
+// The balance loss of systems that have one weighs ten times the usual 0.01, because these trainings are short.
+static const float balance_weight = 0.1f;
 
 typedef struct config {
     const char *data, *system, *isa, *out;
@@ -155,6 +145,7 @@ static void net_forward(net *m, size_t n, int training) {
     nn *s = &m->ops;
     const float *w = m->bank.value, *x = m->x0;
     m->stem.n = m->pool.n = n;
+    moe_layer_side(m->moe)->evaluate = !training;
     nn_conv_forward(s, &m->stem, m->image, w + m->stem_weight, m->x0);
     nn_relu_forward(s, n * nn_conv_out(&m->stem, CIFAR_SIDE) * nn_conv_out(&m->stem, CIFAR_SIDE) * STEM, m->x0, m->x0);
     for (int i = 0; i < BLOCKS; i++) {
@@ -257,11 +248,11 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
             cifar_batch_make(&b, &m->ops.parallel);
             net_forward(m, n, 0);
             const moe_tape *t = moe_layer_tape(m->moe);
-            size_t k = moe_layer_desc(m->moe)->top_k;
+            size_t k = t->n_slots;
             for (size_t i = 0; i < n * CLASSES; i++)
                 logits[i] = mirror ? 0.5f * (logits[i] + m->logits[i]) : m->logits[i];
             for (size_t i = 0; r && i < t->n_tokens * k; i++)
-                r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
+                if (t->index[i] >= 0) r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
         }
         sum.loss += nn_cross_entropy(&m->ops, n, CLASSES, 0, logits, m->label, m->prob, NULL);
         sum.accuracy += (double)nn_count_right(n, CLASSES, logits, m->label);
@@ -634,7 +625,7 @@ static void result_free(result *r) {
 }
 
 int main(int argc, char **argv) {
-    config o = {.system = systems[0].name, .isa = "auto", .out = "out", .seed = 1};
+    config o = {.system = "mixtral", .isa = "auto", .out = "out", .seed = 1};
     args_option options[] = {
         ARGS_DATA(&o.data),
         ARGS_EPOCHS(&o.epochs),
@@ -642,7 +633,7 @@ int main(int argc, char **argv) {
         ARGS_SEED(&o.seed),
         ARGS_THREADS(&o.threads),
         ARGS_ISA(&o.isa),
-        ARGS_SYSTEM(&o.system, "softmax-topk, switch, mixtral, dense"),
+        ARGS_SYSTEM(&o.system, "a row of moe.h's table of systems (build/zoo lists them)"),
         ARGS_EXPERTS(&o.experts),
         ARGS_TOP_K(&o.top_k),
         {"tokens", ARGS_FLAG, &o.tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
@@ -658,9 +649,12 @@ int main(int argc, char **argv) {
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
 
-    size_t row = 0;
-    while (row < SYSTEMS && strcmp(systems[row].name, o.system) != 0) row++;
-    if (row == SYSTEMS) args_fail("cifar10", "--system: there is no '%s'", o.system);
+    moe_desc desc = {0}, dense = {0};
+    if (moe_desc_system(&desc, o.system) != MOE_OK) {
+        char near[200];
+        moe_system_near(o.system, near, sizeof near);
+        args_fail("cifar10", "--system: there is no '%s'; near it: %s", o.system, near);
+    }
     if (!nn_use_isa(o.isa)) args_fail("cifar10", "--isa: there is no '%s'", o.isa);
 
     cifar data;
@@ -675,23 +669,29 @@ int main(int argc, char **argv) {
     o.decay = 0.05f;
     if (o.batch > data.train.count) args_fail("cifar10", "--batch: only %zu training images", data.train.count);
 
-    moe_desc desc = systems[row].desc, dense;
     desc.d_model = FEATURES;
-    if (!desc.d_ff) desc.d_ff = D_FF;
+    if (!desc.d_ff && desc.expert != MOE_EXPERT_ORTHONORMAL) desc.d_ff = desc.n_experts == 1 ? 2 * D_FF : D_FF;
     if (o.experts) desc.n_experts = o.experts;
     if (o.top_k) desc.top_k = o.top_k;
-    if (o.balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o.balance;
+    if (o.balance > 0 || desc.loss[MOE_LOSS_SWITCH] > 0)
+        desc.loss[MOE_LOSS_SWITCH] = o.balance > 0 ? (float)o.balance : balance_weight;
+    size_t side = CIFAR_SIDE - 1; // of the last feature map
+    for (int i = 0; i < BLOCKS; i++) side /= 2;
+    desc.sequence = o.tokens ? side * side : 1; // an image
+    if (desc.schedule_steps) desc.schedule_steps = data.train.count / o.batch * o.epochs * 3 / 4;
     desc.weight_decay = o.decay;
     desc.seed = o.seed + 1;
     desc.parallel.n_threads = o.threads;
     moe_status status = moe_desc_resolve(&desc, &desc);
     if (status) args_fail("cifar10", "--%s", moe_status_string(status));
-    dense = desc; // one expert, as wide as all that one token uses
-    dense.n_experts = dense.top_k = 1;
+    nn_must(moe_desc_system(&dense, "dense")); // one expert, as wide as all that one token uses
+    dense.d_model = FEATURES;
     dense.d_ff = desc.top_k * desc.d_ff;
-    dense.normalize = MOE_DEFAULT;
-    dense.capacity_factor = MOE_OFF;
-    memset(dense.loss, 0, sizeof dense.loss);
+    dense.expert = desc.expert == MOE_EXPERT_ORTHONORMAL ? MOE_EXPERT_SWIGLU : desc.expert;
+    dense.weight_decay = o.decay;
+    dense.seed = desc.seed;
+    dense.parallel = desc.parallel;
+    nn_must(moe_desc_resolve(&dense, &dense));
     int beside = !o.no_dense && desc.n_experts > 1 && !o.steps; // a run cut short compares nothing
 
     FILE *human = o.json ? stderr : stdout;

@@ -1,8 +1,12 @@
 /* The selections, the auction and the robust aggregates against naive forms of them. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 
 /* levels 0: uniform; else few values, so many ties, 0 of both signs, and some -infinity */
+static float log_of(float x) { /* as the generator does it */
+    CHECK_OK(moe_log(1, &x, &x));
+    return x;
+}
+
 static void fill_scores(float *s, size_t n, int levels) {
     for (size_t i = 0; i < n; i++) {
         s[i] = levels ? (float)test_below((size_t)levels) - 2 : test_uniform(-1, 1);
@@ -510,8 +514,8 @@ static void test_gumbel(void) {
     CHECK_WITHIN(mean, 0.5772156649, 0.01);                       /* Euler's constant */
     CHECK_WITHIN(square - mean * mean, 1.644934067, 0.03);        /* pi^2 / 6 */
     /* the ends of its range, computed as it does */
-    CHECK(isfinite(-moe__logf1(-moe__logf1(0x1p-24f))) && isfinite(-moe__logf1(-moe__logf1(1 - 0x1p-24f))));
-    CHECK_WITHIN(-moe__logf1(-moe__logf1(1 - 0x1p-24f)), -log(-log(1 - 0x1p-24)), 2e-6);
+    CHECK(isfinite(-log_of(-log_of(0x1p-24f))) && isfinite(-log_of(-log_of(1 - 0x1p-24f))));
+    CHECK_WITHIN(-log_of(-log_of(1 - 0x1p-24f)), -log(-log(1 - 0x1p-24)), 2e-6);
     CHECK_STATUS(moe_gumbel(1, 1, 1, NULL), MOE_E_NULL_OUT);
     CHECK_OK(moe_gumbel(1, 1, 0, NULL));
     /* argmax of logits + gumbel samples the softmax */

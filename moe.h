@@ -6716,6 +6716,11 @@ MOE_API moe_status moe_loss_latent_kl(size_t n_tokens, size_t d, const float *la
     return MOE_OK;
 }
 
+/* Its squared length; 0 where it is too small or too large to project on. */
+static float moe__square_of(const moe__kernels *kn, size_t d, const float *o) {
+    float square = kn->dot(d, o, o);
+    return square >= FLT_MIN && moe__finite(square) ? square : 0.0f;
+}
 /* Squared lengths of the projections of output j on output l, after 2505.22323 [K]; the square is ours [D]. */
 MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size_t d, const float *outputs, float coefficient,
                                                  double *value, float *d_outputs) {
@@ -6731,22 +6736,27 @@ MOE_API moe_status moe_loss_output_orthogonality(size_t n_tokens, size_t k, size
     const moe__kernels *kn = moe__k();
     double sum = 0.0;
     float step = 2.0f * coefficient / (float)n_tokens;
+    /* each pair once, l from up to 32 outputs whose squares are at hand */
     for (size_t t = 0; t < n_tokens; t++)
-        for (size_t l = 0; l < k; l++) {
-            const float *on = outputs + (t * k + l) * d;
-            float *don = d_outputs ? d_outputs + (t * k + l) * d : NULL, square = kn->dot(d, on, on), along = 0.0f;
-            if (!(square >= FLT_MIN) || !moe__finite(square)) continue; /* nothing to project on */
-            for (size_t j = 0; j < k; j++) {
-                if (j == l) continue;
-                const float *o = outputs + (t * k + j) * d;
-                float share = kn->dot(d, o, on) / square; /* the projection is share * on */
-                sum += (double)share * (double)share * (double)square;
-                if (!don) continue;
-                kn->axpy(d, step * share, on, d_outputs + (t * k + j) * d);
-                kn->axpy(d, step * share, o, don);
-                along = moe__fma(share, share, along);
-            }
-            if (don) kn->axpy(d, -step * along, on, don);
+        for (size_t l0 = 0; l0 < k; l0 += MOE__W) {
+            const float *o = outputs + t * k * d;
+            float *go = d_outputs ? d_outputs + t * k * d : NULL, square[MOE__W], along[MOE__W];
+            size_t end = moe__min(l0 + MOE__W, k);
+            for (size_t l = l0; l < end; l++) square[l - l0] = moe__square_of(kn, d, o + l * d), along[l - l0] = 0.0f;
+            for (size_t l = l0; l < end; l++)
+                for (size_t j = 0; j < l; j++) {
+                    float ll = square[l - l0], jj = j >= l0 ? square[j - l0] : moe__square_of(kn, d, o + j * d);
+                    float jl = kn->dot(d, o + j * d, o + l * d);
+                    float on_l = ll > 0.0f ? jl / ll : 0.0f, on_j = jj > 0.0f ? jl / jj : 0.0f; /* the projections' lengths, as shares */
+                    sum += (double)on_l * (double)on_l * (double)ll + (double)on_j * (double)on_j * (double)jj;
+                    if (!go) continue;
+                    kn->axpy(d, step * (on_l + on_j), o + l * d, go + j * d);
+                    kn->axpy(d, step * (on_l + on_j), o + j * d, go + l * d);
+                    along[l - l0] = moe__fma(on_l, on_l, along[l - l0]);
+                    if (j >= l0) along[j - l0] = moe__fma(on_j, on_j, along[j - l0]);
+                    else kn->axpy(d, -step * on_j * on_j, o + j * d, go + j * d);
+                }
+            for (size_t l = l0; go && l < end; l++) kn->axpy(d, -step * along[l - l0], o + l * d, go + l * d);
         }
     if (value) *value = sum / (double)n_tokens;
     return MOE_OK;

@@ -537,6 +537,32 @@ static void test_many_experts(void) {
     }
 }
 
+/* More outputs a token than the function takes at a time, one of them zero: value and gradient by the definition, in double. */
+static void test_many_outputs(void) {
+    enum { N = 2, K = 70, WIDE = 9 };
+    static float o[N * K * WIDE], g[N * K * WIDE];
+    static double want[N * K * WIDE];
+    double value, sum = 0;
+    test_fill(o, N * K * WIDE, -1, 1);
+    memset(o + 40 * WIDE, 0, WIDE * sizeof(float));
+    for (size_t t = 0; t < N; t++)
+        for (size_t j = 0; j < K; j++)
+            for (size_t l = 0; l < K; l++) {
+                const float *a = o + (t * K + j) * WIDE, *b = o + (t * K + l) * WIDE;
+                double ab = 0, bb = 0;
+                for (size_t i = 0; i < WIDE; i++) ab += (double)a[i] * (double)b[i], bb += (double)b[i] * (double)b[i];
+                if (j == l || !(bb > 0)) continue;
+                sum += ab * ab / bb / N;
+                for (size_t i = 0; i < WIDE; i++) {
+                    want[(t * K + j) * WIDE + i] += 2.0 / N * ab / bb * (double)b[i];
+                    want[(t * K + l) * WIDE + i] += 2.0 / N * (ab / bb * (double)a[i] - ab / bb * ab / bb * (double)b[i]);
+                }
+            }
+    CHECK_OK(moe_loss_output_orthogonality(N, K, WIDE, o, 1, &value, g));
+    CHECK_NEAR(value, sum, 1e-5);
+    for (size_t i = 0; i < N * K * WIDE; i++) CHECK_WITHIN(g[i], want[i], 1e-4);
+}
+
 /* ---- closed forms at uniform p ---- */
 static void test_closed_forms(void) {
     enum { T = 3, E = 8, D = 4 };
@@ -1072,6 +1098,7 @@ int main(void) {
     RUN(test_every_loss_has_a_case);
     RUN(test_gradients);
     RUN(test_many_experts);
+    RUN(test_many_outputs);
     RUN(test_closed_forms);
     RUN(test_names_of_experts_do_not_matter);
     RUN(test_a_constant_in_the_logits);

@@ -9530,7 +9530,7 @@ MOE_API moe_status moe_desc_parse(moe_desc *d, const char *text, size_t *at) {
 /* A tensor of a layer, from its dims: the router's first, then the experts'. id: < MOE__R_COUNT the router's part; above it one of
  * the experts' blocks; -1 and -2 the constant experts' gates and vectors. 0 past the end. */
 enum { MOE__W1, MOE__WU, MOE__W2, MOE__B1, MOE__BU, MOE__B2, MOE__TENSORS };
-enum { MOE__T_CONSTANT_GATE = MOE__R_COUNT + MOE__TENSORS, MOE__T_CONSTANT, MOE__T_COUNT };
+enum { MOE__T_CONSTANT_GATE = (int)MOE__R_COUNT + (int)MOE__TENSORS, MOE__T_CONSTANT, MOE__T_COUNT };
 static const struct { const char *name, *shape; int gated, bias; } moe__tensor_rows_table[MOE__T_COUNT] = {
     {"router", NULL, 0, 0}, {"router.bias", NULL, 0, 0}, {"router.proj", NULL, 0, 0}, {"router.proj_bias", NULL, 0, 0},
     {"router.noise", NULL, 0, 0}, {"router.threshold", NULL, 0, 0}, {"router.log_scale", NULL, 0, 0}, {"router.residual", NULL, 0, 0},

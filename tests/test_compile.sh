@@ -115,7 +115,10 @@ cblas=
 for directory in /usr/include /usr/include/*/ /usr/local/include /opt/homebrew/opt/openblas/include; do
     if [ -f "$directory/cblas.h" ]; then cblas=$directory; fi
 done
-if [ -n "$cblas" ]; then
+printf '#include <cblas.h>\nint main(void) { return cblas_sgemm == 0; }\n' >"$dir/links.c"
+if [ -n "$cblas" ] && ! gcc -I"$cblas" "$dir/links.c" -o "$dir/links" -lopenblas >/dev/null 2>&1; then
+    skip MOE_USE_CBLAS "cblas.h without a libopenblas to link"
+elif [ -n "$cblas" ]; then
     for cc in $compilers; do
         check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" tests/compile/user.c \
             -o "$dir/cblas" -lopenblas -lm

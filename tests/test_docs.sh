@@ -88,7 +88,7 @@ put() { # put FILE WHERE PATTERN: before or after the first line that matches
 cp moe.h "$tmp/mine/moe.h"
 check "place of the enum entry" put "$tmp/enum" before '^    MOE__SCORE_COUNT$'
 check "place of the function" put "$tmp/function" before '^typedef struct moe__score_row [{]'
-check "place of the score's row" put "$tmp/row" after '^    [{]"random", 0, NULL, moe__random_forward, NULL[}],$'
+check "place of the score's row" put "$tmp/row" after '^    [{]"random", 0, 1, NULL, moe__random_forward, NULL[}],$'
 check "place of the system's row" put "$tmp/system" after '^static const moe_system moe__systems\[\] = [{]$'
 # one function and three rows: nothing else is new
 check "no more than the page's lines" sh -c "diff moe.h '$tmp/mine/moe.h' | grep '^[<>]' | sed 's/^> //' | sort >'$tmp/new'; \

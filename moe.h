@@ -1478,6 +1478,9 @@ MOE_API moe_kind moe_status_kind(moe_status s) {
 
 MOE__INLINE size_t moe__min(size_t a, size_t b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__max(size_t a, size_t b) { return a > b ? a : b; }
+/* Not fmax and fmin: gcc 12 for aarch64 breaks on loops that reduce with them at -O3. */
+MOE__INLINE double moe__larger(double a, double b) { return a > b ? a : b; }
+MOE__INLINE double moe__smaller(double a, double b) { return a < b ? a : b; }
 MOE__INLINE size_t moe__ceil_div(size_t a, size_t b) { return a / b + (a % b != 0); }
 
 static int moe__mul(size_t a, size_t b, size_t *out) {
@@ -8673,7 +8676,7 @@ MOE_API moe_status moe_game_epsilon(size_t n_tokens, size_t n_experts, size_t to
     for (size_t t = 0; t < n_tokens; t++) {
         const float *z = logits + t * n_next;
         double top = -HUGE_VAL, lse = 0.0;
-        for (size_t j = 0; j < n_next; j++) top = fmax(top, (double)z[j] - gamma * load[j]);
+        for (size_t j = 0; j < n_next; j++) top = moe__larger(top, (double)z[j] - gamma * load[j]);
         for (size_t j = 0; j < n_next; j++) lse += exp((double)z[j] - gamma * load[j] - top);
         for (size_t i = 0; i < top_k; i++) {
             int32_t e = index[t * top_k + i];
@@ -8684,8 +8687,8 @@ MOE_API moe_status moe_game_epsilon(size_t n_tokens, size_t n_experts, size_t to
     }
     for (size_t i = 0; i < n_experts; i++) {
         if (!(count[i] > 0.0) || count[i] < (double)least) continue;
-        lowest = fmin(lowest, sum[i] / count[i]);
-        highest = fmax(highest, sum[i] / count[i]);
+        lowest = moe__smaller(lowest, sum[i] / count[i]);
+        highest = moe__larger(highest, sum[i] / count[i]);
     }
     *epsilon = highest > lowest ? highest - lowest : 0.0;
     return MOE_OK;
@@ -8756,7 +8759,7 @@ MOE_API moe_status moe_game_quality(moe_quality_kind kind, size_t n_tokens, size
             for (size_t e = 0; e < E; e++) quality[e] += (double)z[e] / (double)T;
             continue;
         }
-        for (size_t e = 0; e < E; e++) top = fmax(top, (double)z[e]);
+        for (size_t e = 0; e < E; e++) top = moe__larger(top, (double)z[e]);
         for (size_t e = 0; e < E; e++) sum += exp((double)z[e] - top);
         for (size_t e = 0; e < E; e++) quality[e] += exp((double)z[e] - top) / sum / (double)T;
     }
@@ -9010,20 +9013,20 @@ MOE_API const char *moe_phase_name(moe_phase v) {
     return (unsigned)v < MOE__PHASE_COUNT ? names[v] : NULL;
 }
 
-static double moe__median3(double a, double b, double c) { return fmax(fmin(a, b), fmin(fmax(a, b), c)); }
+static double moe__median3(double a, double b, double c) { return moe__larger(moe__smaller(a, b), moe__smaller(moe__larger(a, b), c)); }
 
 /* Sum of squares left by two lines that meet at x[b], over points first .. n - 1, first < b < n - 1. */
 static double moe__two_lines(size_t first, size_t n, size_t b, const double *x, const double *y) {
     double count = (double)(n - first), sy = 0.0, left = 0.0, right = 0.0, ll = 0.0, rr = 0.0, ly = 0.0, ry = 0.0, sum = 0.0;
     double scale = x[n - 1] - x[first];
     for (size_t i = first; i < n; i++) {
-        double d = (x[i] - x[b]) / scale, l = fmin(d, 0.0), r = fmax(d, 0.0);
+        double d = (x[i] - x[b]) / scale, l = moe__smaller(d, 0.0), r = moe__larger(d, 0.0);
         sy += y[i], left += l, right += r, ll += l * l, rr += r * r, ly += l * y[i], ry += r * y[i];
     }
     double level = (sy - left * ly / ll - right * ry / rr) / (count - left * left / ll - right * right / rr);
     double before = (ly - left * level) / ll, after = (ry - right * level) / rr;
     for (size_t i = first; i < n; i++) {
-        double d = (x[i] - x[b]) / scale, e = y[i] - level - before * fmin(d, 0.0) - after * fmax(d, 0.0);
+        double d = (x[i] - x[b]) / scale, e = y[i] - level - before * moe__smaller(d, 0.0) - after * moe__larger(d, 0.0);
         sum += e * e;
     }
     return sum;

@@ -4,32 +4,9 @@
 # collapses and comes back; the coefficients of a sweep; bad arguments. The last line is "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
-balance=${BUILD:-build}/balance
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-balance.XXXXXX") || exit 1
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
-
-check() { # check WHAT COMMAND...
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $what"; fi
-}
-run() { # run NAME EXPECTED_STATUS ARGUMENTS...: results in $tmp/NAME, output in $tmp/NAME.out, messages in $tmp/NAME.err
-    name=$1 want=$2
-    shift 2
-    "$balance" --quiet --out "$tmp/$name" "$@" >"$tmp/$name.out" 2>"$tmp/$name.err"
-    status=$?
-    check "$name: exit $status, not $want: $(tail -n 1 "$tmp/$name.err")" [ "$status" -eq "$want" ]
-}
-finals() { grep '^{"event":"final",' "$tmp/$1.out"; }
-count() { finals "$1" | wc -l | tr -d ' '; }
-says() { grep -q -e "$2" "$tmp/$1.err"; }
+example=balance
+. tests/example.sh
 value() { finals "$1" | sed -n "s/.*\"method\":\"$2\".*\"$3\":\([^,}]*\).*/\1/p"; } # value RUN METHOD KEY
-differ() { ! cmp -s "$1" "$2"; }
-
-[ -x "$balance" ] || make -s "$balance" || exit 1
 
 # every method: the names are those of the tables in docs/math.md, which another test holds against the library
 run all 0 --steps 2 --images 100 --threads 1 --json

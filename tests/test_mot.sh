@@ -3,30 +3,11 @@
 # bad arguments. The last line is "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
-mot=${BUILD:-build}/mot
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-mot.XXXXXX") || exit 1
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
-
-check() { # check WHAT COMMAND...
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $what"; fi
-}
-run() { # run NAME EXPECTED_STATUS ARGUMENTS...
-    name=$1 want=$2
-    shift 2
-    "$mot" --quiet --out "$tmp/$name" "$@" >"$tmp/$name.out" 2>"$tmp/$name.err"
-    status=$?
-    check "$name: exit $status, not $want: $(tail -n 1 "$tmp/$name.err")" [ "$status" -eq "$want" ]
-}
+example=mot
+. tests/example.sh
 value() { tail -n 1 "$tmp/$1.out" | sed -n "s/.*\"$2\":\"\{0,1\}\([-0-9a-fx.e+]*\).*/\1/p"; }
+unequal() { [ "$1" != "$2" ]; }
 less() { awk "BEGIN { exit !($1 < $2) }"; }
-differ() { [ "$1" != "$2" ]; }
-
-[ -x "$mot" ] || make -s "$mot" || exit 1
 
 run one 0 --steps 150 --batch 32 --test 128 --classes 2 --threads 1 --json
 keys='{"event":"final"' number='-\{0,1\}[0-9][0-9.e+-]*'
@@ -62,7 +43,7 @@ run scalar 0 $few --isa scalar
 run seed 0 $few --seed 2
 check "the same with 3 threads" [ "$(tail -n 1 "$tmp/auto.out")" = "$(tail -n 1 "$tmp/threads.out")" ]
 check "the same with scalar kernels" [ "$(value auto checksum)" = "$(value scalar checksum)" ]
-check "another seed is another training" differ "$(value auto checksum)" "$(value seed checksum)"
+check "another seed is another training" unequal "$(value auto checksum)" "$(value seed checksum)"
 
 run classes 2 --classes 1
 run experts 2 --experts 65

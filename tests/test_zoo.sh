@@ -4,32 +4,9 @@
 # The last line is "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
-zoo=${BUILD:-build}/zoo
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-zoo.XXXXXX") || exit 1
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
-
-check() { # check WHAT COMMAND...
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $what"; fi
-}
-run() { # run NAME EXPECTED_STATUS ARGUMENTS...: results in $tmp/NAME, output in $tmp/NAME.out, messages in $tmp/NAME.err
-    name=$1 want=$2
-    shift 2
-    "$zoo" --quiet --out "$tmp/$name" "$@" >"$tmp/$name.out" 2>"$tmp/$name.err"
-    status=$?
-    check "$name: exit $status, not $want: $(tail -n 1 "$tmp/$name.err")" [ "$status" -eq "$want" ]
-}
-finals() { grep '^{"event":"final",' "$tmp/$1.out"; }
-count() { finals "$1" | wc -l | tr -d ' '; }
+example=zoo
+. tests/example.sh
 untimed() { finals "$1" | sed 's/"tokens_per_s":[^,]*,//'; }
-says() { grep -q -e "$2" "$tmp/$1.err"; }
-differ() { ! cmp -s "$1" "$2"; }
-
-[ -x "$zoo" ] || make -s "$zoo" || exit 1
 
 # every system
 run all 0 --steps 2 --images 100 --threads 1 --json

@@ -27,7 +27,7 @@ typedef struct config {
     const char *data, *system, *isa, *out;
     size_t epochs, steps, batch, eval, threads, experts, top_k;
     uint64_t seed;
-    int tokens, no_dense, json, quiet;
+    int tokens, no_dense, scan, json, quiet;
     double lr, balance;
     // by the data
     size_t width[BLOCKS], shift;
@@ -306,6 +306,43 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
     fflush(human);
 }
 
+// The trained network tested again at other temperatures of its gate, as the ecology paper does [S]: what changes and
+// what stays.
+static void scan_temperatures(const config *o, net *m, const cifar *data, json *j) {
+    static const float temperature[] = {0.1f, 0.2f, 0.5f, 1, 2, 5};
+    enum { N = sizeof temperature / sizeof *temperature };
+    FILE *human = o->json ? stderr : stdout;
+    score s[N];
+    moe_health h[N];
+    double least[5] = {INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}, most[5] = {0};
+    static const char *const what[] = {"test accuracy", "load CV", "dead experts", "MaxVio", "entropy of the mean p"};
+    fprintf(human, "\ntemperature  accuracy  load CV  dead  MaxVio  entropy of the mean p\n");
+    for (size_t i = 0; i < N; i++) {
+        moe_layer_side(m->moe)->temperature = temperature[i];
+        s[i] = test(m, &data->test, test_count(o, data), NULL);
+        nn_must(moe_layer_health(m->moe, &h[i]));
+        const double v[5] = {s[i].accuracy, h[i].load_cv, (double)h[i].n_dead, h[i].maxvio, h[i].entropy};
+        for (int k = 0; k < 5; k++) least[k] = fmin(least[k], v[k]), most[k] = fmax(most[k], v[k]);
+        fprintf(human, "%11.1f  %7.2f%%  %7.3f  %4zu  %6.3f  %21.4f\n", (double)temperature[i], 100 * s[i].accuracy,
+                h[i].load_cv, h[i].n_dead, h[i].maxvio, h[i].entropy);
+        json_begin(j);
+        json_text(j, "event", "scan");
+        json_real(j, "temperature", (double)temperature[i]);
+        json_real(j, "test_accuracy", s[i].accuracy);
+        json_real(j, "test_loss", s[i].loss);
+        write_health(j, &h[i]);
+        json_real(j, "entropy", h[i].entropy);
+        json_end(j);
+    }
+    moe_layer_side(m->moe)->temperature = 0;
+    for (int stays = 1; stays >= 0; stays--) {
+        fprintf(human, stays ? "stay:  " : "change:");
+        for (int k = 0; k < 5; k++)
+            if ((least[k] == most[k]) == stays) fprintf(human, "  %s", what[k]);
+        fprintf(human, "\n");
+    }
+}
+
 static uint64_t net_checksum(const net *m) {
     return moe_hash(moe_layer_hash(m->moe), m->bank.value, m->bank.count * sizeof(float));
 }
@@ -387,6 +424,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->params = m->bank.count + moe_layer_params(m->moe);
     r->active_params = m->bank.count + moe_layer_active_params(m->moe);
     r->checksum = net_checksum(m);
+    if (o->scan && r->experts > 1) scan_temperatures(o, m, data, j);
     free(order);
     game_free(&played);
     net_free(m);
@@ -643,6 +681,7 @@ int main(int argc, char **argv) {
         {"eval", ARGS_SIZE, &o.eval, "N", "test on the first N images only (0: all)", 0, 0},
         {"no-dense", ARGS_FLAG, &o.no_dense, NULL, "leave out the dense network that is trained for comparison", 0, 0},
         ARGS_OUT(&o.out),
+        {"scan", ARGS_FLAG, &o.scan, NULL, "test again at temperatures of the gate from 0.1 to 5", 0, 0},
         ARGS_JSON(&o.json),
         ARGS_QUIET(&o.quiet),
     };

@@ -58,7 +58,7 @@ $(BUILD)/sanitized_test_%: tests/test_%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 test:
 	@$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(SANITIZED) $(EXAMPLES)
-	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh $(TESTS) $(SANITIZED) $(SCRIPTS)
+	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh $(SCRIPTS) $(TESTS) $(SANITIZED)
 
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)

@@ -3324,7 +3324,8 @@ typedef struct moe__dims { /* what follows from a desc: a tape fits a desc if th
     size_t special, experts;   /* after all blocks the constant experts: gates (n, 2, d), vectors (n, d); the end */
     size_t ldo;                /* row of an expert's output */
     size_t at[MOE__R_COUNT + 1]; /* where the router's tensors begin in its block; the last: its length */
-    size_t score, gate, select, combine, noise, jitter, by_sequence, sequence, codes, constants, k, ranks, expert_kind, ortho_loss, output_loss; /* what else decides on the memory */
+    size_t score, gate, select, combine, noise, jitter, by_sequence, sequence, codes, constants, k, ranks, expert_kind, ortho_loss,
+        output_loss; /* what else decides on the memory */
 } moe__dims;
 
 typedef struct moe__group { /* rows that one set of an expert's parameters computes */
@@ -3407,7 +3408,8 @@ typedef struct moe__job {
 #define MOE__BLOCK_END(i, n) moe__min((n), ((i) + 1) * MOE__TOKENS)
 
 static void moe__run_blocks(const moe__job *j, moe_task *task, void *arg) {
-    moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->d * (j->dims->N + j->dims->S), moe__ceil_div(j->t->n_tokens, MOE__TOKENS), task, arg);
+    moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->d * (j->dims->N + j->dims->S), moe__ceil_div(j->t->n_tokens, MOE__TOKENS), task,
+                  arg);
 }
 /* A tensor of the router, or of its gradient; NULL if this desc has it not. */
 static const float *moe__router_part(const moe__job *j, int part) {
@@ -3441,7 +3443,9 @@ typedef struct moe__map {
     float *da; size_t lda, da_panel; /* += (T, k): row-major (panel 32), or set as panels where da_fresh */
     int da_fresh;
 } moe__map;
-static size_t moe__map_floats(size_t k, size_t n) { return moe__max(moe__ceil_div(n, MOE__W) * k, moe__ceil_div(k, MOE__W) * n); } /* times 32 */
+static size_t moe__map_floats(size_t k, size_t n) {
+    return moe__max(moe__ceil_div(n, MOE__W) * k, moe__ceil_div(k, MOE__W) * n);
+} /* times 32 */
 
 static void moe__map_pack(const moe__map *v) {
     for (size_t p = 0; p < moe__ceil_div(v->n, MOE__W); p++)
@@ -3613,7 +3617,8 @@ static void moe__task_project(void *arg, size_t i, size_t worker) { /* m->lat of
     }
     const float *u = l->proj ? lat : j->m->xr;
     if (l->act == MOE__RELU)
-        for (size_t p = 0; p < j->dims->lp; p++) j->kn->act[MOE_EXPERT_RELU](t1 - t0, lat + (p * T + t0) * MOE__W, NULL, lat + (p * T + t0) * MOE__W);
+        for (size_t p = 0; p < j->dims->lp; p++)
+            j->kn->act[MOE_EXPERT_RELU](t1 - t0, lat + (p * T + t0) * MOE__W, NULL, lat + (p * T + t0) * MOE__W);
     else
         for (size_t t = t0; t < t1; t++) j->m->inv[t] = moe__row_unit(j, u, lat, L, t, l->act == MOE__LN);
 }
@@ -3662,7 +3667,7 @@ static void moe__task_into_x(void *arg, size_t i, size_t worker) {
     (void)worker;
     for (size_t t = t0; t < t1; t++) {
         float *g = pre ? j->m->xs : j->m->dlat;
-        if (pre) { /* y = LN(x) again, into lat's place: d <= room? no: into work of its own, dlat (d, T) */
+        if (pre) { /* y = LN(x) again; dlat has room for it, and its gradient has gone on to xs */
             float *y = j->m->dlat;
             float inv = moe__row_unit(j, j->m->xr, y, d, t, 1), part;
             for (size_t p = 0; p < j->dims->dp; p++) { /* dy = g * silu'(y): the expert's backward does it in place of its z */
@@ -3777,7 +3782,8 @@ static void moe__task_subspace_dx(void *arg, size_t i, size_t worker) {
                 for (size_t c = 0; c < MOE__W; c++) u[(p * T + t) * MOE__W + c] *= scale;
             if (!j->dx || !(norm > 0.0f)) continue;
             for (size_t p = 0; p < j->dims->dp; p++)
-                j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), -(dz * z) / (norm * norm), j->m->xr + (p * T + t) * MOE__W, j->dx + t * d + p * MOE__W);
+                j->kn->axpy(moe__min(MOE__W, d - p * MOE__W), -(dz * z) / (norm * norm), j->m->xr + (p * T + t) * MOE__W,
+                            j->dx + t * d + p * MOE__W);
         }
         if (!j->dx) continue;
         moe__target to = {j->dx + t0 * d, d, MOE__W, d, NULL, 0};
@@ -3797,7 +3803,9 @@ static void moe__task_subspace_dv(void *arg, size_t i, size_t worker) { /* i: an
 }
 static void moe__subspace_backward(const moe__job *j) {
     moe__run_blocks(j, moe__task_subspace_dx, (void *)(uintptr_t)j);
-    if (j->t->side.d_experts) moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->E * j->dims->d * j->dims->f, j->dims->E * j->dims->dp, moe__task_subspace_dv, (void *)(uintptr_t)j);
+    if (j->t->side.d_experts)
+        moe__run_work(&j->d->parallel, j->t->n_tokens, j->dims->E * j->dims->d * j->dims->f, j->dims->E * j->dims->dp,
+                      moe__task_subspace_dv, (void *)(uintptr_t)j);
 }
 
 /* hash: consecutive ids of a run of E go to E different experts, in an order of the run's own: balanced over evenly used
@@ -3814,7 +3822,8 @@ static void moe__hash_forward(const moe__job *j, size_t t0, size_t t1) {
 }
 static void moe__random_forward(const moe__job *j, size_t t0, size_t t1) {
     size_t E = j->dims->E;
-    for (size_t t = t0; t < t1; t++) moe__uniforms(j, MOE__USE_SCORE, (uint64_t)moe__draw_row(j, t) * E, E, 0.0f, 1.0f, j->t->logits + t * E);
+    for (size_t t = t0; t < t1; t++)
+        moe__uniforms(j, MOE__USE_SCORE, (uint64_t)moe__draw_row(j, t) * E, E, 0.0f, 1.0f, j->t->logits + t * E);
 }
 
 typedef struct moe__score_row {
@@ -4635,7 +4644,8 @@ static moe_status moe__select_sinkhorn(const moe__job *j) {
     const float *plan = j->m->seen;
     moe_status s = MOE_OK;
     if (j->m->now.training) {
-        s = moe_sinkhorn(T, E, j->d->sinkhorn_epsilon, j->d->sinkhorn_iterations, j->m->seen, j->m->work, j->m->scratch, j->m->scratch_bytes);
+        s = moe_sinkhorn(T, E, j->d->sinkhorn_epsilon, j->d->sinkhorn_iterations, j->m->seen, j->m->work, j->m->scratch,
+                         j->m->scratch_bytes);
         plan = j->m->work;
     }
     for (size_t t = 0; !s && t < T; t++) {
@@ -5494,7 +5504,8 @@ static void moe__combine_block(const moe__pass *p, size_t i, float *y, int backw
     const moe_routes *r = &j->t->routes;
     for (size_t t = MOE__BLOCK_BEGIN(i); t < MOE__BLOCK_END(i, j->t->n_tokens); t++) {
         float *row = y + t * d->d;
-        for (size_t g = j->m->first_shared; g < j->m->n_groups; g++) j->kn->axpy(d->d, 1.0f, j->m->o + (j->m->group[g].begin + t) * d->ldo, row);
+        for (size_t g = j->m->first_shared; g < j->m->n_groups; g++)
+            j->kn->axpy(d->d, 1.0f, j->m->o + (j->m->group[g].begin + t) * d->ldo, row);
         if (j->d->combine == MOE_COMBINE_MERGE) j->kn->axpy(d->d, 1.0f, j->m->o + t * d->ldo, row);
         else if (j->d->combine == MOE_COMBINE_SOFT) {
             const float *w = (backward ? j->m->dispatch : j->m->mix) + t * d->N;
@@ -5533,7 +5544,8 @@ static void moe__task_gather_dy(void *arg, size_t i, size_t worker) {
     for (size_t u = 0; u < d->dp; u++) {
         float *to = p->j.m->o + (g->begin * d->dp + u * g->rows + s.r0) * MOE__W;
         for (size_t r = 0; r < s.rows; r++, to += MOE__W)
-            moe__fill_panel(p->dy, d->d, g->token ? g->token[s.r0 + r] : g->first + s.r0 + r, 1, u * MOE__W, moe__min(MOE__W, d->d - u * MOE__W), to);
+            moe__fill_panel(p->dy, d->d, g->token ? g->token[s.r0 + r] : g->first + s.r0 + r, 1, u * MOE__W,
+                            moe__min(MOE__W, d->d - u * MOE__W), to);
         if (!p->j.m->dout || !g->token) continue;
         to -= s.rows * MOE__W;
         for (size_t r = 0; r < s.rows; r++, to += MOE__W) {
@@ -5692,7 +5704,8 @@ static void moe__experts_forward(moe__pass *p) {
     const moe__job *j = &p->j;
     const moe__dims *d = j->dims;
     moe__groups_begin(p);
-    if (j->d->combine == MOE_COMBINE_MERGE) moe_run(&j->d->parallel, moe__sequences(j) * moe__ceil_div(d->expert, MOE__MERGE_SPAN), moe__task_merge, p);
+    if (j->d->combine == MOE_COMBINE_MERGE)
+        moe_run(&j->d->parallel, moe__sequences(j) * moe__ceil_div(d->expert, MOE__MERGE_SPAN), moe__task_merge, p);
     else if (j->d->combine == MOE_COMBINE_SOFT) moe_run(&j->d->parallel, moe__sequences(j) ? d->N : 0, moe__task_soft_x, p);
     else moe__phase_run(p, 1, MOE__TOKENS, 0, moe__task_gather);
     moe__phase_run(p, d->hp, moe__block_rows(d->d), 0, moe__task_up);
@@ -6809,7 +6822,9 @@ typedef struct moe__loss_row {
 /* What prob was made with. */
 #define MOE__PROB_T(j) ((j)->m->now.prob_t)
 /* Gradient by the scores that a loss was on, m->work (T, E), on to the logits. */
-static const float *moe__layer_scores(const moe__job *j) { return moe__gates[j->d->gate].scores == MOE__SCORES_OWN ? j->t->scores : j->t->prob; }
+static const float *moe__layer_scores(const moe__job *j) {
+    return moe__gates[j->d->gate].scores == MOE__SCORES_OWN ? j->t->scores : j->t->prob;
+}
 static moe_status moe__loss_scores_back(const moe__job *j) {
     size_t n = j->t->n_tokens * j->dims->E;
     const float *s = moe__layer_scores(j), *ds = j->m->work;
@@ -6832,13 +6847,17 @@ static moe_status moe__add_sequence(const moe__job *j, const uint64_t *load, flo
 }
 static moe_status moe__add_device(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
     moe_status s = moe_device_load(j->dims->E, j->d->n_ranks, load, j->m->counts);
-    return s ? s : moe_loss_device(j->t->n_tokens, j->dims->E, j->d->n_ranks, MOE__PROB_T(j), j->t->prob, j->m->counts, coefficient, value, j->m->dlogits);
+    return s ? s
+             : moe_loss_device(j->t->n_tokens, j->dims->E, j->d->n_ranks, MOE__PROB_T(j), j->t->prob, j->m->counts, coefficient, value,
+                               j->m->dlogits);
 }
 static moe_status moe__add_communication(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
     size_t T = j->t->n_tokens, E = j->dims->E, P = j->d->n_ranks;
     (void)load;
     moe_status s = moe_device_tokens(T, E, P, j->dims->S, j->t->index, j->m->counts);
-    return s ? s : moe_loss_communication(T, E, P, moe__min(P, j->m->now.k), MOE__PROB_T(j), j->t->prob, j->m->counts, T, coefficient, value, j->m->dlogits);
+    return s ? s
+             : moe_loss_communication(T, E, P, moe__min(P, j->m->now.k), MOE__PROB_T(j), j->t->prob, j->m->counts, T, coefficient, value,
+                                      j->m->dlogits);
 }
 /* The tokens of each rank are at home there: the mean over the ranks. 1 - 0.01 at home [D]. */
 static moe_status moe__add_locality(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
@@ -6951,8 +6970,8 @@ static moe_status moe__add_codebook(const moe__job *j, const uint64_t *load, flo
     const float *codebook = moe__router_part(j, MOE__R_CODEBOOK);
     (void)load;
     if (!j->m->branch->ready) return MOE_OK;
-    return moe_loss_codebook(j->t->n_tokens, j->dims->d, j->dims->codes, j->m->branch->x, codebook, j->m->branch->code, 0.25f, coefficient, value,
-                             j->dx, moe__router_grad(j, MOE__R_CODEBOOK));
+    return moe_loss_codebook(j->t->n_tokens, j->dims->d, j->dims->codes, j->m->branch->x, codebook, j->m->branch->code, 0.25f, coefficient,
+                             value, j->dx, moe__router_grad(j, MOE__R_CODEBOOK));
 }
 static moe_status moe__add_switch(const moe__job *j, const uint64_t *load, float coefficient, double *value) {
     return moe_loss_switch(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, load, coefficient, value, j->m->dlogits);
@@ -6980,7 +6999,9 @@ static moe_status moe__add_variance(const moe__job *j, const uint64_t *load, flo
     MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, coefficient, value, j->m->dlogits))
 #define MOE__ADD_MEAN(name) \
     MOE__ADD(name, moe_loss_##name(j->t->n_tokens, j->dims->E, MOE__PROB_T(j), j->t->prob, j->mean, coefficient, value, j->m->dlogits))
-#define MOE__ADD_ROUTER(name) MOE__ADD(name, moe_loss_##name(j->dims->L, j->dims->N, moe__router_part(j, MOE__R_ROUTER), coefficient, value, moe__router_grad(j, MOE__R_ROUTER)))
+#define MOE__ADD_ROUTER(name)                                                                                                              \
+    MOE__ADD(name, moe_loss_##name(j->dims->L, j->dims->N, moe__router_part(j, MOE__R_ROUTER), coefficient, value,                         \
+                                   moe__router_grad(j, MOE__R_ROUTER)))
 MOE__ADD_LOGITS(z)
 MOE__ADD_LOGITS(redundancy)
 MOE__ADD_PROB(entropy)
@@ -7005,7 +7026,8 @@ static const moe__loss_row moe__losses[MOE_LOSS_COUNT] = {
     {{"switch", "E sum_e f_e P_e, f_e = c_e / sum_j c_j", "GShard, Switch", "C", 0.01f}, moe__add_switch},
     {{"z", "mean_t (logsumexp z_t)^2", "ST-MoE", "C", 0.001f}, moe__add_z},
     {{"importance", "Var(P) / Mean(P)^2", "V-MoE, after Shazeer 2017", "K", 0.005f}, moe__add_importance},
-    {{"importance-selected", "Var(I) / Mean(I)^2, I_e = sum of the selected w_te", "Shazeer 2017", "K", 0.1f}, moe__add_importance_selected},
+    {{"importance-selected", "Var(I) / Mean(I)^2, I_e = sum of the selected w_te", "Shazeer 2017", "K", 0.1f},
+     moe__add_importance_selected},
     {{"load", "Var(I) / Mean(I)^2, I_e = sum_t Phi((z_te - thr_te) / sigma_te)", "Shazeer 2017, V-MoE", "C", 0.005f}, moe__add_load},
     {{"entropy", "-mean_t S_t, S_t = -sum_e p_te ln p_te", "ecology paper; the sign is a choice", "D", 0.0f}, moe__add_entropy},
     {{"certainty", "mean_t S_t", "top-p routing", "K", 1e-4f}, moe__add_certainty},
@@ -7017,7 +7039,8 @@ static const moe__loss_row moe__losses[MOE_LOSS_COUNT] = {
     {{"sequence", "mean over sequences of E sum_e f_e Q_e, Q_e = mean of s_te / sum_j s_tj", "DeepSeek-V3", "K", 1e-4f}, moe__add_sequence},
     {{"device", "sum_d F_d P_d, F_d = mean of E f_e in d, P_d = sum of P_e in d", "DeepSeekMoE", "K", 0.05f}, moe__add_device},
     {{"communication", "sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d", "DeepSeek-V2", "K", 0.02f}, moe__add_communication},
-    {{"locality", "sum_d P_d ln(P_d / L_d), L = 1 - s at home, s / (D - 1) elsewhere", "LocMoE (2401.13920)", "K", 0.0f}, moe__add_locality},
+    {{"locality", "sum_d P_d ln(P_d / L_d), L = 1 - s at home, s / (D - 1) elsewhere", "LocMoE (2401.13920)", "K", 0.0f},
+     moe__add_locality},
     {{"relu-l1", "E sum_e f_e mean_t max(0, s_te), f_e = c_e / (k T)", "ReMoE", "C", 1e-8f}, moe__add_relu_l1},
     {{"variance", "-mean_t sum_e (s_te - mean_t s_te)^2", "2505.22323", "K", 0.0f}, moe__add_variance},
     {{"oracle", "-mean_t ln p_te, e = teacher of t", "ecology paper; the teacher is a choice", "S", 0.0f}, moe__add_oracle},
@@ -7030,7 +7053,8 @@ static const moe__loss_row moe__losses[MOE_LOSS_COUNT] = {
     {{"prototype-alignment", "mean over choices of 1 - cos(x_t, R_e)", "2506.21328; form", "D", 0.0f}, moe__add_prototype_alignment},
     {{"latent-kl", "mean_t (1/2) sum_i (m_ti^2 + v_ti - ln v_ti - 1)", "2506.21328; form", "D", 0.0f}, NULL},
     {{"redundancy", "mean over i < j of max(0, cos(z_i, z_j))", "public code", "C", 0.1f}, moe__add_redundancy},
-    {{"output-orthogonality", "mean_t sum over j != l of (o_j . o_l)^2 / (o_l . o_l)", "2505.22323", "K", 0.0f}, moe__add_output_orthogonality},
+    {{"output-orthogonality", "mean_t sum over j != l of (o_j . o_l)^2 / (o_l . o_l)", "2505.22323", "K", 0.0f},
+     moe__add_output_orthogonality},
     {{"orthonormal", "sum_ij ((V^T V - I)_ij)^2", "ERMoE", "S", 0.001f}, moe__add_orthonormal},
     {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2)", "VQMoE", "C", 0.08f}, moe__add_codebook},
 };
@@ -7076,7 +7100,9 @@ MOE__NAME_API(gate, moe__gates, MOE__GATE_COUNT)
 MOE__NAME_API(select, moe__selects, MOE__SELECT_COUNT)
 MOE_API const char *moe_loss_name(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? moe__losses[v].info.name : NULL; }
 MOE_API const moe_info *moe_loss_info(moe_loss_kind v) { return (unsigned)v < MOE_LOSS_COUNT ? &moe__losses[v].info : NULL; }
-static const struct { const char *name; } moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}, {"orthonormal"}};
+static const struct {
+    const char *name;
+} moe__experts_table[] = {{"default"}, {"relu"}, {"gelu"}, {"silu"}, {"swiglu"}, {"geglu"}, {"orthonormal"}};
 static const struct { const char *name; } moe__noises[] = {{"default"}, {"none"}, {"gaussian"}, {"uniform"}, {"gumbel"}, {"learned"}};
 static const struct { const char *name; } moe__combines[] = {{"default"}, {"sum"}, {"soft"}, {"merge"}, {"robust"}};
 static const struct { const char *name; } moe__inits[] = {{"default"}, {"uniform"}, {"orthogonal"}, {"zero"}};
@@ -9623,9 +9649,11 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
     if (d->n_ranks > d->n_experts) return MOE_E_N_RANKS;
     if (d->score == MOE_SCORE_SLICE && d->d_model % d->n_experts) return MOE_E_SLICE;
     if (d->score == MOE_SCORE_SUBSPACE && (d->expert != MOE_EXPERT_ORTHONORMAL || special)) return MOE_E_SUBSPACE;
-    if ((d->gate == MOE_GATE_SPARSEMIXER) != (d->select == MOE_SELECT_SAMPLED) || (d->gate == MOE_GATE_SIGN && d->select != MOE_SELECT_THRESHOLD))
+    if ((d->gate == MOE_GATE_SPARSEMIXER) != (d->select == MOE_SELECT_SAMPLED) ||
+        (d->gate == MOE_GATE_SIGN && d->select != MOE_SELECT_THRESHOLD))
         return MOE_E_GATE_SELECT;
-    if ((soft || merge) && (d->select != MOE_SELECT_ALL || d->gate != MOE_GATE_SOFTMAX || d->capacity_factor != (float)MOE_OFF)) return MOE_E_SELECT_COMBINE;
+    if ((soft || merge) && (d->select != MOE_SELECT_ALL || d->gate != MOE_GATE_SOFTMAX || d->capacity_factor != (float)MOE_OFF))
+        return MOE_E_SELECT_COMBINE;
     if (soft && (!moe__latent_score(d->score) || d->noise != MOE_NOISE_NONE)) return MOE_E_SELECT_COMBINE;
     if (d->gate_drop > 0.0f && (soft || merge || d->select == MOE_SELECT_SINKHORN || d->select == MOE_SELECT_AUCTION ||
                                 d->select == MOE_SELECT_SAMPLED))
@@ -9633,7 +9661,8 @@ static moe_status moe__resolve_fit(const moe_desc *d) {
     if (merge && d->route_sequence != MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     if (soft && d->residual == MOE_ON) return MOE_E_RESIDUAL;
-    if (d->n_codes && (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special || d->jitter > 0.0f || d->route_sequence == MOE_ON))
+    if (d->n_codes &&
+        (d->n_codes < d->n_experts || d->combine != MOE_COMBINE_SUM || special || d->jitter > 0.0f || d->route_sequence == MOE_ON))
         return MOE_E_N_CODES;
     if (moe__losses_check(d)) return MOE_E_LOSS_STAGE;
     if ((d->controller == MOE_CONTROL_RELU_LAMBDA && (d->gate != MOE_GATE_RELU || !(d->loss[MOE_LOSS_RELU_L1] > 0.0f))) ||
@@ -9801,7 +9830,8 @@ static moe_status moe__tape_layout(moe_tape **out, const moe_desc *resolved, siz
     t.n_slots = d->S;
     t.logits = moe__take_floats(a, n, d->E);
     t.prob = moe__take_floats(a, n, d->E);
-    if (moe__gates[resolved->gate].scores == MOE__SCORES_OWN || (resolved->gate == MOE_GATE_SOFTMAX && resolved->learn_temperature == MOE_ON))
+    if (moe__gates[resolved->gate].scores == MOE__SCORES_OWN ||
+        (resolved->gate == MOE_GATE_SOFTMAX && resolved->learn_temperature == MOE_ON))
         m.own_scores = t.scores = moe__take_floats(a, n, d->E);
     else t.scores = moe__gates[resolved->gate].scores == MOE__SCORES_PROB ? t.prob : t.logits;
     t.index = (int32_t *)moe__take(a, slots, sizeof(int32_t));
@@ -9972,7 +10002,8 @@ static void moe__now_begin(const moe__job *j) {
     now->random = now->training && side->step < d->random_steps;
     now->k = d->top_k; /* the descs are resolved: these cannot fail */
     if (side->top_k) now->k = moe__min(side->top_k, d->top_k);
-    else if (now->training && d->schedule_steps) (void)moe_schedule_k(d->schedule, side->step, d->schedule_steps, d->top_k_min, d->top_k, &now->k);
+    else if (now->training && d->schedule_steps)
+        (void)moe_schedule_k(d->schedule, side->step, d->schedule_steps, d->top_k_min, d->top_k, &now->k);
     if (d->temperature_end != 0.0f)
         (void)moe_schedule_temperature(d->schedule, side->step, d->schedule_steps, d->temperature, d->temperature_end, &temperature);
     if (side->temperature > 0.0f) temperature = side->temperature;
@@ -10521,7 +10552,8 @@ static void moe__init_router(moe_layer *m) {
             if (m->d.router_init == MOE_INIT_UNIFORM && m->d.router_gain != 1.0f) bound = bound * m->d.router_gain;
         } else if (part != MOE__R_PROJ && part != MOE__R_RESIDUAL && part != MOE__R_CODEBOOK) continue;
         moe__uniform_at(m->d.seed, (uint64_t)0 - (uint64_t)part, 0, n, -bound, bound, p);
-        if (part == MOE__R_ROUTER && m->d.router_init == MOE_INIT_ORTHOGONAL) moe__orthogonalize(p, d->N, d->L, moe__at_router, d, m->d.router_gain);
+        if (part == MOE__R_ROUTER && m->d.router_init == MOE_INIT_ORTHOGONAL)
+            moe__orthogonalize(p, d->N, d->L, moe__at_router, d, m->d.router_gain);
     }
     float *constant = m->part[MOE_PART_PARAMS] + d->special + d->constants * 2 * d->d, bound = 1.0f / sqrtf((float)d->d);
     moe__uniform_at(m->d.seed, (uint64_t)0 - MOE__R_COUNT, 0, d->constants * d->d, -bound, bound, constant);
@@ -10611,7 +10643,13 @@ static void moe__ln_back(const moe__kernels *kn, size_t n, const float *y, float
     for (size_t i = 0; i < n; i++) dy[i] = moe__fma(-along, y[i], dy[i] - mean) * inv;
 }
 
-typedef struct moe__branch_job { const moe_layer *m; moe_tape *t; moe__branch *b; const float *x, *router, *dy; float *y, *dx; } moe__branch_job;
+typedef struct moe__branch_job {
+    const moe_layer *m;
+    moe_tape *t;
+    moe__branch *b;
+    const float *x, *router, *dy;
+    float *y, *dx;
+} moe__branch_job;
 static void moe__task_branch_codes(void *arg, size_t i, size_t worker) { /* nearest code, its LN, the two weights */
     const moe__branch_job *j = (const moe__branch_job *)arg;
     const moe__dims *s = &j->m->dims;
@@ -10679,7 +10717,8 @@ static void moe__task_branch_split(void *arg, size_t i, size_t worker) { /* dx +
         for (size_t c = 0; c < d; c++) ya[c] = g[0] * dy[c], v[c] = g[1] * dy[c];
         moe__ln_back(kn, d, j->b->v + t * d, j->b->inv_v[t], v);
         for (size_t k = 0; k < 2; k++) g[k] = g[k] * (dg[k] - mean); /* now the gradient by the gate's logits */
-        for (size_t c = 0; j->dx && c < d; c++) j->dx[t * d + c] = moe__fma(g[0], gate[c * 2], moe__fma(g[1], gate[c * 2 + 1], j->dx[t * d + c]));
+        for (size_t c = 0; j->dx && c < d; c++)
+            j->dx[t * d + c] = moe__fma(g[0], gate[c * 2], moe__fma(g[1], gate[c * 2 + 1], j->dx[t * d + c]));
     }
 }
 /* The gradient of y for the other branch; this one's waits in dv. */
@@ -10702,7 +10741,8 @@ static moe_status moe__branch_backward(moe_layer *m, moe_tape *t, float *dx) {
     const moe__kernels *kn = moe__k();
     size_t d = m->dims.d, n = t->n_tokens;
     memset(b->u, 0, n * d * sizeof(float));
-    moe_status s = moe__backward_experts(&b->tape->memory->d, m->part[MOE_PART_PARAMS], b->tape, b->dv, 0, m->part[MOE_PART_GRADS], NULL, b->u);
+    moe_status s =
+        moe__backward_experts(&b->tape->memory->d, m->part[MOE_PART_PARAMS], b->tape, b->dv, 0, m->part[MOE_PART_GRADS], NULL, b->u);
     for (size_t i = 0; i < n && !s && dx; i++) { /* back through LN(C_j), and straight through to x */
         size_t c = (size_t)b->code[i];
         moe__ln_back(kn, d, b->codes + c * d, b->inv_code[c], b->u + i * d);
@@ -10843,7 +10883,8 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
             s = moe__step_span(m, &o, &at, g * d->expert + cut[i], i % 2 == 0);
     if (!s) s = moe__step_span(m, &o, &at, d->experts, 1);
     for (int part = 0; part < MOE__R_COUNT && !s; part++) {
-        int matrix = part == MOE__R_ROUTER || part == MOE__R_PROJ || part == MOE__R_NOISE || part == MOE__R_RESIDUAL || part == MOE__R_BRANCH;
+        int matrix =
+            part == MOE__R_ROUTER || part == MOE__R_PROJ || part == MOE__R_NOISE || part == MOE__R_RESIDUAL || part == MOE__R_BRANCH;
         if (m->d.freeze_router == MOE_ON) at = d->experts + d->at[part + 1];
         else s = moe__step_span(m, &o, &at, d->experts + d->at[part + 1], matrix);
     }
@@ -10857,7 +10898,8 @@ MOE_API moe_status moe_step(moe_layer *m, float lr) {
 MOE_API double moe_desc_ecology(const moe_desc *d) {
     moe_desc r;
     if (moe_desc_resolve(d, &r)) return moe_ecology_number(-1.0, 0.0, 0.0, 0.0); /* NaN */
-    double on[4] = {(double)r.loss[MOE_LOSS_ENTROPY], (double)r.loss[MOE_LOSS_ORACLE], (double)r.loss[MOE_LOSS_KL_UNIFORM], (double)r.loss[MOE_LOSS_SWITCH]};
+    double on[4] = {(double)r.loss[MOE_LOSS_ENTROPY], (double)r.loss[MOE_LOSS_ORACLE], (double)r.loss[MOE_LOSS_KL_UNIFORM],
+                    (double)r.loss[MOE_LOSS_SWITCH]};
     for (int i = 0; i < 4; i++)
         if (on[i] < 0.0) on[i] = 0.0; /* off */
     return moe_ecology_number((double)r.temperature, on[0], on[1], on[2] > on[3] ? on[2] : on[3]);
@@ -10876,7 +10918,9 @@ MOE_API size_t moe_layer_params(const moe_layer *m) {
 MOE_API size_t moe_layer_active_params(const moe_layer *m) {
     if (!m) return 0;
     const moe__dims *d = &m->dims;
-    size_t used = m->d.combine == MOE_COMBINE_MERGE ? 1 : m->d.combine == MOE_COMBINE_SOFT ? d->F : moe__min(d->F, m->d.top_k + (d->codes != 0));
+    size_t used = m->d.combine == MOE_COMBINE_MERGE  ? 1
+                  : m->d.combine == MOE_COMBINE_SOFT ? d->F
+                                                     : moe__min(d->F, m->d.top_k + (d->codes != 0));
     return (used + d->G - d->F) * moe__expert_params(d) + d->at[MOE__R_COUNT];
 }
 /* The experts that are networks, all of them, on every token. */

@@ -252,7 +252,8 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
             for (size_t i = 0; i < n * CLASSES; i++)
                 logits[i] = mirror ? 0.5f * (logits[i] + m->logits[i]) : m->logits[i];
             for (size_t i = 0; r && i < t->n_tokens * k; i++)
-                if (t->index[i] >= 0) r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
+                if (t->index[i] >= 0)
+                    r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
         }
         sum.loss += nn_cross_entropy(&m->ops, n, CLASSES, 0, logits, m->label, m->prob, NULL);
         sum.accuracy += (double)nn_count_right(n, CLASSES, logits, m->label);

@@ -319,7 +319,8 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     page_card(f);
     draw(f, r, n);
     page_card_end(f);
-    page_heading(f, "gamma_eff over the same time, with 95% intervals, where the data tell it; E is the ecology number");
+    page_heading(f,
+                 "gamma_eff over the same time, with 95% intervals, where the data tell it; E is the ecology number");
     page_card(f);
     draw_gamma(f, r, n);
     page_card_end(f);

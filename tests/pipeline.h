@@ -302,7 +302,8 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
             for (size_t i = 0; i < S; i++)
                 for (size_t l = 0; l < S; l++) {
                     const double *a = b->outputs + (t * S + i) * d, *c = b->outputs + (t * S + l) * d;
-                    if (i != l && o->t->routes.slot[t * S + i] != MOE_NONE && o->t->routes.slot[t * S + l] != MOE_NONE) v += pow(pl_dot(d, a, c), 2) / pl_dot(d, c, c) / (double)T;
+                    if (i != l && o->t->routes.slot[t * S + i] != MOE_NONE && o->t->routes.slot[t * S + l] != MOE_NONE)
+                        v += pow(pl_dot(d, a, c), 2) / pl_dot(d, c, c) / (double)T;
                 }
         break;
     case MOE_LOSS_ORTHONORMAL: {
@@ -339,7 +340,8 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
         for (size_t i = 0; i < E; i++)
             for (size_t j = 0; j < E; j++) {
                 double dot = 0, ii = 0, jj = 0;
-                for (size_t c = 0; c < L; c++) dot += R[c * E + i] * R[c * E + j], ii += R[c * E + i] * R[c * E + i], jj += R[c * E + j] * R[c * E + j];
+                for (size_t c = 0; c < L; c++)
+                    dot += R[c * E + i] * R[c * E + j], ii += R[c * E + i] * R[c * E + i], jj += R[c * E + j] * R[c * E + j];
                 double off = dot - (i == j), angle = dot / sqrt(ii * jj);
                 if (kind == MOE_LOSS_SIMBAL) v += fabs(off);
                 if (kind == MOE_LOSS_PROTOTYPE_ORTHOGONALITY) v += (angle - (i == j)) * (angle - (i == j));
@@ -360,9 +362,11 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
 static inline double pipeline_objective(pipeline *o) {
     size_t T = o->T, E = o->E, S = o->S, d = o->d.d_model, N = o->N;
     const moe_tape *t = o->t;
-    const double *Wn = pipeline_tensor(o, "router.noise"), *G = pipeline_tensor(o, "router.threshold"), *A = pipeline_tensor(o, "router.residual");
+    const double *Wn = pipeline_tensor(o, "router.noise"), *G = pipeline_tensor(o, "router.threshold"),
+                 *A = pipeline_tensor(o, "router.residual");
     const double *log_scale = pipeline_tensor(o, "router.log_scale");
-    double *z = test_doubles(T * N), *clean = test_doubles(T * E), *std = test_doubles(T * E), *prob = test_doubles(T * E), *score = test_doubles(T * E);
+    double *z = test_doubles(T * N), *clean = test_doubles(T * E), *std = test_doubles(T * E), *prob = test_doubles(T * E),
+           *score = test_doubles(T * E);
     double *w = test_doubles(T * S), *out = test_doubles(T * S * d), *one = test_doubles(d), *xr = test_doubles(T * d);
     double tau = (double)t->memory->now.prob_t, inv_t = log_scale ? exp(fmin(*log_scale, 20)) : 1 / tau, objective = 0;
     int training = t->memory->now.training, soft = o->d.combine == MOE_COMBINE_SOFT;
@@ -435,7 +439,8 @@ static inline double pipeline_objective(pipeline *o) {
             if (e >= o->F && e < o->F + o->d.n_zero) wi[s] = 0;
             sum += wi[s];
         }
-        int normal = o->d.normalize == MOE_ON && o->d.gate != MOE_GATE_SOFTMAX_SELECTED && o->d.gate != MOE_GATE_SIGN && o->d.gate != MOE_GATE_SPARSEMIXER;
+        int normal = o->d.normalize == MOE_ON && o->d.gate != MOE_GATE_SOFTMAX_SELECTED && o->d.gate != MOE_GATE_SIGN &&
+                     o->d.gate != MOE_GATE_SPARSEMIXER;
         for (size_t s = 0; s < S; s++) wi[s] = (normal && sum > 0 ? wi[s] / sum : wi[s]) * (double)o->d.weight_scale;
     }
     memset(o->y, 0, T * d * sizeof(double));

@@ -48,7 +48,8 @@ static void test_parse(void) {
     size_t at;
     memset(&d, 0, sizeof d);
     CHECK_OK(moe_desc_parse(&d, "  top_k=3 gate=sigmoid  loss.z=0.5 bias=true capacity_factor=off ", NULL));
-    CHECK(d.top_k == 3 && d.gate == MOE_GATE_SIGMOID && d.loss[MOE_LOSS_Z] == 0.5f && d.bias == MOE_ON && d.capacity_factor == (float)MOE_OFF);
+    CHECK(d.top_k == 3 && d.gate == MOE_GATE_SIGMOID && d.loss[MOE_LOSS_Z] == 0.5f && d.bias == MOE_ON &&
+          d.capacity_factor == (float)MOE_OFF);
     CHECK_STATUS(moe_desc_parse(&d, "top_k=5 gate=soft", &at), MOE_E_VALUE);
     CHECK(at == 8 && d.top_k == 3); /* all or nothing */
     CHECK_STATUS(moe_desc_parse(&d, "topk=5", &at), MOE_E_FIELD);
@@ -149,20 +150,38 @@ static void test_gradients(void) {
 /* Choices that no row combines, and the losses that need something of the layer. */
 static void test_more_gradients(void) {
     static const char *const mixes[] = {
-        "score=unit loss.simbal=0.05", "score=mlp bias=true n_shared=2", "score=projected d_router=5 gate=softmax-selected jitter=0.2 top_k=3",
-        "score=prototype d_router=20 gate=sigmoid normalize=true weight_scale=2.5", "score=normed noise=learned loss.load=0.2 loss.importance-selected=0.2",
-        "noise=gaussian noise_std=0.5 loss.load=0.2", "noise=gumbel noise_std=0.3 gate=sigmoid", "noise=uniform route_sequence=true jitter=0.1",
+        "score=unit loss.simbal=0.05",
+        "score=mlp bias=true n_shared=2",
+        "score=projected d_router=5 gate=softmax-selected jitter=0.2 top_k=3",
+        "score=prototype d_router=20 gate=sigmoid normalize=true weight_scale=2.5",
+        "score=normed noise=learned loss.load=0.2 loss.importance-selected=0.2",
+        "noise=gaussian noise_std=0.5 loss.load=0.2",
+        "noise=gumbel noise_std=0.3 gate=sigmoid",
+        "noise=uniform route_sequence=true jitter=0.1",
         "score=cosine combine=soft select=all soft_slots=3 learn_temperature=true n_shared=1 loss.switch=0.3",
-        "score=mlp combine=soft select=all temperature=0.5", "combine=merge select=all n_shared=1 bias=true learn_temperature=true",
-        "combine=robust top_k=5 bias=true n_shared=1 gate=sigmoid", "n_zero=2 n_copy=1 n_constant=3 top_k=4 capacity_factor=0.75 residual=true",
-        "learn_temperature=true temperature=0.3 gate=softmax normalize=false loss.z=0.1", "learn_temperature=true gate=softmax-selected top_k=4",
-        "gate=relu select=threshold threshold=0.1 n_shared=1 bias=true", "select=top-p top_p=0.6 normalize=true bias=true",
-        "expert=orthonormal loss.orthonormal=0.1 bias=true", "score=subspace expert=orthonormal gate=sigmoid threshold=0.5 loss.orthonormal=0.2",
-        "loss.output-orthogonality=0.2 top_k=3 bias=true n_shared=1", "loss.output-orthogonality=0.2 capacity_factor=0.5 top_k=2",
-        "n_codes=9 loss.codebook=0.3 bias=true n_shared=1 capacity_factor=0.5", "gate=sigmoid loss.sequence=0.5 normalize=true",
-        "gate=relu select=threshold loss.sequence=0.5", "loss.oracle=0.4", "capacity_factor=0.5 capacity_order=weight random_second=true top_k=3",
-        "gate=sparsemixer select=sampled top_k=3 mask_jitter=0.5 n_shared=1", "select=sinkhorn top_k=2 gate=sigmoid",
-        "n_ranks=4 gate_drop=1 top_k=2", "n_ranks=4 gate_drop=1 gate_drop_experts=true n_shared=1", "random_steps=5", "expert_drop=0.3 combine=merge select=all"};
+        "score=mlp combine=soft select=all temperature=0.5",
+        "combine=merge select=all n_shared=1 bias=true learn_temperature=true",
+        "combine=robust top_k=5 bias=true n_shared=1 gate=sigmoid",
+        "n_zero=2 n_copy=1 n_constant=3 top_k=4 capacity_factor=0.75 residual=true",
+        "learn_temperature=true temperature=0.3 gate=softmax normalize=false loss.z=0.1",
+        "learn_temperature=true gate=softmax-selected top_k=4",
+        "gate=relu select=threshold threshold=0.1 n_shared=1 bias=true",
+        "select=top-p top_p=0.6 normalize=true bias=true",
+        "expert=orthonormal loss.orthonormal=0.1 bias=true",
+        "score=subspace expert=orthonormal gate=sigmoid threshold=0.5 loss.orthonormal=0.2",
+        "loss.output-orthogonality=0.2 top_k=3 bias=true n_shared=1",
+        "loss.output-orthogonality=0.2 capacity_factor=0.5 top_k=2",
+        "n_codes=9 loss.codebook=0.3 bias=true n_shared=1 capacity_factor=0.5",
+        "gate=sigmoid loss.sequence=0.5 normalize=true",
+        "gate=relu select=threshold loss.sequence=0.5",
+        "loss.oracle=0.4",
+        "capacity_factor=0.5 capacity_order=weight random_second=true top_k=3",
+        "gate=sparsemixer select=sampled top_k=3 mask_jitter=0.5 n_shared=1",
+        "select=sinkhorn top_k=2 gate=sigmoid",
+        "n_ranks=4 gate_drop=1 top_k=2",
+        "n_ranks=4 gate_drop=1 gate_drop_experts=true n_shared=1",
+        "random_steps=5",
+        "expert_drop=0.3 combine=merge select=all"};
     for (size_t i = 0; i < sizeof mixes / sizeof *mixes; i++) {
         moe_desc d;
         size_t at;
@@ -241,7 +260,8 @@ static void test_rows_train(void) {
     for (size_t i = 0; i < moe_systems_count(); i++) {
         double first = 0, last = 0;
         train(moe_system_at(i)->name, 2, TEST_SANITIZED ? 20 : 80, &first, &last);
-        if (!CHECK(last < (TEST_SANITIZED ? 0.95 : 0.8) * first)) printf("        %s: loss %.4f, then %.4f\n", moe_system_at(i)->name, first, last);
+        if (!CHECK(last < (TEST_SANITIZED ? 0.95 : 0.8) * first))
+            printf("        %s: loss %.4f, then %.4f\n", moe_system_at(i)->name, first, last);
     }
 }
 static void test_same_bits(void) {
@@ -251,7 +271,8 @@ static void test_same_bits(void) {
         uint64_t want = train(name, 1, steps, NULL, NULL);
         FOR_EACH_ISA(isa)
             for (size_t threads = 1; threads <= 3; threads++)
-                if (!CHECK(train(name, threads, steps, NULL, NULL) == want)) printf("        %s, %s, %zu threads\n", name, moe_isa_name(isa), threads);
+                if (!CHECK(train(name, threads, steps, NULL, NULL) == want))
+                    printf("        %s, %s, %zu threads\n", name, moe_isa_name(isa), threads);
     }
 }
 

@@ -11355,6 +11355,28 @@ static int moe__json_is(const moe__json *j, moe__json_text t, const char *name) 
     return !*name;
 }
 
+/* A string that was read before, unescaped, into a buffer of at least one byte; MOE_E_SMALL_MEMORY, and nothing in it, if it
+ * does not fit: half a value is no value. */
+static moe_status moe__json_copy(const moe__json *j, moe__json_text t, char *buffer, size_t size) {
+    moe__json at;
+    unsigned char u[4];
+    size_t n = 0;
+    at.s = j->s;
+    at.n = t.end;
+    buffer[0] = 0;
+    for (at.i = t.begin; at.i < at.n;) {
+        size_t length = moe__json_char(&at, u);
+        if (n + length >= size) {
+            buffer[0] = 0;
+            return MOE_E_SMALL_MEMORY;
+        }
+        memcpy(buffer + n, u, length);
+        n += length;
+    }
+    buffer[n] = 0;
+    return MOE_OK;
+}
+
 /* FNV-1a of a string, unescaped. */
 static uint64_t moe__json_hash(const moe__json *j, moe__json_text t, uint64_t hash) {
     moe__json at;
@@ -11717,22 +11739,6 @@ MOE_API moe_status moe_file_find(const moe_file *f, const char *name, moe_file_t
     return s;
 }
 
-/* The text of a metadata value, unescaped, into a buffer; 0 if it does not fit. */
-static int moe__entry_text(const moe__cursor *c, const moe__entry *e, char *buffer, size_t size) {
-    moe__json at;
-    unsigned char u[4];
-    size_t n = 0;
-    at.s = c->j.s;
-    at.n = e->value.end;
-    for (at.i = e->value.begin; at.i < at.n;) {
-        size_t length = moe__json_char(&at, u);
-        if (n + length >= size) return 0;
-        memcpy(buffer + n, u, length);
-        n += length;
-    }
-    buffer[n] = 0;
-    return 1;
-}
 
 MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *buffer, size_t size) {
     moe__cursor c;
@@ -11741,9 +11747,7 @@ MOE_API moe_status moe_file_metadata(const moe_file *f, const char *key, char *b
     if (!size) return MOE_E_SMALL_MEMORY;
     buffer[0] = 0;
     moe_status s = moe__file_lookup(f, MOE__ENTRY_METADATA, key, &c, &e);
-    if (s || moe__entry_text(&c, &e, buffer, size)) return s;
-    buffer[0] = 0; /* not cut: half a value is no value */
-    return MOE_E_SMALL_MEMORY;
+    return s ? s : moe__json_copy(&c.j, e.value, buffer, size);
 }
 
 /* -- .npy: six bytes of magic, a version, the header's length, the header (a Python dictionary), the elements -- */
@@ -12002,27 +12006,6 @@ static int moe__shards_next(moe__json *j, int *first, moe__json_text *name, moe_
     int more = moe__json_more(j, '}', first);
     if (more > 0 && !(moe__json_string(j, name) && moe__json_take(j, ':') && moe__json_string(j, file))) return -1;
     return more;
-}
-
-/* A string's text into a buffer; MOE_E_SMALL_MEMORY if it does not fit. */
-static moe_status moe__json_copy(const moe__json *j, moe__json_text t, char *buffer, size_t size) {
-    moe__json at;
-    unsigned char u[4];
-    size_t n = 0;
-    at.s = j->s;
-    at.n = t.end;
-    buffer[0] = 0;
-    for (at.i = t.begin; at.i < at.n;) {
-        size_t length = moe__json_char(&at, u);
-        if (n + length >= size) {
-            buffer[0] = 0;
-            return MOE_E_SMALL_MEMORY;
-        }
-        memcpy(buffer + n, u, length);
-        n += length;
-    }
-    buffer[n] = 0;
-    return MOE_OK;
 }
 
 /* A file in the same folder: no separator, drive or control character, and not "." or "..". */
@@ -12292,7 +12275,7 @@ static moe_status moe__file_desc(const moe_file *f, const moe_desc *surroundings
     memset(d, 0, sizeof *d);
     *with_optimizer = 0;
     while (!s && !(s = moe__cursor_next_of(&c, MOE__ENTRY_METADATA, &e))) {
-        int fits = moe__entry_text(&c, &e, text, sizeof text), good = 1;
+        int fits = moe__json_copy(&c.j, e.value, text, sizeof text) == MOE_OK, good = 1;
         if (moe__json_is(&c.j, e.name, "format")) format = fits && !strcmp(text, "moe.h");
         else if (moe__json_is(&c.j, e.name, "version")) version = fits && !strcmp(text, "1");
         else if (moe__json_is(&c.j, e.name, "step")) *with_optimizer = good = fits && moe__parse_u64(text, step);

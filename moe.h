@@ -704,10 +704,11 @@ MOE_API moe_status moe_sinkhorn(size_t rows, size_t cols, float epsilon, size_t 
                                 void *scratch, size_t scratch_bytes);
 MOE_API moe_status moe_sinkhorn_scratch(size_t rows, size_t cols, size_t *bytes);
 /* BASE's auction [P+C]: index (rows) = the column of each row, so that every column has exactly rows / cols rows and the
- * sum of the scores is high: an auction with steps of eps = max((max - min) / 50, 1e-4). Where scores differ it ends after some ten
- * rounds, within rows * eps of the optimum (tested, not proved: the authors let the price of what is held rise by eps every
- * round, so where most scores are equal it is up to 5 times as far). Should it not end in 1000 rounds, what is not sold goes to
- * who has room. Scores must be finite. */
+ * sum of the scores is high: an auction with steps of eps = max((max - min) / 50, 1e-4), as a rule some ten rounds. If it
+ * ends within 100 rounds, the sum is at most eps short of the optimum for each round that a row was held by who has it at
+ * the end, summed over the rows (proof: docs/math.md): the authors let the price of what is held rise by eps every round.
+ * From round 100 on there is no bound, and should it not end in 1000, what is not sold goes to who has room. Scores must be
+ * finite. */
 MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, int32_t *index, void *scratch, size_t scratch_bytes);
 MOE_API moe_status moe_auction_scratch(size_t rows, size_t cols, size_t *bytes);
 

@@ -12,14 +12,18 @@ BUILD ?= build
 WARN = -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 OPENMP := $(shell echo 'int main(void) { return 0; }' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 CFLAGS ?= -O3
-FLAGS = -std=c99 $(WARN) $(CFLAGS) -ffp-contract=off $(OPENMP) -I.
+FLAGS = -std=c99 $(WARN) $(CFLAGS) -ffp-contract=off $(OPENMP) $(CPPFLAGS) -I.
 LIBS = -lm
 
 EXAMPLES = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
 BENCHES = $(patsubst bench/%.c,$(BUILD)/bench_%,$(wildcard bench/*.c))
-TESTS = $(patsubst tests/test_%.c,$(BUILD)/test_%,$(wildcard tests/test_*.c))
-SANITIZED = $(TESTS:$(BUILD)/%=$(BUILD)/sanitized_%)
-SCRIPTS = $(wildcard tests/test_*.sh)
+# a suite is a .c file: tests/gate.c -> build/test/gate, tests/contract/bits.c -> build/test/contract/bits;
+# sanitized: build/sanitized/...
+NO_SUITE = tests/contract/golden.c tests/examples/inspect_files.c
+SUITES = $(filter-out $(NO_SUITE),$(wildcard tests/*.c tests/contract/*.c tests/examples/*.c))
+TESTS = $(SUITES:tests/%.c=$(BUILD)/test/%)
+SANITIZED = $(SUITES:tests/%.c=$(BUILD)/sanitized/%)
+SCRIPTS = $(wildcard tests/contract/*.sh tests/examples/*.sh)
 
 .PHONY: all run test bench data install clean help
 all: $(EXAMPLES) $(BENCHES)
@@ -32,7 +36,7 @@ run: $(BUILD)/cifar10
 
 # Each example is a whole program of one file; the library in it is compiled once for all of them.
 LINKED = -DMOE_NO_IMPLEMENTATION $(BUILD)/moe.o
-$(BUILD)/moe.o: tests/compile/implementation.c moe.h | $(BUILD)
+$(BUILD)/moe.o: tests/contract/compile/implementation.c moe.h | $(BUILD)
 	$(CC) $(FLAGS) -c $< -o $@
 
 $(BUILD)/%: examples/%.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUILD)
@@ -41,24 +45,28 @@ $(BUILD)/%: examples/%.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUIL
 $(BUILD)/bench_%: bench/%.c $(BUILD)/moe.o $(wildcard bench/*.h examples/common/*.h) | $(BUILD)
 	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
 
-TEST_NEEDS = moe.h $(wildcard tests/*.h examples/common/*.h) | $(BUILD)
-TEST_FLAGS = $(FLAGS) -O2 -Itests
+TEST_NEEDS = moe.h $(wildcard tests/lib/*.h examples/common/*.h)
+TEST_FLAGS = $(FLAGS) -O2 -Itests/lib
 SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
-# the library once for all suites, unless a suite has it in itself (tests/test.h)
+# the library once for all suites, unless a suite has it in itself (tests/lib/test.h)
 ALONE = $(if $(shell grep -l '^.define MOE_IMPLEMENTATION' $<),,$(1))
-$(BUILD)/moe_test.o: tests/moe.c moe.h | $(BUILD)
+# a suite that has it in itself without SIMD is compiled quickly: what it tests is not speed
+QUICK = $(if $(shell grep -l '^.define MOE_NO_SIMD' $<),-O0)
+$(BUILD)/moe_test.o: tests/lib/moe.c moe.h | $(BUILD)
 	$(CC) $(TEST_FLAGS) -c $< -o $@
-$(BUILD)/moe_sanitized.o: tests/moe.c moe.h | $(BUILD)
+$(BUILD)/moe_sanitized.o: tests/lib/moe.c moe.h | $(BUILD)
 	$(CC) $(TEST_FLAGS) $(SANITIZE) -c $< -o $@
-$(BUILD)/test_%: tests/test_%.c $(BUILD)/moe_test.o $(TEST_NEEDS)
-	$(CC) $(TEST_FLAGS) $< $(call ALONE,$(BUILD)/moe_test.o) -o $@ $(LIBS)
-$(BUILD)/sanitized_test_%: tests/test_%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
-	$(CC) $(TEST_FLAGS) $(SANITIZE) $< $(call ALONE,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
+$(BUILD)/test/%: tests/%.c $(BUILD)/moe_test.o $(TEST_NEEDS)
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $(QUICK) $< $(call ALONE,$(BUILD)/moe_test.o) -o $@ $(LIBS)
+$(BUILD)/sanitized/%: tests/%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $(SANITIZE) $(QUICK) $< $(call ALONE,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
 
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 test:
 	@$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(SANITIZED) $(EXAMPLES)
-	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh $(SCRIPTS) $(TESTS) $(SANITIZED)
+	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/lib/run.sh $(SCRIPTS) $(TESTS) $(SANITIZED)
 
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)
@@ -74,8 +82,9 @@ install:
 	cp moe.h $(DESTDIR)$(PREFIX)/include/moe.h
 	sed -n 's/^#define MOE_VERSION "\(.*\)"/\1/p' moe.h | \
 	while read version; do \
-	    printf 'prefix=%s\nincludedir=$${prefix}/include\n\nName: moe\nDescription: Mixture-of-Experts for the CPU in one C header\nVersion: %s\nCflags: -I$${includedir}\nLibs: -lm\n' \
-	        "$(PREFIX)" "$$version" > $(DESTDIR)$(PREFIX)/lib/pkgconfig/moe.pc; \
+	    printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: moe' \
+	        'Description: Mixture-of-Experts for the CPU in one C header' "Version: $$version" \
+	        'Cflags: -I$${includedir}' 'Libs: -lm' > $(DESTDIR)$(PREFIX)/lib/pkgconfig/moe.pc; \
 	done
 
 clean:

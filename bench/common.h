@@ -160,8 +160,9 @@ static void bench_usage(const char *program, const char *what, int with_pass)
     printf("%s: %s\n\n"
            "  --shape LIST     names from the table below, or all (default all)\n", program, what);
     if (with_pass) {
-        printf("  --pass LIST      forward,forward+backward (default both)\n"
-               "  --accumulate     forward+backward adds to the gradients; without it they are fresh, as after a step\n");
+        printf(
+            "  --pass LIST      forward,forward+backward (default both)\n"
+            "  --accumulate     forward+backward adds to the gradients; without it they are fresh, as after a step\n");
     }
     printf("  --threads LIST   numbers of threads (default 1,2)\n"
            "  --isa LIST       auto, all, or of scalar,avx2,avx512,neon (default auto: the best)\n"
@@ -223,7 +224,7 @@ static bench_options bench_parse(int argc, char **argv, const char *what, const 
 }
 
 /* Is this instruction set asked for, and there? If so it is active afterwards. */
-static int bench_use_isa(const bench_options *o, moe_isa isa)
+static int bench_use_isa(const bench_options *o, moe_isa_kind isa)
 {
     if (isa == MOE_ISA_AUTO) {
         if (strcmp(o->isa, "all") == 0 || !bench_listed(o->isa, "auto")) return 0;
@@ -337,7 +338,7 @@ typedef struct bench_loops {
     size_t width;
 } bench_loops;
 
-static bench_loops bench_loops_of(moe_isa isa)
+static bench_loops bench_loops_of(moe_isa_kind isa)
 {
     bench_loops l = {bench_fma_scalar, bench_sum_scalar, 1};
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
@@ -375,8 +376,8 @@ static void bench_read_task(void *arg, size_t i, size_t worker)
 static double bench_peak(void)
 {
     enum { N_BURSTS = 4, N_TASKS = 16 };
-    static size_t steps[MOE__ISA_COUNT];
-    moe_isa isa = moe_active_isa();
+    static size_t steps[MOE_ISA_COUNT];
+    moe_isa_kind isa = moe_active_isa();
     bench_limit_task t = {bench_loops_of(isa), 1000, NULL, 0};
     double best = 0;
     while (steps[isa] == 0) { /* a task takes at least a quarter of a millisecond */
@@ -514,7 +515,8 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
         puts("}");
     }
     if (o->csv) {
-        fprintf(o->csv, "%s,%s,%s,%zu,%.6g,%.6g,%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops, r->peak_share);
+        fprintf(o->csv, "%s,%s,%s,%zu,%.6g,%.6g,%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops,
+                r->peak_share);
         if (r->bytes > 0) fprintf(o->csv, "%.4g,%.4g", gbytes, r->read_share);
         else fputc(',', o->csv);
         fprintf(o->csv, ",%.4g,%zu,\"%s\"", r->spread, r->runs, r->note);

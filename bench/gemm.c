@@ -169,8 +169,8 @@ static void measure_shape(const bench_options *o, const gemm_shape *s, const pee
         bench_ok(moe_rand_uniform(1, 1, rows_a * cols_a, -1, 1, a), "moe_rand_uniform");
         p.g.a = a, p.g.lda = cols_a;
     }
-    for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
-        if (!bench_use_isa(o, (moe_isa)isa)) continue;
+    for (int isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
+        if (!bench_use_isa(o, (moe_isa_kind)isa)) continue;
         for (size_t i = 0; i < o->n_threads; i++) {
             if (bench_use_threads(o->threads[i])) measure(o, s, library, n_peers, &p);
         }

@@ -10,7 +10,7 @@
 typedef struct dump_shape {
     const char *name;
     size_t experts, top_k;
-    moe_dtype dtype;
+    moe_dtype_kind dtype;
 } dump_shape;
 
 static const dump_shape shapes[] = {
@@ -24,7 +24,8 @@ static void print_shapes(FILE *f)
 {
     fputs("\nshape       experts  top-k  a number   (a file of 1 GB, in TMPDIR or /tmp)\n", f);
     for (size_t i = 0; i < N_SHAPES; i++)
-        fprintf(f, "%-10s  %7zu  %5zu  %zu bytes\n", shapes[i].name, shapes[i].experts, shapes[i].top_k, moe_dtype_size(shapes[i].dtype));
+        fprintf(f, "%-10s  %7zu  %5zu  %zu bytes\n", shapes[i].name, shapes[i].experts, shapes[i].top_k,
+                moe_dtype_size(shapes[i].dtype));
 }
 
 /* A megabyte of numbers, again and again: normal logits, in the file's type. */
@@ -42,7 +43,8 @@ static void write_file(const char *path, const dump_shape *s)
         uint32_t u;
         memcpy(&u, z + i, 4);
         if (s->dtype == MOE_DTYPE_U16) u >>= 16;
-        if (s->dtype == MOE_DTYPE_F16) u = (u >> 16 & 0x8000) | ((u & 0x7fffffff) < 0x38800000 ? 0 : ((u & 0x7fffffff) - 0x38000000) >> 13);
+        if (s->dtype == MOE_DTYPE_F16)
+            u = (u >> 16 & 0x8000) | ((u & 0x7fffffff) < 0x38800000 ? 0 : ((u & 0x7fffffff) - 0x38000000) >> 13);
         for (size_t b = 0; b < size; b++) out[i * size + b] = (unsigned char)(u >> 8 * b);
     }
     memset(header, ' ', sizeof header);
@@ -113,7 +115,8 @@ static double inspect_rate(const dump_file *d, const dump_shape *s, const moe_pa
     double seconds = bench_now() - start;
     uint64_t selections = 0;
     for (size_t i = 0; i < BATCHES * s->experts; i++) selections += g.count[i];
-    if (selections != (uint64_t)d->tokens * s->top_k) bench_die("%s: counted %llu selections", d->path, (unsigned long long)selections);
+    if (selections != (uint64_t)d->tokens * s->top_k)
+        bench_die("%s: counted %llu selections", d->path, (unsigned long long)selections);
     free(memory), free(l.first), free(l.sample), free(l.sample_batch);
     return (double)d->npy.count * (double)moe_dtype_size(d->npy.dtype) / seconds;
 }
@@ -123,7 +126,8 @@ int main(int argc, char **argv)
     const char *names[N_SHAPES], *folder = getenv("TMPDIR");
     char path[1100];
     for (size_t i = 0; i < N_SHAPES; i++) names[i] = shapes[i].name;
-    bench_options o = bench_parse(argc, argv, "speed of inspect's pass over a file in the page cache", names, N_SHAPES, 0, print_shapes);
+    bench_options o = bench_parse(argc, argv, "speed of inspect's pass over a file in the page cache", names, N_SHAPES,
+                                  0, print_shapes);
     size_t runs = o.runs ? o.runs : 7;
     double *share = (double *)bench_array(runs, sizeof *share), *rate = (double *)bench_array(runs, sizeof *rate);
     double *limit = (double *)bench_array(runs, sizeof *limit);
@@ -134,8 +138,8 @@ int main(int argc, char **argv)
         if (!bench_listed(o.shape, shapes[i].name)) continue;
         write_file(path, &shapes[i]);
         dump_file d = dump_open(path);
-        for (int isa = 0; isa < MOE__ISA_COUNT; isa++) {
-            if (!bench_use_isa(&o, (moe_isa)isa)) continue;
+        for (int isa = 0; isa < MOE_ISA_COUNT; isa++) {
+            if (!bench_use_isa(&o, (moe_isa_kind)isa)) continue;
             for (size_t t = 0; t < o.n_threads; t++) {
                 moe_parallel p = {.n_threads = o.threads[t]};
                 if (o.threads[t] > 64 || !bench_use_threads(o.threads[t])) continue;
@@ -150,12 +154,15 @@ int main(int argc, char **argv)
                 }
                 double m[] = {bench_median(rate, runs), bench_median(limit, runs), bench_median(share, runs)};
                 const char *name = moe_isa_name(moe_active_isa());
-                fprintf(o.human, "%-10s  %7zu  %-8s  %12.2f  %9.2f  %4.1f%%\n", shapes[i].name, o.threads[t], name, m[0] * 1e-9,
-                        m[1] * 1e-9, 100 * m[2]);
+                fprintf(o.human, "%-10s  %7zu  %-8s  %12.2f  %9.2f  %4.1f%%\n", shapes[i].name, o.threads[t], name,
+                        m[0] * 1e-9, m[1] * 1e-9, 100 * m[2]);
                 fflush(o.human);
-                if (o.csv) fprintf(o.csv, "%s,%zu,%s,%.4g,%.4g,%.4g\n", shapes[i].name, o.threads[t], name, m[0] * 1e-9, m[1] * 1e-9, m[2]);
+                if (o.csv)
+                    fprintf(o.csv, "%s,%zu,%s,%.4g,%.4g,%.4g\n", shapes[i].name, o.threads[t], name, m[0] * 1e-9,
+                            m[1] * 1e-9, m[2]);
                 if (o.json)
-                    printf("{\"shape\":\"%s\",\"threads\":%zu,\"isa\":\"%s\",\"gb_s\":%.4g,\"read_gb_s\":%.4g,\"share\":%.4g}\n",
+                    printf("{\"shape\":\"%s\",\"threads\":%zu,\"isa\":\"%s\",\"gb_s\":%.4g,\"read_gb_s\":%.4g,"
+                           "\"share\":%.4g}\n",
                            shapes[i].name, o.threads[t], name, m[0] * 1e-9, m[1] * 1e-9, m[2]);
             }
         }

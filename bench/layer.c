@@ -86,7 +86,7 @@ static void plain_free(plain *p)
     p->w1 = p->wu = p->w2 = NULL;
 }
 
-static void plain_get(const model *m, size_t layer, moe_part part, const plain *out)
+static void plain_get(const model *m, size_t layer, moe_part_kind part, const plain *out)
 {
     size_t n = m->E * m->d * m->ff;
     bench_ok(moe_layer_get(m->layer[layer], part, "experts.w1", out->w1 + layer * n, n), "moe_layer_get");
@@ -484,7 +484,8 @@ static int torch_start(torch *t, problem *p)
     t->p = p;
     t->y = bench_floats(n), t->dx = bench_floats(n);
     for (size_t i = 0; i < N_NUMBERS; i++) snprintf(args[3 + i] = text[i], sizeof text[i], "%zu", numbers[i]);
-    snprintf(t->path, sizeof t->path, "%s/moe-bench-%ld", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm", (long)getpid());
+    snprintf(t->path, sizeof t->path, "%s/moe-bench-%ld", access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm",
+             (long)getpid());
     FILE *f = fopen(t->path, "wb");
     if (f == NULL) bench_die("pytorch: '%s' cannot be written", t->path);
     torch_write(f, p->x, p->n_calls * n);
@@ -517,8 +518,8 @@ static int torch_start(torch *t, problem *p)
         return 0;
     }
     f = fopen(t->path, "rb");
-    if (f == NULL || fseeko(f, -(off_t)(2 * n * sizeof(float)), SEEK_END) != 0 || fread(t->y, sizeof(float), n, f) != n ||
-        fread(t->dx, sizeof(float), n, f) != n) {
+    if (f == NULL || fseeko(f, -(off_t)(2 * n * sizeof(float)), SEEK_END) != 0 ||
+        fread(t->y, sizeof(float), n, f) != n || fread(t->dx, sizeof(float), n, f) != n) {
         bench_die("pytorch: its results cannot be read");
     }
     fclose(f);
@@ -759,7 +760,8 @@ static void measure(const bench_options *o, problem *p, reference *r, peer_loop 
     row.flops = passes * 6 * (double)(s->T * s->k) * (double)(s->d * s->ff);
     if (s->T <= 256) row.bytes = passes * expert_bytes * distinct_experts(p);
     if (s->T == 1) {
-        snprintf(row.note, sizeof row.note, "rotates over %.0f MB", 1e-6 * expert_bytes * (double)(s->E * p->m->n_layers));
+        snprintf(row.note, sizeof row.note, "rotates over %.0f MB",
+                 1e-6 * expert_bytes * (double)(s->E * p->m->n_layers));
     } else {
         for (size_t e = 0; e < s->E; e++) load = fmax(load, (double)(p->begin[e + 1] - p->begin[e]));
         snprintf(row.note, sizeof row.note, "load max/mean %.2f", load * (double)s->E / (double)(s->T * s->k));
@@ -789,8 +791,8 @@ static void measure_shape(const bench_options *o, const layer_shape *s, model *m
         check_tokens(&p, &r, "pytorch", "y", t.y, r.y);
         if (m->training) check_tokens(&p, &r, "pytorch", "dx", t.dx, r.dx_experts);
     }
-    for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
-        if (!bench_use_isa(o, (moe_isa)isa)) continue;
+    for (int isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
+        if (!bench_use_isa(o, (moe_isa_kind)isa)) continue;
         for (size_t i = 0; i < o->n_threads; i++) {
             if (bench_use_threads(o->threads[i])) measure(o, &p, &r, loop, library, n_loops, &t);
         }

@@ -1,88 +1,84 @@
-/* What do the auxiliary losses cost? Each function's value and gradient as a share of one forward and backward of a layer
- * of middle size, and those that are usually on together. A batch's statistics count with the loss that needs them. */
+/* What do the auxiliary losses cost? Each function's value and gradient as a share of one forward and backward of a
+ * layer of middle size, and those that are usually on together. A batch's statistics count with the loss that needs
+ * them. */
 #include "common.h"
 
-enum { T = 4096, D = 512, FF = 512, E = 64, K = 8, DEVICES = 8, SEQUENCE = 512 };
+enum { T = 4096, D = 512, FF = 512, E = 64, K = 8, RANKS = 8, SEQUENCE = 512 };
 
 typedef struct work {
     moe_layer *m;
+    moe_loss_args args; /* all that does not change from loss to loss */
     float *x, *y, *dy, *dx;
-    float *logits, *prob, *router, *d_logits, *d_router, *noise, *threshold, *outputs, *d_outputs, *d_weight;
     const float *weight;
     const int32_t *index;
     const uint64_t *load;
-    int32_t *teacher;
+    int32_t *codes;
     uint64_t *more_load; /* (T / SEQUENCE, E) */
-    double *mean, *other;
+    double *mean, *rank_prob;
 } work;
 
-/* prob and its means in some losses, on one line each */
-#define SOFT T, E, 1, w->prob
-#define OUT 0.01f, &value, w->d_logits
-#define MEAN bench_ok(moe_mean_scores(T, E, w->prob, w->mean), "moe_mean_scores")
-#define LOSS(name, prepare, call)                       \
-    static void run_##name(work *w)                     \
-    {                                                   \
-        double value;                                   \
-        prepare;                                        \
-        bench_ok(moe_loss_##name call, #name);          \
+/* The statistics that a loss reads, made anew; then the loss. */
+static void prepare(work *w, moe_loss_kind kind, moe_loss_args *a)
+{
+    a->load = w->load, a->mean = w->mean, a->index = w->index;
+    switch (kind) {
+    case MOE_LOSS_IMPORTANCE:
+    case MOE_LOSS_KL_UNIFORM:
+    case MOE_LOSS_KL_REVERSE:
+    case MOE_LOSS_MUTUAL_INFORMATION:
+    case MOE_LOSS_L2_UNIFORM:
+    case MOE_LOSS_VARIANCE: case MOE_LOSS_LOCALITY:
+        bench_ok(moe_mean_scores(T, E, w->args.prob, w->mean), "moe_mean_scores");
+        if (kind == MOE_LOSS_LOCALITY) bench_ok(moe_rank_prob(E, RANKS, w->mean, w->rank_prob), "moe_rank_prob");
+        break;
+    case MOE_LOSS_IMPORTANCE_SELECTED:
+        bench_ok(moe_mean_weights(T, E, K, w->index, w->weight, w->mean), "moe_mean_weights");
+        break;
+    case MOE_LOSS_LOAD:
+        bench_ok(moe_mean_selection(T, E, a->logits, a->noise_std, a->threshold, w->mean), "moe_mean_selection");
+        break;
+    case MOE_LOSS_SEQUENCE:
+        bench_ok(moe_sequence_load(T, E, K, SEQUENCE, w->index, w->more_load), "moe_sequence_load");
+        break;
+    case MOE_LOSS_RANK: bench_ok(moe_rank_load(E, RANKS, w->load, w->more_load), "moe_rank_load"); break;
+    case MOE_LOSS_COMMUNICATION:
+        bench_ok(moe_rank_tokens(T, E, K, RANKS, w->index, w->more_load), "moe_rank_tokens");
+        break;
+    case MOE_LOSS_CODEBOOK: a->index = w->codes; break;
+    default: break;
     }
-#define NOTHING ((void)0)
-LOSS(switch, NOTHING, (SOFT, w->load, OUT))
-LOSS(z, NOTHING, (T, E, w->logits, OUT))
-LOSS(importance, MEAN, (SOFT, w->mean, OUT))
-LOSS(importance_selected, bench_ok(moe_mean_weights(T, K, E, w->index, w->weight, w->mean), "moe_mean_weights"),
-     (T, K, E, w->index, w->mean, 0.01f, &value, w->d_weight))
-LOSS(load, bench_ok(moe_mean_selection(T, E, w->logits, w->noise, w->threshold, w->mean), "moe_mean_selection"),
-     (T, E, w->logits, w->noise, w->threshold, w->mean, 0.01f, &value, w->d_logits, NULL, NULL))
-LOSS(entropy, NOTHING, (SOFT, OUT))
-LOSS(certainty, NOTHING, (SOFT, OUT))
-LOSS(kl_uniform, MEAN, (SOFT, w->mean, OUT))
-LOSS(kl_reverse, MEAN, (SOFT, w->mean, OUT))
-LOSS(mutual_information, MEAN, (SOFT, w->mean, OUT))
-LOSS(l2_uniform, MEAN, (SOFT, w->mean, OUT))
-LOSS(sequence, bench_ok(moe_sequence_load(T, E, K, SEQUENCE, w->index, w->more_load), "moe_sequence_load"),
-     (T, E, SEQUENCE, w->prob, w->more_load, OUT))
-LOSS(device, bench_ok(moe_device_load(E, DEVICES, w->load, w->more_load), "moe_device_load"),
-     (T, E, DEVICES, 1, w->prob, w->more_load, OUT))
-LOSS(communication, bench_ok(moe_device_tokens(T, E, DEVICES, K, w->index, w->more_load), "moe_device_tokens"),
-     (T, E, DEVICES, DEVICES, 1, w->prob, w->more_load, T, OUT))
-LOSS(locality, MEAN; bench_ok(moe_device_prob(E, DEVICES, w->mean, w->other), "moe_device_prob"),
-     (T, E, DEVICES, 0, 0.1f, 1, w->prob, w->other, OUT))
-LOSS(relu_l1, NOTHING, (T, E, K, w->prob, w->load, T, OUT))
-LOSS(variance, MEAN, (T, E, w->prob, w->mean, OUT))
-LOSS(oracle, NOTHING, (SOFT, w->teacher, OUT))
-LOSS(simbal, NOTHING, (D, E, w->router, 0.01f, &value, w->d_router))
-LOSS(diverse_simple, NOTHING, (D, E, w->router, 0.01f, &value, w->d_router))
-LOSS(prototype_orthogonality, NOTHING, (D, E, w->router, 0.01f, &value, w->d_router))
-LOSS(prototype_diversity, NOTHING, (D, E, w->router, 0.01f, &value, w->d_router))
-LOSS(prototype_alignment, NOTHING, (T, D, E, K, w->x, w->router, w->index, 0.01f, &value, w->dx, w->d_router))
-LOSS(latent_kl, NOTHING, (T, D, w->x, w->dy, 0.01f, &value, w->dx, w->y))
-LOSS(redundancy, NOTHING, (T, E, w->logits, OUT))
-LOSS(output_orthogonality, NOTHING, (T, K, D, w->outputs, 0.01f, &value, w->d_outputs))
-LOSS(orthonormal, NOTHING, (D, E, w->router, 0.01f, &value, w->d_router))
-LOSS(codebook, NOTHING, (T, D, E, w->x, w->outputs, w->teacher, 0.25f, 0.01f, &value, w->dx, w->d_outputs))
+    if (kind == MOE_LOSS_SEQUENCE || kind == MOE_LOSS_RANK || kind == MOE_LOSS_COMMUNICATION) a->load = w->more_load;
+}
+static void run_one(work *w, moe_loss_kind kind)
+{
+    double value;
+    moe_loss_args a = w->args;
+    prepare(w, kind, &a);
+    if (kind == MOE_LOSS_VARIANCE) a.d_logits = NULL; /* by the scores alone */
+    bench_ok(moe_loss(kind, &a, 0.01f, &value), moe_loss_name(kind));
+}
 
-static void run_usual(work *w) { run_switch(w), run_z(w); }
-static void run_ecology(work *w) { run_switch(w), run_kl_uniform(w), run_entropy(w), run_oracle(w), run_prototype_orthogonality(w); }
-
-static const struct { const char *name; void (*run)(work *); } losses[] = {
-    {"switch", run_switch}, {"z", run_z}, {"importance", run_importance},
-    {"importance-selected", run_importance_selected}, {"load", run_load}, {"entropy", run_entropy},
-    {"certainty", run_certainty}, {"kl-uniform", run_kl_uniform}, {"kl-reverse", run_kl_reverse},
-    {"mutual-information", run_mutual_information}, {"l2-uniform", run_l2_uniform}, {"sequence", run_sequence},
-    {"device", run_device}, {"communication", run_communication}, {"locality", run_locality},
-    {"relu-l1", run_relu_l1}, {"variance", run_variance}, {"oracle", run_oracle}, {"simbal", run_simbal},
-    {"diverse-simple", run_diverse_simple}, {"prototype-orthogonality", run_prototype_orthogonality},
-    {"prototype-diversity", run_prototype_diversity}, {"prototype-alignment", run_prototype_alignment},
-    {"latent-kl", run_latent_kl}, {"redundancy", run_redundancy}, {"output-orthogonality", run_output_orthogonality},
-    {"orthonormal", run_orthonormal}, {"codebook", run_codebook}, {"switch+z", run_usual}, {"ecology", run_ecology},
-};
-enum { LOSSES = sizeof losses / sizeof losses[0] };
+/* Each loss, and those that are usually on together. */
+enum { USUAL = MOE_LOSS_COUNT, ECOLOGY, LOSSES };
+static const char *name_of(int loss)
+{
+    if (loss == USUAL) return "switch+z";
+    return loss == ECOLOGY ? "ecology" : moe_loss_name((moe_loss_kind)loss);
+}
+static void run_any(work *w, int loss)
+{
+    static const moe_loss_kind usual[] = {MOE_LOSS_SWITCH, MOE_LOSS_Z};
+    static const moe_loss_kind ecology[] = {MOE_LOSS_SWITCH, MOE_LOSS_KL_UNIFORM, MOE_LOSS_ENTROPY, MOE_LOSS_ORACLE,
+                                            MOE_LOSS_PROTOTYPE_ORTHOGONALITY};
+    if (loss < MOE_LOSS_COUNT) run_one(w, (moe_loss_kind)loss);
+    for (size_t i = 0; loss == USUAL && i < sizeof usual / sizeof *usual; i++) run_one(w, usual[i]);
+    for (size_t i = 0; loss == ECOLOGY && i < sizeof ecology / sizeof *ecology; i++) run_one(w, ecology[i]);
+}
 
 static void print_shapes(FILE *f)
 {
-    fprintf(f, "\nT %d, d %d, d_ff %d, E %d, k %d; ecology = switch + kl-uniform + entropy + oracle + orthogonality\n", T, D, FF, E, K);
+    fprintf(f, "\nT %d, d %d, d_ff %d, E %d, k %d; ecology = switch + kl-uniform + entropy + oracle + orthogonality\n",
+            T, D, FF, E, K);
 }
 
 static double run_layer(void *self)
@@ -94,13 +90,13 @@ static double run_layer(void *self)
     return bench_now() - start;
 }
 
-typedef struct one_loss { work *w; void (*run)(work *); } one_loss;
+typedef struct one_loss { work *w; int loss; } one_loss;
 static double run_loss(void *self)
 {
     enum { REPEATS = 5 };
     one_loss *l = (one_loss *)self;
     double start = bench_now();
-    for (int i = 0; i < REPEATS; i++) l->run(l->w);
+    for (int i = 0; i < REPEATS; i++) run_any(l->w, l->loss);
     return (bench_now() - start) / REPEATS;
 }
 
@@ -111,11 +107,11 @@ static void measure(const bench_options *o, work *w)
     run_layer(w);
     bench_measure(o, &whole, &layer, 1);
     bench_print(o, &whole);
-    for (size_t i = 0; i < LOSSES; i++) {
-        if (!bench_listed(o->shape, losses[i].name)) continue;
-        one_loss l = {w, losses[i].run};
+    for (int i = 0; i < LOSSES; i++) {
+        if (!bench_listed(o->shape, name_of(i))) continue;
+        one_loss l = {w, i};
         bench_subject subject = {"moe.h", run_loss, &l};
-        bench_row row = {losses[i].name, "loss", 0, 0, "", 0, 0, 0, 0, 0, 0, {{NULL, 0}}};
+        bench_row row = {name_of(i), "loss", 0, 0, "", 0, 0, 0, 0, 0, 0, {{NULL, 0}}};
         bench_measure(o, &row, &subject, 1);
         snprintf(row.note, sizeof row.note, "%.3f%% of the layer", 100 * row.seconds / whole.seconds);
         bench_print(o, &row);
@@ -125,32 +121,42 @@ static void measure(const bench_options *o, work *w)
 int main(int argc, char **argv)
 {
     const char *names[LOSSES];
-    for (size_t i = 0; i < LOSSES; i++) names[i] = losses[i].name;
-    bench_options o = bench_parse(argc, argv, "the auxiliary losses as a share of a layer's step", names, LOSSES, 0, print_shapes);
+    for (int i = 0; i < LOSSES; i++) names[i] = name_of(i);
+    bench_options o =
+        bench_parse(argc, argv, "the auxiliary losses as a share of a layer's step", names, LOSSES, 0, print_shapes);
     work w;
     moe_desc d;
     memset(&w, 0, sizeof w), memset(&d, 0, sizeof d);
     d.d_model = D, d.d_ff = FF, d.n_experts = E, d.top_k = K;
     bench_ok(moe_layer_new(&w.m, &d), "moe_layer_new");
     w.x = bench_floats(T * D), w.y = bench_floats(T * D), w.dy = bench_floats(T * D), w.dx = bench_floats(T * D);
-    w.router = bench_floats(D * E), w.d_router = bench_floats(D * E), w.d_logits = bench_floats(T * E), w.d_weight = bench_floats(T * K);
-    w.noise = bench_floats(T * E), w.threshold = bench_floats(T * E);
-    w.outputs = bench_floats((size_t)T * K * D), w.d_outputs = bench_floats((size_t)T * K * D);
-    w.teacher = (int32_t *)bench_array(T, sizeof *w.teacher);
+    float *router = bench_floats(D * E), *deviation = bench_floats(T * E), *outputs = bench_floats((size_t)T * K * D);
+    w.codes = (int32_t *)bench_array(T, sizeof *w.codes);
     w.more_load = (uint64_t *)bench_array(T / SEQUENCE * E, sizeof *w.more_load);
-    w.mean = (double *)bench_array(E, sizeof *w.mean), w.other = (double *)bench_array(E, sizeof *w.other);
+    w.mean = (double *)bench_array(E, sizeof *w.mean), w.rank_prob = (double *)bench_array(E, sizeof *w.rank_prob);
     bench_ok(moe_rand_normal(1, 0, T * D, 0, 1, w.x), "moe_rand_normal");
     bench_ok(moe_rand_normal(1, 1, T * D, 0, 1, w.dy), "moe_rand_normal");
-    bench_ok(moe_rand_normal(1, 2, (size_t)T * K * D, 0, 1, w.outputs), "moe_rand_normal");
-    bench_ok(moe_rand_uniform(1, 3, T * E, 0.5f, 1, w.noise), "moe_rand_uniform");
-    bench_ok(moe_layer_get(w.m, MOE_PART_PARAMS, "router", w.router, D * E), "moe_layer_get");
+    bench_ok(moe_rand_normal(1, 2, (size_t)T * K * D, 0, 1, outputs), "moe_rand_normal");
+    bench_ok(moe_rand_uniform(1, 3, T * E, 0.5f, 1, deviation), "moe_rand_uniform");
+    bench_ok(moe_layer_get(w.m, MOE_PART_PARAMS, "router", router, D * E), "moe_layer_get");
     run_layer(&w);
     const moe_tape *t = moe_layer_tape(w.m);
-    w.logits = t->logits, w.prob = t->prob, w.index = t->index, w.weight = t->weight, w.load = t->routes.load;
-    for (size_t i = 0; i < T; i++) w.teacher[i] = w.index[i * K];
+    w.index = t->index, w.weight = t->weight, w.load = t->routes.load;
+    for (size_t i = 0; i < T; i++) w.codes[i] = w.index[i * K];
+    moe_loss_args *a = &w.args;
+    a->n_tokens = a->counted = T, a->n_experts = a->n_codes = a->d_ff = E, a->top_k = K, a->d_model = D,
+    a->sequence = SEQUENCE;
+    a->n_ranks = a->rank_limit = RANKS, a->smoothing = 0.1f, a->commitment = 0.25f;
+    a->prob = a->scores = t->prob, a->logits = t->logits, a->noise_std = deviation, a->threshold = bench_floats(T * E);
+    a->teacher = w.codes, a->rank_prob = w.rank_prob, a->router = a->matrix = router,
+    a->outputs = a->codebook = outputs;
+    a->latent = a->x = w.x, a->log_var = w.dy;
+    a->d_logits = a->d_scores = bench_floats(T * E), a->d_weight = bench_floats(T * K),
+    a->d_router = a->d_matrix = bench_floats(D * E);
+    a->d_latent = a->dx = w.dx, a->d_log_var = w.y, a->d_outputs = a->d_codebook = bench_floats((size_t)T * K * D);
     bench_header(&o, 0);
-    for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
-        if (!bench_use_isa(&o, (moe_isa)isa)) continue;
+    for (int isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
+        if (!bench_use_isa(&o, (moe_isa_kind)isa)) continue;
         for (size_t i = 0; i < o.n_threads; i++)
             if (bench_use_threads(o.threads[i])) measure(&o, &w);
     }

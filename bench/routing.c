@@ -1,11 +1,12 @@
 /* What does routing cost?
  *
- * topk: moe_topk alone, on rows of E scores, 4096 of them (in cache) and 64 MB of them: bytes of scores read a second, the
- * share of the read bandwidth of the same thread (a plain sum), and how many times longer two naive ways take: insertion into
- * the k best so far, and a partial sort of every row (quickselect, then qsort of the k best).
+ * topk: moe_topk alone, on rows of E scores, 4096 of them (in cache) and 64 MB of them: bytes of scores read a second,
+ * the share of the read bandwidth of the same thread (a plain sum), and how many times longer two naive ways take:
+ * insertion into the k best so far, and a partial sort of every row (quickselect, then qsort of the k best).
  *
- * layer: from tokens to routes (moe_route) as a share of the layer's whole forward, E = 64, k = 8, d = 2048, d_ff = 1024, and
- * where the time of routing goes: the softmax, the selection, moe_routes_fill, and the rest, which is the scores' product. */
+ * layer: from tokens to routes (moe_route) as a share of the layer's whole forward, E = 64, k = 8, d = 2048, d_ff =
+ * 1024, and where the time of routing goes: the softmax, the selection, moe_routes_fill, and the rest, which is the
+ * scores' product. */
 #include "common.h"
 
 static const char *const shapes[] = {"topk", "layer"};
@@ -110,7 +111,8 @@ static void measure_topk(const bench_options *o, const float *scores, size_t col
     for (int which = 0; which < 2; which++) { /* all three agree */
         naive.row = which ? sort_row : insertion_row;
         repeat_for(&naive);
-        if (memcmp(naive.index, p.index, naive.rows * k * sizeof *p.index) != 0) bench_die("E %zu k %zu: two ways differ", cols, k);
+        if (memcmp(naive.index, p.index, naive.rows * k * sizeof *p.index) != 0)
+            bench_die("E %zu k %zu: two ways differ", cols, k);
     }
     for (size_t i = 0; i < runs; i++) {
         double bandwidth = bench_read();
@@ -125,12 +127,13 @@ static void measure_topk(const bench_options *o, const float *scores, size_t col
     double by_insertion = bench_median(insertion, runs) / row, by_sort = bench_median(sort, runs) / row;
     double read_share = bench_median(share, runs);
     const char *where = in_cache ? "cache" : "memory", *isa = moe_isa_name(moe_active_isa());
-    fprintf(o->human, "topk   %-6s %4zu %2zu %9zu %-6s %8.2f %7.2f %6.1f%% %9.1fx %9.1fx\n", isa, cols, k, rows, where, row * 1e9,
-            gbytes, 100 * read_share, by_insertion, by_sort);
+    fprintf(o->human, "topk   %-6s %4zu %2zu %9zu %-6s %8.2f %7.2f %6.1f%% %9.1fx %9.1fx\n", isa, cols, k, rows, where,
+            row * 1e9, gbytes, 100 * read_share, by_insertion, by_sort);
     if (o->json) {
-        printf("{\"shape\":\"topk\",\"isa\":\"%s\",\"experts\":%zu,\"k\":%zu,\"tokens\":%zu,\"where\":\"%s\",\"ns_a_row\":%.5g,"
-               "\"gbytes_per_s\":%.5g,\"read_share\":%.4g,\"insertion_ratio\":%.4g,\"sort_ratio\":%.4g}\n", isa, cols, k, rows, where,
-               row * 1e9, gbytes, read_share, by_insertion, by_sort);
+        printf("{\"shape\":\"topk\",\"isa\":\"%s\",\"experts\":%zu,\"k\":%zu,\"tokens\":%zu,\"where\":\"%s\",\"ns_a_"
+               "row\":%.5g,"
+               "\"gbytes_per_s\":%.5g,\"read_share\":%.4g,\"insertion_ratio\":%.4g,\"sort_ratio\":%.4g}\n",
+               isa, cols, k, rows, where, row * 1e9, gbytes, read_share, by_insertion, by_sort);
     }
     if (o->csv) {
         fprintf(o->csv, "topk,%s,1,%zu,%zu,%zu,%s,%.6g,%.5g,%.4g,%.4g,%.4g,%.4g\n", isa, cols, k, rows, where,
@@ -161,7 +164,8 @@ enum { FORWARD, ROUTE, SOFTMAX, SELECT, FILL, N_STAGES };
 
 static void bench_layer_share(const bench_options *o, size_t threads)
 {
-    stage s[N_STAGES] = {{"forward", {0}, 0}, {"route", {0}, 0}, {"softmax", {0}, 0}, {"topk", {0}, 0}, {"routes_fill", {0}, 0}};
+    stage s[N_STAGES] = {
+        {"forward", {0}, 0}, {"route", {0}, 0}, {"softmax", {0}, 0}, {"topk", {0}, 0}, {"routes_fill", {0}, 0}};
     size_t runs = o->runs ? o->runs : 5, bytes;
     moe_desc d;
     moe_layer *layer;
@@ -173,9 +177,9 @@ static void bench_layer_share(const bench_options *o, size_t threads)
     bench_ok(moe_desc_resolve(&d, &d), "moe_desc_resolve");
     bench_ok(moe_layer_new(&layer, &d), "moe_layer_new");
     bench_ok(moe_tape_new(&tape, &d, n_tokens, MOE_OFF), "moe_tape_new");
-    bench_ok(moe_routes_size(n_tokens, d.top_k, d.n_experts, &bytes), "moe_routes_size");
+    bench_ok(moe_routes_size(n_tokens, d.n_experts, d.top_k, &bytes), "moe_routes_size");
     void *memory = bench_array(bytes, 1);
-    bench_ok(moe_routes_init(&routes, n_tokens, d.top_k, d.n_experts, memory, bytes), "moe_routes_init");
+    bench_ok(moe_routes_init(&routes, n_tokens, d.n_experts, d.top_k, memory, bytes), "moe_routes_init");
     size_t floats = n_tokens * d.d_model, pairs = n_tokens * d.top_k;
     float *x = bench_floats(floats), *y = bench_floats(floats), *router = bench_floats(d.d_model * d.n_experts);
     float *prob = bench_floats(n_tokens * d.n_experts);
@@ -187,7 +191,7 @@ static void bench_layer_share(const bench_options *o, size_t threads)
         t[0] = bench_now();
         bench_ok(moe_forward_tape(layer, tape, x, n_tokens, y), "moe_forward_tape");
         t[1] = bench_now();
-        bench_ok(moe_route(&d, router, x, n_tokens, tape), "moe_route");
+        bench_ok(moe_route(tape, router, x, n_tokens), "moe_route");
         t[2] = bench_now();
         bench_ok(moe_softmax(n_tokens, d.n_experts, d.temperature, tape->logits, prob), "moe_softmax");
         t[3] = bench_now();
@@ -195,7 +199,8 @@ static void bench_layer_share(const bench_options *o, size_t threads)
         t[4] = bench_now();
         bench_ok(moe_routes_fill(&routes, n_tokens, index, tape->weight, 0, MOE_ORDER_DEFAULT), "moe_routes_fill");
         t[5] = bench_now();
-        if (memcmp(index, tape->index, pairs * sizeof *index) != 0) bench_die("the parts do not select what the whole does");
+        if (memcmp(index, tape->index, pairs * sizeof *index) != 0)
+            bench_die("the parts do not select what the whole does");
         for (int j = 0; j < N_STAGES && i > 0; j++) s[j].seconds[i - 1] = t[j + 1] - t[j];
     }
     for (int j = 0; j < N_STAGES; j++) s[j].median = bench_median(s[j].seconds, runs);
@@ -204,14 +209,16 @@ static void bench_layer_share(const bench_options *o, size_t threads)
         const char *isa = moe_isa_name(moe_active_isa());
         fprintf(o->human, "layer  %-6s %3zu %8zu %-12s %10.3f %7.2f%% %7.2f%%%s\n", isa, threads, n_tokens, s[j].name,
                 s[j].median * 1e3, 100 * share, 100 * s[j].median / s[ROUTE].median,
-                j == ROUTE ? share < 0.06 ? "   under 6%" : "   OVER 6%" : j > ROUTE && threads > 1 ? "   alone, one thread" : "");
+                j == ROUTE                 ? share < 0.06 ? "   under 6%" : "   OVER 6%"
+                : j > ROUTE && threads > 1 ? "   alone, one thread"
+                                           : "");
         if (o->json) {
             printf("{\"shape\":\"layer\",\"isa\":\"%s\",\"threads\":%zu,\"tokens\":%zu,\"stage\":\"%s\",\"ms\":%.6g,"
                    "\"forward_share\":%.4g}\n", isa, threads, n_tokens, s[j].name, s[j].median * 1e3, share);
         }
         if (o->csv) {
-            fprintf(o->csv, "layer-%s,%s,%zu,64,8,%zu,,%.6g,,,,,%.4g\n", s[j].name, isa, threads, n_tokens, s[j].median * 1e3,
-                    share);
+            fprintf(o->csv, "layer-%s,%s,%zu,64,8,%zu,,%.6g,,,,,%.4g\n", s[j].name, isa, threads, n_tokens,
+                    s[j].median * 1e3, share);
         }
     }
     fflush(stdout), fflush(o->human);
@@ -233,11 +240,12 @@ int main(int argc, char **argv)
     }
     bench_options o = bench_parse(argc, argv, "the cost of routing, float32", shapes, N_SHAPES, 0, print_shapes);
     if (o.csv) {
-        fprintf(o.csv, "shape,isa,threads,experts,k,tokens,scores,ms,gbytes_per_s,read_share,insertion_ratio,sort_ratio,"
-                       "forward_share\n");
+        fprintf(o.csv,
+                "shape,isa,threads,experts,k,tokens,scores,ms,gbytes_per_s,read_share,insertion_ratio,sort_ratio,"
+                "forward_share\n");
     }
-    for (int isa = MOE_ISA_AUTO; isa < MOE__ISA_COUNT; isa++) {
-        if (!bench_use_isa(&o, (moe_isa)isa)) continue;
+    for (int isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
+        if (!bench_use_isa(&o, (moe_isa_kind)isa)) continue;
         if (bench_listed(o.shape, "topk")) bench_topk(&o);
         if (!bench_listed(o.shape, "layer")) continue;
         fprintf(o.human, "shape  isa    thr   tokens stage                ms  forward    route\n");

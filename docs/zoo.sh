@@ -14,7 +14,11 @@ if [ $# -gt 0 ]; then cp "$1" "$tmp/zoo"; else
 fi
 awk -F ' *[|] *' -v command='build/zoo --quiet --markdown' '
     FNR == 1 { file++ }
-    file == 1 && /^[|] system / { for (i = 2; i < NF; i++) { head[i] = $i; if ($i == "tokens/s") skip = i }; columns = NF - 1; on = 1 }
+    file == 1 && /^[|] system / {
+        for (i = 2; i < NF; i++) { head[i] = $i; if ($i == "tokens/s") skip = i }
+        columns = NF - 1
+        on = 1
+    }
     file == 1 && on && !/^[|]/ { on = 0 }
     file == 1 && on { # the table without tokens/s, and each row by its heading
         line = "|"
@@ -35,9 +39,10 @@ awk -F ' *[|] *' -v command='build/zoo --quiet --markdown' '
         sub(/^<!-- zoo /, "", s)
         sub(/ -->$/, "", s)
         if (!(s in rank)) { print "no row of " s >"/dev/stderr"; exit 1 }
-        printf "Zoo: test loss %s (%d of %d), accuracy %s, training loss %s, %s active parameters;\n", cell[s, "test loss"], rank[s], n,
-            cell[s, "test accuracy"], cell[s, "train loss"], cell[s, "active parameters"]
-        printf "MaxVio %s, load CV %s, %s dead, %s dropped, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"], cell[s, "dead"],
-            cell[s, "dropped"], cell[s, "PES"]
+        printf "Zoo: test loss %s (%d of %d), accuracy %s, training loss %s, %s active parameters;\n",
+            cell[s, "test loss"], rank[s], n, cell[s, "test accuracy"], cell[s, "train loss"],
+            cell[s, "active parameters"]
+        printf "MaxVio %s, load CV %s, %s dead, %s dropped, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"],
+            cell[s, "dead"], cell[s, "dropped"], cell[s, "PES"]
     }' "$tmp/zoo" "$page" >"$tmp/page"
 cp "$tmp/page" "$page"

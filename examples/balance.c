@@ -10,10 +10,7 @@
 // So nearly all tokens begin at one expert, the others are never trained, and nothing in the task brings them in. Loads
 // are those of the test: MaxVio is 0 where they are even, and experts - 1 where all tokens go to one.
 #define MOE_IMPLEMENTATION
-#include "common/args.h"
-#include "common/json.h"
-#include "common/plot.h"
-#include "common/tokens_net.h"
+#include "common/experiment.h"
 
 enum { CONSTANT = NET_D - 1, SWEEP = 5, D_FF = 32 }; // the weakest of a token's directions makes room for the constant
 static const float constant = 4, head_start = 1;     // the first expert's logit begins at their product
@@ -49,9 +46,9 @@ static const method methods[] = {
     {"mutual-information", LOSS, "loss.mutual-information", 1, "", "even means of sure tokens"},
     {"l2-uniform", LOSS, "loss.l2-uniform", 0.5, "", "even mean probabilities, by their squares"},
     {"sequence", LOSS, "loss.sequence", 0.1, "", "even load in every image"},
-    {"device", LOSS, "loss.device", 0.1, "n_ranks=4", "even load of devices, each with two experts"},
-    {"communication", LOSS, "loss.communication", 0.1, "n_ranks=4", "even traffic to devices"},
-    {"locality", LOSS, "loss.locality", 0.1, "n_ranks=4", "tokens stay on their device: a quarter on each"},
+    {"rank", LOSS, "loss.rank", 0.1, "n_ranks=4", "even load of ranks, each with two experts"},
+    {"communication", LOSS, "loss.communication", 0.1, "n_ranks=4", "even traffic to ranks"},
+    {"locality", LOSS, "loss.locality", 0.1, "n_ranks=4", "tokens stay on their rank: a quarter on each"},
     {"relu-l1", LOSS, "loss.relu-l1", 0.1, RELU, "sparse ReLU gate, the busy expert first"},
     {"variance", LOSS, "loss.variance", 1, "", "scores that differ between tokens"},
     {"oracle", LOSS, "loss.oracle", 1, "", "a teacher: the expert of the image's class"},
@@ -80,10 +77,9 @@ static const method methods[] = {
 enum { METHODS = sizeof methods / sizeof *methods };
 
 typedef struct config {
-    const char *data, *method, *isa, *out;
-    size_t epochs, steps, images, experts, top_k;
-    int json, quiet, sweep;
-    net_plan plan;
+    experiment e;
+    const char *method;
+    int sweep;
 } config;
 
 typedef struct result {
@@ -102,15 +98,15 @@ static moe_desc layer_desc(const config *o, const method *m, double coef) {
     d.d_model = NET_D;
     d.sequence = NET_T;
     d.d_ff = D_FF;
-    d.n_experts = o->experts ? o->experts : 8;
+    d.n_experts = o->e.experts ? o->e.experts : 8;
     d.top_k = 1;
     moe_status s = moe_desc_parse(&d, m->set, &at);
-    if (o->top_k) d.top_k = o->top_k;
+    if (o->e.top_k) d.top_k = o->e.top_k;
     snprintf(text, sizeof text, "%.9g", coef);
     if (!s && m->field) s = moe_desc_set(&d, m->field, text);
-    d.weight_decay = o->plan.decay;
-    d.seed = o->plan.seed + 1;
-    d.parallel.n_threads = o->plan.threads;
+    d.weight_decay = o->e.plan.decay;
+    d.seed = o->e.plan.seed + 1;
+    d.parallel.n_threads = o->e.plan.threads;
     if (!s) s = moe_desc_resolve(&d, &d);
     if (s) args_fail("balance", "%s: %s", m->name, moe_status_string(s));
     return d;
@@ -140,8 +136,9 @@ static void prefer_first(moe_layer *m) {
     free(router);
 }
 
-static void train(result *r, const config *o, const moe_desc *desc, const samples *data, progress *p, size_t before) {
-    const net_plan *plan = &o->plan;
+static void train(result *r, const config *o, const moe_desc *desc, progress *p, size_t before) {
+    const net_plan *plan = &o->e.plan;
+    const samples *data = &o->e.samples;
     net *m = net_new(plan, desc);
     moe_health h;
     double loss;
@@ -168,28 +165,14 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
 
 // ---- the report ----
 
-static void write_config(json *j, const config *o, const samples *data, const moe_desc *desc, const result *r,
-                         size_t n) {
-    char layer[4096];
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "balance");
-    json_text(j, "moe", MOE_VERSION);
-    json_text(j, "data", o->data ? o->data : "sample");
-    json_whole(j, "train_images", data->train->count);
-    json_whole(j, "test_images", data->test.count);
-    json_whole(j, "seed", o->plan.seed);
-    json_whole(j, "steps", o->plan.total);
-    json_whole(j, "batch", o->plan.batch);
-    json_real(j, "lr", o->plan.lr);
+static void write_config(config *o, const moe_desc *desc, const result *r, size_t n) {
+    json *j = &o->e.lines;
+    experiment_config(&o->e);
     json_raw(j, "sweep", o->sweep ? "true" : "false");
-    json_text(j, "isa", moe_isa_name(moe_active_isa()));
-    json_whole(j, "threads", moe_workers(&(moe_parallel){.n_threads = o->plan.threads}));
     json_object_begin(j, "layers");
     for (size_t i = 0; i < n; i++) {
         if (i && r[i].method == r[i - 1].method) continue; // the same but for its coefficient
-        moe_desc_json(&desc[i], layer, sizeof layer);
-        json_raw(j, r[i].method->name, layer);
+        experiment_layer(&o->e, r[i].method->name, &desc[i]);
     }
     json_object_end(j);
     json_end(j);
@@ -217,35 +200,28 @@ static const char *const heading[COLUMNS] = {"method", "kind", "coef",    "test 
                                              "MaxVio", "CV",   "dead", "MaxVio in training"};
 static const int width[COLUMNS] = {-25, -16, 9, 11, 10, 8, 7, 6, 20};
 
-static void number(char cell[64], const char *format, double v) {
-    if (isfinite(v))
-        snprintf(cell, 64, format, v);
-    else
-        snprintf(cell, 64, "-");
-}
-
 static void row_cells(const result *r, char cell[COLUMNS][64]) {
     snprintf(cell[0], 64, "%s", r->method->name);
     snprintf(cell[1], 64, "%s", kind_name[r->method->kind]);
-    number(cell[2], "%g", r->coef);
-    number(cell[3], "%.4f", r->test_loss);
+    experiment_number(cell[2], "%g", r->coef);
+    experiment_number(cell[3], "%.4f", r->test_loss);
     if (r->diverged) snprintf(cell[3], 64, "diverged");
-    number(cell[4], "%.1f%%", 100 * r->test_accuracy);
-    number(cell[5], "%.2f", r->maxvio);
-    number(cell[6], "%.2f", r->load_cv);
-    number(cell[7], "%.0f", r->diverged ? NAN : (double)r->dead);
-    number(cell[8], "%.2f", r->train_maxvio);
+    experiment_number(cell[4], "%.1f%%", 100 * r->test_accuracy);
+    experiment_number(cell[5], "%.2f", r->maxvio);
+    experiment_number(cell[6], "%.2f", r->load_cv);
+    experiment_number(cell[7], "%.0f", r->diverged ? NAN : (double)r->dead);
+    experiment_number(cell[8], "%.2f", r->train_maxvio);
 }
 
 static void print_table(FILE *f, const result *r, size_t n) {
     fputc('\n', f);
-    for (int i = 0; i < COLUMNS; i++) fprintf(f, "%*s", width[i], heading[i]);
-    fputc('\n', f);
+    experiment_row(f, COLUMNS, width, heading);
     for (size_t k = 0; k < n; k++) {
         char cell[COLUMNS][64];
+        const char *at[COLUMNS];
         row_cells(&r[k], cell);
-        for (int i = 0; i < COLUMNS; i++) fprintf(f, "%*s", width[i], cell[i]);
-        fputc('\n', f);
+        for (int i = 0; i < COLUMNS; i++) at[i] = cell[i];
+        experiment_row(f, COLUMNS, width, at);
     }
 }
 
@@ -300,13 +276,15 @@ static void draw(FILE *f, const config *o, const result *r, size_t n) {
     plot_end(f);
 }
 
-static void write_page(const config *o, const result *r, size_t n, const samples *data) {
+static void write_page(const config *o, const result *r, size_t n) {
     char text[768];
-    FILE *f = open_output(o->out, "balance.html");
+    const samples *data = &o->e.samples;
+    FILE *f = experiment_file(&o->e, "html");
     snprintf(text, sizeof text,
              "One network, made to collapse, trained once for each way to balance it: %zu steps of %zu images (%zu for "
              "training, %zu for the test), seed %llu. MaxVio is the largest load over the mean load, less 1.",
-             o->plan.total, o->plan.batch, data->train->count, data->test.count, (unsigned long long)o->plan.seed);
+             o->e.plan.total, o->e.plan.batch, data->train->count, data->test.count,
+             (unsigned long long)o->e.plan.seed);
     page_begin(f, "The price of balance", text);
     page_card(f);
     draw(f, o, r, n);
@@ -324,107 +302,74 @@ static void write_page(const config *o, const result *r, size_t n, const samples
     page_table_end(f);
     page_card_end(f);
     page_end(f);
-    close_output(f, "balance.html");
+    experiment_close(&o->e, f, "html");
 }
 
 // ---- the program ----
 
 // The trainings that --method and --sweep ask for, in the order of the table; returns how many.
+static const char *method_name(size_t i) { return methods[i].name; }
 static size_t choose(const config *o, result *r) {
     unsigned char chosen[METHODS] = {0};
-    int all = strcmp(o->method, "all") == 0;
-    for (const char *at = o->method; !all; at++) {
-        size_t length = strcspn(at, ","), i = 0;
-        while (i < METHODS && (strlen(methods[i].name) != length || strncmp(methods[i].name, at, length) != 0)) i++;
-        if (i == METHODS) {
-            char names[1024] = "";
-            for (size_t k = 0; k < METHODS; k++)
-                snprintf(names + strlen(names), sizeof names - strlen(names), " %s", methods[k].name);
-            args_fail("balance", "--method: there is no '%.*s'; there are:%s", (int)length, at, names);
-        }
-        chosen[i] = 1;
-        at += length;
-        if (!*at) break;
-    }
+    char wrong[128], names[1024] = "";
     size_t n = 0;
+    if (experiment_choose(o->method, METHODS, method_name, chosen, wrong)) {
+        for (size_t k = 0; k < METHODS; k++)
+            snprintf(names + strlen(names), sizeof names - strlen(names), " %s", methods[k].name);
+        args_fail("balance", "--method: there is no '%s'; there are:%s", wrong, names);
+    }
     for (size_t i = 0; i < METHODS; i++) {
-        if (!all && !chosen[i]) continue;
         size_t count = o->sweep && methods[i].field ? SWEEP : 1;
-        for (size_t k = 0; k < count; k++, n++) {
+        for (size_t k = 0; chosen[i] && k < count; k++, n++) {
             r[n].method = &methods[i];
-            r[n].coef = !methods[i].field ? NAN : count > 1 ? sweep_coef(&methods[i], k) : methods[i].coef;
+            r[n].coef = methods[i].field ? methods[i].coef : NAN;
+            if (count > 1) r[n].coef = sweep_coef(&methods[i], k);
         }
     }
     return n;
 }
 
+static void run(config *o, const moe_desc *desc, result *r, size_t n) {
+    progress p = progress_begin("balance", "steps", n * o->e.plan.total, o->e.quiet);
+    for (size_t i = 0; i < n; i++) {
+        train(&r[i], o, &desc[i], &p, i * o->e.plan.total);
+        write_final(&o->e.lines, &r[i]);
+    }
+    progress_clear(&p);
+}
+
+static void report(config *o, const result *r, size_t n) {
+    experiment_end(&o->e);
+    FILE *svg = experiment_file(&o->e, "svg");
+    draw(svg, o, r, n);
+    experiment_close(&o->e, svg, "svg");
+    write_page(o, r, n);
+    print_table(o->e.human, r, n);
+    fprintf(o->e.human, "\n%zu steps each, %.1f s; loads on the test images; see %s/balance.html, .svg, .jsonl\n",
+            o->e.plan.total, seconds_now() - o->e.begin, o->e.out);
+}
+
 int main(int argc, char **argv) {
-    config o = {.method = "all", .isa = "auto", .out = "out", .plan = {.seed = 1}};
+    config o = {.e = experiment_defaults("balance"), .method = "all"};
     args_option options[] = {
-        ARGS_DATA(&o.data),
-        ARGS_EPOCHS(&o.epochs),
-        ARGS_STEPS(&o.steps),
-        ARGS_SEED(&o.plan.seed),
-        ARGS_THREADS(&o.plan.threads),
-        ARGS_ISA(&o.isa),
+        EXPERIMENT_OPTIONS(&o.e),
         {"method", ARGS_TEXT, &o.method, "NAME", "a name of the table, or several with commas between", 0, 0},
         {"sweep", ARGS_FLAG, &o.sweep, NULL, "five coefficients each, over four decades", 0, 0},
-        ARGS_EXPERTS(&o.experts),
-        ARGS_TOP_K(&o.top_k),
-        {"batch", ARGS_SIZE, &o.plan.batch, "N", "images a step (0: by the data)", 0, 8192},
-        {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
-        {"lr", ARGS_REAL, &o.plan.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
-        ARGS_OUT(&o.out),
-        ARGS_JSON(&o.json),
-        ARGS_QUIET(&o.quiet),
     };
     args_parse("balance", "Trains one network that collapses, once for each way to balance it.", options,
                sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o.isa)) args_fail("balance", "--isa: there is no '%s'", o.isa);
-
-    cifar pictures;
-    cifar_load(&pictures, o.data, argv[0]);
-    if (o.images && o.images < pictures.train.count) pictures.train.count = o.images;
-    if (o.images && o.images < pictures.test.count) pictures.test.count = o.images;
-    if (!o.epochs) o.epochs = pictures.sample ? 10 : 2;
-    if (!o.plan.batch) o.plan.batch = pictures.sample ? 50 : 250;
-    if (o.plan.lr <= 0) o.plan.lr = 5e-3;
-    o.plan.smoothing = 0.1f;
-    o.plan.decay = 0.05f;
-    if (o.plan.batch > pictures.train.count)
-        args_fail("balance", "--batch: only %zu training images", pictures.train.count);
-    o.plan.total = pictures.train.count / o.plan.batch * o.epochs;
-    if (o.steps && o.steps < o.plan.total) o.plan.total = o.steps;
     result *r = allocate(METHODS * SWEEP, sizeof *r);
     size_t n = choose(&o, r);
+    experiment_load(&o.e, argv[0], (experiment_by_data){{10, 2}, {5e-3, 5e-3}});
     moe_desc *desc = allocate(n, sizeof *desc);
     for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, r[i].method, r[i].coef);
-
-    FILE *human = o.json ? stderr : stdout;
-    nn ops = {.parallel = {.n_threads = o.plan.threads}};
-    double begin = seconds_now();
-    samples data = samples_make(&ops, &pictures, o.plan.seed, o.quiet);
-    for (size_t k = 0; k < 2; k++) make_constant(&data.train[k]);
-    make_constant(&data.test);
-    nn_free(&ops);
-    json j = {{open_output(o.out, "balance.jsonl"), o.json ? stdout : NULL}, 0};
-    write_config(&j, &o, &data, desc, r, n);
-    progress p = progress_begin("balance", "steps", n * o.plan.total, o.quiet);
-    for (size_t i = 0; i < n; i++) {
-        train(&r[i], &o, &desc[i], &data, &p, i * o.plan.total);
-        write_final(&j, &r[i]);
-    }
-    progress_clear(&p);
-    close_output(j.file[0], "balance.jsonl");
-    FILE *svg = open_output(o.out, "balance.svg");
-    draw(svg, &o, r, n);
-    close_output(svg, "balance.svg");
-    write_page(&o, r, n, &data);
-    print_table(human, r, n);
-    fprintf(human, "\n%zu steps each, %.1f s; loads on the test images; see %s/balance.html, .svg, .jsonl\n",
-            o.plan.total, seconds_now() - begin, o.out);
-    cifar_free(&pictures);
-    samples_free(&data);
+    experiment_begin(&o.e);
+    for (size_t k = 0; k < 2; k++) make_constant(&o.e.samples.train[k]);
+    make_constant(&o.e.samples.test);
+    write_config(&o, desc, r, n);
+    run(&o, desc, r, n);
+    report(&o, r, n);
+    experiment_free(&o.e);
     free(desc);
     free(r);
     return 0;

@@ -663,75 +663,114 @@ static void result_free(result *r) {
     free(r);
 }
 
-int main(int argc, char **argv) {
-    config o = {.system = "mixtral", .isa = "auto", .out = "out", .seed = 1};
+static void parse(config *o, int argc, char **argv) {
     args_option options[] = {
-        ARGS_DATA(&o.data),
-        ARGS_EPOCHS(&o.epochs),
-        ARGS_STEPS(&o.steps),
-        ARGS_SEED(&o.seed),
-        ARGS_THREADS(&o.threads),
-        ARGS_ISA(&o.isa),
-        ARGS_SYSTEM(&o.system, "a row of moe.h's table of systems (build/zoo lists them)"),
-        ARGS_EXPERTS(&o.experts),
-        ARGS_TOP_K(&o.top_k),
-        {"tokens", ARGS_FLAG, &o.tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
-        {"batch", ARGS_SIZE, &o.batch, "N", "images a step (0: by the data)", 0, 8192},
-        {"lr", ARGS_REAL, &o.lr, "X", "highest learning rate (0: by the data)", 0, 100},
-        {"balance", ARGS_REAL, &o.balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
-        {"eval", ARGS_SIZE, &o.eval, "N", "test on the first N images only (0: all)", 0, 0},
-        {"no-dense", ARGS_FLAG, &o.no_dense, NULL, "leave out the dense network that is trained for comparison", 0, 0},
-        ARGS_OUT(&o.out),
-        {"scan", ARGS_FLAG, &o.scan, NULL, "test again at temperatures of the gate from 0.1 to 5", 0, 0},
-        ARGS_JSON(&o.json),
-        ARGS_QUIET(&o.quiet),
+        ARGS_DATA(&o->data),
+        ARGS_EPOCHS(&o->epochs),
+        ARGS_STEPS(&o->steps),
+        ARGS_SEED(&o->seed),
+        ARGS_THREADS(&o->threads),
+        ARGS_ISA(&o->isa),
+        ARGS_SYSTEM(&o->system, "a row of moe.h's table of systems (build/zoo lists them)"),
+        ARGS_EXPERTS(&o->experts),
+        ARGS_TOP_K(&o->top_k),
+        {"tokens", ARGS_FLAG, &o->tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
+        {"batch", ARGS_SIZE, &o->batch, "N", "images a step (0: by the data)", 0, 8192},
+        {"lr", ARGS_REAL, &o->lr, "X", "highest learning rate (0: by the data)", 0, 100},
+        {"balance", ARGS_REAL, &o->balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
+        {"eval", ARGS_SIZE, &o->eval, "N", "test on the first N images only (0: all)", 0, 0},
+        {"no-dense", ARGS_FLAG, &o->no_dense, NULL, "leave out the dense network that is trained for comparison", 0, 0},
+        ARGS_OUT(&o->out),
+        {"scan", ARGS_FLAG, &o->scan, NULL, "test again at temperatures of the gate from 0.1 to 5", 0, 0},
+        ARGS_JSON(&o->json),
+        ARGS_QUIET(&o->quiet),
     };
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
-
-    moe_desc desc = {0}, dense = {0};
-    if (moe_desc_system(&desc, o.system) != MOE_OK) {
+    if (!nn_use_isa(o->isa)) args_fail("cifar10", "--isa: there is no '%s'", o->isa);
+    if (!moe_system_find(o->system)) {
         char near[200];
-        moe_system_near(o.system, near, sizeof near);
-        args_fail("cifar10", "--system: there is no '%s'; near it: %s", o.system, near);
+        moe_system_near(o->system, near, sizeof near);
+        args_fail("cifar10", "--system: there is no '%s'; near it: %s", o->system, near);
     }
-    if (!nn_use_isa(o.isa)) args_fail("cifar10", "--isa: there is no '%s'", o.isa);
+}
 
-    cifar data;
-    cifar_load(&data, o.data, argv[0]);
+// What the data decide unless a flag does.
+static void by_data(config *o, const cifar *data) {
     static const size_t small[] = {32, 64, FEATURES}, large[] = {32, 96, FEATURES};
-    memcpy(o.width, data.sample ? small : large, sizeof o.width);
-    if (!o.epochs) o.epochs = data.sample ? 20 : 5;
-    if (!o.batch) o.batch = data.sample ? 50 : 250;
-    if (o.lr <= 0) o.lr = data.sample ? 2e-3 : 4e-3;
-    o.shift = data.sample ? 4 : 2;
-    o.smoothing = 0.1f;
-    o.decay = 0.05f;
-    if (o.batch > data.train.count) args_fail("cifar10", "--batch: only %zu training images", data.train.count);
+    memcpy(o->width, data->sample ? small : large, sizeof o->width);
+    if (!o->epochs) o->epochs = data->sample ? 20 : 5;
+    if (!o->batch) o->batch = data->sample ? 50 : 250;
+    if (o->lr <= 0) o->lr = data->sample ? 2e-3 : 4e-3;
+    o->shift = data->sample ? 4 : 2;
+    o->smoothing = 0.1f;
+    o->decay = 0.05f;
+    if (o->batch > data->train.count) args_fail("cifar10", "--batch: only %zu training images", data->train.count);
+}
 
+static moe_desc mixture_desc(const config *o, const cifar *data) {
+    moe_desc desc = {0};
+    nn_must(moe_desc_system(&desc, o->system));
     desc.d_model = FEATURES;
     if (!desc.d_ff && desc.expert != MOE_EXPERT_ORTHONORMAL) desc.d_ff = desc.n_experts == 1 ? 2 * D_FF : D_FF;
-    if (o.experts) desc.n_experts = o.experts;
-    if (o.top_k) desc.top_k = o.top_k;
-    if (o.balance > 0 || desc.loss[MOE_LOSS_SWITCH] > 0)
-        desc.loss[MOE_LOSS_SWITCH] = o.balance > 0 ? (float)o.balance : balance_weight;
+    if (o->experts) desc.n_experts = o->experts;
+    if (o->top_k) desc.top_k = o->top_k;
+    if (desc.loss[MOE_LOSS_SWITCH] > 0) desc.loss[MOE_LOSS_SWITCH] = balance_weight;
+    if (o->balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o->balance;
     size_t side = CIFAR_SIDE - 1; // of the last feature map
     for (int i = 0; i < BLOCKS; i++) side /= 2;
-    desc.sequence = o.tokens ? side * side : 1; // an image
-    if (desc.schedule_steps) desc.schedule_steps = data.train.count / o.batch * o.epochs * 3 / 4;
-    desc.weight_decay = o.decay;
-    desc.seed = o.seed + 1;
-    desc.parallel.n_threads = o.threads;
+    desc.sequence = o->tokens ? side * side : 1; // an image
+    if (desc.schedule_steps) desc.schedule_steps = data->train.count / o->batch * o->epochs * 3 / 4;
+    desc.weight_decay = o->decay;
+    desc.seed = o->seed + 1;
+    desc.parallel.n_threads = o->threads;
     moe_status status = moe_desc_resolve(&desc, &desc);
     if (status) args_fail("cifar10", "--%s", moe_status_string(status));
-    nn_must(moe_desc_system(&dense, "dense")); // one expert, as wide as all that one token uses
+    return desc;
+}
+
+// One expert, as wide as all that one token of the mixture uses.
+static moe_desc dense_desc(const config *o, const moe_desc *mixture) {
+    moe_desc dense = {0};
+    nn_must(moe_desc_system(&dense, "dense"));
     dense.d_model = FEATURES;
-    dense.d_ff = desc.top_k * desc.d_ff;
-    dense.expert = desc.expert == MOE_EXPERT_ORTHONORMAL ? MOE_EXPERT_SWIGLU : desc.expert;
-    dense.weight_decay = o.decay;
-    dense.seed = desc.seed;
-    dense.parallel = desc.parallel;
+    dense.d_ff = mixture->top_k * mixture->d_ff;
+    dense.expert = mixture->expert == MOE_EXPERT_ORTHONORMAL ? MOE_EXPERT_SWIGLU : mixture->expert;
+    dense.weight_decay = o->decay;
+    dense.seed = mixture->seed;
+    dense.parallel = mixture->parallel;
     nn_must(moe_desc_resolve(&dense, &dense));
+    return dense;
+}
+
+static score linear_baseline(const config *o, const moe_parallel *parallel, const cifar *data, json *j) {
+    score linear = train_linear(o, parallel, data);
+    json_begin(j);
+    json_text(j, "event", "linear");
+    json_real(j, "test_loss", linear.loss);
+    json_real(j, "test_accuracy", linear.accuracy);
+    json_end(j);
+    return linear;
+}
+
+static void report(const config *o, const cifar *data, const result *r, const result *other, score linear,
+                   FILE *human) {
+    FILE *svg = open_output(o->out, "cifar10.svg");
+    draw(svg, o, r, other, linear);
+    close_output(svg, "cifar10.svg");
+    write_page(o, r, other, linear, data);
+    print_tables(human, r, other, linear);
+    fprintf(human, "\nchecksum %016llx; %.1f s; see %s/cifar10.html, .svg, .jsonl\n", (unsigned long long)r->checksum,
+            r->seconds, o->out);
+}
+
+int main(int argc, char **argv) {
+    config o = {.system = "mixtral", .isa = "auto", .out = "out", .seed = 1};
+    cifar data;
+    parse(&o, argc, argv);
+    cifar_load(&data, o.data, argv[0]);
+    by_data(&o, &data);
+    moe_desc desc = mixture_desc(&o, &data), dense = dense_desc(&o, &desc);
     int beside = !o.no_dense && desc.n_experts > 1 && !o.steps; // a run cut short compares nothing
 
     FILE *human = o.json ? stderr : stdout;
@@ -741,25 +780,13 @@ int main(int argc, char **argv) {
             data.train.count, data.test.count, moe_isa_name(moe_active_isa()), moe_workers(&desc.parallel),
             moe_workers(&desc.parallel) == 1 ? "" : "s");
     fflush(human);
-    score linear = train_linear(&o, &desc.parallel, &data);
-    json_begin(&j);
-    json_text(&j, "event", "linear");
-    json_real(&j, "test_loss", linear.loss);
-    json_real(&j, "test_accuracy", linear.accuracy);
-    json_end(&j);
+    score linear = linear_baseline(&o, &desc.parallel, &data, &j);
     result *r = train(&o, &data, o.system, &desc, &j);
     result *other = beside ? train(&o, &data, "dense", &dense, &j) : NULL;
     if (other) write_final(&j, &o, other, "dense");
     write_final(&j, &o, r, "final");
     close_output(j.file[0], "cifar10.jsonl");
-    FILE *svg = open_output(o.out, "cifar10.svg");
-    draw(svg, &o, r, other, linear);
-    close_output(svg, "cifar10.svg");
-    write_page(&o, r, other, linear, &data);
-
-    print_tables(human, r, other, linear);
-    fprintf(human, "\nchecksum %016llx; %.1f s; see %s/cifar10.html, .svg, .jsonl\n", (unsigned long long)r->checksum,
-            r->seconds, o.out);
+    report(&o, &data, r, other, linear, human);
     result_free(r);
     result_free(other);
     cifar_free(&data);

@@ -40,10 +40,10 @@ typedef struct layer {
     double gamma, lo, hi, gamma_ols, temperature;
     double l1_game, l1_softmax, l1_uniform, l1_coupled, l1_independent; // held out
     double peak_load, peak_softmax, epsilon;                            // epsilon: NaN until the next layer is known
-    double agreement[MOE__QUALITY_COUNT];                               // of the quality estimators with the mean logit
-    double gamma_by[MOE__QUALITY_COUNT];
+    double agreement[MOE_QUALITY_COUNT];                               // of the quality estimators with the mean logit
+    double gamma_by[MOE_QUALITY_COUNT];
     double *replicate; // (bootstrap): gamma
-    size_t ecology[MOE__ECOLOGY_COUNT];
+    size_t ecology[MOE_ECOLOGY_COUNT];
     double purity; // share of the tokens whose label is their expert's most frequent one
 } layer;
 
@@ -73,7 +73,7 @@ static void load_metrics(layer *r, const dump_layer *d) {
     if (h.n_selected) must(moe_game_feasible(E, d->top_k, r->load, &r->feasible), "feasible");
     if (d->labels) {
         uint64_t *right = allocate(E, sizeof *right), hits = 0, tokens = 0;
-        moe_ecology *kind = allocate(E, sizeof *kind);
+        moe_ecology_kind *kind = allocate(E, sizeof *kind);
         size_t cells = E * d->n_labels;
         for (size_t w = 1; w < moe_workers(d->parallel); w++)
             for (size_t i = 0; i < cells; i++) d->labelled[i] += d->labelled[w * cells + i];
@@ -92,7 +92,7 @@ static void type_errors(const config *o, layer *r, const dump_layer *d) {
     uint8_t *half = allocate(d->game->n_batches, 1);
     float *z = allocate(d->n_sample * E, sizeof *z);
     uint32_t *type = allocate(d->n_sample, sizeof *type);
-    must(moe_game_types_work(E, C, &count), "types");
+    must(moe_game_types_scratch(E, C, &count), "types");
     if (count < d->n_sample + E) count = d->n_sample + E;
     double *work = allocate(count, sizeof *work), *share = allocate(C, sizeof *share), l1 = 0;
     double *quality = allocate(C * E, sizeof *quality), *load = allocate(4 * E, sizeof *load), *truth = load + E;
@@ -118,7 +118,7 @@ static void type_errors(const config *o, layer *r, const dump_layer *d) {
 static void quality_agreement(layer *r, const dump_layer *d) {
     size_t E = d->experts, S = d->n_sample, most = S > E ? S : E;
     double *work = allocate(most > 2 * E ? most : 2 * E, sizeof *work), *q = allocate(2 * E, sizeof *q);
-    for (int kind = 0; kind < MOE__QUALITY_COUNT; kind++) {
+    for (int kind = 0; kind < MOE_QUALITY_COUNT; kind++) {
         double *mine = kind ? q + E : q;
         moe_game_fit fit;
         must(moe_game_quality((moe_quality_kind)kind, S, E, d->top_k, d->sample, d->sample_index, work, mine),
@@ -252,7 +252,7 @@ typedef struct routers {
 
 static void add_router(routers *r, const char *path, const moe_file *f, size_t number, const moe_file_tensor *t) {
     uint64_t at = (uint64_t)(t->data - f->bytes);
-    moe_dtype type = moe_dtype_of(t->dtype);
+    moe_dtype_kind type = moe_dtype_of(t->dtype);
     if (t->n_dims != 2 || !t->bytes) dump_fail(path, at, "layer %zu's router is not (experts, width)", number);
     if (r->n && (t->dim[0] != r->experts || t->dim[1] != r->width))
         dump_fail(path, at, "layer %zu's router has another shape than the first one", number);
@@ -348,7 +348,7 @@ static void inspect_files(const config *o, const char *logits, const char *indic
 typedef struct series {
     size_t n;
     double *step, *gamma, *lo, *hi;
-    moe_phase *phase;
+    moe_phase_kind *phase;
 } series;
 
 // gamma of a checkpoint is the mean over its layers that tell it; so is each replicate, which gives the interval.
@@ -487,7 +487,7 @@ static void print_table(FILE *f, const config *o, const table *t) {
                "qualities, mean "
                "over layers;\nof gamma_eff, over layers), on a sample of tokens\n");
     double *first = allocate(t->n, sizeof *first), *other = allocate(t->n, sizeof *other);
-    for (int kind = 1; kind < MOE__QUALITY_COUNT; kind++) {
+    for (int kind = 1; kind < MOE_QUALITY_COUNT; kind++) {
         double sum = 0, n = 0, r;
         for (size_t i = 0; i < t->n; i++) {
             first[i] = t->row[i].gamma_by[0], other[i] = t->row[i].gamma_by[kind];
@@ -502,10 +502,10 @@ static void print_table(FILE *f, const config *o, const table *t) {
         fprintf(f,
                 "\nExperts by usage and purity (share of the most frequent label among an expert's first choices)\n");
         fprintf(f, "layer  purity");
-        for (int k = MOE__ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10s", moe_ecology_name((moe_ecology)k));
+        for (int k = MOE_ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10s", moe_ecology_name((moe_ecology_kind)k));
         for (size_t i = 0; i < t->n; i++) {
             fprintf(f, "\n%5zu  %6.3f", t->row[i].layer, t->row[i].purity);
-            for (int k = MOE__ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10zu", t->row[i].ecology[k]);
+            for (int k = MOE_ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10zu", t->row[i].ecology[k]);
         }
         fprintf(f, "\n");
     }
@@ -584,9 +584,9 @@ static void draw_gamma(FILE *f, const table *t) {
 }
 
 static void draw_series(FILE *f, const series *s) {
-    const char *name[MOE__PHASE_COUNT];
+    const char *name[MOE_PHASE_COUNT];
     int *group = allocate(s->n, sizeof *group);
-    for (int p = 0; p < MOE__PHASE_COUNT; p++) name[p] = moe_phase_name((moe_phase)p);
+    for (int p = 0; p < MOE_PHASE_COUNT; p++) name[p] = moe_phase_name((moe_phase_kind)p);
     for (size_t c = 0; c < s->n; c++) group[c] = (int)s->phase[c];
     plot_begin(f, 960, 360, "gamma_eff by checkpoint");
     plot_points(f, &(plot_point_chart){.box = {0, 0, 960, 360},
@@ -599,7 +599,7 @@ static void draw_series(FILE *f, const series *s) {
                                        .hi = s->hi,
                                        .group = group,
                                        .group_name = name,
-                                       .n_groups = MOE__PHASE_COUNT,
+                                       .n_groups = MOE_PHASE_COUNT,
                                        .joined = 1});
     plot_end(f);
     free(group);
@@ -665,58 +665,68 @@ static const char *sample_path(const char *program) {
     return path;
 }
 
+static void parse(config *o, int argc, char **argv) {
+    args_option options[] = {
+        {"logits", ARGS_TEXT, &o->logits, "FILE", "router logits, .npy (as the first file without an option)", 0, 0},
+        {"indices", ARGS_TEXT, &o->indices, "FILE", "selected experts, .npy (T, k): the load is theirs", 0, 0},
+        {"router", ARGS_TEXT, &o->router, "FILE", "safetensors, or its index: the files are hidden states", 0, 0},
+        {"labels", ARGS_TEXT, &o->labels, "FILE", "a class for each token, .npy int32 or int64", 0, 0},
+        {"top-k", ARGS_SIZE, &o->top_k, "N", "experts a token, where no indices are given", 1, 1 << 20},
+        {"experts", ARGS_SIZE, &o->experts, "N", "experts, where only indices are given (0: the largest index + 1)", 0,
+         1 << 20},
+        {"bf16", ARGS_FLAG, &o->bf16, NULL, "uint16 files hold bfloat16", 0, 0},
+        {"batches", ARGS_SIZE, &o->batches, "N", "batches that the bootstrap draws from", 1, 1 << 20},
+        {"bootstrap", ARGS_SIZE, &o->bootstrap, "N", "replicates for the intervals (0: none)", 0, 1 << 24},
+        {"types", ARGS_SIZE, &o->types, "C", "types of tokens", 1, 64},
+        {"series", ARGS_FLAG, &o->series, NULL, "the files are checkpoints, in order", 0, 0},
+        {"steps-at", ARGS_TEXT, &o->steps_at, "A,B,...", "the checkpoints' steps (default: 1, 2, ...)", 0, 0},
+        ARGS_SEED(&o->seed),
+        ARGS_THREADS(&o->threads),
+        {"html", ARGS_FLAG, &o->html, NULL, "write inspect.html, which needs nothing else", 0, 0},
+        ARGS_OUT(&o->out),
+        ARGS_JSON(&o->json),
+        ARGS_QUIET(&o->quiet),
+    };
+    o->file = allocate((size_t)argc + 1, sizeof *o->file);
+    o->n_files = args_parse_files("inspect", "Tells how a model routes, from .npy files of its router's logits.",
+                                 options, sizeof options / sizeof *options, argc, argv, o->file);
+    o->parallel.n_threads = o->threads;
+    if (o->series && !o->bootstrap) args_fail("inspect", "--series: phases need intervals, so --bootstrap above 0");
+    if (o->steps_at && !o->series) args_fail("inspect", "--steps-at: only with --series");
+    if (o->logits) o->file[o->n_files++] = o->logits;
+    if (o->indices && o->n_files > 1) args_fail("inspect", "--indices: with one file of logits at most");
+    if (!o->n_files && !o->indices) o->file[o->n_files++] = sample_path(argv[0]);
+    if (o->router && !o->n_files) args_fail("inspect", "--router: a file of hidden states is needed");
+}
+
+// Every file's layers into t; end[i]: the layers up to and with file i.
+static void inspect_all(config *o, table *t, size_t *end, json *j) {
+    size_t printed = 0;
+    routers opened = {0}, *r = NULL;
+    if (o->router) opened = open_routers(o->router), r = &opened;
+    for (size_t i = 0; i < o->n_files || (!i && o->indices); i++) {
+        const char *path = i < o->n_files ? o->file[i] : NULL, *indices = o->indices;
+        dump_file first = path ? dump_open(path) : (dump_file){0};
+        if (path && !indices && dump_is_index(&first)) indices = path, path = NULL; // a file of indices alone
+        inspect_files(o, path, indices, r, t);
+        if (!o->series && i)
+            // numbered on
+            for (size_t k = end[i - 1]; k < t->n; k++) t->row[k].layer += t->row[end[i - 1] - 1].layer + 1;
+        end[i] = t->n;
+        for (; o->json && printed < t->n; printed++) write_layer(j, &t->row[printed]);
+    }
+}
+
 int main(int argc, char **argv) {
     config o = {.top_k = 2, .batches = 50, .bootstrap = 1000, .types = 8, .seed = 1, .out = "out"};
-    args_option options[] = {
-        {"logits", ARGS_TEXT, &o.logits, "FILE", "router logits, .npy (as the first file without an option)", 0, 0},
-        {"indices", ARGS_TEXT, &o.indices, "FILE", "selected experts, .npy (T, k): the load is theirs", 0, 0},
-        {"router", ARGS_TEXT, &o.router, "FILE", "safetensors, or its index: the files are hidden states", 0, 0},
-        {"labels", ARGS_TEXT, &o.labels, "FILE", "a class for each token, .npy int32 or int64", 0, 0},
-        {"top-k", ARGS_SIZE, &o.top_k, "N", "experts a token, where no indices are given", 1, 1 << 20},
-        {"experts", ARGS_SIZE, &o.experts, "N", "experts, where only indices are given (0: the largest index + 1)", 0,
-         1 << 20},
-        {"bf16", ARGS_FLAG, &o.bf16, NULL, "uint16 files hold bfloat16", 0, 0},
-        {"batches", ARGS_SIZE, &o.batches, "N", "batches that the bootstrap draws from", 1, 1 << 20},
-        {"bootstrap", ARGS_SIZE, &o.bootstrap, "N", "replicates for the intervals (0: none)", 0, 1 << 24},
-        {"types", ARGS_SIZE, &o.types, "C", "types of tokens", 1, 64},
-        {"series", ARGS_FLAG, &o.series, NULL, "the files are checkpoints, in order", 0, 0},
-        {"steps-at", ARGS_TEXT, &o.steps_at, "A,B,...", "the checkpoints' steps (default: 1, 2, ...)", 0, 0},
-        ARGS_SEED(&o.seed),
-        ARGS_THREADS(&o.threads),
-        {"html", ARGS_FLAG, &o.html, NULL, "write inspect.html, which needs nothing else", 0, 0},
-        ARGS_OUT(&o.out),
-        ARGS_JSON(&o.json),
-        ARGS_QUIET(&o.quiet),
-    };
-    o.file = allocate((size_t)argc + 1, sizeof *o.file);
-    o.n_files = args_parse_files("inspect", "Tells how a model routes, from .npy files of its router's logits.",
-                                 options, sizeof options / sizeof *options, argc, argv, o.file);
-    o.parallel.n_threads = o.threads;
-    if (o.series && !o.bootstrap) args_fail("inspect", "--series: phases need intervals, so --bootstrap above 0");
-    if (o.steps_at && !o.series) args_fail("inspect", "--steps-at: only with --series");
-    if (o.logits) o.file[o.n_files++] = o.logits;
-    if (o.indices && o.n_files > 1) args_fail("inspect", "--indices: with one file of logits at most");
-    if (!o.n_files && !o.indices) o.file[o.n_files++] = sample_path(argv[0]);
-    if (o.router && !o.n_files) args_fail("inspect", "--router: a file of hidden states is needed");
-
+    parse(&o, argc, argv);
     FILE *human = o.json ? stderr : stdout;
     json j = {{o.json ? stdout : NULL}, 0};
     table t = {0};
-    routers r = {0};
-    size_t *end = allocate(o.n_files + 1, sizeof *end), printed = 0;
-    if (o.router) r = open_routers(o.router);
-    for (size_t i = 0; i < o.n_files || (!i && o.indices); i++) {
-        const char *path = i < o.n_files ? o.file[i] : NULL, *indices = o.indices;
-        dump_file first = path ? dump_open(path) : (dump_file){0};
-        if (path && !indices && dump_is_index(&first)) indices = path, path = NULL; // a file of indices alone
-        inspect_files(&o, path, indices, o.router ? &r : NULL, &t);
-        if (!o.series && i)
-            for (size_t k = end[i - 1]; k < t.n; k++) t.row[k].layer += t.row[end[i - 1] - 1].layer + 1; // numbered on
-        end[i] = t.n;
-        for (; o.json && printed < t.n; printed++) write_layer(&j, &t.row[printed]);
-    }
-    print_table(human, &o, &t);
     series s = {0};
+    size_t *end = allocate(o.n_files + 1, sizeof *end);
+    inspect_all(&o, &t, end, &j);
+    print_table(human, &o, &t);
     if (o.series) {
         s = make_series(&o, &t, end);
         print_series(human, &s);

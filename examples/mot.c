@@ -163,16 +163,16 @@ static double net_forward(net *m, const batch *b, size_t n, int noise, uint64_t 
     double loss = 0;
     m->routing->side.evaluate = !noise;
     m->routing->side.draw = draw;
-    nn_must(moe_route(&m->desc, m->router.value, b->x, n * L, m->routing));
+    nn_must(moe_route(m->routing, m->router.value, b->x, n * L));
     for (size_t i = 0; i < n; i++) m->expert[i] = m->routing->index[i * L];
     m->mix.n = n;
     m->mix.x = b->x;
     m->mix.expert = m->expert;
     m->mix.weight = m->attention.value;
     attention_forward(&m->ops, &m->mix);
-    nn_must(moe_tape_tokens(&m->desc, m->running, m->mix.y, n * L));
+    nn_must(moe_tape_tokens(m->running, m->mix.y, n * L));
     nn_must(moe_routes_fill(&m->running->routes, n * L, m->routing->index, m->routing->weight, 0, MOE_ORDER_TOKEN));
-    nn_must(moe_experts_forward(&m->desc, m->experts.value, m->running, m->y));
+    nn_must(moe_experts_forward(m->running, m->experts.value, m->y));
     for (size_t i = 0; i < n; i++) {
         float sum = 0;
         for (size_t k = 0; k < L * D; k++) sum += m->y[i * L * D + k];
@@ -187,13 +187,12 @@ static void net_learn(net *m, const config *o, const batch *b, size_t n, int lea
     for (size_t k = 0; k < n * L * D; k++)
         m->dy[k] = (m->answer[k / (L * D)] - b->label[k / (L * D)]) / (float)(n * L);
     memset(m->dmixed, 0, n * L * D * sizeof(float));
-    nn_must(moe_experts_backward(&m->desc, m->experts.value, m->running, m->dy, 1, m->experts.grad, m->d_weight,
-                                 m->dmixed));
+    nn_must(moe_experts_backward(m->running, m->experts.value, m->dy, 1, m->experts.grad, m->d_weight, m->dmixed));
     nn_bank *bank[] = {&m->router, &m->experts, &m->attention};
     static const float rate[] = {100, 1, 30}; // the first and the last see small gradients
     if (learns & ROUTER) {
         memset(m->router.grad, 0, m->router.count * sizeof(float));
-        nn_must(moe_route_backward(&m->desc, m->router.value, m->routing, m->d_weight, NULL, m->router.grad, NULL));
+        nn_must(moe_route_backward(m->routing, m->router.value, m->d_weight, m->router.grad, NULL));
     }
     if (learns & ATTENTION) {
         m->mix.dy = m->dmixed;
@@ -377,65 +376,49 @@ static void write_page(const config *o, const result *r, size_t n) {
     close_output(f, "mot.html");
 }
 
-int main(int argc, char **argv) {
-    config o = {
-        .batch = 64, .test = 512, .classes = 4, .seed = 1, .isa = "auto", .out = "out", .noise = 0.5, .gain = 4};
+static void parse(config *o, int argc, char **argv) {
     args_option options[] = {
-        {"steps", ARGS_SIZE, &o.steps, "N", "steps of a stage (0: 1000)", 0, 1e7},
-        ARGS_SEED(&o.seed),
-        ARGS_THREADS(&o.threads),
-        ARGS_ISA(&o.isa),
-        ARGS_EXPERTS(&o.experts),
-        {"classes", ARGS_SIZE, &o.classes, "N", "classes of sequences", 2, MAX_CLASSES},
-        {"batch", ARGS_SIZE, &o.batch, "N", "sequences a step", 1, 8192},
-        {"test", ARGS_SIZE, &o.test, "N", "sequences of the test", 1, 100000},
-        {"lr", ARGS_REAL, &o.lr, "X", "learning rate of the feed-forward experts (0: 0.1)", 0, 1e30},
-        {"noise", ARGS_REAL, &o.noise, "X", "deviation of a noise token's numbers", 0, 100},
-        ARGS_OUT(&o.out),
-        ARGS_JSON(&o.json),
-        ARGS_QUIET(&o.quiet),
+        {"steps", ARGS_SIZE, &o->steps, "N", "steps of a stage (0: 1000)", 0, 1e7},
+        ARGS_SEED(&o->seed),
+        ARGS_THREADS(&o->threads),
+        ARGS_ISA(&o->isa),
+        ARGS_EXPERTS(&o->experts),
+        {"classes", ARGS_SIZE, &o->classes, "N", "classes of sequences", 2, MAX_CLASSES},
+        {"batch", ARGS_SIZE, &o->batch, "N", "sequences a step", 1, 8192},
+        {"test", ARGS_SIZE, &o->test, "N", "sequences of the test", 1, 100000},
+        {"lr", ARGS_REAL, &o->lr, "X", "learning rate of the feed-forward experts (0: 0.1)", 0, 1e30},
+        {"noise", ARGS_REAL, &o->noise, "X", "deviation of a noise token's numbers", 0, 100},
+        ARGS_OUT(&o->out),
+        ARGS_JSON(&o->json),
+        ARGS_QUIET(&o->quiet),
     };
     args_parse("mot", "Trains a mixture of transformers in three stages, and what its theory compares it with.",
                options, sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o.isa)) args_fail("mot", "--isa: there is no '%s'", o.isa);
-    if (!o.steps) o.steps = 1000;
-    if (o.lr <= 0) o.lr = 0.1;
-    if (!o.experts) o.experts = 2 * o.classes;
-    if (o.experts > MAX_EXPERTS) args_fail("mot", "--experts: at most %d", MAX_EXPERTS);
+    if (!nn_use_isa(o->isa)) args_fail("mot", "--isa: there is no '%s'", o->isa);
+    if (!o->steps) o->steps = 1000;
+    if (o->lr <= 0) o->lr = 0.1;
+    if (!o->experts) o->experts = 2 * o->classes;
+    if (o->experts > MAX_EXPERTS) args_fail("mot", "--experts: at most %d", MAX_EXPERTS);
+}
 
-    const plan plans[] = {
-        {"three stages", "three_stages", o.experts, D_FF, {ROUTER | FEED_FORWARD, ATTENTION, FEED_FORWARD}},
-        {"end to end", "end_to_end", o.experts, D_FF, {EVERYTHING, EVERYTHING, EVERYTHING}},
-        {"no attention", "no_attention", o.experts, D_FF,
-         {ROUTER | FEED_FORWARD, ROUTER | FEED_FORWARD, ROUTER | FEED_FORWARD}},
-        {"one transformer", "one_transformer", 1, D_FF * o.experts, {EVERYTHING, EVERYTHING, EVERYTHING}},
-    };
-    enum { RUNS = sizeof plans / sizeof *plans };
-    static result r[RUNS];
-    FILE *human = o.json ? stderr : stdout;
-    json j = {{open_output(o.out, "mot.jsonl"), o.json ? stdout : NULL}, 0};
-    json_begin(&j);
-    json_text(&j, "event", "config");
-    json_text(&j, "program", "mot");
-    json_text(&j, "moe", MOE_VERSION);
-    json_whole(&j, "seed", o.seed);
-    json_whole(&j, "classes", o.classes);
-    json_whole(&j, "experts", o.experts);
-    json_whole(&j, "steps", o.steps);
-    json_whole(&j, "batch", o.batch);
-    json_real(&j, "lr", o.lr);
-    json_real(&j, "noise", o.noise);
-    json_text(&j, "isa", moe_isa_name(moe_active_isa()));
-    json_end(&j);
-    double begin = seconds_now();
-    progress bar = progress_begin("mot", "steps", RUNS * STAGES * o.steps, o.quiet);
-    for (size_t i = 0; i < RUNS; i++) train(&r[i], &o, &plans[i], &j, &bar, i * STAGES * o.steps);
-    progress_clear(&bar);
+enum { RUNS = 4 };
+static void write_config(json *j, const config *o) {
+    json_begin(j);
+    json_text(j, "event", "config");
+    json_text(j, "program", "mot");
+    json_text(j, "moe", MOE_VERSION);
+    json_whole(j, "seed", o->seed);
+    json_whole(j, "classes", o->classes);
+    json_whole(j, "experts", o->experts);
+    json_whole(j, "steps", o->steps);
+    json_whole(j, "batch", o->batch);
+    json_real(j, "lr", o->lr);
+    json_real(j, "noise", o->noise);
+    json_text(j, "isa", moe_isa_name(moe_active_isa()));
+    json_end(j);
+}
 
-    FILE *svg = open_output(o.out, "mot.svg");
-    draw(svg, r, RUNS, &o);
-    close_output(svg, "mot.svg");
-    write_page(&o, r, RUNS);
+static void print_results(FILE *human, const result *r) {
     char text[CLAIMS][240];
     int out[CLAIMS];
     judge(r, text, out);
@@ -446,29 +429,62 @@ int main(int argc, char **argv) {
                 stage_loss(&r[i], 0), stage_loss(&r[i], 1), stage_loss(&r[i], 2), 100 * r[i].purity, r[i].params);
     fputc('\n', human);
     for (int k = 0; k < CLAIMS; k++) fprintf(human, "%-14s %s\n", out[k] ? "borne out:" : "NOT borne out:", text[k]);
-    fprintf(human, "\n%.1f s; see %s/mot.html, .svg, .jsonl\n", seconds_now() - begin, o.out);
+}
 
-    json_begin(&j);
-    json_text(&j, "event", "final");
-    json_real(&j, "stage1_loss", stage_loss(r, 0));
-    json_real(&j, "stage2_loss", stage_loss(r, 1));
-    json_real(&j, "stage3_loss", stage_loss(r, 2));
-    json_real(&j, "purity", r->purity);
+static void write_final(json *j, const result *r) {
+    char text[CLAIMS][240];
+    int out[CLAIMS];
+    judge(r, text, out);
+    json_begin(j);
+    json_text(j, "event", "final");
+    json_real(j, "stage1_loss", stage_loss(r, 0));
+    json_real(j, "stage2_loss", stage_loss(r, 1));
+    json_real(j, "stage3_loss", stage_loss(r, 2));
+    json_real(j, "purity", r->purity);
     for (size_t i = 1; i < RUNS; i++) {
         char key[64];
         snprintf(key, sizeof key, "%s_loss", r[i].plan->key);
-        json_real(&j, key, stage_loss(&r[i], 2));
+        json_real(j, key, stage_loss(&r[i], 2));
     }
-    json_real(&j, "stage2_line_fit", r->line_fit[1]);
-    json_real(&j, "stage2_power_fit", r->power_fit[1]);
+    json_real(j, "stage2_line_fit", r->line_fit[1]);
+    json_real(j, "stage2_power_fit", r->power_fit[1]);
     for (int k = 0; k < CLAIMS; k++) {
         static const char *const key[CLAIMS] = {"specialises", "linear_rate", "floor", "beats_end_to_end"};
-        json_raw(&j, key[k], out[k] ? "true" : "false");
+        json_raw(j, key[k], out[k] ? "true" : "false");
     }
     char sum[32];
     snprintf(sum, sizeof sum, "%016llx", (unsigned long long)r->checksum);
-    json_text(&j, "checksum", sum);
-    json_end(&j);
+    json_text(j, "checksum", sum);
+    json_end(j);
+}
+
+int main(int argc, char **argv) {
+    config o = {
+        .batch = 64, .test = 512, .classes = 4, .seed = 1, .isa = "auto", .out = "out", .noise = 0.5, .gain = 4};
+    parse(&o, argc, argv);
+    const plan plans[RUNS] = {
+        {"three stages", "three_stages", o.experts, D_FF, {ROUTER | FEED_FORWARD, ATTENTION, FEED_FORWARD}},
+        {"end to end", "end_to_end", o.experts, D_FF, {EVERYTHING, EVERYTHING, EVERYTHING}},
+        {"no attention", "no_attention", o.experts, D_FF,
+         {ROUTER | FEED_FORWARD, ROUTER | FEED_FORWARD, ROUTER | FEED_FORWARD}},
+        {"one transformer", "one_transformer", 1, D_FF * o.experts, {EVERYTHING, EVERYTHING, EVERYTHING}},
+    };
+    static result r[RUNS];
+    FILE *human = o.json ? stderr : stdout;
+    json j = {{open_output(o.out, "mot.jsonl"), o.json ? stdout : NULL}, 0};
+    write_config(&j, &o);
+    double begin = seconds_now();
+    progress bar = progress_begin("mot", "steps", RUNS * STAGES * o.steps, o.quiet);
+    for (size_t i = 0; i < RUNS; i++) train(&r[i], &o, &plans[i], &j, &bar, i * STAGES * o.steps);
+    progress_clear(&bar);
+
+    FILE *svg = open_output(o.out, "mot.svg");
+    draw(svg, r, RUNS, &o);
+    close_output(svg, "mot.svg");
+    write_page(&o, r, RUNS);
+    print_results(human, r);
+    fprintf(human, "\n%.1f s; see %s/mot.html, .svg, .jsonl\n", seconds_now() - begin, o.out);
+    write_final(&j, r);
     close_output(j.file[0], "mot.jsonl");
     return 0;
 }

@@ -10,11 +10,8 @@
 // it, is its visual word. Since position is a part of a token and the mean forgets order, nothing but the mixture can
 // use where in an image something is; the same network without a mixture is printed for comparison.
 #define MOE_IMPLEMENTATION
-#include "common/args.h"
+#include "common/experiment.h"
 #include "common/game.h"
-#include "common/json.h"
-#include "common/plot.h"
-#include "common/tokens_net.h"
 
 enum { D = NET_D, T = NET_T, D_FF = 32 };
 enum { WINDOWS = 24 };                   // columns of a heat map: spans of training
@@ -24,10 +21,9 @@ static const size_t train_images = 2000; // and the final training loss on that 
 // ---- what one training leaves ----
 
 typedef struct config {
-    const char *data, *system, *set, *isa, *out;
-    size_t epochs, steps, images, experts, top_k;
-    int json, quiet, markdown;
-    net_plan plan;
+    experiment e;
+    const char *system, *set;
+    int markdown;
 } config;
 
 typedef struct result {
@@ -81,9 +77,9 @@ static void note_window(result *r, net *m, game *g, json *j, size_t window, size
 }
 
 // Trains and tests; desc NULL: without a mixture.
-static void train(result *r, const config *o, const moe_desc *desc, const samples *data, json *j, progress *p,
-                  size_t before, const char *label) {
-    const net_plan *plan = &o->plan;
+static void train(result *r, config *o, const moe_desc *desc, progress *p, size_t before, const char *label) {
+    const net_plan *plan = &o->e.plan;
+    const samples *data = &o->e.samples;
     net *m = net_new(plan, desc);
     size_t count = data->train->count, window = 0, steps = 0;
     double loss = 0, accuracy = 0, busy = 0;
@@ -106,7 +102,7 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
         steps++;
         busy += seconds_now() - begin;
         if (desc && step + 1 >= (window + 1) * plan->total / WINDOWS) {
-            note_window(r, m, &played, j, window, step + 1, loss / (double)steps);
+            note_window(r, m, &played, &o->e.lines, window, step + 1, loss / (double)steps);
             window = (step + 1) * WINDOWS / plan->total;
             loss = 0;
             steps = 0;
@@ -129,31 +125,11 @@ static void train(result *r, const config *o, const moe_desc *desc, const sample
 
 // ---- the report ----
 
-static void write_config(json *j, const config *o, const samples *data, const moe_system *const *row,
-                         const moe_desc *desc, size_t n) {
-    char layer[4096];
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "zoo");
-    json_text(j, "moe", MOE_VERSION);
-    json_text(j, "data", o->data ? o->data : "sample");
-    json_whole(j, "train_images", data->train->count);
-    json_whole(j, "test_images", data->test.count);
-    json_whole(j, "tokens_per_image", T);
-    json_whole(j, "seed", o->plan.seed);
-    json_whole(j, "epochs", o->epochs);
-    json_whole(j, "steps", o->plan.total);
-    json_whole(j, "batch", o->plan.batch);
-    json_real(j, "lr", o->plan.lr);
-    json_real(j, "weight_decay", (double)o->plan.decay);
-    json_real(j, "label_smoothing", (double)o->plan.smoothing);
-    json_text(j, "isa", moe_isa_name(moe_active_isa()));
-    json_whole(j, "threads", moe_workers(&(moe_parallel){.n_threads = o->plan.threads}));
+static void write_config(config *o, const moe_system *const *row, const moe_desc *desc, size_t n) {
+    json *j = &o->e.lines;
+    experiment_config(&o->e);
     json_object_begin(j, "layers");
-    for (size_t i = 0; i < n; i++) {
-        moe_desc_json(&desc[i], layer, sizeof layer);
-        json_raw(j, row[i]->name, layer);
-    }
+    for (size_t i = 0; i < n; i++) experiment_layer(&o->e, row[i]->name, &desc[i]);
     json_object_end(j);
     json_end(j);
 }
@@ -190,43 +166,36 @@ static const char *const heading_short[COLUMNS] = {"system", "test loss", "accur
                                                    "tokens/s", "MaxVio", "CV", "entropy", "dead", "dropped", "PES", ""};
 static const int width[COLUMNS] = {-19, 9, 10, 12, 8, 10, 8, 7, 9, 6, 9, 7, 0};
 
-static void number(char cell[64], const char *format, double v) {
-    if (isfinite(v))
-        snprintf(cell, 64, format, v);
-    else
-        snprintf(cell, 64, "-");
-}
-
 static void row_cells(const result *r, char cell[COLUMNS][64]) {
     const moe_health *h = &r->health;
     double known = r->diverged || !r->experts ? NAN : 0; // makes what was not measured NaN
     snprintf(cell[0], 64, "%s", r->name);
-    number(cell[1], "%.4f", r->test_loss);
+    experiment_number(cell[1], "%.4f", r->test_loss);
     if (r->diverged) snprintf(cell[1], 64, "diverged");
-    number(cell[2], "%.1f%%", 100 * r->test_accuracy);
-    number(cell[3], "%.4f", r->train_loss);
-    number(cell[4], "%.0f", (double)r->active_params);
-    number(cell[5], "%.0f", r->tokens_per_s);
-    number(cell[6], "%.2f", h->maxvio + known);
-    number(cell[7], "%.2f", h->load_cv + known);
-    number(cell[8], "%.3f", h->load_entropy + known);
-    number(cell[9], "%.0f", (double)h->n_dead + known);
-    number(cell[10], "%.1f%%", 100 * h->drop_rate + known);
-    number(cell[11], "%.3f", r->pes);
+    experiment_number(cell[2], "%.1f%%", 100 * r->test_accuracy);
+    experiment_number(cell[3], "%.4f", r->train_loss);
+    experiment_number(cell[4], "%.0f", (double)r->active_params);
+    experiment_number(cell[5], "%.0f", r->tokens_per_s);
+    experiment_number(cell[6], "%.2f", h->maxvio + known);
+    experiment_number(cell[7], "%.2f", h->load_cv + known);
+    experiment_number(cell[8], "%.3f", h->load_entropy + known);
+    experiment_number(cell[9], "%.0f", (double)h->n_dead + known);
+    experiment_number(cell[10], "%.1f%%", 100 * h->drop_rate + known);
+    experiment_number(cell[11], "%.3f", r->pes);
     snprintf(cell[12], 64, "%s", r->source);
 }
 
 static void print_row(FILE *f, const result *r) {
     char cell[COLUMNS][64];
+    const char *at[COLUMNS];
     row_cells(r, cell);
-    for (int i = 0; i < COLUMNS - 1; i++) fprintf(f, "%*s", width[i], cell[i]);
-    fputc('\n', f);
+    for (int i = 0; i < COLUMNS; i++) at[i] = cell[i];
+    experiment_row(f, COLUMNS - 1, width, at);
 }
 
 static void print_table(FILE *f, const result *r, size_t n, const result *without) {
     fputc('\n', f);
-    for (int i = 0; i < COLUMNS - 1; i++) fprintf(f, "%*s", width[i], heading_short[i]);
-    fputc('\n', f);
+    experiment_row(f, COLUMNS - 1, width, heading_short);
     for (size_t i = 0; i < n; i++) print_row(f, &r[i]);
     print_row(f, without);
 }
@@ -296,13 +265,15 @@ static void page_result(FILE *f, const result *r) {
              cell[6], cell[7], cell[8], cell[9], cell[10], cell[11], cell[12]);
 }
 
-static void write_page(const config *o, const result *r, size_t n, const result *without, const samples *data) {
+static void write_page(const config *o, const result *r, size_t n, const result *without) {
     char text[512];
-    FILE *f = open_output(o->out, "zoo.html");
+    const net_plan *plan = &o->e.plan;
+    const samples *data = &o->e.samples;
+    FILE *f = experiment_file(&o->e, "html");
     snprintf(text, sizeof text,
              "%zu systems, each %zu steps of %zu images (%zu for training, %zu for the test), seed %llu. Loads and PES "
              "are those of the test.",
-             n, o->plan.total, o->plan.batch, data->train->count, data->test.count, (unsigned long long)o->plan.seed);
+             n, plan->total, plan->batch, data->train->count, data->test.count, (unsigned long long)plan->seed);
     page_begin(f, "A zoo of routers", text);
     page_card(f);
     page_table_begin(f);
@@ -335,31 +306,23 @@ static void write_page(const config *o, const result *r, size_t n, const result 
     page_table_end(f);
     page_card_end(f);
     page_end(f);
-    close_output(f, "zoo.html");
+    experiment_close(&o->e, f, "html");
 }
 
 // ---- the program ----
 
 // The rows that --system asks for, in the order of the table.
+static const char *system_name(size_t i) { return moe_system_at(i)->name; }
 static size_t choose(const config *o, const moe_system **row) {
-    char name[128], near[512];
-    unsigned char *chosen = allocate(moe_systems_count(), 1);
-    int all = strcmp(o->system, "all") == 0;
-    for (const char *at = o->system; !all; at++) {
-        size_t length = strcspn(at, ","), i = 0;
-        snprintf(name, sizeof name, "%.*s", (int)(length < 127 ? length : 127), at);
-        while (i < moe_systems_count() && strcmp(moe_system_at(i)->name, name) != 0) i++;
-        if (i == moe_systems_count()) {
-            moe_system_near(name, near, sizeof near);
-            args_fail("zoo", "--system: there is no '%s'%s%s", name, *near ? "; near: " : "", near);
-        }
-        chosen[i] = 1;
-        at += length;
-        if (!*at) break;
+    char wrong[128], near[512];
+    size_t n = 0, count = moe_systems_count();
+    unsigned char *chosen = allocate(count, 1);
+    if (experiment_choose(o->system, count, system_name, chosen, wrong)) {
+        moe_system_near(wrong, near, sizeof near);
+        args_fail("zoo", "--system: there is no '%s'%s%s", wrong, *near ? "; near: " : "", near);
     }
-    size_t n = 0;
-    for (size_t i = 0; i < moe_systems_count(); i++)
-        if (all || chosen[i]) row[n++] = moe_system_at(i);
+    for (size_t i = 0; i < count; i++)
+        if (chosen[i]) row[n++] = moe_system_at(i);
     free(chosen);
     return n;
 }
@@ -370,121 +333,91 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
     d.d_model = D;
     d.sequence = T;
     if (!d.d_ff) d.d_ff = d.n_experts == 1 ? 2 * D_FF : D_FF; // dense: as much as two experts
-    if (o->experts && d.n_experts != 1) d.n_experts = o->experts;
-    if (o->top_k && d.n_experts != 1) d.top_k = o->top_k;
+    if (o->e.experts && d.n_experts != 1) d.n_experts = o->e.experts;
+    if (o->e.top_k && d.n_experts != 1) d.top_k = o->e.top_k;
     size_t at = 0;
     if (!s && o->set && (s = moe_desc_parse(&d, o->set, &at)) != MOE_OK)
         args_fail("zoo", "--set: at '%s': %s", o->set + at, moe_status_string(s));
     // k and temperature are at their ends for the last quarter of the training
-    if (d.schedule_steps) d.schedule_steps = o->plan.total - o->plan.total / 4;
-    d.weight_decay = o->plan.decay;
-    d.seed = o->plan.seed + 1;
-    d.parallel.n_threads = o->plan.threads;
+    if (d.schedule_steps) d.schedule_steps = o->e.plan.total - o->e.plan.total / 4;
+    d.weight_decay = o->e.plan.decay;
+    d.seed = o->e.plan.seed + 1;
+    d.parallel.n_threads = o->e.plan.threads;
     if (!s) s = moe_desc_resolve(&d, &d);
     if (s) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     return d;
 }
 
 // A first batch through a new layer: what it cannot do with these shapes is known before anything is trained.
-static void try_layer(const config *o, const moe_system *row, const moe_desc *desc, const samples *data) {
-    net *m = net_new(&o->plan, desc);
-    for (size_t i = 0; i < o->plan.batch; i++) net_take(m, i, &data->train[0], i);
-    moe_status s = moe_forward(m->moe, m->x, o->plan.batch * T, m->y);
+static void try_layer(const config *o, const moe_system *row, const moe_desc *desc) {
+    net *m = net_new(&o->e.plan, desc);
+    for (size_t i = 0; i < o->e.plan.batch; i++) net_take(m, i, &o->e.samples.train[0], i);
+    moe_status s = moe_forward(m->moe, m->x, o->e.plan.batch * T, m->y);
     if (s != MOE_OK && moe_status_kind(s) != MOE_KIND_NUMBER)
         args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
     net_free(m);
 }
 
-int main(int argc, char **argv) {
-    config o = {.system = "all", .isa = "auto", .out = "out", .plan = {.seed = 1}};
-    args_option options[] = {
-        ARGS_DATA(&o.data),
-        ARGS_EPOCHS(&o.epochs),
-        ARGS_STEPS(&o.steps),
-        ARGS_SEED(&o.plan.seed),
-        ARGS_THREADS(&o.plan.threads),
-        ARGS_ISA(&o.isa),
-        ARGS_SYSTEM(&o.system, "a name, or several with commas between"),
-        ARGS_EXPERTS(&o.experts),
-        ARGS_TOP_K(&o.top_k),
-        {"batch", ARGS_SIZE, &o.plan.batch, "N", "images a step (0: by the data)", 0, 8192},
-        {"images", ARGS_SIZE, &o.images, "N", "only the first N of the training and of the test set (0: all)", 0, 0},
-        {"lr", ARGS_REAL, &o.plan.lr, "X", "highest learning rate (0: by the data)", 0, 1e30},
-        {"set", ARGS_TEXT, &o.set, "TEXT", "fields of the desc for every system: \"gate=sigmoid loss.z=0.01\"", 0, 0},
-        {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
-        ARGS_OUT(&o.out),
-        ARGS_JSON(&o.json),
-        ARGS_QUIET(&o.quiet),
-    };
-    args_parse("zoo", "Trains every routing system on the same pictures with the same budget.", options,
-               sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o.isa)) args_fail("zoo", "--isa: there is no '%s'", o.isa);
-    const moe_system **row = allocate(moe_systems_count(), sizeof *row);
-    size_t n = choose(&o, row);
-
-    cifar pictures;
-    samples data;
-    cifar_load(&pictures, o.data, argv[0]);
-    if (o.images && o.images < pictures.train.count) pictures.train.count = o.images;
-    if (o.images && o.images < pictures.test.count) pictures.test.count = o.images;
-    if (!o.epochs) o.epochs = pictures.sample ? 20 : 5;
-    if (!o.plan.batch) o.plan.batch = pictures.sample ? 50 : 250;
-    if (o.plan.lr <= 0) o.plan.lr = pictures.sample ? 2e-3 : 4e-3;
-    o.plan.smoothing = 0.1f;
-    o.plan.decay = 0.05f;
-    if (o.plan.batch > pictures.train.count)
-        args_fail("zoo", "--batch: only %zu training images", pictures.train.count);
-    o.plan.total = pictures.train.count / o.plan.batch * o.epochs;
-    if (o.steps && o.steps < o.plan.total) o.plan.total = o.steps;
-    moe_desc *desc = allocate(n, sizeof *desc);
-    for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, row[i]);
-
-    FILE *human = o.json ? stderr : stdout;
-    nn ops = {.parallel = {.n_threads = o.plan.threads}};
-    double begin = seconds_now();
-    data = samples_make(&ops, &pictures, o.plan.seed, o.quiet);
-    nn_free(&ops);
-    for (size_t i = 0; i < n; i++) try_layer(&o, row[i], &desc[i], &data);
-    json j = {{open_output(o.out, "zoo.jsonl"), o.json ? stdout : NULL}, 0};
-    write_config(&j, &o, &data, row, desc, n);
-    fprintf(human, "CIFAR-10%s: %zu training and %zu test images, %d tokens each (made in %.1f s); %s, %zu thread%s\n",
-            pictures.sample ? " sample" : "", pictures.train.count, pictures.test.count, T, seconds_now() - begin,
-            moe_isa_name(moe_active_isa()), moe_workers(&ops.parallel), moe_workers(&ops.parallel) == 1 ? "" : "s");
-    fflush(human);
-    cifar_free(&pictures);
-
-    result without = {.name = "(no mixture)", .source = ""}, *r = allocate(n, sizeof *r);
-    train(&without, &o, NULL, &data, &j, NULL, 0, NULL);
-    json_begin(&j);
-    json_text(&j, "event", "baseline");
-    json_real(&j, "train_loss", without.train_loss);
-    json_real(&j, "test_loss", without.test_loss);
-    json_real(&j, "test_accuracy", without.test_accuracy);
-    json_end(&j);
-    progress p = progress_begin("zoo", "steps", n * o.plan.total, o.quiet);
+// Trains them all, with one line of progress; r (n) in the order of the losses at the end.
+static void run(config *o, const moe_system *const *row, const moe_desc *desc, result *r, size_t n, result *without) {
+    json *j = &o->e.lines;
+    train(without, o, NULL, NULL, 0, NULL);
+    json_begin(j);
+    json_text(j, "event", "baseline");
+    json_real(j, "train_loss", without->train_loss);
+    json_real(j, "test_loss", without->test_loss);
+    json_real(j, "test_accuracy", without->test_accuracy);
+    json_end(j);
+    progress p = progress_begin("zoo", "steps", n * o->e.plan.total, o->e.quiet);
     for (size_t i = 0; i < n; i++) {
         char label[160];
         snprintf(label, sizeof label, "%s (%zu of %zu)", row[i]->name, i + 1, n);
         r[i].name = row[i]->name;
         r[i].source = row[i]->source;
         r[i].system = row[i];
-        train(&r[i], &o, &desc[i], &data, &j, &p, i * o.plan.total, label);
+        train(&r[i], o, &desc[i], &p, i * o->e.plan.total, label);
     }
     progress_clear(&p);
     qsort(r, n, sizeof *r, compare);
-    for (size_t i = 0; i < n; i++) write_final(&j, &r[i]);
-    close_output(j.file[0], "zoo.jsonl");
-    FILE *svg = open_output(o.out, "zoo.svg");
-    draw(svg, r, n);
-    close_output(svg, "zoo.svg");
-    write_page(&o, r, n, &without, &data);
+    for (size_t i = 0; i < n; i++) write_final(j, &r[i]);
+}
 
-    (o.markdown ? print_markdown : print_table)(human, r, n, &without);
-    fprintf(human, "\n%.1f s; loads and PES on the test images; see %s/zoo.html, .svg, .jsonl\n", seconds_now() - begin,
-            o.out);
+static void report(config *o, const result *r, size_t n, const result *without) {
+    experiment_end(&o->e);
+    FILE *svg = experiment_file(&o->e, "svg");
+    draw(svg, r, n);
+    experiment_close(&o->e, svg, "svg");
+    write_page(o, r, n, without);
+    (o->markdown ? print_markdown : print_table)(o->e.human, r, n, without);
+    fprintf(o->e.human, "\n%.1f s; loads and PES on the test images; see %s/zoo.html, .svg, .jsonl\n",
+            seconds_now() - o->e.begin, o->e.out);
+}
+
+int main(int argc, char **argv) {
+    config o = {.e = experiment_defaults("zoo"), .system = "all"};
+    args_option options[] = {
+        EXPERIMENT_OPTIONS(&o.e),
+        ARGS_SYSTEM(&o.system, "a name, or several with commas between"),
+        {"set", ARGS_TEXT, &o.set, "TEXT", "fields of the desc for every system: \"gate=sigmoid loss.z=0.01\"", 0, 0},
+        {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
+    };
+    args_parse("zoo", "Trains every routing system on the same pictures with the same budget.", options,
+               sizeof options / sizeof *options, argc, argv);
+    const moe_system **row = allocate(moe_systems_count(), sizeof *row);
+    size_t n = choose(&o, row);
+    experiment_load(&o.e, argv[0], (experiment_by_data){{20, 5}, {2e-3, 4e-3}});
+    moe_desc *desc = allocate(n, sizeof *desc);
+    for (size_t i = 0; i < n; i++) desc[i] = layer_desc(&o, row[i]);
+    experiment_begin(&o.e);
+    for (size_t i = 0; i < n; i++) try_layer(&o, row[i], &desc[i]);
+    write_config(&o, row, desc, n);
+
+    result without = {.name = "(no mixture)", .source = ""}, *r = allocate(n, sizeof *r);
+    run(&o, row, desc, r, n, &without);
+    report(&o, r, n, &without);
     for (size_t i = 0; i < n; i++) free(r[i].load);
-    samples_free(&data);
     free(without.load);
+    experiment_free(&o.e);
     free(r);
     free(row);
     free(desc);

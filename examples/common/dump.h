@@ -240,7 +240,7 @@ EX_FUNC void dump_read(dump_layer *l, void (*tick)(void *user, size_t done), voi
         w->index = allocate(j.piece, l->top_k * sizeof(int32_t));
         w->label = allocate(j.piece, sizeof(int32_t));
         w->class = allocate(j.piece, sizeof(uint32_t));
-        if (!moe_topk_count_work(l->experts, l->top_k, &w->work_bytes)) w->work = allocate(1, w->work_bytes);
+        if (!moe_topk_count_scratch(l->experts, l->top_k, &w->work_bytes)) w->work = allocate(1, w->work_bytes);
     }
     for (; j.begin < B; j.begin += 4 * workers) {
         size_t round = B - j.begin < 4 * workers ? B - j.begin : 4 * workers;

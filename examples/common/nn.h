@@ -762,9 +762,9 @@ EX_FUNC size_t nn_count_right(size_t rows, size_t classes, const float *logits, 
 // Makes moe.h use the instruction set of this name ("auto", "scalar", ...). 0: there is none of this name.
 EX_FUNC int nn_use_isa(const char *name) {
     size_t i = 0;
-    while (moe_isa_name((moe_isa)i) && strcmp(moe_isa_name((moe_isa)i), name) != 0) i++;
-    if (!moe_isa_name((moe_isa)i)) return 0;
-    nn_must(moe_force_isa((moe_isa)i));
+    while (moe_isa_name((moe_isa_kind)i) && strcmp(moe_isa_name((moe_isa_kind)i), name) != 0) i++;
+    if (!moe_isa_name((moe_isa_kind)i)) return 0;
+    nn_must(moe_force_isa((moe_isa_kind)i));
     return 1;
 }
 

@@ -1,4 +1,0 @@
-/* An allocator that is declared only: test_compile.sh looks at which names an object asks for. */
-#include <stddef.h>
-void *my_malloc(size_t bytes, void *context);
-void my_free(void *p, void *context);

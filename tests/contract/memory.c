@@ -1,0 +1,182 @@
+/* Running out of memory: the N-th allocation fails, for every N. Each time the status says so, nothing leaks, the
+ * layer is as it was, and works when there is memory again. */
+#include "test.h"
+
+enum { D = 12, F = 20, E = 5, T = 30 };
+static float x[T * D], dy[T * D], y[T * D], dx[T * D], y_want[T * D], dx_want[T * D];
+static int context;
+
+static moe_desc desc(void) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D, d.d_ff = F, d.n_experts = E, d.bias = MOE_ON, d.n_shared = 1, d.capacity_factor = 1, d.clip_norm = 1;
+    d.loss[MOE_LOSS_SWITCH] = 0.01f, d.loss[MOE_LOSS_Z] = 0.01f, d.alloc_context = &context;
+    return d;
+}
+
+/* Something that allocates; returns its status, and cleans up what it made. */
+typedef moe_status action(moe_layer *m);
+
+static moe_status create(moe_layer *m) {
+    moe_desc d = desc();
+    moe_layer *made = m;
+    moe_status s = moe_layer_new(&made, &d);
+    if (s) CHECK(made == NULL || made == m); /* never half a layer */
+    if (!s) CHECK(test_last_context == &context);
+    if (!s) moe_layer_free(made);
+    return s;
+}
+
+static moe_status make_tape(moe_layer *m) {
+    moe_desc d = desc();
+    moe_tape *t = NULL;
+    (void)m;
+    moe_status s = moe_tape_new(&t, &d, T, MOE_ON);
+    if (s) CHECK(t == NULL);
+    moe_tape_free(t);
+    return s;
+}
+
+static moe_status forward(moe_layer *m) { return moe_forward(m, x, T, y); }
+static moe_status backward(moe_layer *m) { return moe_backward(m, dy, dx); }
+static moe_status step(moe_layer *m) { return moe_step(m, 0.01f); }
+
+static moe_status health(moe_layer *m) {
+    moe_health h;
+    return moe_layer_health(m, &h);
+}
+
+static moe_status gemm(moe_layer *m) {
+    moe_gemm_args g;
+    memset(&g, 0, sizeof g);
+    (void)m;
+    g.m = T, g.n = T, g.k = D, g.a = x, g.b = dy, g.tb = 1, g.alloc_context = &context;
+    static float c[T * T];
+    g.c = c;
+    return moe_gemm(&g);
+}
+
+static moe_status load(moe_layer *m) {
+    static unsigned char bytes[100000];
+    size_t size = 0;
+    moe_layer *made = NULL;
+    moe_desc d = desc();
+    CHECK_OK(moe_layer_save_size(m, 1, &size));
+    if (!CHECK(size <= sizeof bytes)) return MOE_OK;
+    moe_status s = moe_layer_save_memory(m, 1, bytes, size);
+    if (!s) s = moe_layer_load_memory(&made, bytes, size, &d);
+    if (s) CHECK(made == NULL);
+    moe_layer_free(made);
+    return s;
+}
+
+/* Fails the first, second, ... allocation of `act` until it needs no more. Before each try `prepare` (may be
+ * NULL) runs. */
+static void fail_each(moe_layer *m, action *prepare, action *act, int fresh_layer, const char *name) {
+    long n = 0;
+    for (;; n++) {
+        moe_desc d = desc();
+        moe_layer *own = m;
+        if (fresh_layer && !CHECK_OK(moe_layer_new(&own, &d))) return;
+        if (prepare) CHECK_OK(prepare(own));
+        uint64_t before = own ? moe_layer_hash(own) : 0;
+        long live = test_live_blocks;
+        test_fail_at = n;
+        moe_status s = act(own);
+        int reached = test_fail_at == 0;
+        test_fail_at = -1;
+        if (s) {
+            if (!CHECK(moe_status_kind(s) == MOE_KIND_MEMORY))
+                printf("        %s: \"%s\"\n", name, moe_status_string(s));
+            CHECK(test_live_blocks <= live); /* a tape that could not grow may be gone; no more than before */
+            if (own) CHECK(moe_layer_hash(own) == before);
+        }
+        if (own) { /* with memory again, everything works as if nothing had been */
+            if (s && prepare) CHECK_OK(prepare(own));
+            if (s) CHECK_OK(act(own));
+            if (fresh_layer) moe_layer_free(own);
+        }
+        if (!s) break;
+        if (!CHECK(reached)) break; /* it failed without an allocation having failed */
+        if (!CHECK(n < 1000)) break;
+    }
+    CHECK(test_live_blocks == 0 || !fresh_layer);
+}
+
+static void test_create(void) {
+    fail_each(NULL, NULL, create, 0, "create");
+    fail_each(NULL, NULL, make_tape, 0, "tape");
+    CHECK(test_live_blocks == 0);
+}
+
+static void test_layer_calls(void) {
+    fail_each(NULL, NULL, forward, 1, "forward");
+    fail_each(NULL, forward, backward, 1, "backward");
+    fail_each(NULL, forward, step, 1, "step");
+    fail_each(NULL, forward, health, 1, "health");
+    fail_each(NULL, forward, load, 1, "load");
+}
+
+static void test_arrays(void) {
+    fail_each(NULL, NULL, gemm, 0, "gemm");
+    CHECK(test_live_blocks == 0);
+}
+
+/* A forward that fails while the tape grows: the layer then gives the same bits as one that never failed. */
+static void test_growing_tape(void) {
+    moe_desc d = desc();
+    moe_layer *m = NULL;
+    if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+    CHECK_OK(moe_forward(m, x, T, y_want));
+    CHECK_OK(moe_backward(m, dy, dx_want));
+    CHECK_OK(moe_step(m, 0.01f));
+    uint64_t want = moe_layer_hash(m);
+    moe_layer_free(m);
+    for (long n = 0; n < 50; n++) {
+        if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+        CHECK_OK(moe_forward(m, x, 3, y));
+        test_fail_at = n;
+        moe_status s = moe_forward(m, x, T, y);
+        test_fail_at = -1;
+        if (s) {
+            CHECK_STATUS(s, MOE_E_NO_MEMORY);
+            CHECK_STATUS(moe_backward(m, dy, dx), MOE_E_NO_FORWARD); /* not of a batch that is no more */
+            CHECK_OK(moe_forward(m, x, T, y));
+        }
+        CHECK_SAME(y, y_want, T * D);
+        CHECK_OK(moe_backward(m, dy, dx));
+        CHECK_SAME(dx, dx_want, T * D);
+        CHECK_OK(moe_step(m, 0.01f));
+        CHECK(moe_layer_hash(m) == want);
+        moe_layer_free(m);
+        CHECK(test_live_blocks == 0);
+        if (!s) break;
+    }
+}
+
+/* After the first batch of a size no call allocates any more. */
+static void test_no_allocation_in_the_loop(void) {
+    moe_desc d = desc();
+    moe_layer *m = NULL;
+    if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+    for (int i = 0; i < 5; i++) {
+        long before = test_allocations;
+        CHECK_OK(moe_forward(m, x, (size_t)(T - i), y));
+        CHECK_OK(moe_backward(m, dy, dx));
+        CHECK_OK(moe_step(m, 0.01f));
+        if (i > 0) CHECK(test_allocations == before);
+    }
+    moe_layer_free(m);
+    CHECK(test_live_blocks == 0);
+}
+
+int main(void) {
+    test_fill(x, T * D, -1, 1);
+    test_fill(dy, T * D, -1, 1);
+    RUN(test_create);
+    RUN(test_layer_calls);
+    RUN(test_arrays);
+    RUN(test_growing_tape);
+    RUN(test_no_allocation_in_the_loop);
+    return test_end();
+}

@@ -1,0 +1,291 @@
+/* A desc: defaults, every field out of range, JSON. */
+#include "test.h"
+
+#include <limits.h>
+
+static moe_desc small_desc(void) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = 4, d.d_ff = 6, d.n_experts = 3, d.top_k = 2;
+    return d;
+}
+
+/* ---- desc ---- */
+static void test_desc_defaults(void) {
+    moe_desc d, r;
+    memset(&d, 0, sizeof d);
+    CHECK_STATUS(moe_desc_resolve(&d, &r), MOE_E_D_MODEL);
+    d.d_model = 10;
+    CHECK_OK(moe_desc_resolve(&d, &r));
+    CHECK(r.d_model == 10 && r.d_ff == 40 && r.n_experts == 8 && r.top_k == 2 && r.n_shared == 0);
+    CHECK(r.score == MOE_SCORE_LINEAR && r.gate == MOE_GATE_SOFTMAX && r.select == MOE_SELECT_TOP_K &&
+          r.expert == MOE_EXPERT_SWIGLU);
+    CHECK(r.capacity_order == MOE_ORDER_TOKEN && r.optimizer == MOE_OPTIMIZER_ADAMW && r.training == MOE_ON);
+    CHECK(r.normalize == MOE_ON && r.bias == MOE_OFF && r.temperature == 1 && !(r.capacity_factor > 0) &&
+          !(r.clip_norm > 0));
+    CHECK(r.beta1 == 0.9f && r.beta2 == 0.999f && r.epsilon == 1e-8f && r.momentum == 0.9f && r.weight_decay == 0.01f &&
+          r.seed == 1);
+    d.n_experts = 1;
+    CHECK_OK(moe_desc_resolve(&d, &r));
+    CHECK(r.top_k == 1 && r.normalize == MOE_OFF);
+}
+
+static int same_desc(const moe_desc *a, const moe_desc *b) {
+    int same = a->d_model == b->d_model && a->d_ff == b->d_ff && a->n_experts == b->n_experts && a->top_k == b->top_k;
+    same &= a->n_shared == b->n_shared && a->score == b->score && a->gate == b->gate && a->select == b->select;
+    same &= a->expert == b->expert && a->capacity_order == b->capacity_order && a->normalize == b->normalize &&
+            a->bias == b->bias;
+    same &= test_bits(a->temperature) == test_bits(b->temperature) &&
+            test_bits(a->capacity_factor) == test_bits(b->capacity_factor);
+    for (int l = 0; l < MOE_LOSS_COUNT; l++) same &= test_bits(a->loss[l]) == test_bits(b->loss[l]);
+    same &= a->training == b->training && a->optimizer == b->optimizer && test_bits(a->beta1) == test_bits(b->beta1);
+    same &= test_bits(a->beta2) == test_bits(b->beta2) && test_bits(a->epsilon) == test_bits(b->epsilon);
+    same &=
+        test_bits(a->momentum) == test_bits(b->momentum) && test_bits(a->weight_decay) == test_bits(b->weight_decay);
+    same &= test_bits(a->clip_norm) == test_bits(b->clip_norm) && a->seed == b->seed &&
+            a->alloc_context == b->alloc_context;
+    same &= a->parallel.run == b->parallel.run && a->parallel.user == b->parallel.user;
+    return same && a->parallel.n_threads == b->parallel.n_threads;
+}
+
+static void test_desc_resolve_is_idempotent(void) {
+    int resolved = 0;
+    for (int i = 0; i < 1500; i++) {
+        moe_desc d = small_desc(), once, twice;
+        static const float value[] = {0, MOE_OFF, 0.5f, 0.25f};
+        d.d_ff = test_below(3) * 7, d.n_experts = test_below(2) * 5, d.top_k = test_below(3),
+        d.n_shared = test_below(3);
+        d.score = (moe_score_kind)test_below(MOE_SCORE_COUNT), d.gate = (moe_gate_kind)test_below(MOE_GATE_COUNT);
+        d.select = (moe_select_kind)test_below(MOE_SELECT_COUNT),
+        d.expert = (moe_expert_kind)test_below(MOE_EXPERT_COUNT);
+        d.capacity_order = (moe_order_kind)test_below(MOE_ORDER_COUNT),
+        d.optimizer = (moe_optimizer_kind)test_below(MOE_OPTIMIZER_COUNT);
+        d.normalize = (int)test_below(3) - 1, d.bias = (int)test_below(3) - 1, d.training = (int)test_below(3) - 1;
+        d.temperature = test_below(2) ? 0 : 2, d.capacity_factor = value[test_below(4)];
+        for (int l = 0; l <= MOE_LOSS_IMPORTANCE; l++) d.loss[l] = value[test_below(4)];
+        d.beta1 = value[test_below(4)], d.beta2 = value[test_below(4)], d.momentum = value[test_below(4)];
+        d.weight_decay = value[test_below(4)], d.clip_norm = value[test_below(4)],
+        d.epsilon = test_below(2) ? 0 : 1e-6f;
+        d.seed = test_below(3), d.parallel.n_threads = test_below(4), d.alloc_context = &d;
+        moe_status fits = moe_desc_resolve(&d, &once); /* not every choice goes with every other */
+        CHECK(!fits || moe_status_kind(fits) == MOE_KIND_ARGUMENT || fits == MOE_E_LOSS_STAGE);
+        if (fits) continue;
+        resolved++;
+        CHECK_OK(moe_desc_resolve(&once, &twice));
+        CHECK(same_desc(&once, &twice));
+        CHECK(once.alloc_context == &d && once.parallel.n_threads == d.parallel.n_threads);
+        CHECK_OK(moe_desc_resolve(&d, &d)); /* in place */
+        d.alloc_context = once.alloc_context;
+        CHECK(same_desc(&once, &d));
+        CHECK(d.weight_decay == (float)MOE_OFF || d.weight_decay > 0); /* off stays off */
+    }
+    CHECK(resolved > 100);
+}
+
+/* Each bad value gives `want` from every function that takes a desc, and none of them touches its result. */
+static void bad_desc(const moe_desc *d, moe_status want) {
+    size_t bytes = 77;
+    moe_layer *m = NULL;
+    moe_tape *t = NULL;
+    static float memory[4096];
+    moe_desc out = small_desc(), keep = out;
+    CHECK_STATUS(moe_desc_resolve(d, &out), want);
+    CHECK(same_desc(&out, &keep));
+    CHECK_STATUS(moe_layer_size(d, &bytes), want);
+    CHECK_STATUS(moe_layer_new(&m, d), want);
+    CHECK_STATUS(moe_layer_init(&m, d, memory, sizeof memory), want);
+    CHECK_STATUS(moe_tape_size(d, 3, MOE_ON, &bytes), want);
+    CHECK_STATUS(moe_tape_new(&t, d, 3, MOE_ON), want);
+    CHECK_STATUS(moe_tape_init(&t, d, 3, MOE_ON, memory, sizeof memory), want);
+    CHECK_STATUS(moe_experts_count(d, &bytes), want);
+    moe_expert_weights none = {NULL, NULL, NULL, NULL, NULL, NULL};
+    moe_expert_arrays nowhere = {NULL, NULL, NULL, NULL, NULL, NULL};
+    CHECK_STATUS(moe_expert_pack(d, 0, &none, memory), want);
+    CHECK_STATUS(moe_expert_unpack(d, 0, memory, &nowhere), want);
+    CHECK_STATUS(moe_router_count(d, &bytes), want);
+    CHECK(m == NULL && t == NULL && bytes == 77);
+    CHECK(test_live_blocks == 0);
+}
+
+#define BAD(field, value, status) do { moe_desc x = small_desc(); x.field = value; bad_desc(&x, status); } while (0)
+
+static void test_desc_fields(void) {
+    bad_desc(NULL, MOE_E_NULL_DESC);
+    BAD(d_model, 0, MOE_E_D_MODEL);
+    BAD(n_experts, ((size_t)1 << 20) + 1, MOE_E_N_EXPERTS);
+    BAD(n_experts, SIZE_MAX, MOE_E_N_EXPERTS);
+    BAD(top_k, 4, MOE_E_TOP_K);
+    BAD(top_k, SIZE_MAX, MOE_E_TOP_K);
+    static const int past[] = {-1, 50, INT_MAX, INT_MIN};
+    for (int i = 0; i < 4; i++) {
+        BAD(score, (moe_score_kind)past[i], MOE_E_SCORE);
+        BAD(gate, (moe_gate_kind)past[i], MOE_E_GATE);
+        BAD(select, (moe_select_kind)past[i], MOE_E_SELECT);
+        BAD(expert, (moe_expert_kind)past[i], MOE_E_EXPERT);
+        BAD(optimizer, (moe_optimizer_kind)past[i], MOE_E_OPTIMIZER);
+        BAD(capacity_order, (moe_order_kind)past[i], MOE_E_CAPACITY_ORDER);
+        int odd = i == 0 ? 2 : i == 1 ? -2 : past[i];
+        BAD(normalize, odd, MOE_E_NORMALIZE);
+        BAD(bias, odd, MOE_E_BIAS);
+        BAD(training, odd, MOE_E_TRAINING);
+    }
+    BAD(score, MOE_SCORE_COUNT, MOE_E_SCORE);
+    BAD(gate, MOE_GATE_COUNT, MOE_E_GATE);
+    BAD(select, MOE_SELECT_COUNT, MOE_E_SELECT);
+    BAD(expert, MOE_EXPERT_COUNT, MOE_E_EXPERT);
+    BAD(optimizer, MOE_OPTIMIZER_COUNT, MOE_E_OPTIMIZER);
+    BAD(capacity_order, MOE_ORDER_COUNT, MOE_E_CAPACITY_ORDER);
+    static const float wrong[] = {-0.5f, -2, NAN, INFINITY, -INFINITY, 1, 1.5f};
+    for (int i = 0; i < 7; i++) {
+        BAD(beta1, wrong[i], MOE_E_BETA1);
+        BAD(beta2, wrong[i], MOE_E_BETA2);
+        BAD(momentum, wrong[i], MOE_E_MOMENTUM);
+        if (i >= 5) continue; /* the others may be 1 and more */
+        BAD(temperature, wrong[i], MOE_E_TEMPERATURE);
+        BAD(capacity_factor, wrong[i], MOE_E_CAPACITY_FACTOR);
+        for (int l = 0; l < MOE_LOSS_COUNT; l++) BAD(loss[l], wrong[i], MOE_E_LOSS);
+        BAD(epsilon, wrong[i], MOE_E_EPSILON);
+        BAD(weight_decay, wrong[i], MOE_E_WEIGHT_DECAY);
+        BAD(clip_norm, wrong[i], MOE_E_CLIP_NORM);
+    }
+    BAD(temperature, MOE_OFF, MOE_E_TEMPERATURE); /* has no off */
+    BAD(epsilon, MOE_OFF, MOE_E_EPSILON);
+    moe_desc d = small_desc();
+    CHECK_STATUS(moe_desc_resolve(&d, NULL), MOE_E_NULL_OUT);
+}
+
+static void test_desc_json(void) {
+    moe_desc d = small_desc();
+    char text[3000], part[3000];
+    size_t n = moe_desc_json(&d, text, sizeof text);
+    CHECK(moe_desc_json(NULL, text, 10) == 0);
+    n = moe_desc_json(&d, text, sizeof text);
+    CHECK(n > 20 && n < sizeof text && strlen(text) == n && text[0] == '{' && text[n - 1] == '}');
+    CHECK(strstr(text, "\"d_model\":4") != NULL && strstr(text, "\"top_k\":2") != NULL);
+    CHECK(moe_desc_json(&d, NULL, 0) == n);
+    for (size_t size = 1; size <= n + 1; size++) {
+        memset(part, '#', sizeof part);
+        CHECK(moe_desc_json(&d, part, size) == n);
+        CHECK(part[size] == '#' && strlen(part) == (size - 1 < n ? size - 1 : n) && !memcmp(part, text, strlen(part)));
+    }
+}
+
+/* ---- systems ---- */
+#include "rows.h"
+
+/* ---- fields of the desc out of range: each its own status, whose field is the one that is wrong ---- */
+static void bad_field(const moe_desc *d, const char *field, moe_status want) {
+    moe_desc r, before;
+    moe_layer *m = NULL;
+    memset(&r, 0x5a, sizeof r);
+    memcpy(&before, &r, sizeof r);
+    moe_status s = moe_desc_resolve(d, &r);
+    if (!CHECK_STATUS(s, want)) printf("        %s\n", field);
+    CHECK(!memcmp(&r, &before, sizeof r)); /* nothing was written */
+    if (!CHECK(strstr(moe_status_field(s), field) != NULL)) printf("        %s: \"%s\"\n", field, moe_status_field(s));
+    CHECK_STATUS(moe_layer_new(&m, d), want);
+    CHECK(m == NULL);
+}
+
+static void test_fields(void) {
+    static const struct { const char *field, *text; moe_status status; } by_text[] = {
+        {"n_zero", "n_zero=8", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_zero=3 n_copy=3 n_constant=2", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_zero=18446744073709551615 n_copy=1", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_copy=1 combine=robust", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_constant=1 combine=merge select=all", MOE_E_SPECIAL_EXPERTS},
+        {"n_ranks", "n_ranks=9", MOE_E_N_RANKS}, {"d_ff", "expert=orthonormal d_ff=16", MOE_E_D_FF},
+        {"score", "score=subspace", MOE_E_SUBSPACE},
+        {"score", "score=subspace expert=orthonormal n_copy=1", MOE_E_SUBSPACE},
+        {"d_model", "score=slice d_model=12", MOE_E_SLICE}, {"gate", "gate=sparsemixer", MOE_E_GATE_SELECT},
+        {"gate", "select=sampled", MOE_E_GATE_SELECT},
+        {"gate", "gate=sign", MOE_E_GATE_SELECT}, {"select", "combine=soft", MOE_E_SELECT_COMBINE},
+        {"select", "combine=merge", MOE_E_SELECT_COMBINE},
+        {"select", "combine=merge select=all gate=sigmoid", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all score=hash", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all noise=gaussian", MOE_E_SELECT_COMBINE},
+        {"select", "combine=soft select=all capacity_factor=1", MOE_E_SELECT_COMBINE},
+        {"route_sequence", "combine=merge select=all route_sequence=false", MOE_E_ROUTE_SEQUENCE},
+        {"route_sequence", "combine=soft select=all route_sequence=true", MOE_E_ROUTE_SEQUENCE},
+        {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
+        {"n_codes", "n_codes=7", MOE_E_N_CODES}, {"n_codes", "n_codes=8 jitter=0.1", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 combine=robust", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 n_zero=1", MOE_E_N_CODES}, {"soft_slots", "soft_slots=2", MOE_E_SOFT_SLOTS},
+        {"soft_slots", "combine=soft select=all soft_slots=131073", MOE_E_SOFT_SLOTS},
+        {"n_groups", "n_groups=3", MOE_E_GROUPS},
+        {"n_groups", "n_groups=512 n_experts=512", MOE_E_GROUPS},
+        {"top_groups", "n_groups=4 top_groups=5", MOE_E_TOP_GROUPS},
+        {"top_groups", "select=groups n_groups=8 top_groups=1 top_k=2", MOE_E_TOP_GROUPS},
+        {"top_k_min", "top_k_min=3 schedule_steps=5", MOE_E_TOP_K_MIN},
+        {"top_k_min", "top_k_min=1", MOE_E_TOP_K_MIN}, {"temperature_end", "temperature_end=2", MOE_E_TEMPERATURE_END},
+        {"gate_drop", "gate_drop=0.3 select=sinkhorn", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=auction", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=sampled gate=sparsemixer", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=all combine=soft", MOE_E_GATE_DROP},
+        {"gate_drop", "gate_drop=0.3 select=all combine=merge", MOE_E_GATE_DROP},
+        {"top_k", "select=auction top_k=2", MOE_E_TOP_K}, {"controller", "controller=relu-lambda", MOE_E_CONTROLLER},
+        {"controller", "controller=relu-lambda gate=relu", MOE_E_CONTROLLER},
+        {"controller", "controller=adaptive", MOE_E_CONTROLLER},
+        {"loss", "loss.load=1", MOE_E_LOSS_STAGE}, {"loss", "loss.codebook=1", MOE_E_LOSS_STAGE},
+        {"loss", "loss.orthonormal=1", MOE_E_LOSS_STAGE}};
+    for (size_t i = 0; i < sizeof by_text / sizeof *by_text; i++) {
+        moe_desc d = row_desc(NULL, by_text[i].text);
+        bad_field(&d, by_text[i].field, by_text[i].status);
+    }
+#define BAD_FIELD(member, value, status)                                                                           \
+    do {                                                                                                     \
+        moe_desc bad_ = row_desc(NULL, "");                                                                  \
+        bad_.member = value;                                                                                 \
+        bad_field(&bad_, #member, status);                                                                   \
+    } while (0)
+    static const int past[] = {-1, -2, 50, 1 << 30};
+    for (int i = 0; i < 4; i++) {
+        BAD_FIELD(noise, (moe_noise_kind)past[i], MOE_E_NOISE);
+        BAD_FIELD(combine, (moe_combine_kind)past[i], MOE_E_COMBINE);
+        BAD_FIELD(schedule, (moe_schedule_kind)past[i], MOE_E_SCHEDULE);
+        BAD_FIELD(router_init, (moe_init_kind)past[i], MOE_E_ROUTER_INIT);
+        BAD_FIELD(controller, (moe_control_kind)past[i], MOE_E_CONTROLLER);
+        int odd = i ? past[i] : 2;
+        BAD_FIELD(route_sequence, odd, MOE_E_ROUTE_SEQUENCE);
+        BAD_FIELD(freeze_router, odd, MOE_E_FREEZE_ROUTER);
+        BAD_FIELD(residual, odd, MOE_E_RESIDUAL);
+        BAD_FIELD(learn_temperature, odd, MOE_E_LEARN_TEMPERATURE);
+        BAD_FIELD(fallback, odd, MOE_E_FALLBACK);
+        BAD_FIELD(random_second, odd, MOE_E_RANDOM_SECOND);
+        BAD_FIELD(gate_drop_experts, odd, MOE_E_GATE_DROP_EXPERTS);
+        BAD_FIELD(zero_output, odd, MOE_E_ZERO_OUTPUT);
+    }
+    static const float wrong[] = {NAN, INFINITY, -INFINITY, -0.5f, -1, 1, 1.5f};
+    for (int i = 0; i < 7; i++) {
+        float v = wrong[i];
+        if (i != 5) { /* 1 itself is a probability */
+            BAD_FIELD(gate_drop, v, MOE_E_GATE_DROP);
+            BAD_FIELD(top_p, v, MOE_E_TOP_P);
+        }
+        BAD_FIELD(expert_drop, v, MOE_E_EXPERT_DROP);
+        BAD_FIELD(jitter, v, MOE_E_JITTER);
+        if (i >= 5) continue;
+        BAD_FIELD(router_gain, v, MOE_E_ROUTER_GAIN);
+        BAD_FIELD(noise_std, v, MOE_E_NOISE_STD);
+        BAD_FIELD(weight_scale, v, MOE_E_WEIGHT_SCALE);
+        BAD_FIELD(mask_jitter, v, MOE_E_MASK_JITTER);
+        BAD_FIELD(sinkhorn_epsilon, v, MOE_E_SINKHORN);
+        BAD_FIELD(robust_tau, v, MOE_E_ROBUST_TAU);
+        BAD_FIELD(controller_rate, v, MOE_E_CONTROLLER_RATE);
+        BAD_FIELD(temperature_end, v, MOE_E_TEMPERATURE_END);
+        if (i < 3) BAD_FIELD(threshold, v, MOE_E_THRESHOLD);
+        if (i == 4) continue; /* MOE_OFF */
+        BAD_FIELD(controller_damping, v, MOE_E_CONTROLLER_DAMPING);
+        BAD_FIELD(capacity_factor_eval, v, MOE_E_CAPACITY_FACTOR_EVAL);
+    }
+#undef BAD_FIELD
+}
+
+int main(void) {
+    RUN(test_desc_defaults);
+    RUN(test_desc_resolve_is_idempotent);
+    RUN(test_desc_fields);
+    RUN(test_desc_json);
+    RUN(test_fields);
+    return test_end();
+}

@@ -1,0 +1,195 @@
+#!/bin/sh
+# examples/inspect: its numbers on files made here, its JSON keys, and what it says of bad files: status 2 and one line
+# with
+# the file's name and the byte. Everything under the address and undefined-behaviour sanitizers.
+# The last line is "N passed, N failed".
+cd "$(dirname "$0")/../.." || exit 1
+build=${BUILD:-build}
+dir=$build/inspect_test
+mkdir -p "$dir" || exit 1
+rm -rf "${dir:?}"/*
+passed=0 failed=0
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+check() { # NAME COMMAND...
+    name=$1
+    shift
+    if "$@" >"$dir/log" 2>&1; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAILED $name: $*"
+        head -n 12 "$dir/log"
+    fi
+}
+finish() {
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+}
+
+cc=${CC:-cc}
+$cc -fopenmp -x c - -o "$dir/none" 2>/dev/null <<END && openmp=-fopenmp
+int main(void) { return 0; }
+END
+# shellcheck disable=SC2086
+check "it compiles without warnings" $cc -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -O1 -g1 \
+    $openmp -I. \
+    -fsanitize=address,undefined -fno-sanitize-recover=all examples/inspect.c -o "$dir/inspect" -lm
+export ASAN_OPTIONS=detect_leaks=0 # what lives until the end of a program is not freed
+check "the maker of test files compiles" $cc -std=c99 -O1 -I. -DOUT="\"$dir/\"" tests/examples/inspect_files.c -o \
+    "$dir/make" -lm
+[ "$failed" -eq 0 ] || finish
+check "test files" "$dir/make"
+limit=
+command -v timeout >/dev/null 2>&1 && limit="timeout 60"
+inspect() { $limit "$dir/inspect" --quiet --bootstrap 50 "$@"; }
+
+# ---- what it finds ----
+check "the sample" inspect
+check "help" sh -c "'$dir/inspect' --help | grep -q -- --series"
+keys() {
+    inspect --json 2>/dev/null | head -n 1 | tr ',' '\n' | sed -n 's/.*"\([a-z0-9_]*\)":.*/\1/p' >"$dir/keys"
+    printf '%s\n' layer tokens experts top_k load maxvio cv \
+        gini entropy effective_experts dead_absolute dead_relative gamma_eff \
+        gamma_lo gamma_hi gamma_ols identified temperature l1_game l1_softmax l1_uniform l1_types_coupled \
+        l1_types_independent feasible k_over_m | diff - "$dir/keys"
+}
+check "JSON keys, exactly" keys
+number() { sed -n "$2p" "$1" | sed -n "s/.*\"$3\":\([-0-9.e+]*\|true\|false\|null\).*/\1/p"; }
+near() { # FILE LINE KEY VALUE WITHIN
+    got=$(number "$1" "$2" "$3")
+    awk -v a="$got" -v b="$4" -v w="$5" -v key="$3" \
+        'BEGIN { if (a == "" || a == "null" || a - b > w || b - a > w) { print key " is " a; exit 1 } }'
+}
+run() { # OUT ARGUMENTS...
+    out=$dir/$1
+    shift
+    inspect --json "$@" >"$out" 2>/dev/null
+}
+check "planted dump" run planted.json --logits "$dir/planted.npy" --indices "$dir/planted_index.npy"
+check "gamma_eff of the planted dump" near "$dir/planted.json" 1 gamma_eff 12 1.5
+covers() { # FILE VALUE SLACK: gamma_lo <= VALUE <= gamma_hi, and both within SLACK of it
+    awk -v lo="$(number "$1" 1 gamma_lo)" -v hi="$(number "$1" 1 gamma_hi)" -v v="$2" -v s="$3" \
+        'BEGIN { exit !(lo <= v && v <= hi && v - lo < s && hi - v < s) }'
+}
+check "the interval covers it" covers "$dir/planted.json" 12 4
+check "top-k of indices" near "$dir/planted.json" 1 top_k 1 0
+check "planted dump, one thread" run planted1.json --threads 1 --logits "$dir/planted.npy" --indices \
+    "$dir/planted_index.npy"
+check "the same for any number of threads" cmp "$dir/planted.json" "$dir/planted1.json"
+
+check "hand-made indices" run hand.json "$dir/hand_index.npy" --experts 4
+check "tokens" near "$dir/hand.json" 1 tokens 6 0
+check "experts" near "$dir/hand.json" 1 experts 4 0
+check "MaxVio" near "$dir/hand.json" 1 maxvio 1 1e-8       # loads 6 3 2 1
+check "CV" near "$dir/hand.json" 1 cv 0.62360956 1e-8
+check "Gini" near "$dir/hand.json" 1 gini 0.33333333 1e-8
+check "entropy" near "$dir/hand.json" 1 entropy 1.19884931 1e-8
+check "effective experts" near "$dir/hand.json" 1 effective_experts 3.31629870 1e-7
+check "dead, absolute" near "$dir/hand.json" 1 dead_absolute 2 0 # first choices 4 2 0 0
+check "no gamma without logits" sh -c "grep -q '\"gamma_eff\":null.*\"identified\":false' '$dir/hand.json'"
+check "indices alone, experts from the largest" run hand2.json "$dir/hand_index.npy"
+check "they are the same" cmp "$dir/hand.json" "$dir/hand2.json"
+check "int64 indices" run hand64.json "$dir/hand_index64.npy"
+check "are the same as int32" cmp "$dir/hand.json" "$dir/hand64.json"
+
+for type in f2 f8 bf16 v2 v3; do # exact in every type
+    option=
+    [ $type = bf16 ] && option=--bf16
+    # shellcheck disable=SC2086
+    check "$type" run $type.json --top-k 2 $option "$dir/small_$type.npy"
+    run f4.json --top-k 2 "$dir/small_f4.npy"
+    check "$type gives what float32 gives" cmp "$dir/f4.json" "$dir/$type.json"
+done
+check "three dimensions" run layers.json --top-k 2 "$dir/layers.npy"
+check "are three layers" near "$dir/layers.json" 3 layer 2 0
+check "the first of them" sh -c "head -n 1 '$dir/layers.json' | cmp - '$dir/f4.json'"
+check "two files" run two.json --top-k 2 "$dir/small_f4.npy" "$dir/layers.npy"
+check "number their layers on" near "$dir/two.json" 4 layer 3 0
+check "constant quality and even load" run flat.json --top-k 1 --indices "$dir/flat_index.npy" --logits "$dir/flat.npy"
+check "is unidentified" sh -c "grep -q '\"identified\":false' '$dir/flat.json'"
+
+check "labels" sh -c \
+    "'$dir/inspect' --quiet --bootstrap 20 --top-k 1 --labels '$dir/labels.npy' '$dir/small_f4.npy' >'$dir/labels.txt'"
+check "and what they say" grep -q PURE_CORE "$dir/labels.txt"
+
+for model in olmoe mixtral sharded; do # the same weights and hidden states in three layouts
+    file=$dir/$model.safetensors
+    [ $model = sharded ] && file=$dir/model.safetensors.index.json
+    check "$model" run $model.json --top-k 2 --router "$file" "$dir/hidden.npy"
+    check "$model: layers by their names" near "$dir/$model.json" 2 layer 3 0
+    check "$model: loads" sh -c \
+        "sed 's/.*\"load\":\(\[[^]]*\]\).*/\1/' '$dir/$model.json' | cmp - '$dir/router_loads.txt'"
+done
+
+check "a series" run series.json --series --steps-at 1000,2000,4000,8000,16000,32000,64000 --top-k 1 --batches 20 \
+    "$dir/step0.npy" "$dir/step1.npy" "$dir/step2.npy" "$dir/step3.npy" "$dir/step4.npy" \
+    "$dir/step5.npy" "$dir/step6.npy"
+phases() {
+    steps='\[1000,2000,4000,8000,16000,32000,64000\]'
+    tail -n 1 "$dir/series.json" |
+        grep -q "^{\"event\":\"phases\",\"step\":$steps,\"gamma_eff\":\[.*\],\"phase\":\[\"[a-z]*\",.*\]}\$"
+}
+check "has an object of phases last" phases
+check "and one for each checkpoint" sh -c "[ \$(wc -l <'$dir/series.json') = 8 ]"
+
+check "html" inspect --html --out "$dir/html" --top-k 2 "$dir/layers.npy"
+page() { # complete, with pictures, and nothing is loaded from elsewhere
+    grep -q '</html>' "$dir/html/inspect.html" && grep -q '<svg' "$dir/html/inspect.html" &&
+        ! sed 's|xmlns="[^"]*"||g' "$dir/html/inspect.html" | grep -Eq 'https?://|src=|<link'
+}
+check "is a page that needs nothing else" page
+check "html of a series" inspect --html --out "$dir/html" --series --top-k 1 --batches 10 \
+    "$dir/step0.npy" "$dir/step1.npy" "$dir/step2.npy"
+check "shows the checkpoints" grep -q "over training" "$dir/html/inspect.html"
+
+# ---- bad files ----
+bad() { # FILE BYTE TEXT ARGUMENTS...: status 2, and one line with all three
+    file=$1 byte=$2 text=$3
+    shift 3
+    $limit "$dir/inspect" --quiet --bootstrap 5 "$@" >"$dir/out" 2>"$dir/err"
+    code=$?
+    [ $code -eq 2 ] || { echo "status $code"; cat "$dir/err"; return 1; }
+    [ "$(wc -l <"$dir/err")" -eq 1 ] || { cat "$dir/err"; return 1; }
+    grep -F "$file" "$dir/err" | grep -F "byte $byte:" | grep -q "$text" || { cat "$dir/err"; return 1; }
+}
+for file in order dtype nan inf zero overflow long magic version records nohdr; do
+    read -r byte text <"$dir/bad_$file.want"
+    check "bad: $file" bad "bad_$file.npy" "$byte" "$text" --top-k 2 "$dir/bad_$file.npy"
+done
+size=$(wc -c <"$dir/small_f4.npy") n=0 wrong=0
+while [ $n -lt "$size" ]; do # truncated at every length of the header, and here and there behind it
+    head -c $n "$dir/small_f4.npy" >"$dir/cut.npy"
+    bad cut.npy $n "" --top-k 2 "$dir/cut.npy" >"$dir/cut.log" 2>&1 || { wrong=$((wrong + 1)); cat "$dir/cut.log"; }
+    n=$((n < 136 ? n + 1 : n + 97))
+done
+check "truncated files" test $wrong -eq 0
+check "bad: no such file" bad none.npy 0 "No such file" "$dir/none.npy"
+check "bad: a folder" bad "$dir" 0 "" "$dir"
+check "bad: uint16 without --bf16" bad small_bf16.npy 0 "say --bf16" "$dir/small_bf16.npy"
+check "bad: top-k above the experts" bad small_f4.npy 0 "top-9 of 6" --top-k 9 "$dir/small_f4.npy"
+check "bad: an index too large" bad hand_index.npy 164 "not below" --experts 3 "$dir/hand_index.npy"
+check "bad: an expert twice" bad twice_index.npy 132 "twice" "$dir/twice_index.npy"
+check "bad: an index over 31 bits" bad wide_index.npy 136 "31 bits" "$dir/wide_index.npy"
+check "bad: another number of tokens" bad hand_index.npy 0 "tokens" --logits "$dir/small_f4.npy" --indices \
+    "$dir/hand_index.npy"
+check "bad: floats as indices" bad small_f4.npy 0 "int32 or int64" --indices "$dir/small_f4.npy"
+check "bad: too few labels" bad hand_index.npy 0 "one for each token" --labels "$dir/hand_index.npy" "$dir/small_f4.npy"
+check "bad: negative label" bad negative_labels.npy 136 "label" --top-k 1 --labels "$dir/negative_labels.npy" \
+    "$dir/small_f4.npy"
+check "bad: safetensors" bad small_f4.npy 0 "" --router "$dir/small_f4.npy" "$dir/hidden.npy"
+check "bad: no router" bad none.safetensors 0 "no router" --router "$dir/none.safetensors" "$dir/hidden.npy"
+check "bad: NaN in a router" bad nan.safetensors 96 "NaN" --router "$dir/nan.safetensors" "$dir/hidden.npy"
+check "bad: a shard is missing" bad "" 0 "No such file" --router "$dir/missing.safetensors.index.json" "$dir/hidden.npy"
+check "bad: an index with a path" bad escape.safetensors.index.json 49 "weight_map" \
+    --router "$dir/escape.safetensors.index.json" "$dir/hidden.npy"
+check "bad: hidden states of another width" bad small_f4.npy 0 "width" --router "$dir/olmoe.safetensors" \
+    "$dir/small_f4.npy"
+
+# ---- bad options ----
+option() { "$dir/inspect" --quiet "$@" >/dev/null 2>"$dir/err"; [ $? -eq 2 ] && [ "$(wc -l <"$dir/err")" -eq 1 ]; }
+check "option: unknown" option --nonsense
+check "option: steps without a series" option --steps-at 1,2 "$dir/small_f4.npy"
+check "option: too few steps" option --series --top-k 1 --steps-at 1 "$dir/step0.npy" "$dir/step1.npy"
+check "option: steps that fall" option --series --top-k 1 --steps-at 2,1 "$dir/step0.npy" "$dir/step1.npy"
+check "option: top-k 0" option --top-k 0
+finish

@@ -1,0 +1,65 @@
+/* The feedback between routing and scores: steady states, the fold, thresholds, the fit. */
+#include "test.h"
+
+/* ---- randomness and reference solvers of the tests' own ---- */
+static double uniform(void) { return (double)test_u32() / 4294967296.0; }
+
+static void ref_softmax(size_t n, const double *q, const double *m, double gamma, double *out) {
+    double top = -INFINITY, sum = 0;
+    for (size_t i = 0; i < n; i++) top = fmax(top, q[i] - gamma * m[i]);
+    for (size_t i = 0; i < n; i++) sum += out[i] = exp(q[i] - gamma * m[i] - top);
+    for (size_t i = 0; i < n; i++) out[i] /= sum;
+}
+
+/* ---- feedback ---- */
+static void test_feedback(void) {
+    double u, h, ks, kc, a, lambda;
+    CHECK_OK(moe_feedback_two(2.5, 0, &u));
+    CHECK_WITHIN(u, 0.710411783488, 1e-12);
+    CHECK_OK(moe_feedback_two(1.5, 0, &u)); /* below the critical Kf = 2 */
+    CHECK_WITHIN(u, 0, 1e-7);
+    CHECK_OK(moe_feedback_fold(3, &u, &h));
+    CHECK_WITHIN(u, 0.577350, 1e-6);
+    CHECK_WITHIN(h, -0.415093, 1e-6);
+    for (int i = 0; i < 200; i++) { /* a root, and none is larger */
+        double kf = 8 * uniform() - 2, field = 4 * uniform() - 2;
+        CHECK_OK(moe_feedback_two(kf, field, &u));
+        CHECK_WITHIN(u, tanh((kf * u + field) / 2), 1e-9);
+        for (double x = u + 1e-3; x < 1; x += 1e-3) CHECK(tanh((kf * x + field) / 2) < x + 1e-9);
+    }
+    CHECK_OK(moe_feedback_two(3, h + 1e-6, &u)); /* either side of the fold */
+    CHECK(u > 0.5);
+    CHECK_OK(moe_feedback_two(3, h - 1e-6, &u));
+    CHECK(u < -0.5);
+    CHECK_OK(moe_feedback_thresholds(3, &ks, &kc));
+    CHECK_WITHIN(ks, 2.745644, 1e-6);
+    CHECK_WITHIN(kc, 2.772589, 1e-6);
+    CHECK_OK(moe_feedback_thresholds(64, &ks, &kc));
+    CHECK_WITHIN(ks, 6.924585, 1e-6);
+    CHECK_WITHIN(kc, 8.419919, 1e-6);
+    CHECK_OK(moe_feedback_thresholds(2, &ks, &kc));
+    CHECK(ks == 2 && kc == 2);
+    enum { N = 30, E = 4 };
+    double s[N * E], p[N * E], beta = 1.5, dt = 0.1;
+    for (int e = 0; e < E; e++) s[e] = 0.3 * e;
+    for (int t = 0; t < N; t++) {
+        double zero[E] = {0}, scaled[E];
+        for (int e = 0; e < E; e++) scaled[e] = beta * s[t * E + e];
+        ref_softmax(E, scaled, zero, 0, p + t * E);
+        for (int e = 0; e < E && t + 1 < N; e++)
+            s[(t + 1) * E + e] = s[t * E + e] + dt * (2 * p[t * E + e] - 0.7 * s[t * E + e]);
+    }
+    CHECK_OK(moe_feedback_fit(N, E, dt, s, p, &a, &lambda));
+    CHECK_NEAR(a, 2, 1e-9);
+    CHECK_NEAR(lambda, 0.7, 1e-9);
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, s, s, &a, &lambda), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_fit(1, E, dt, s, p, &a, &lambda), MOE_E_SERIES);
+    CHECK_STATUS(moe_feedback_fold(1.9, &u, &h), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_two(NAN, 0, &u), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_thresholds(1, &ks, &kc), MOE_E_N_EXPERTS);
+}
+
+int main(void) {
+    RUN(test_feedback);
+    return test_end();
+}

@@ -1,0 +1,28 @@
+# What the tests of one example share; to be sourced from the repository's folder with its name in $example. Builds the
+# program if it is not there; results go under $tmp.
+program=${BUILD:-build}/$example
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-$example.XXXXXX") || exit 1
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+passed=0 failed=0
+
+check() { # check WHAT COMMAND...
+    what=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $what"; fi
+}
+# run NAME EXPECTED_STATUS ARGUMENTS...: results in $tmp/NAME, output in $tmp/NAME.out, messages in $tmp/NAME.err
+run() {
+    name=$1 want=$2
+    shift 2
+    "$program" --quiet --out "$tmp/$name" "$@" >"$tmp/$name.out" 2>"$tmp/$name.err"
+    status=$?
+    check "$name: exit $status, not $want: $(tail -n 1 "$tmp/$name.err")" [ "$status" -eq "$want" ]
+}
+finals() { grep '^{"event":"final",' "$tmp/$1.out"; }
+count() { finals "$1" | wc -l | tr -d ' '; }
+says() { grep -q -e "$2" "$tmp/$1.err"; }
+differ() { ! cmp -s "$1" "$2"; }
+
+[ -x "$program" ] || make -s "$program" || exit 1

@@ -1,0 +1,317 @@
+/* Measures of index arrays, tiers and labels, ecology, similarity of outputs, one pass over logits, the scan of
+ * temperatures. */
+#include "test.h"
+
+/* Random choices, distinct within a token; expert e with weight as given; some choices are none. */
+static void random_index(int32_t *index, size_t T, size_t E, size_t k, size_t none_in) {
+    for (size_t t = 0; t < T; t++)
+        for (size_t i = 0; i < k; i++) {
+            int again = 1;
+            while (again) {
+                size_t a = test_below(E), b = test_below(E); /* the lower ones more often */
+                index[t * k + i] = (int32_t)(a < b ? a : b);
+                again = 0;
+                for (size_t j = 0; j < i; j++) again |= index[t * k + j] == index[t * k + i];
+            }
+            if (none_in && test_below(none_in) == 0) index[t * k + i] = -1;
+        }
+}
+
+/* ---- measures of index arrays ---- */
+static void test_index_measures(void) {
+    enum { T = 60, E = 9, K = 3 };
+    int32_t index[T * K], after[T * K];
+    uint32_t work[E];
+    uint64_t count[E * E] = {0}, ref[E * E] = {0};
+    double seu, share;
+    for (int round = 0; round < 50; round++) {
+        size_t sequence = 1 + test_below(T + 5), ranks = 1 + test_below(4), sequences = 0, crossed = 0, routes = 0,
+               changed = 0;
+        double used = 0;
+        random_index(index, T, E, K, round % 2 ? 6 : 0);
+        CHECK_OK(moe_seu(T, E, K, sequence, index, work, &seu));
+        for (size_t begin = 0; begin < T; begin += sequence, sequences++)
+            for (int e = 0; e < E; e++) {
+                int seen = 0;
+                for (size_t t = begin; t < begin + sequence && t < T; t++)
+                    for (int i = 0; i < K; i++) seen |= index[t * K + (size_t)i] == e;
+                used += seen;
+            }
+        CHECK_NEAR(seu, used / (double)(sequences * E), 1e-12);
+        CHECK_OK(moe_coselect(T, E, K, index, count));
+        for (int t = 0; t < T; t++)
+            for (int a = 0; a < E; a++)
+                for (int b = 0; b < E; b++) {
+                    int has_a = 0, has_b = 0;
+                    for (int i = 0; i < K; i++) has_a |= index[t * K + i] == a, has_b |= index[t * K + i] == b;
+                    ref[a * E + b] += (uint64_t)(has_a && has_b);
+                }
+        CHECK(!memcmp(count, ref, sizeof ref));
+        CHECK_OK(moe_crossing(T, E, K, ranks, index, &share));
+        for (size_t t = 0; t < T; t++)
+            for (int i = 0; i < K; i++) {
+                int32_t e = index[t * K + (size_t)i];
+                if (e < 0) continue;
+                routes++;
+                crossed += t * ranks / T != (size_t)e * ranks / E;
+            }
+        CHECK_NEAR(share, (double)crossed / (double)routes, 1e-12);
+        if (ranks == 1) CHECK(share == 0);
+        memcpy(after, index, sizeof index); /* churn: some tokens are shuffled only, some get another set */
+        for (size_t t = 0; t < T; t++) {
+            size_t a = t * K + test_below(K), b = t * K + test_below(K);
+            int32_t keep = after[a];
+            after[a] = after[b], after[b] = keep;
+            if (test_below(3)) continue;
+            int32_t other = (int32_t)test_below(E), known = 0;
+            for (size_t i = 0; i < K; i++) known |= after[t * K + i] == other;
+            if (known) continue;
+            after[a] = other;
+            changed++;
+        }
+        CHECK_OK(moe_churn(T, K, index, after, &share));
+        CHECK_NEAR(share, (double)changed / T, 1e-12);
+        CHECK_OK(moe_churn(T, K, after, index, &share));
+        CHECK_NEAR(share, (double)changed / T, 1e-12);
+    }
+    static const int32_t full[] = {0, 1}, half[] = {0, -1}; /* one fewer is another set, both ways */
+    CHECK_OK(moe_churn(1, 2, full, half, &share));
+    CHECK(share == 1);
+    CHECK_OK(moe_churn(1, 2, half, full, &share));
+    CHECK(share == 1);
+    CHECK_OK(moe_churn(0, 2, NULL, NULL, &share));
+    CHECK(share == 0);
+    CHECK_OK(moe_seu(0, E, K, 4, NULL, work, &seu));
+    CHECK(seu == 0);
+    index[0] = index[1] = 2;
+    CHECK_STATUS(moe_coselect(1, E, K, index, count), MOE_E_INDEX_TWICE);
+    index[1] = E;
+    CHECK_STATUS(moe_coselect(1, E, K, index, count), MOE_E_INDEX);
+    CHECK_STATUS(moe_coselect(1, E, E + 1, index, count), MOE_E_TOP_K);
+    CHECK_STATUS(moe_coselect(1, 0, 1, index, count), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_coselect(SIZE_MAX, E, K, index, count), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_coselect(1, E, K, NULL, count), MOE_E_NULL_INDEX);
+    CHECK_STATUS(moe_seu(T, E, K, 0, after, work, &seu), MOE_E_SEQUENCE);
+    CHECK_STATUS(moe_seu(T, E, K, 1, after, NULL, &seu), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_crossing(T, E, K, 0, after, &share), MOE_E_N_RANKS);
+}
+
+/* ---- tiers, labels, ecology ---- */
+static void test_tiers_and_labels(void) {
+    static const uint32_t tier[] = {0, 0, 1, 2}, label[] = {1, 1, 0, 2, 1, 0};
+    static const uint64_t load[] = {10, 20, 30, 40};
+    static const int32_t index[] = {0, 1, 0, 2, 0, 3, 1, 0, 1, 2, -1, 2};
+    static const uint8_t correct[] = {1, 0, 1, 1, 1, 1};
+    static const float loss[] = {1, 2, 3, 4, 5, 6};
+    uint64_t right[4] = {0}, count[12] = {0}, most[4];
+    double share[4], sum[4] = {0};
+    CHECK_OK(moe_tier_usage(4, 4, tier, load, share));
+    CHECK_NEAR(share[0], 0.3, 1e-12);
+    CHECK_NEAR(share[1], 0.3, 1e-12);
+    CHECK_NEAR(share[2], 0.4, 1e-12);
+    CHECK(share[3] == 0);
+    CHECK_STATUS(moe_tier_usage(4, 2, tier, load, share), MOE_E_TIER);
+    CHECK_OK(moe_right_by_expert(6, 4, 2, index, correct, right));
+    CHECK(right[0] == 2 && right[1] == 2 && right[2] == 0 && right[3] == 0);
+    CHECK_OK(moe_label_by_expert(6, 4, 2, 3, index, label, count));
+    CHECK(count[0] == 1 && count[1] == 2 && count[2] == 0 && count[3] == 0 && count[4] == 1 && count[5] == 1 &&
+          count[6] == 0);
+    CHECK_OK(moe_label_majority(4, 3, count, most));
+    CHECK(most[0] == 2 && most[1] == 1 && most[2] == 0);
+    CHECK_STATUS(moe_label_by_expert(6, 4, 2, 2, index, label, count), MOE_E_LABEL);
+    CHECK(count[1] == 2); /* nothing was added */
+    CHECK_OK(moe_loss_by_expert(6, 4, 2, index, loss, sum));
+    CHECK(sum[0] == 1 + 2 + 3 + 4 && sum[1] == 1 + 4 + 5 && sum[2] == 2 + 5 + 6 && sum[3] == 3);
+    CHECK_STATUS(moe_loss_by_expert(6, 4, 2, index, NULL, sum), MOE_E_NULL_LABEL);
+    CHECK_STATUS(moe_right_by_expert(6, 4, 2, index, correct, NULL), MOE_E_NULL_COUNT);
+}
+
+static void test_ecology(void) {
+    /* of 10000 first choices; borders belong to the better kind */
+    static const uint64_t top1[] = {99, 100, 299, 100, 300, 300, 300, 300, 8202, 0},
+                          right[] = {99, 24, 74, 25, 89, 90, 149, 150, 8202, 0};
+    static const moe_ecology_kind want[] = {MOE_ECOLOGY_DEAD,       MOE_ECOLOGY_NOISE,     MOE_ECOLOGY_NOISE,
+                                            MOE_ECOLOGY_EDGE,       MOE_ECOLOGY_WEAK_CORE, MOE_ECOLOGY_BROAD_CORE,
+                                            MOE_ECOLOGY_BROAD_CORE, MOE_ECOLOGY_PURE_CORE, MOE_ECOLOGY_PURE_CORE,
+                                            MOE_ECOLOGY_DEAD};
+    moe_ecology_kind got[10];
+    CHECK_OK(moe_ecology_classes(10, top1, right, got));
+    for (int e = 0; e < 10; e++) CHECK(got[e] == want[e]);
+    static const uint64_t none[10] = {0};
+    CHECK_OK(moe_ecology_classes(10, none, none, got));
+    CHECK(got[3] == MOE_ECOLOGY_DEAD);
+    CHECK(!strcmp(moe_ecology_name(MOE_ECOLOGY_PURE_CORE), "PURE_CORE") &&
+          !strcmp(moe_ecology_name(MOE_ECOLOGY_DEAD), "DEAD"));
+    CHECK(moe_ecology_name(MOE_ECOLOGY_COUNT) == NULL && moe_ecology_name((moe_ecology_kind)-1) == NULL);
+    CHECK_STATUS(moe_ecology_classes(10, top1, NULL, got), MOE_E_NULL_COUNT);
+
+    CHECK_NEAR(moe_ecology_number(2, 0.3, 0.25, 0.85), 0.6 / 1.1, 1e-15);
+    CHECK(moe_ecology_number(1, 0, 0, 0.4) == 0);
+    CHECK(moe_ecology_number(1, 0.1, 0, 0) == INFINITY && moe_ecology_number(1, 0, 0, 0) == INFINITY);
+    CHECK(isnan(moe_ecology_number(-1, 1, 1, 1)) && isnan(moe_ecology_number(1, 1, -1, 2)) &&
+          isnan(moe_ecology_number(NAN, 1, 1, 1)));
+    CHECK(isnan(moe_ecology_number(1, INFINITY, 1, 1)));
+}
+
+/* ---- similarity ---- */
+static void test_pes(void) {
+    enum { T = 7, E = 5, D = 6 };
+    float o[T * E * D];
+    double work[E], pes, want = 0;
+    test_fill(o, T * E * D, -1, 1);
+    for (int i = 0; i < D; i++) o[(2 * E + 3) * D + i] = 0; /* a zero expert for one token */
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < E; i++)
+            for (int j = 0; j < i; j++) {
+                double a = 0, b = 0, c = 0;
+                for (int d = 0; d < D; d++) {
+                    double x = (double)o[(t * E + i) * D + d], y = (double)o[(t * E + j) * D + d];
+                    a += x * x, b += y * y, c += x * y;
+                }
+                want += a > 0 && b > 0 ? c / sqrt(a * b) * 2 / (E * (E - 1)) / T : 0;
+            }
+    CHECK_OK(moe_pes(T, E, D, o, work, &pes));
+    CHECK_WITHIN(pes, want, 1e-12);
+    for (int e = 0; e < E; e++)
+        for (int d = 0; d < D; d++) o[e * D + d] = (float)(e + 1) * 1e-30f; /* all alike, whatever their length */
+    CHECK_OK(moe_pes(1, E, D, o, work, &pes));
+    CHECK_WITHIN(pes, 1, 1e-12);
+    CHECK_OK(moe_pes(T, 1, D, o, work, &pes));
+    CHECK(pes == 0);
+    CHECK_OK(moe_pes(0, E, D, NULL, work, &pes));
+    CHECK(pes == 0);
+    o[3] = NAN;
+    CHECK_STATUS(moe_pes(T, E, D, o, work, &pes), MOE_E_NAN_X);
+    CHECK_STATUS(moe_pes(T, E, 0, o, work, &pes), MOE_E_D_MODEL);
+    CHECK_STATUS(moe_pes(SIZE_MAX, E, D, o, work, &pes), MOE_E_OVERFLOW);
+}
+
+/* ---- one pass over logits ---- */
+static void test_topk_count(void) {
+    enum { MOST = 200, WIDE = 150 };
+    static float z[MOST * WIDE];
+    static int32_t index[MOST * WIDE];
+    uint64_t load[WIDE], top1[WIDE], want[WIDE], first[WIDE];
+    double sum[WIDE], total[WIDE], first_sum[WIDE];
+    for (int round = 0; round < (TEST_SANITIZED ? 60 : 300); round++) {
+        size_t T = test_below(MOST + 1), E = 1 + test_below(round % 2 ? WIDE : 40), k = 1 + test_below(E < 12 ? E : 12),
+               bytes = 0;
+        if (round % 7 == 0) k = E;
+        if (round % 5 == 0) T = 64;
+        /* many ties */
+        for (size_t i = 0; i < T * E; i++) z[i] = round % 3 ? test_uniform(-4, 4) : (float)test_below(6) / 4 - 1;
+        memset(want, 0, sizeof want), memset(first, 0, sizeof first), memset(total, 0, sizeof total);
+        CHECK_OK(moe_topk(T, E, k, z, index, NULL));
+        for (size_t t = 0; t < T; t++) {
+            for (size_t i = 0; i < k; i++) want[index[t * k + i]]++;
+            first[index[t * k]]++;
+            for (size_t e = 0; e < E; e++) total[e] += (double)z[t * E + e];
+        }
+        CHECK_OK(moe_topk_count_scratch(E, k, &bytes));
+        void *work = test_memory(bytes, 1);
+        int isa = 0;
+        FOR_EACH_ISA(i) {
+            (void)i;
+            for (size_t e = 0; e < E; e++) load[e] = 3, top1[e] = 5, sum[e] = 0;
+            CHECK_OK(moe_topk_count(T, E, k, z, load, top1, sum, work, bytes));
+            int bad = 0;
+            for (size_t e = 0; e < E; e++)
+                bad += load[e] != want[e] + 3 || top1[e] != first[e] + 5 ||
+                       fabs(sum[e] - total[e]) > 1e-12 * (1 + fabs(total[e]));
+            if (!CHECK(bad == 0)) printf("        T %zu E %zu k %zu\n", T, E, k);
+            if (!isa++)
+                memcpy(first_sum, sum, sizeof sum); /* the same bits of the sums on every instruction set */
+            else
+                CHECK(!memcmp(first_sum, sum, E * sizeof *sum));
+        }
+        free(work);
+    }
+    size_t bytes = 0;
+    CHECK_OK(moe_topk_count_scratch(4, 2, &bytes));
+    void *work = test_memory(bytes, 1);
+    for (int i = 0; i < 8; i++) z[i] = (float)i;
+    z[6] = INFINITY;
+    memset(load, 0, sizeof load);
+    CHECK_STATUS(moe_topk_count(2, 4, 2, z, load, NULL, NULL, work, bytes), MOE_E_NAN_LOGITS);
+    CHECK(load[3] == 0);
+    CHECK_STATUS(moe_topk_count(2, 4, 2, z, load, NULL, NULL, work, bytes - 1), MOE_E_SMALL_MEMORY);
+    CHECK_STATUS(moe_topk_count(2, 4, 2, z, load, NULL, NULL, NULL, bytes), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_topk_count(2, 4, 5, z, load, NULL, NULL, work, bytes), MOE_E_TOP_K);
+    CHECK_STATUS(moe_topk_count(2, 4, 2, NULL, load, NULL, NULL, work, bytes), MOE_E_NULL_LOGITS);
+    CHECK_OK(moe_topk_count(1, 4, 2, z, load, NULL, NULL, work, bytes));
+    CHECK(load[3] == 1 && load[2] == 1);
+    memset(sum, 0, sizeof sum);
+    CHECK_OK(moe_topk_count(1, 4, 2, z, NULL, NULL, sum, work, bytes)); /* sums alone */
+    CHECK(sum[1] == 1 && sum[3] == 3);
+    free(work);
+}
+
+/* ---- the temperature scan ---- */
+static void test_temperature_scan(void) {
+    enum { T = 90, E = 12, K = 2, N = 6 };
+    static const float temperature[N] = {0.1f, 0.5f, 1, 2, 5, 0.001f};
+    float z[T * E], p[T * E];
+    int32_t plain[T * K], index[T * K];
+    moe_temperature_row row[N];
+    size_t bytes = 0;
+    CHECK_OK(moe_temperature_scan_scratch(E, K, &bytes));
+    void *work = test_memory(bytes, 1);
+    test_fill(z, T * E, -3, 3);
+    for (int e = 0; e < 3; e++) z[e] = 3 + (float)e * 1e-6f; /* told apart at 1, and at 1000 times that */
+    CHECK_OK(moe_topk(T, E, K, z, plain, NULL));
+    CHECK_OK(moe_temperature_scan(T, E, K, z, N, temperature, row, work, bytes));
+    for (int n = 0; n < N; n++) {
+        double mean[E] = {0}, entropy = 0, token = 0, top = 0, first = 0, changed = 0, load[E] = {0}, most = 0,
+               square = 0, top1[E] = {0};
+        CHECK_OK(moe_softmax(T, E, temperature[n], z, p));
+        CHECK_OK(moe_topk(T, E, K, p, index, NULL));
+        for (int t = 0; t < T; t++) {
+            for (int e = 0; e < E; e++) {
+                double v = (double)p[t * E + e];
+                mean[e] += v / T;
+                if (v > 0) token -= v * log(v) / T;
+            }
+            for (int i = 0; i < K; i++) top += (double)p[t * E + index[t * K + i]] / T, load[index[t * K + i]]++;
+            first += (double)p[t * E + index[t * K]] / T;
+            top1[index[t * K]]++;
+        }
+        CHECK_OK(moe_churn(T, K, plain, index, &changed));
+        size_t dead = 0;
+        for (int e = 0; e < E; e++) {
+            entropy -= mean[e] > 0 ? mean[e] * log(mean[e]) : 0;
+            most = fmax(most, load[e]), square += pow(load[e] - T * K / (double)E, 2);
+            dead += top1[e] < 0.01 * T;
+        }
+        CHECK(row[n].temperature == (double)temperature[n] && row[n].n_dead == dead);
+        CHECK_NEAR(row[n].entropy, entropy, 1e-12);
+        CHECK_NEAR(row[n].token_entropy, token, 1e-12);
+        CHECK_NEAR(row[n].top_mass, top, 1e-12);
+        CHECK_NEAR(row[n].first_mass, first, 1e-12);
+        CHECK_NEAR(row[n].changed, changed, 1e-12);
+        CHECK_NEAR(row[n].maxvio, most / (T * K / (double)E) - 1, 1e-12);
+        CHECK_NEAR(row[n].load_cv, sqrt(square / E) / (T * K / (double)E), 1e-12);
+    }
+    for (int n = 1; n < 5; n++) { /* what changes, and what stays */
+        CHECK(row[n].token_entropy > row[n - 1].token_entropy && row[n].top_mass < row[n - 1].top_mass);
+        if (n > 1) CHECK(row[n].maxvio == row[1].maxvio);
+    }
+    CHECK(row[5].changed > 0.1); /* so cold that second choices round to 0, and ties decide */
+    float bad = 0;
+    CHECK_STATUS(moe_temperature_scan(T, E, K, z, 1, &bad, row, work, bytes), MOE_E_TEMPERATURE);
+    CHECK_STATUS(moe_temperature_scan(T, E, K, z, 1, temperature, row, work, bytes - 1), MOE_E_SMALL_MEMORY);
+    z[5] = NAN;
+    CHECK_STATUS(moe_temperature_scan(T, E, K, z, 1, temperature, row, work, bytes), MOE_E_NAN_LOGITS);
+    CHECK_OK(moe_temperature_scan(0, E, K, NULL, N, temperature, row, work, bytes));
+    CHECK(row[0].entropy == 0 && row[0].load_cv < 2);
+    free(work);
+}
+
+int main(void) {
+    RUN(test_index_measures);
+    RUN(test_tiers_and_labels);
+    RUN(test_ecology);
+    RUN(test_pes);
+    RUN(test_topk_count);
+    RUN(test_temperature_scan);
+    return test_end();
+}

@@ -1,0 +1,406 @@
+/* Level 2 gives the bits of the layer, and runs over a routing of the caller's own; sizes and numbers of every kind. */
+#define MOE_IMPLEMENTATION
+#define MOE_NO_SIMD /* quick to compile: see the Makefile */
+#include "test.h"
+#include "oracle.h"
+#include "fixture.h"
+
+/* ---- level 2 gives the bits of the layer ---- */
+static void get_expert(const fixture *F, size_t e, moe_expert_arrays *w) {
+    size_t d = F->d.d_model, f = F->d.d_ff, each[ORACLE_PARTS] = {0, d * f, d * f, f * d, f, f, d};
+    float *out[ORACLE_PARTS] = {NULL};
+    for (int i = ORACLE_W1; i < ORACLE_PARTS; i++) {
+        if (F->o->count[i] == 0) continue;
+        out[i] = test_floats(each[i]);
+        for (size_t j = 0; j < each[i]; j++) out[i][j] = (float)F->o->p[i][e * each[i] + j];
+    }
+    w->w1 = out[ORACLE_W1], w->wu = out[ORACLE_WU], w->w2 = out[ORACLE_W2];
+    w->b1 = out[ORACLE_B1], w->bu = out[ORACLE_BU], w->b2 = out[ORACLE_B2];
+}
+
+static moe_expert_weights weights_of(const moe_expert_arrays *w) {
+    moe_expert_weights weights = {w->w1, w->wu, w->w2, w->b1, w->bu, w->b2};
+    return weights;
+}
+static void free_expert(moe_expert_arrays *w) {
+    free(w->w1), free(w->wu), free(w->w2), free(w->b1), free(w->bu), free(w->b2);
+}
+
+static void level_two(const moe_desc *desc, size_t T) {
+    fixture F;
+    if (!fixture_new(&F, desc, T)) return;
+    const moe_desc *d = &F.d;
+    size_t n_params = 0, n_grads, n = T * d->d_model, router = F.o->count[ORACLE_ROUTER];
+    CHECK_OK(moe_forward(F.m, F.x, T, F.y));
+    CHECK_OK(moe_backward(F.m, F.dy, F.dx));
+    float *grads = grads_of(F.m, F.o->count, &n_grads);
+
+    CHECK_OK(moe_experts_count(d, &n_params));
+    float *params = test_floats(n_params), *d_params = test_floats(n_params), *R = test_floats(router),
+          *dR = test_floats(router);
+    for (size_t i = 0; i < router; i++) R[i] = (float)F.o->p[ORACLE_ROUTER][i];
+    for (size_t i = 0; i < n_params; i++) params[i] = NAN; /* pack writes the padding too */
+    for (size_t e = 0; e < F.o->G; e++) {
+        moe_expert_arrays w, back;
+        get_expert(&F, e, &w), get_expert(&F, e, &back);
+        moe_expert_weights weights = weights_of(&w);
+        CHECK_OK(moe_expert_pack(d, e, &weights, params));
+        if (w.w1) memset(back.w1, 0, d->d_model * d->d_ff * sizeof(float));
+        if (w.w2) memset(back.w2, 0, d->d_model * d->d_ff * sizeof(float));
+        CHECK_OK(moe_expert_unpack(d, e, params, &back));
+        CHECK_SAME(back.w1, w.w1, d->d_model * d->d_ff);
+        CHECK_SAME(back.w2, w.w2, d->d_model * d->d_ff);
+        if (w.wu) CHECK_SAME(back.wu, w.wu, d->d_model * d->d_ff);
+        if (w.b1) CHECK_SAME(back.b1, w.b1, d->d_ff);
+        if (w.b2) CHECK_SAME(back.b2, w.b2, d->d_model);
+        free_expert(&w), free_expert(&back);
+    }
+    moe_tape *t = NULL;
+    CHECK_OK(moe_tape_new(&t, d, T + 3, MOE_ON));
+    if (!CHECK(t != NULL)) return;
+    float *y = test_floats(n), *dx = test_floats(n);
+    CHECK_OK(moe_route(t, R, F.x, T));
+    CHECK_OK(moe_experts_forward(t, params, y));
+    CHECK_SAME(y, F.y, n);
+    float *d_weight = test_floats(t->routes.n_routes);
+    for (size_t i = 0; i < n_params; i++) d_params[i] = NAN; /* fresh: set, not added */
+    CHECK_OK(moe_experts_backward(t, params, F.dy, 1, d_params, d_weight, dx));
+    CHECK_OK(moe_route_backward(t, R, d_weight, dR, dx));
+    CHECK_SAME(dx, F.dx, n);
+    CHECK_SAME(dR, grads, router);
+    size_t dd = d->d_model, f = d->d_ff, each[ORACLE_PARTS] = {0, dd * f, dd * f, f * dd, f, f, dd};
+    for (size_t e = 0; e < F.o->G; e++) { /* the experts' gradients have the parameters' layout */
+        moe_expert_arrays w;
+        get_expert(&F, e, &w);
+        CHECK_OK(moe_expert_unpack(d, e, d_params, &w));
+        const float *part[ORACLE_PARTS] = {NULL, w.w1, w.wu, w.w2, w.b1, w.bu, w.b2}, *at = grads + router;
+        for (int i = ORACLE_W1; i < ORACLE_PARTS; at += F.o->count[i++])
+            if (part[i]) CHECK_SAME(part[i], at + e * each[i], each[i]);
+        free_expert(&w);
+    }
+    for (int l = 0; l < MOE_LOSS_COUNT; l++)
+        if (d->loss[l] > 0) CHECK(t->loss[l] == moe_layer_tape(F.m)->loss[l]);
+    moe_tape_free(t);
+    free(grads), free(params), free(d_params), free(R), free(dR), free(y), free(dx), free(d_weight);
+    fixture_free(&F);
+}
+
+static void test_level_two(void) {
+    for (int expert = MOE_EXPERT_RELU; expert <= MOE_EXPERT_GEGLU; expert++)
+        for (int capacity = 0; capacity < 2; capacity++) {
+            moe_desc d = desc_of(18, 27, 6, 2);
+            d.expert = (moe_expert_kind)expert, d.bias = expert % 2 ? MOE_OFF : MOE_ON, d.n_shared = capacity ? 1 : 0;
+            d.capacity_factor = capacity ? 1 : 0, d.loss[MOE_LOSS_SWITCH] = 0.2f, d.loss[MOE_LOSS_Z] = 0.1f;
+            d.gate = capacity ? MOE_GATE_SOFTMAX_SELECTED : MOE_GATE_SOFTMAX;
+            level_two(&d, 31);
+        }
+    CHECK(test_live_blocks == 0);
+}
+
+/* Experts over a routing of the caller's own, with tokens that choose nobody and weights of any sign. */
+static void test_own_routing(void) {
+    moe_desc d = desc_of(11, 17, 5, 3);
+    fixture F;
+    enum { T = 26, K = 3 };
+    int32_t index[T * K];
+    float weight[T * K];
+    size_t n_params = 0;
+    if (!fixture_new(&F, &d, T)) return;
+    for (size_t t = 0; t < T; t++)
+        for (size_t j = 0; j < K; j++) {
+            index[t * K + j] = (t + j) % 4 == 3 ? -1 : (int32_t)((t * 7 + j * 2) % 5);
+            weight[t * K + j] = test_uniform(-2, 2);
+        }
+    CHECK_OK(moe_experts_count(&F.d, &n_params));
+    float *params = test_floats(n_params), *d_params = test_floats(n_params);
+    for (size_t e = 0; e < 5; e++) {
+        moe_expert_arrays w;
+        get_expert(&F, e, &w);
+        moe_expert_weights weights = weights_of(&w);
+        CHECK_OK(moe_expert_pack(&F.d, e, &weights, params));
+        free_expert(&w);
+    }
+    moe_tape *t = NULL;
+    CHECK_OK(moe_tape_new(&t, &F.d, T, MOE_ON));
+    if (!CHECK(t != NULL)) return;
+    CHECK_OK(moe_tape_tokens(t, F.x, T));
+    CHECK_OK(moe_routes_fill(&t->routes, T, index, weight, 0, MOE_ORDER_TOKEN));
+    CHECK_OK(moe_experts_forward(t, params, F.y));
+    float d_weight[T * K];
+    CHECK_OK(moe_experts_backward(t, params, F.dy, 0, d_params, d_weight, F.dx));
+    oracle *o = F.o; /* by the oracle's expert, pair by pair */
+    double z[17], u[17], h[17], out[11], dout[11], want = 0;
+    for (size_t i = 0; i < T * K; i++) {
+        if (index[i] < 0) continue;
+        const double *x = o->x + i / K * 11, *dy = o->dy + i / K * 11;
+        oracle_expert(o, (size_t)index[i], x, z, u, h, out);
+        want = 0;
+        for (size_t j = 0; j < 11; j++) {
+            o->y[i / K * 11 + j] += (double)weight[i] * out[j];
+            want += dy[j] * out[j];
+            dout[j] = dy[j] * (double)weight[i];
+        }
+        CHECK_WITHIN(d_weight[t->routes.slot[i]], want, 2e-5);
+        oracle_expert_backward(o, (size_t)index[i], x, z, u, h, dout, o->dx + i / K * 11);
+    }
+    CHECK(worst_error(F.y, o->y, T * 11) < 4 * limit_for(28));
+    CHECK(worst_error(F.dx, o->dx, T * 11) < 8 * limit_for(28));
+    size_t each = 11 * 17;
+    for (size_t e = 0; e < 5; e++) {
+        moe_expert_arrays w;
+        get_expert(&F, e, &w);
+        CHECK_OK(moe_expert_unpack(&F.d, e, d_params, &w));
+        CHECK(worst_error(w.w1, o->g[ORACLE_W1] + e * each, each) < 8 * limit_for(54));
+        CHECK(worst_error(w.wu, o->g[ORACLE_WU] + e * each, each) < 8 * limit_for(54));
+        CHECK(worst_error(w.w2, o->g[ORACLE_W2] + e * each, each) < 8 * limit_for(54));
+        free_expert(&w);
+    }
+    moe_tape_free(t);
+    free(params), free(d_params);
+    fixture_free(&F);
+}
+
+/* The loads that the Switch loss sees may come from elsewhere: here, from two halves of one batch. */
+static void test_loads_over_micro_batches(void) {
+    moe_desc d = desc_of(10, 12, 6, 2);
+    d.loss[MOE_LOSS_SWITCH] = 0.7f;
+    fixture F;
+    size_t router;
+    if (!fixture_new(&F, &d, 40)) return;
+    router = F.o->count[ORACLE_ROUTER];
+    float *R = test_floats(router), *whole = test_floats(router), *parts = test_floats(router);
+    uint64_t load[6] = {0};
+    moe_tape *t = NULL;
+    for (size_t i = 0; i < router; i++) R[i] = (float)F.o->p[ORACLE_ROUTER][i];
+    CHECK_OK(moe_tape_new(&t, &F.d, 40, MOE_ON));
+    if (!CHECK(t != NULL)) return;
+    CHECK_OK(moe_route(t, R, F.x, 40));
+    memcpy(load, t->routes.load, sizeof load);
+    CHECK_OK(moe_route_backward(t, R, NULL, whole, NULL));
+    double value = t->loss[MOE_LOSS_SWITCH], mean = 0;
+    for (size_t half = 0; half < 2; half++) {
+        CHECK_OK(moe_route(t, R, F.x + half * 200, 20));
+        t->side.load = load;
+        CHECK_OK(moe_route_backward(t, R, NULL, parts, NULL));
+        t->side.load = NULL;
+        mean += t->loss[MOE_LOSS_SWITCH] / 2;
+    }
+    CHECK_NEAR(mean, value, 1e-6);
+    for (size_t i = 0; i < router; i++) CHECK_WITHIN(parts[i] / 2, whole[i], 1e-7);
+    moe_tape_free(t);
+    free(R), free(whole), free(parts);
+    fixture_free(&F);
+}
+
+/* ---- systems ---- */
+#include "rows.h"
+
+static int is_auction(const char *stage) { return strstr(stage, "auction") != NULL; }
+
+static void test_odd_sizes(void) {
+    static const char *const sizes[] = {
+        "", "n_experts=1 top_k=1", "n_experts=8 top_k=8", "n_experts=2 top_k=1 d_model=2", "sequence=1", "sequence=0"};
+    tokens(64);
+    for (size_t i = 0; i < STAGES; i++)
+        for (size_t k = 0; k < 6; k++) {
+            char more[200];
+            if (is_auction(stages[i]) && k == 2) continue;
+            if (strstr(stages[i], "n_codes") && k == 1)
+                snprintf(more, sizeof more, "%s %s", stages[i], "n_experts=1 top_k=1 n_codes=1");
+            else snprintf(more, sizeof more, "%s %s", stages[i], sizes[k]);
+            if (k == 3) strncat(more, " d_ff=1", sizeof more - strlen(more) - 1);
+            moe_layer *m = row(NULL, more);
+            if (!m) continue;
+            for (size_t T = 0; T <= 24; T += T < 2 ? 1 : 22)
+                for (int evaluate = 0; evaluate < 2; evaluate++) {
+                    if (is_auction(stages[i]) && !evaluate && T % moe_layer_desc(m)->n_experts) {
+                        moe_layer_side(m)->evaluate = 0;
+                        CHECK_STATUS(moe_forward(m, x, T, y), MOE_E_UNEVEN);
+                    } else whole_step(stages[i], sizes[k], T, m, evaluate);
+                }
+            moe_layer_free(m);
+        }
+}
+
+static void test_too_many(void) { /* k > E, and what does not fit */
+    static const struct { const char *more; moe_status status; } bad[] = {
+        {"n_experts=4 top_k=5", MOE_E_TOP_K}, {"n_experts=1 top_k=2", MOE_E_TOP_K},
+        {"score=slice d_model=17", MOE_E_SLICE},
+        {"score=slice d_model=4", MOE_E_SLICE}, {"score=subspace", MOE_E_SUBSPACE},
+        {"select=auction top_k=2", MOE_E_TOP_K},
+        {"select=groups n_groups=3", MOE_E_GROUPS}, {"select=groups n_groups=4 top_groups=1 top_k=3", MOE_E_TOP_GROUPS},
+        {"select=groups n_groups=4 top_groups=5", MOE_E_TOP_GROUPS}};
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_desc d = row_desc(NULL, stages[i]), r;
+        moe_layer *m = NULL;
+        d.n_experts = 4, d.top_k = 5;
+        CHECK_STATUS(moe_layer_new(&m, &d), MOE_E_TOP_K);
+        CHECK_STATUS(moe_desc_resolve(&d, &r), MOE_E_TOP_K);
+        CHECK(m == NULL);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        moe_desc d = row_desc(NULL, bad[i].more), r;
+        if (!CHECK_STATUS(moe_desc_resolve(&d, &r), bad[i].status)) printf("        %s\n", bad[i].more);
+    }
+}
+
+static void test_not_finite(void) {
+    enum { T = 40 };
+    static const float odd[] = {NAN, INFINITY, -INFINITY};
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_layer *m = row(NULL, stages[i]);
+        if (!m) continue;
+        uint64_t hash = moe_layer_hash(m);
+        for (size_t k = 0; k < 3; k++)
+            for (size_t at = 0; at < T * D; at += 7 * D + 5) {
+                tokens(T);
+                for (size_t c = 0; c < T * D; c++) y[c] = 7;
+                x[at] = odd[k];
+                moe_layer_side(m)->evaluate = at % 2 == 1;
+                moe_status s = moe_forward(m, x, T, y);
+                if (!CHECK_STATUS(s, MOE_E_NAN_X)) printf("        %s, %g\n", stages[i], (double)odd[k]);
+                for (size_t c = 0; c < T * D && s; c++)
+                    if (!CHECK(y[c] == 7)) break;
+                CHECK_STATUS(moe_backward(m, dy, NULL), MOE_E_NO_FORWARD);
+            }
+        CHECK(moe_layer_hash(m) == hash);
+        tokens(T);
+        whole_step(stages[i], "after NaN", T, m, 0);
+        moe_layer_free(m);
+    }
+}
+
+static void test_one_huge_logit(void) {
+    enum { T = 40 };
+    static const char *const selects[] = {"",
+                                          "gate=softmax-selected",
+                                          "gate=sigmoid",
+                                          "select=groups n_groups=4 top_groups=1",
+                                          "select=top-p",
+                                          "select=threshold gate=sigmoid threshold=0.5",
+                                          "select=threshold gate=sign",
+                                          "select=expert-choice",
+                                          "select=sinkhorn",
+                                          "select=auction",
+                                          "select=sampled gate=sparsemixer",
+                                          "select=all",
+                                          "combine=soft select=all",
+                                          "combine=merge select=all",
+                                          "combine=robust top_k=3",
+                                          "n_codes=8",
+                                          "noise=gaussian",
+                                          "random_second=true",
+                                          "learn_temperature=true",
+                                          "temperature=0.01"};
+    tokens(T);
+    for (size_t i = 0; i < sizeof selects / sizeof *selects; i++)
+        for (int sign = -1; sign <= 1; sign += 2)
+            for (int evaluate = 0; evaluate < 2; evaluate++) {
+                moe_layer *m = row(NULL, selects[i]);
+                if (!m) continue;
+                lean(m, 3, (float)sign * 1e30f);
+                whole_step(selects[i], sign > 0 ? "1e30" : "-1e30", T, m, evaluate);
+                const moe_tape *t = moe_layer_tape(m);
+                int per_token = !strstr(selects[i], "auction") && !strstr(selects[i], "combine=soft") &&
+                                !strstr(selects[i], "expert-choice") && !(strstr(selects[i], "sinkhorn") && !evaluate);
+                for (size_t a = 0; a < T && per_token && sign > 0; a++)
+                    if (!CHECK(t->index[a * t->n_slots] == 3)) { printf("        %s\n", selects[i]); break; }
+                for (size_t a = 0; a < T; a++) CHECK_WITHIN(t->prob[a * E + 3], sign > 0, 0);
+                moe_layer_free(m);
+            }
+    for (int sign = -1; sign <= 1; sign += 2) { /* too large: said, not computed with */
+        moe_layer *m = row(NULL, "");
+        if (!m) return;
+        float *R = get(m, "router");
+        for (size_t c = 0; c < D; c++) R[c * E + 3] = (float)sign * 3e38f;
+        set(m, "router", R);
+        for (size_t k = 0; k < T * D; k++) x[k] = 1;
+        CHECK_STATUS(moe_forward(m, x, T, y), MOE_E_NAN_X);
+        moe_layer_free(m);
+    }
+}
+
+/* level 1: NaN, everything equal, and all -infinity but one */
+static void test_one_finite(void) {
+    enum { T = 5 };
+    float s[T * E];
+    int32_t index[T * E];
+    for (size_t i = 0; i < T * E; i++) s[i] = i % E == 6 ? 0.5f : -INFINITY;
+    for (int way = 0; way < 3; way++) { /* of groups every sum of two is -infinity, so the first two are the best */
+        size_t k = 2;
+        if (way == 0) CHECK_OK(moe_topk(T, E, k, s, index, NULL));
+        if (way == 1) CHECK_OK(moe_topk_groups(T, E, k, 4, 2, s, index));
+        if (way == 2) CHECK_OK(moe_topk_threshold(T, E, k, -1, NULL, 0, s, index));
+        for (size_t i = 0; i < T; i++)
+            CHECK(index[i * k] == (way == 1 ? 0 : 6) && index[i * k + 1] == (way == 2 ? -1 : way == 1 ? 1 : 0));
+    }
+    CHECK_OK(moe_expert_choice(T, E, 2, E, s, index, NULL, 0));
+    CHECK_STATUS(moe_sinkhorn(T, E, 1, 5, s, x, NULL, 0), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_auction(E, E, x, NULL, NULL, 0), MOE_E_NULL_INDEX);
+    for (size_t i = 0; i < T * E; i++) s[i] = i == 17 ? NAN : 0;
+    CHECK_STATUS(moe_topk(T, E, 2, s, index, NULL), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_topk_groups(T, E, 2, 4, 2, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_topk_threshold(T, E, 2, 0, NULL, 0, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_top_p(T, E, E, 0.5f, s, index), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_expert_choice(T, E, 2, E, s, index, NULL, 0), MOE_E_NAN_LOGITS);
+    CHECK_STATUS(moe_sinkhorn(T, E, 1, 5, s, x, NULL, 0), MOE_E_NAN_LOGITS);
+}
+
+static void test_level_two_statuses(void) {
+    enum { T = 24 };
+    for (size_t i = 0; i < STAGES; i++) {
+        moe_layer *m = row(NULL, stages[i]), *other = row(NULL, "d_model=32");
+        if (!m || !other) return;
+        moe_desc d = *moe_layer_desc(m);
+        moe_tape *t = NULL;
+        size_t n = 0, most = 0;
+        CHECK_OK(moe_router_count(&d, &n));
+        float *router = test_floats(n);
+        CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON));
+        tokens(T + 1);
+        for (size_t k = 0; k < n; k++) router[k] = NAN;
+        t->side.experts = m->part[MOE_PART_PARAMS];
+        if (n) CHECK_STATUS(moe_route(t, NULL, x, T), MOE_E_NULL_PARAMS);
+        CHECK_STATUS(moe_route(t, router, NULL, T), MOE_E_NULL_X);
+        CHECK_STATUS(moe_route(NULL, router, x, T), MOE_E_NULL_TAPE);
+        CHECK_STATUS(moe_route(t, router, x, T + 1), MOE_E_N_TOKENS);
+        CHECK_STATUS(moe_route_backward(t, router, NULL, NULL, NULL), MOE_E_NO_FORWARD);
+        if (count_of(m, "router") && !strstr(stages[i], "n_codes")) /* the router is NaN */
+            if (!CHECK_STATUS(moe_route(t, router, x, T), MOE_E_NAN_X)) printf("        %s\n", stages[i]);
+        if (d.score == MOE_SCORE_SUBSPACE) {
+            t->side.experts = NULL;
+            CHECK_STATUS(moe_route(t, router, x, T), MOE_E_NULL_EXPERTS);
+        }
+        t->side.experts = m->part[MOE_PART_PARAMS];
+        memset(router, 0, n * sizeof *router);
+        CHECK_OK(moe_route(t, router, x, T));
+        for (size_t e = 0; e < E; e++) most += kept(t, e);
+        CHECK(most == t->routes.n_routes);
+        CHECK_OK(moe_route(t, router, NULL, 0)); /* no tokens need no memory */
+        CHECK(t->routes.n_routes == 0);
+        free(router);
+        moe_tape_free(t);
+        moe_layer_free(m), moe_layer_free(other);
+    }
+    CHECK(moe_layer_side(NULL) == NULL && moe_layer_control(NULL) == NULL && moe_layer_step_load(NULL) == NULL);
+    double pes;
+    moe_layer *m = row("switch", "");
+    if (!m) return;
+    CHECK_STATUS(moe_layer_pes(NULL, x, 1, &pes), MOE_E_NULL_LAYER);
+    CHECK_STATUS(moe_layer_pes(m, NULL, 1, &pes), MOE_E_NULL_X);
+    CHECK_STATUS(moe_layer_pes(m, x, 1, NULL), MOE_E_NULL_OUT);
+    moe_layer_free(m);
+}
+
+int main(void) {
+    RUN(test_level_two);
+    RUN(test_own_routing);
+    RUN(test_loads_over_micro_batches);
+    RUN(test_odd_sizes);
+    RUN(test_too_many);
+    RUN(test_not_finite);
+    RUN(test_one_huge_logit);
+    RUN(test_one_finite);
+    RUN(test_level_two_statuses);
+    return test_end();
+}

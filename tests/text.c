@@ -1,0 +1,90 @@
+/* Numbers as text and back, with the C library as the other reader and writer; text that is cut. */
+#define MOE_IMPLEMENTATION
+#define MOE_NO_SIMD /* quick to compile: see the Makefile */
+#include "test.h"
+#include "files.h"
+
+/* Every float reads back as itself, with the C library as the reader. */
+static void test_float_text(void) {
+    static const float chosen[] = { 0, 1, 0.1f, 0.3f, 1e-5f, 9.9999e-6f, 123456789.0f, 999999999.0f, 1e9f, 0.99999994f,
+                                    16777216.0f, 3.4028235e38f, 1.17549435e-38f, 1.4e-45f, 8.5e-44f, 1e23f, 9e9f };
+    enum { CHOSEN = sizeof chosen / sizeof chosen[0] };
+    moe_desc d = small_desc();
+    char text[2048];
+    for (size_t i = 0; i < 20000; i++) {
+        uint32_t bits = test_u32();
+        float v;
+        memcpy(&v, &bits, sizeof v);
+        if (i < CHOSEN) v = chosen[i];
+        if (!(fabsf(v) <= FLT_MAX)) continue;
+        d.clip_norm = v;
+        moe_desc_json(&d, text, sizeof text);
+        const char *p = strstr(text, "\"clip_norm\":");
+        if (!CHECK(p != NULL)) return;
+        if (p[12] == '"') CHECK(v == MOE_OFF);
+        else if (!CHECK_BITS(strtof(p + 12, NULL), v)) return;
+    }
+}
+
+static void test_parse_float(void) { /* what the library writes it reads; what anybody writes it reads as strtof does */
+    char text[64];
+    float back = 0;
+    for (size_t i = 0; i < 20000; i++) {
+        uint32_t bits = test_u32();
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        if (!(fabsf(value) <= FLT_MAX)) continue;
+        moe__text out = {text, sizeof text, 0};
+        moe__text_float(&out, value);
+        moe__text_end(&out);
+        if (!CHECK(moe__parse_float(text, &back)) || !CHECK_BITS(back, value)) return;
+        snprintf(text, sizeof text, "%.9g", (double)value);
+        char *plus = strstr(text, "e+");
+        if (plus) memmove(plus + 1, plus + 2, strlen(plus + 1));
+        if (plus && plus[1] == '0') memmove(plus + 1, plus + 2, strlen(plus + 1));
+        if (strstr(text, "e-0")) continue; /* an exponent with a leading zero is refused */
+        if (!CHECK(moe__parse_float(text, &back)) || !CHECK_BITS(back, strtof(text, NULL))) return;
+    }
+    static const char *const bad[] = {"",    "-",  ".",  "e5",     "1e",     "1e+5", "1ex",  "0x10",  "nan",
+                                      "inf", "1 ", " 1", "1e1000", "3.5e38", "--1",  "1..2", "1.2.3", "+1"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        if (!CHECK(!moe__parse_float(bad[i], &back))) printf("        \"%s\"\n", bad[i]);
+}
+
+static void test_integers(void) {
+    static const uint64_t chosen[] = {0, 1, 9, 10, 18446744073709551615u, 10000000000000000000u, 9999999999999999999u};
+    char text[32], other[32];
+    uint64_t back;
+    for (size_t i = 0; i < 1000; i++) {
+        uint64_t value = i < 7 ? chosen[i] : ((uint64_t)test_u32() << 32 | test_u32()) >> test_below(64);
+        moe__text out = {text, sizeof text, 0};
+        moe__text_u64(&out, value);
+        moe__text_end(&out);
+        snprintf(other, sizeof other, "%llu", (unsigned long long)value);
+        CHECK(!strcmp(text, other) && moe__parse_u64(text, &back) && back == value);
+    }
+    static const char *const bad[] = {
+        "", "-1", "+1", "01", "1a", " 1", "18446744073709551616", "100000000000000000000"};
+    for (size_t i = 0; i < 8; i++) CHECK(!moe__parse_u64(bad[i], &back));
+}
+
+static void test_cut(void) { /* as snprintf: what fits, a zero at the end, and how much there was */
+    for (size_t size = 0; size < 12; size++) {
+        char text[16];
+        memset(text, '#', sizeof text);
+        moe__text out = {text, size, 0};
+        moe__text_add(&out, "expert ");
+        moe__text_u64(&out, 42);
+        moe__text_end(&out);
+        CHECK(out.n == 9 && text[size] == '#');
+        if (size) CHECK(strlen(text) == (size > 9 ? 9 : size - 1) && !strncmp(text, "expert 42", strlen(text)));
+    }
+}
+
+int main(void) {
+    RUN(test_float_text);
+    RUN(test_parse_float);
+    RUN(test_integers);
+    RUN(test_cut);
+    return test_end();
+}

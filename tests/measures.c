@@ -1,21 +1,7 @@
 /* Measures of index arrays, tiers and labels, ecology, similarity of outputs, one pass over logits, the scan of
  * temperatures. */
 #include "test.h"
-
-/* Random choices, distinct within a token; expert e with weight as given; some choices are none. */
-static void random_index(int32_t *index, size_t T, size_t E, size_t k, size_t none_in) {
-    for (size_t t = 0; t < T; t++)
-        for (size_t i = 0; i < k; i++) {
-            int again = 1;
-            while (again) {
-                size_t a = test_below(E), b = test_below(E); /* the lower ones more often */
-                index[t * k + i] = (int32_t)(a < b ? a : b);
-                again = 0;
-                for (size_t j = 0; j < i; j++) again |= index[t * k + j] == index[t * k + i];
-            }
-            if (none_in && test_below(none_in) == 0) index[t * k + i] = -1;
-        }
-}
+#include "routing.h"
 
 /* ---- measures of index arrays ---- */
 static void test_index_measures(void) {

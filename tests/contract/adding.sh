@@ -7,20 +7,8 @@
 # The last line is "N passed, N failed".
 set -u
 cd "$(dirname "$0")/../.." || exit 1
-cc=${CC:-cc}
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-adding.XXXXXX") || exit 1
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
-check() { # check WHAT COMMAND...
-    what=$1
-    shift
-    if "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        echo "FAILED: $what"
-        head -n 12 "$tmp/log"
-    fi
-}
+suite=adding
+. tests/lib/check.sh
 page=docs/manual.md
 
 block() { # block N: the N-th block of code of the page

@@ -1,0 +1,16 @@
+# What scripts share that count checks; to be sourced from the repository's folder with their name in $suite. A folder
+# of their own is $tmp, the compiler $cc.
+cc=${CC:-cc}
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-$suite.XXXXXX") || exit 1
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+passed=0 failed=0
+check() { # check WHAT COMMAND...
+    what=$1
+    shift
+    if "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAILED: $what"
+        head -n 12 "$tmp/log"
+    fi
+}

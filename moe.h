@@ -112,6 +112,7 @@
  *   MOE_MALLOC(n, ctx), MOE_FREE(p, ctx)   your allocator (any alignment); ctx is desc.alloc_context
  *   MOE_ASSERT(x)        the library's own invariants (default: nothing; bad input never reaches it)
  *   MOE_NO_SIMD          scalar kernels only
+ *   MOE_SOFT_FMA         fmaf of our own, for a C library whose fmaf is wrong (mingw-w64's is, and is not used)
  *   MOE_NO_STDIO         no functions that open files (the memory forms remain)
  *   MOE_NO_OPENMP        ignore OpenMP even when compiled with it
  *   MOE_FILENAME         this file's name, if you renamed it (default "moe.h"): it includes itself
@@ -133,8 +134,8 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.2.0"
-#define MOE_VERSION_NUMBER 200 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.2.1"
+#define MOE_VERSION_NUMBER 201 /* major * 10000 + minor * 100 + patch */
 
 /* ==== status ==================================================================================
  * Every code has a kind, the argument or field that it is about, and a sentence. */
@@ -200,7 +201,7 @@ typedef enum moe_error_kind {
     X(MOE_E_SEQUENCE, 46, ARGUMENT, "sequence", "its length must be at least 1")                                     \
     X(MOE_E_COMMITMENT, 47, ARGUMENT, "commitment", "must be finite and at least 0")                                 \
     X(MOE_E_LOSS_STAGE, 48, SUPPORT, "loss",                                                                         \
-      "the layer lacks what one that is on needs; moe_loss takes it as an argument")                         \
+      "the layer lacks what one that is on needs; moe_loss takes it as an argument")                                 \
     X(MOE_E_NULL_CONTROL, 49, ARGUMENT, "control", "must not be NULL, and must be initialised")                      \
     X(MOE_E_NULL_INPUT, 50, ARGUMENT, "input", "must not be NULL")                                                   \
     X(MOE_E_CONTROL, 51, ARGUMENT, "control", "not a moe_control_kind")                                              \
@@ -216,7 +217,7 @@ typedef enum moe_error_kind {
     X(MOE_E_NULL_BYTES, 60, ARGUMENT, "bytes", "must not be NULL")                                                   \
     X(MOE_E_D_MODEL, 61, ARGUMENT, "d_model", "must be at least 1")                                                  \
     X(MOE_E_N_EXPERTS, 62, ARGUMENT, "n_experts", "must be 1 to 1048576")                                            \
-    X(MOE_E_TOP_K, 63, ARGUMENT, "top_k", "must be 1 to n_experts, and 1 for select = auction")                        \
+    X(MOE_E_TOP_K, 63, ARGUMENT, "top_k", "must be 1 to n_experts")                                                  \
     X(MOE_E_SCORE, 64, ARGUMENT, "score", "not a moe_score_kind")                                                    \
     X(MOE_E_GATE, 65, ARGUMENT, "gate", "not a moe_gate_kind")                                                       \
     X(MOE_E_SELECT, 66, ARGUMENT, "select", "not a moe_select_kind")                                                 \
@@ -232,7 +233,7 @@ typedef enum moe_error_kind {
     X(MOE_E_NOISE, 76, ARGUMENT, "noise", "not a moe_noise_kind")                                                    \
     X(MOE_E_ROUTER_INIT, 77, ARGUMENT, "router_init", "not a moe_init_kind")                                         \
     X(MOE_E_ROUTE_SEQUENCE, 78, ARGUMENT, "route_sequence",                                                          \
-      "must be MOE_DEFAULT, MOE_ON or MOE_OFF; on for combine = merge, off for combine = soft")                        \
+      "must be MOE_DEFAULT, MOE_ON or MOE_OFF; on for combine = merge, off for combine = soft")                      \
     X(MOE_E_FREEZE_ROUTER, 79, ARGUMENT, "freeze_router", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")                  \
     X(MOE_E_RESIDUAL, 80, ARGUMENT, "residual",                                                                      \
       "must be MOE_DEFAULT, MOE_ON or MOE_OFF, and off for combine = soft")                                          \
@@ -243,17 +244,15 @@ typedef enum moe_error_kind {
     X(MOE_E_ZERO_OUTPUT, 85, ARGUMENT, "zero_output", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")                      \
     X(MOE_E_SPECIAL_EXPERTS, 86, ARGUMENT, "n_zero",                                                                 \
       "with n_copy and n_constant at most n_experts - 1, and none with combine = soft, merge or robust")             \
-    X(MOE_E_D_FF, 87, ARGUMENT, "d_ff", "must be at least 1; for expert = orthonormal below d_model")                  \
+    X(MOE_E_D_FF, 87, ARGUMENT, "d_ff", "must be at least 1; for expert = orthonormal below d_model")                \
     X(MOE_E_N_RANKS, 88, ARGUMENT, "n_ranks", "must be at least 1, in a desc at most n_experts")                     \
     X(MOE_E_SLICE, 89, ARGUMENT, "d_model", "must be a multiple of n_experts for score = slice")                     \
     X(MOE_E_SUBSPACE, 90, ARGUMENT, "score", "subspace needs expert = orthonormal and no special experts")           \
     X(MOE_E_GATE_SELECT, 91, ARGUMENT, "gate",                                                                       \
-      "sparsemixer goes with select = sampled only and sampled with it only, sign with select = threshold only")       \
-    X(MOE_E_SELECT_COMBINE, 92, ARGUMENT, "select",                                                                  \
-      "combine = soft and merge need select = all, gate = softmax and no capacity; soft also a learned score "       \
-      "and no noise")                                        \
+      "sparsemixer goes with select = sampled only and sampled with it only, sign with select = threshold only")     \
+    X(MOE_E_SELECT_COMBINE, 92, ARGUMENT, "select", "must be all for combine = soft and merge")                      \
     X(MOE_E_N_CODES, 93, ARGUMENT, "n_codes",                                                                        \
-      "must be 0 or at least n_experts, with combine = sum, without jitter, route_sequence and special experts")       \
+      "must be 0 or at least n_experts, with combine = sum, without jitter, route_sequence and special experts")     \
     X(MOE_E_SOFT_SLOTS, 94, ARGUMENT, "soft_slots",                                                                  \
       "must be 1 unless combine = soft, and E times it at most 1048576")                                             \
     X(MOE_E_TOP_K_MIN, 95, ARGUMENT, "top_k_min", "must be at most top_k, and needs schedule_steps")                 \
@@ -275,10 +274,10 @@ typedef enum moe_error_kind {
     X(MOE_E_ROBUST_TAU, 108, ARGUMENT, "robust_tau", "must be finite and above 0")                                   \
     X(MOE_E_CONTROLLER, 109, ARGUMENT, "controller",                                                                 \
       "not a moe_control_kind, or its loss is off: relu-lambda needs gate = relu and loss.relu-l1, adaptive "        \
-      "needs loss.switch")                                                                    \
+      "needs loss.switch")                                                                                           \
     X(MOE_E_CONTROLLER_RATE, 110, ARGUMENT, "controller_rate", "must be finite and above 0")                         \
     X(MOE_E_CONTROLLER_DAMPING, 111, ARGUMENT, "controller_damping", "must be finite and above 0, or MOE_OFF")       \
-    X(MOE_E_NULL_EXPERTS, 112, ARGUMENT, "experts", "score = subspace needs side.experts (a layer uses its own)")      \
+    X(MOE_E_NULL_EXPERTS, 112, ARGUMENT, "experts", "score = subspace needs side.experts (a layer uses its own)")    \
     X(MOE_E_SYSTEM, 113, ARGUMENT, "system", "the table of systems has no row of this name")                         \
     X(MOE_E_FIELD, 114, ARGUMENT, "field", "moe_desc has no such field")                                             \
     X(MOE_E_VALUE, 115, ARGUMENT, "value", "not one that this field can have")                                       \
@@ -325,7 +324,7 @@ typedef enum moe_error_kind {
     X(MOE_E_N_BATCHES, 156, ARGUMENT, "n_batches",                                                                   \
       "must be at least 1; for halves and intervals 2 with tokens in them")                                          \
     X(MOE_E_BATCH, 157, ARGUMENT, "batch", "not below n_batches")                                                    \
-    X(MOE_E_LABEL, 158, ARGUMENT, "label", "not below n_labels")                                                     \
+    X(MOE_E_LABEL, 158, ARGUMENT, "label", "not below n_labels (a negative one is no label)")                        \
     X(MOE_E_TIER, 159, ARGUMENT, "tier", "not below n_tiers")                                                        \
     X(MOE_E_REPLICATES, 160, ARGUMENT, "replicates", "must be at least 1")                                           \
     X(MOE_E_QUALITY_KIND, 161, ARGUMENT, "kind", "not a moe_quality_kind")                                           \
@@ -353,7 +352,7 @@ typedef enum moe_error_kind {
     X(MOE_E_FILE_HEADER, 181, FILE, "file", "the safetensors header is not valid JSON of the format")                \
     X(MOE_E_FILE_HEADER_SIZE, 182, FILE, "file",                                                                     \
       "the safetensors header is over its cap of 100 MB or ends past the file")                                      \
-    X(MOE_E_FILE_DTYPE, 183, FILE, "file", "a tensor has an element type that is not read here")                     \
+    X(MOE_E_FILE_DTYPE, 183, FILE, "file", "an element type that is not read here; the view's dtype names it")       \
     X(MOE_E_FILE_SHAPE, 184, FILE, "file", "a tensor's shape does not fit its bytes, or overflows")                  \
     X(MOE_E_FILE_OFFSETS, 185, FILE, "file", "tensors overlap, leave a hole or reach past the end")                  \
     X(MOE_E_FILE_TWICE, 186, FILE, "file", "two tensors have the same name")                                         \
@@ -367,8 +366,79 @@ typedef enum moe_error_kind {
     X(MOE_E_NPY_INDEX, 193, FILE, "file", "an index or label is not a whole number that fits in 31 bits")            \
     X(MOE_E_SHARDS, 194, FILE, "file",                                                                               \
       "not a safetensors index: an object with a weight_map of names to file names")                                 \
-    X(MOE_E_FILE_NAN, 195, NUMBER, "file", "a tensor of the layer holds NaN or infinity") \
-    X(MOE_E_LOSS_KIND, 196, ARGUMENT, "kind", "not a moe_loss_kind")
+    X(MOE_E_FILE_NAN, 195, NUMBER, "file", "a tensor of the layer holds NaN or infinity")                            \
+    X(MOE_E_LOSS_KIND, 196, ARGUMENT, "kind", "not a moe_loss_kind")                                                 \
+    X(MOE_E_NAN_Y, 197, NUMBER, "y",                                                                                 \
+      "an output is NaN or infinite: a token (tape.bad_token) or the experts' parameters are too large")             \
+    X(MOE_E_NAN_PARAMS, 198, NUMBER, "params", "NaN or infinite (a second moment: or below 0)")                      \
+    X(MOE_E_NAN_BIAS, 199, NUMBER, "bias", "NaN or infinite")                                                        \
+    X(MOE_E_ARITHMETIC, 200, SUPPORT, "arithmetic",                                                                  \
+      "this build's is not IEEE: compiled with a part of -ffast-math, or fmaf is wrong (then define MOE_SOFT_FMA)")  \
+    X(MOE_E_NO_TOKENS, 201, ARGUMENT, "tokens", "no tokens: there are no rows, or none has a choice")                \
+    X(MOE_E_SAVE_NAN, 202, NUMBER, "layer",                                                                          \
+      "a tensor to be saved is NaN or infinite, or its second moment below 0; moe_layer_check names it")             \
+    X(MOE_E_FOLDER, 203, IO, "path", "is a folder, not a file")                                                      \
+    X(MOE_E_GATE_UP, 204, ARGUMENT, "gate_up",                                                                       \
+      "not a moe_gate_up_kind; or fused, but with wu or bu, or the desc's experts have no gate")                     \
+    X(MOE_E_SWITCH_LOAD, 205, ARGUMENT, "switch_load", "not a moe_load_kind")                                        \
+    X(MOE_E_LOSS_WEIGHT, 206, ARGUMENT, "loss_weight", "must be finite and not negative")                            \
+    X(MOE_E_UNSTEPPED, 207, STATE, "layer",                                                                          \
+      "has gradients that no moe_step has used: step first, or save without the optimiser")                          \
+    X(MOE_E_CODE_SHARE, 208, ARGUMENT, "code_share", "must be in [0, 1] or MOE_OFF")                                 \
+    X(MOE_E_NORMALIZE_LATE, 209, ARGUMENT, "normalize_late", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")               \
+    X(MOE_E_CONTROLLER_RECENTRE, 210, ARGUMENT, "controller_recentre", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")     \
+    X(MOE_E_SEQUENCE_BEGIN, 211, ARGUMENT, "sequence_begin", "must ascend from 0 to at most the number of tokens")   \
+    X(MOE_E_N_SEQUENCES, 212, ARGUMENT, "n_sequences",                                                               \
+      "more than the tape has room for: desc.sequence must be at most the sequences' mean length")                   \
+    X(MOE_E_ONE_WEIGHT, 213, ARGUMENT, "normalize",                                                                  \
+      "one expert's weight would always be 1, and the task teach the router nothing: with top_k = 1 take normalize " \
+      "off, gate = softmax for softmax-selected, combine = sum for robust (or freeze_router, or training off)")      \
+    X(MOE_E_ONE_CHOICE, 214, ARGUMENT, "top_k", "must be 1 for select = auction, which gives a token to one expert") \
+    X(MOE_E_COMBINE_CAPACITY, 215, ARGUMENT, "capacity_factor",                                                      \
+      "must be off for combine = soft and merge, in which every expert takes part (capacity_factor_eval as well)")   \
+    X(MOE_E_COMBINE_NOISE, 216, ARGUMENT, "noise", "must be none for combine = soft, whose logits are its slots'")   \
+    X(MOE_E_COMBINE_SCORE, 217, ARGUMENT, "score",                                                                   \
+      "must have columns to learn for combine = soft: not slice, subspace, hash or random")                          \
+    X(MOE_E_COMBINE_GATE, 218, ARGUMENT, "gate", "must be softmax for combine = soft and merge")                     \
+    X(MOE_E_LOSS_IMPORTANCE_SELECTED, 219, SUPPORT, "loss.importance-selected",                                      \
+      "combine = soft has no choices to weigh")                                                                      \
+    X(MOE_E_LOSS_LOAD, 220, SUPPORT, "loss.load",                                                                    \
+      "needs noise = gaussian or learned")                                                                           \
+    X(MOE_E_LOSS_RANK, 221, SUPPORT, "loss.rank",                                                                    \
+      "needs n_ranks above 1 that divides n_experts")                                                                \
+    X(MOE_E_LOSS_COMMUNICATION, 222, SUPPORT, "loss.communication",                                                  \
+      "needs n_ranks above 1 that divides n_experts")                                                                \
+    X(MOE_E_LOSS_LOCALITY, 223, SUPPORT, "loss.locality",                                                            \
+      "needs n_ranks above 1 that divides n_experts")                                                                \
+    X(MOE_E_LOSS_RELU_L1, 224, SUPPORT, "loss.relu-l1",                                                              \
+      "needs gate = relu")                                                                                           \
+    X(MOE_E_LOSS_SIMBAL, 225, SUPPORT, "loss.simbal",                                                                \
+      "needs a score with columns to learn: not slice, subspace, hash or random")                                    \
+    X(MOE_E_LOSS_DIVERSE_SIMPLE, 226, SUPPORT, "loss.diverse-simple",                                                \
+      "needs a score with columns to learn: not slice, subspace, hash or random")                                    \
+    X(MOE_E_LOSS_PROTOTYPE_ORTHOGONALITY, 227, SUPPORT, "loss.prototype-orthogonality",                              \
+      "needs a score with columns to learn: not slice, subspace, hash or random")                                    \
+    X(MOE_E_LOSS_PROTOTYPE_DIVERSITY, 228, SUPPORT, "loss.prototype-diversity",                                      \
+      "needs a score with columns to learn: not slice, subspace, hash or random")                                    \
+    X(MOE_E_LOSS_PROTOTYPE_ALIGNMENT, 229, SUPPORT, "loss.prototype-alignment",                                      \
+      "needs score = cosine, projected or prototype, noise = none, and not combine = soft")                          \
+    X(MOE_E_LOSS_LATENT_KL, 230, SUPPORT, "loss.latent-kl",                                                          \
+      "no layer has a variational latent; moe_loss takes one as an argument")                                        \
+    X(MOE_E_LOSS_OUTPUT_ORTHOGONALITY, 231, SUPPORT, "loss.output-orthogonality",                                    \
+      "needs combine = sum, without zero, copy and constant experts")                                                \
+    X(MOE_E_LOSS_ORTHONORMAL, 232, SUPPORT, "loss.orthonormal",                                                      \
+      "needs expert = orthonormal")                                                                                  \
+    X(MOE_E_LOSS_CODEBOOK, 233, SUPPORT, "loss.codebook",                                                            \
+      "needs n_codes")                                                                                               \
+    X(MOE_E_ROUTER_BIAS, 234, ARGUMENT, "router_bias",                                                               \
+      "not a flag, or on with a score that has no tensor \"router\"")                                                \
+    X(MOE_E_SHARED_GATE, 235, ARGUMENT, "shared_gate", "not a flag, or on without shared experts")                   \
+    X(MOE_E_GROUP_BEST, 236, ARGUMENT, "group_best", "must be 1 to 256")                                             \
+    X(MOE_E_INPUT_SCALE, 237, ARGUMENT, "input_scale", "must be finite and above 0, and 1 with n_codes")             \
+    X(MOE_E_EXPERT_NORM, 238, ARGUMENT, "expert_norm",                                                               \
+      "not a flag, or on with copy or constant experts, combine = soft or n_codes")                                  \
+    X(MOE_E_CAPACITY_SEQUENCE, 239, ARGUMENT, "capacity_sequence", "not a flag")                                     \
+    X(MOE_E_CAPACITY_ROUND, 240, ARGUMENT, "capacity_round", "not a moe_round_kind")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -402,6 +472,8 @@ typedef enum moe_score_kind { /* x (T, d) -> logits (T, E); h = d_router */
     MOE_SCORE_SUBSPACE,  /* |V_e^T x| / |x|, V_e = w1 of expert e, after ERMoE [S]; needs expert = orthonormal */
     MOE_SCORE_HASH,      /* by side.id alone (NULL: the token's position in its sequence); no parameters, no gradient */
     MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each training forward; no parameters, no gradient */
+    MOE_SCORE_TANH,      /* tanh(x W) R, W (d, h), R (h, E), as in MoE++ [C] */
+    MOE_SCORE_HALF_COSINE, /* (x W) . unit(R_e), W (d, h), as in torchscale's X-MoE [C] */
     MOE_SCORE_COUNT
 } moe_score_kind;
 
@@ -411,7 +483,7 @@ typedef enum moe_noise_kind { /* added to the logits in training */
     MOE_NOISE_GAUSSIAN, /* N(0, noise_std^2) */
     MOE_NOISE_UNIFORM,  /* uniform in [0, noise_std) */
     MOE_NOISE_GUMBEL,   /* noise_std times standard Gumbel numbers */
-    MOE_NOISE_LEARNED,  /* N(0, 1) softplus(x Wn), as in noisy top-k [K]; tensor "router.noise" */
+    MOE_NOISE_LEARNED,  /* N(0, 1) (softplus(x Wn) + 0.01), as in noisy top-k [C]; tensor "router.noise" */
     MOE_NOISE_COUNT
 } moe_noise_kind;
 
@@ -433,7 +505,7 @@ typedef enum moe_select_kind { /* scores (T, E) -> routes */
     MOE_SELECT_DEFAULT,
     MOE_SELECT_TOP_K,         /* the k highest scores of each token; ties go to the lowest index. With `threshold`: only
                                  those above */
-    MOE_SELECT_GROUPS,        /* top-k inside the top_groups best of n_groups groups, as in DeepSeek-V3 [C] */
+    MOE_SELECT_GROUPS,        /* top-k inside the top_groups best of n_groups groups, as in DeepSeek-V2, V3 [C] */
     MOE_SELECT_TOP_P,         /* highest first, through the first whose running sum exceeds top_p */
     MOE_SELECT_THRESHOLD,     /* all scores above `threshold` (gate sign: logits above the learned thresholds) */
     MOE_SELECT_EXPERT_CHOICE, /* each expert takes its T top_k / E highest tokens; sees the whole batch: not causal */
@@ -443,13 +515,15 @@ typedef enum moe_select_kind { /* scores (T, E) -> routes */
     MOE_SELECT_SAMPLED,       /* training: by Gumbel noise among the logits near the highest, as in GRIN [C];
                                  evaluation: the highest */
     MOE_SELECT_ALL,           /* every expert */
+    MOE_SELECT_GUMBEL,        /* training: the highest logit, the other choices by Gumbel noise on the logits, as
+                                 torchscale draws the second [C], there in evaluation too; evaluation: top-k */
     MOE_SELECT_COUNT
 } moe_select_kind;
 
 typedef enum moe_combine_kind { /* expert outputs -> y */
     MOE_COMBINE_DEFAULT,
     MOE_COMBINE_SUM,    /* sum of weight * output */
-    MOE_COMBINE_SOFT,   /* soft slots: experts read mixtures of a sequence's tokens, as in Soft MoE [K] */
+    MOE_COMBINE_SOFT,   /* soft slots: experts read mixtures of a sequence's tokens, after Soft MoE [K] */
     MOE_COMBINE_MERGE,  /* one expert a sequence, its parameters the weighted mean of all, as in SMEAR [C] */
     MOE_COMBINE_ROBUST, /* weights times reliability exp(-distance from the median output / (robust_tau MAD)),
                            renormalised [D] */
@@ -476,9 +550,20 @@ typedef enum moe_order_kind { /* who gets an expert's last places when capacity 
     MOE_ORDER_DEFAULT,
     MOE_ORDER_TOKEN,  /* lower token first (Switch [C]) */
     MOE_ORDER_CHOICE, /* all first choices before all second choices, then lower token (GShard [C]) */
-    MOE_ORDER_WEIGHT, /* higher weight first, then lower token (batch-prioritised routing [K]) */
+    MOE_ORDER_WEIGHT, /* all first choices before all second choices, then the token whose first choice has the higher
+                         weight, then lower token (batch-prioritised routing, as in torchscale and tutel [C]) */
+    MOE_ORDER_PAIR,   /* higher weight of the pair, whatever choice it is, then lower token (Megatron's "probs" [C]) */
     MOE_ORDER_COUNT
 } moe_order_kind;
+
+typedef enum moe_round_kind { /* how an expert's share of the pairs becomes whole tokens; c = capacity_factor */
+    MOE_ROUND_DEFAULT,
+    MOE_ROUND_SHARE,   /* floor(c k ceil(T / E)): torchscale [C] */
+    MOE_ROUND_DOWN,    /* floor(c k T / E): Switch [C] */
+    MOE_ROUND_NEAREST, /* c k T / E, halves to even: flaxformer [C] */
+    MOE_ROUND_UP,      /* ceil(c k T / E): Megatron, DeepSpeed [C] */
+    MOE_ROUND_COUNT
+} moe_round_kind;
 
 typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d) */
     MOE_EXPERT_DEFAULT,
@@ -489,41 +574,53 @@ typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d)
     MOE_EXPERT_GEGLU,  /* (gelu(x Wg) * (x Wu)) W2 */
     MOE_EXPERT_ORTHONORMAL, /* x V diag(s) U^T: W1 = V with orthonormal columns, W2 = diag(s) U^T with orthogonal rows,
                                kept so after each step; after ERMoE [S]. d_ff < d_model */
+    MOE_EXPERT_GELU_TANH,      /* as gelu, by tanh: z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) */
+    MOE_EXPERT_GEGLU_TANH,     /* as geglu, with that */
+    MOE_EXPERT_SWIGLU_CLAMPED, /* (a sigmoid(1.702 a) * (u + 1)) W2, a = min(x Wg, 7), u = x Wu within +-7; as in
+                                  GPT-OSS [C] */
     MOE_EXPERT_COUNT
 } moe_expert_kind;
 
 typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used; moe_loss_info says
-                                more */
+                                more, docs/math.md too; the mark is that of the value's form */
     MOE_LOSS_SWITCH,      /* even load: E * sum_e f_e P_e, as in Switch / GShard [C] */
     MOE_LOSS_Z,           /* small logits: mean_t (logsumexp z_t)^2, as in ST-MoE [C] */
-    MOE_LOSS_IMPORTANCE,  /* CV^2 of the mean probabilities P */
-    MOE_LOSS_IMPORTANCE_SELECTED, /* CV^2 of the sums of the selected weights */
-    MOE_LOSS_LOAD,        /* CV^2 of the probability, over the noise, of being selected */
-    MOE_LOSS_ENTROPY,     /* -(mean entropy of a token): a token spreads over the experts */
-    MOE_LOSS_CERTAINTY,   /* +(mean entropy of a token): a token is sure of its expert */
-    MOE_LOSS_KL_UNIFORM,  /* KL(P || uniform) = ln E - entropy of P */
-    MOE_LOSS_KL_REVERSE,  /* KL(uniform || P): strong on dead experts */
-    MOE_LOSS_MUTUAL_INFORMATION, /* -(entropy of P - mean entropy of a token) */
-    MOE_LOSS_L2_UNIFORM,  /* sum_e (P_e - 1/E)^2 */
-    MOE_LOSS_SEQUENCE,    /* switch in each sequence, on shares of the scores */
-    MOE_LOSS_RANK,      /* switch between ranks: groups of experts */
-    MOE_LOSS_COMMUNICATION, /* the same, of the tokens that a rank receives */
-    MOE_LOSS_LOCALITY,    /* KL(shares of the ranks || nearly all at home) */
-    MOE_LOSS_RELU_L1,     /* sparsity of a ReLU gate, the busy experts first */
-    MOE_LOSS_VARIANCE,    /* -(variance of the scores over the tokens) */
-    MOE_LOSS_ORACLE,      /* cross entropy to a teacher's choice */
-    MOE_LOSS_SIMBAL,      /* sum abs(R^T R - I) of the router */
-    MOE_LOSS_DIVERSE_SIMPLE, /* norm of R^T R - I, and mean norm of the router's columns */
-    MOE_LOSS_PROTOTYPE_ORTHOGONALITY, /* squared norm of C^T C - I, C the router's columns at unit length */
-    MOE_LOSS_PROTOTYPE_DIVERSITY, /* mean exp(2 cos - 2) between two prototypes */
-    MOE_LOSS_PROTOTYPE_ALIGNMENT, /* 1 - mean cos of a latent token and its prototypes */
-    MOE_LOSS_LATENT_KL,   /* KL(q || N(0, I)) of a variational latent */
-    MOE_LOSS_REDUNDANCY,  /* mean relu(cos) between the logits of two experts */
-    MOE_LOSS_OUTPUT_ORTHOGONALITY, /* projections of a token's expert outputs on each other */
-    MOE_LOSS_ORTHONORMAL, /* squared norm of V^T V - I of an expert's basis V */
-    MOE_LOSS_CODEBOOK,    /* codes to tokens, tokens to codes */
+    MOE_LOSS_IMPORTANCE,  /* CV^2 of the mean probabilities P [K] */
+    MOE_LOSS_IMPORTANCE_SELECTED, /* CV^2 of the sums of the selected weights [K] */
+    MOE_LOSS_LOAD,        /* CV^2 of the probability, over the noise, of being selected [C] */
+    MOE_LOSS_ENTROPY,     /* -(mean entropy of a token): a token spreads over the experts [D] */
+    MOE_LOSS_CERTAINTY,   /* +(mean entropy of a token): a token is sure of its expert [K] */
+    MOE_LOSS_KL_UNIFORM,  /* KL(P || uniform) = ln E - entropy of P [S] */
+    MOE_LOSS_KL_REVERSE,  /* KL(uniform || P): strong on dead experts [D] */
+    MOE_LOSS_MUTUAL_INFORMATION, /* -(entropy of P - mean entropy of a token) [C] */
+    MOE_LOSS_L2_UNIFORM,  /* sum_e (P_e - 1/E)^2 [C] */
+    MOE_LOSS_SEQUENCE,    /* switch in each sequence, on shares of the scores [K] */
+    MOE_LOSS_RANK,      /* switch between ranks: groups of experts [K] */
+    MOE_LOSS_COMMUNICATION, /* the same, of the tokens that a rank receives [K] */
+    MOE_LOSS_LOCALITY,    /* KL(shares of the ranks || nearly all at home) [K] */
+    MOE_LOSS_RELU_L1,     /* sparsity of a ReLU gate, the busy experts first [C] */
+    MOE_LOSS_VARIANCE,    /* -(variance of the scores over the tokens) [K] */
+    MOE_LOSS_ORACLE,      /* cross entropy to a teacher's choice [S] */
+    MOE_LOSS_SIMBAL,      /* sum abs(R^T R - I) of the router [P] */
+    MOE_LOSS_DIVERSE_SIMPLE, /* norm of C^T C - I, C the router's columns at unit length, and their mean length [C] */
+    MOE_LOSS_PROTOTYPE_ORTHOGONALITY, /* squared norm of C^T C - I, C the router's columns at unit length [D] */
+    MOE_LOSS_PROTOTYPE_DIVERSITY, /* mean exp(2 cos - 2) between two prototypes [D] */
+    MOE_LOSS_PROTOTYPE_ALIGNMENT, /* 1 - mean cos of a latent token and its prototypes [D] */
+    MOE_LOSS_LATENT_KL,   /* KL(q || N(0, I)) of a variational latent [D] */
+    MOE_LOSS_REDUNDANCY,  /* mean relu(cos) between the logits of two experts [C] */
+    MOE_LOSS_OUTPUT_ORTHOGONALITY, /* projections of a token's expert outputs on each other [K] */
+    MOE_LOSS_ORTHONORMAL, /* squared norm of V^T V - I of an expert's basis V [S] */
+    MOE_LOSS_CODEBOOK,    /* codes to tokens, tokens to codes [C] */
     MOE_LOSS_COUNT
 } moe_loss_kind;
+
+typedef enum moe_load_kind { /* which f the loss switch has; one choice a token: all the same */
+    MOE_LOAD_DEFAULT,
+    MOE_LOAD_ALL,    /* all choices, f sums to 1: DeepSeekMoE [C], megablocks */
+    MOE_LOAD_FIRST,  /* first choices alone, f sums to 1: GShard, V-MoE, DeepSpeed [C] */
+    MOE_LOAD_TOKENS, /* all choices by the number of tokens, f sums to k: transformers, flaxformer [C] */
+    MOE_LOAD_COUNT
+} moe_load_kind;
 
 typedef enum moe_control_kind { /* balancing without a gradient */
     MOE_CONTROL_NONE,
@@ -566,6 +663,8 @@ typedef struct moe_desc {
     size_t n_experts; /* 0 = 8 */
     size_t top_k;     /* experts a token; 0 = 2, or 1 if there is only one */
     size_t n_shared;  /* experts that every token uses with weight 1, added to the routed sum; 0 = none */
+    int shared_gate;  /* their sum is weighted by sigmoid(x . w), tensor "experts.shared_gate" w (d), as in Qwen2-MoE
+                         [C]; default off */
     size_t n_zero, n_copy, n_constant; /* of the n_experts, the last: they give 0, the token, a learned mix of the token
                                           and a vector (MoE++ [C]); 0 = none. A zero expert's weight is 0, before
                                           normalisation */
@@ -574,8 +673,9 @@ typedef struct moe_desc {
                          1 */
     /* score */
     moe_score_kind score; /* default linear */
-    size_t d_router;      /* hidden or latent width of the router; 0 = d_model / 2 (mlp, prototype) or n_experts / 2
-                             (projected), at least 1 */
+    size_t d_router;      /* hidden or latent width of the router; 0 = d_model / 2 (mlp, prototype), n_experts / 2
+                             (projected), 8 n_experts (tanh) or 16 (half-cosine), at least 1 */
+    int router_bias;      /* logits += c, tensor "router.bias" (GPT-OSS [C]); default off, but on for mlp and normed */
     int route_sequence;   /* the router sees the mean of the token's sequence: a sequence goes one way; default off, on
                              for combine = merge */
     int freeze_router;    /* the router's tensors keep their initial values; default off */
@@ -590,7 +690,7 @@ typedef struct moe_desc {
     /* gate */
     moe_gate_kind gate;    /* default softmax */
     int normalize;         /* divide the selected weights by their sum; default on if top_k > 1 (with one
-                              expert the weight would be 1 and the router would learn nothing) */
+                              expert the weight would be 1 and the router would learn nothing: MOE_E_ONE_WEIGHT) */
     float weight_scale;    /* weights are multiplied by it at the end; 0 = 1 */
     float temperature;     /* of the gate; higher is softer; 0 = 1 */
     int learn_temperature; /* the gate's is a parameter ("router.log_scale" = -log temperature) that begins at
@@ -604,12 +704,16 @@ typedef struct moe_desc {
     uint64_t schedule_steps;
     uint64_t random_steps;        /* routing is uniformly random for this many steps (warm-up) */
     size_t n_groups, top_groups;  /* 0 = 1, 1 */
+    size_t group_best;            /* a group's score is the sum of so many of its best: 1 as in DeepSeek-V2 [C], 2 as in
+                                     V3 [C]; 0 = 2 */
     float top_p;                  /* 0 = 0.4 */
     float threshold;              /* 0 or MOE_OFF = 0 for select = threshold, none for top-k */
-    int fallback;                 /* a token with no score above the threshold takes its best expert: default in
+    int fallback;                 /* a token with no score above the threshold takes its highest score: default in
                                      evaluation only */
-    int random_second;            /* in training a second or later choice stays if top_k p > U(0, 1), as in GShard [C];
-                                     default off */
+    int random_second;            /* in training a second or later choice stays if top_k w > U(0, 1), w its weight,
+                                     normalised over all choices, as in GShard [C]; default off */
+    int normalize_late;           /* with random_second: w is not normalised yet, and weights are over those that stay,
+                                     as in torchscale; default off */
     float sinkhorn_epsilon;       /* 0 = 1 */
     size_t sinkhorn_iterations;   /* 0 = 20 */
     float gate_drop;              /* probability, one draw a step, that all tokens stay on their rank (gating dropout
@@ -618,23 +722,33 @@ typedef struct moe_desc {
     float expert_drop;            /* probability that an expert is left out for a sequence, in training (SMEAR [C]); 0 =
                                      none */
     moe_order_kind capacity_order; /* default token */
-    float capacity_factor; /* an expert takes at most (size_t)(factor * k * ceil(T/E)) tokens, but at
-                              least 1; 0 or MOE_OFF = dropless */
-    float capacity_factor_eval; /* the same in evaluation; 0 = capacity_factor */
+    float capacity_factor;         /* an expert takes at most so many times its share of the T k pairs; 0 or MOE_OFF =
+                                      dropless */
+    float capacity_factor_eval;    /* the same in evaluation; 0 = capacity_factor */
+    moe_round_kind capacity_round; /* default share */
+    size_t min_capacity;           /* but at least so many, as 4 in Switch [C]; 0 = 1 */
+    int capacity_sequence;      /* each sequence is counted for itself, T = sequence, as GShard's groups are [K];
+                                   default off: the whole batch */
     /* experts and combine */
     moe_expert_kind expert; /* default SwiGLU */
     int bias;               /* experts have biases b1 (f), b2 (d); default off */
+    int expert_norm;        /* experts see (x - mean) / sqrt(variance + 1e-5), as in BASE [C], whose scale and shift W1
+                               and b1 can hold; default off */
+    float input_scale;      /* experts see x times it: 2 in MoE++ [C]; 0 = 1 */
     int zero_output;        /* w2 begins at 0, so that the layer does (BASE [C]); default off */
     moe_combine_kind combine; /* default sum */
     size_t soft_slots;      /* slots of an expert, for combine = soft; 0 = 1 */
     float robust_tau;       /* 0 = 1 */
     size_t n_codes;         /* > 0: y = g_0 y + g_1 LN(f_e(LN(q))), q the nearest of n_codes codes, e = code % E, g =
                                softmax(x G): VQMoE [C] */
+    float code_share;       /* c: in place of q, (1 - c) x + c (q - x), as in VQMoE's code; 0 or MOE_OFF = q */
     /* balance */
     float loss[MOE_LOSS_COUNT];  /* coefficients; 0 or MOE_OFF = not used */
+    moe_load_kind switch_load;   /* default all */
     moe_control_kind controller; /* default none; moe_step runs it on the loads of the backward calls since the last
                                     step */
     float controller_rate, controller_damping; /* of moe_control; 0 = the published ones */
+    int controller_recentre;     /* its bias has the mean 0 after each step; default off, on for id */
     /* training */
     int training; /* MOE_OFF: no gradients, no optimiser state; default on */
     moe_optimizer_kind optimizer; /* default AdamW */
@@ -691,6 +805,8 @@ MOE_API const char *moe_isa_name(moe_isa_kind kind);
 MOE_API const char *moe_noise_name(moe_noise_kind kind);
 MOE_API const char *moe_combine_name(moe_combine_kind kind);
 MOE_API const char *moe_schedule_name(moe_schedule_kind kind);
+MOE_API const char *moe_load_name(moe_load_kind kind);
+MOE_API const char *moe_round_name(moe_round_kind kind);
 MOE_API const char *moe_init_name(moe_init_kind kind);
 /* Sets one field by its name in the JSON and its value as text: ("gate", "sigmoid"), ("top_k", "4"), ("loss.switch",
  * "0.01"), ("capacity_factor", "off"), ("bias", "true"). */
@@ -773,13 +889,15 @@ MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t top_k, const float 
  * no choice. Ties go to the lowest index; NaN: MOE_E_NAN_LOGITS; -infinity is allowed unless it says so. Nothing
  * allocates but where there is scratch: NULL = the library does, else at least what the *_scratch function says. */
 
-/* DeepSeek-V3's [C]: the columns are n_groups equal groups (at most 256); the score of a group is the sum of its two
- * best (its only one if groups have one); the top_groups best groups are kept, and the k best columns of these.
- * +infinity is an error too. */
+/* DeepSeek's [C]: the columns are n_groups equal groups (at most 256); the score of a group is the sum of its
+ * group_best best (1 to 256; all if there are fewer), in V2 of one, in V3 of two, which is what moe_topk_groups takes;
+ * the top_groups best groups are kept, and the k best columns of these. +infinity is an error too. */
+MOE_API moe_status moe_topk_groups_best(size_t rows, size_t cols, size_t top_k, size_t n_groups, size_t top_groups,
+                                        size_t group_best, const float *scores, int32_t *index);
 MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t top_k, size_t n_groups, size_t top_groups,
                                    const float *scores, int32_t *index);
 /* Of the scores above threshold + per_col[column] (per_col NULL: 0) the k that are furthest above per_col. None is
- * above: with `fallback` the column that is furthest above (least below) per_col, after DynMoE [C]; else no choice. */
+ * above: with `fallback` the highest score, whatever per_col, as in DynMoE [C]; else no choice. */
 MOE_API moe_status moe_topk_threshold(size_t rows, size_t cols, size_t top_k, float threshold, const float *per_col,
                                       int fallback, const float *scores, int32_t *index);
 /* Top-p [C]: by descending prob, through the first whose running sum is above p, but at most k. Not renormalised. */
@@ -910,6 +1028,7 @@ typedef struct moe_control {
     float damping; /* id: Kd; adaptive, usage-boost: decay of the average */
     float low, high; /* relu-lambda: bounds of the coefficient; adaptive: high, its cap; usage-boost: low, the usage
                         below which */
+    int recentre;    /* a bias has the mean 0 after each step: on for id */
     /* state; what a kind does not have is NULL */
     float *state; size_t n_state;
     float *coefficient;           /* (1) */
@@ -991,17 +1110,26 @@ MOE_API moe_status moe_routes_fill(moe_routes *routes, size_t n_tokens, const in
 /* What a router may want besides x. Zero = nothing special. Arrays are yours and must stay until the backward. Only you
  * write to it: a layer uses its own step, bias and experts, and moe_forward its own draw, whatever stands here. */
 typedef struct moe_side {
+    const unsigned char *mask; /* (n) 0 = not a token: its row of x, dy and of all below is not read, y and dx are 0
+                                  there, and all else has the bits of a batch without it; NULL = all count */
+    const size_t *sequence_begin; size_t n_sequences; /* where sequences of different lengths begin among the n tokens,
+                                  ascending from 0; NULL = each has desc.sequence tokens. A tape has room for
+                                  max_tokens / desc.sequence of them, rounded up */
     int evaluate;       /* 1: no noise, jitter, dropout, sampling; the evaluation's choice where a system has one */
     uint64_t step;      /* where the schedules stand, and the one draw of gating dropout (a layer uses its own) */
     uint64_t draw;      /* which random numbers (a layer uses its own) */
     size_t top_k;       /* 0 = as desc and schedule say; else at most desc.top_k */
-    float temperature;  /* 0 = as desc and schedule say (for a scan of temperatures) */
+    float temperature;  /* 0 = as desc and schedule say; it and its inverse finite (for a scan of temperatures) */
     const uint32_t *id; /* (n) token ids for score = hash; NULL = positions in the sequence */
     const float *previous;                    /* (n, E) logits of the layer before, for desc.residual; NULL = zeros */
     float *d_previous;                        /* (n, E) += its gradient; may be NULL */
     const int32_t *teacher;                   /* (n) the expert that loss.oracle wants, negative = none */
-    const uint64_t *load; uint64_t counted;   /* (E) the loads that the losses see and how many tokens they count,
-                                                 summed over micro-batches or ranks; NULL, 0 = this batch's own */
+    /* of a whole that is cut into micro-batches or ranks, for the losses; NULL, 0 = this batch is all of it */
+    const uint64_t *load, *first;             /* (E) routes.load summed; routes.top1, for switch_load = first */
+    const uint64_t *rank_tokens;              /* (n_ranks) moe_rank_tokens summed: loss.communication */
+    const double *mean;                       /* (E) mean of prob */
+    uint64_t counted;                         /* its tokens */
+    float loss_weight;                        /* of this backward's auxiliary losses: n_tokens / counted; 0 = 1 */
     const float *bias;                        /* (E) added to what the selection sees, never to weights (a layer uses
                                                  its own); NULL = none */
     const float *experts; float *d_experts;   /* score = subspace: the experts' parameters and gradients (a layer uses
@@ -1014,6 +1142,9 @@ typedef struct moe_tape {
     /* results that you may read after a forward; S = top_k, or E where the number of experts a token varies
      * (moe_tape_slots) */
     size_t n_tokens, n_slots;
+    size_t n_given;       /* tokens of the forward; with side.mask T = n_tokens and all below are of those it keeps */
+    const uint32_t *kept; /* (T) with side.mask: which of the given tokens each is; NULL = all */
+    size_t bad_token;     /* the first given token that MOE_E_NAN_X or MOE_E_NAN_Y is about; else SIZE_MAX */
     float *logits;  /* (T, E), noise included */
     float *scores;  /* (T, E): softmax, sigmoid or relu of the logits, by the gate; the logits for
                        MOE_GATE_SOFTMAX_SELECTED */
@@ -1037,8 +1168,9 @@ MOE_API moe_status moe_tape_size(const moe_desc *desc, size_t max_tokens, int tr
 MOE_API moe_status moe_tape_init(moe_tape **out, const moe_desc *desc, size_t max_tokens, int training, void *memory,
                                  size_t bytes);
 
-/* Floats of the router's parameters: the tensors "router..." and "experts.constant..." of this desc, one after the
- * other in the order of moe_desc_tensor. For a linear score without extras that is R (d, E). */
+/* Floats of the router's parameters: the tensors "router..." of this desc, one after the other in the order of
+ * moe_desc_tensor ("experts.constant..." are among those of moe_experts_count). For a linear score without extras that
+ * is R (d, E). */
 MOE_API moe_status moe_router_count(const moe_desc *desc, size_t *n_floats);
 /* Router alone: x (n, d) -> logits, scores, index, weight, routes of the tape. router: moe_router_count floats. */
 MOE_API moe_status moe_route(moe_tape *tape, const float *router, const float *x, size_t n_tokens);
@@ -1046,6 +1178,9 @@ MOE_API moe_status moe_route(moe_tape *tape, const float *router, const float *x
  * desc.loss, which see side.load. d_router (moe_router_count) += ..., dx (n, d) += ...; either may be NULL. */
 MOE_API moe_status moe_route_backward(moe_tape *tape, const float *router, const float *d_weight, float *d_router,
                                       float *dx);
+
+/* out (n_given, n_slots) = the last forward's index by given token, a masked token's choices -1: for a dump. */
+MOE_API moe_status moe_tape_index(const moe_tape *tape, int32_t *out);
 
 /* Experts alone, over the routes of the tape (made by moe_route, or filled by you with moe_routes_fill after
  * moe_tape_tokens). params: moe_experts_count floats in the library's panel layout (moe_expert_pack). */
@@ -1059,7 +1194,7 @@ MOE_API moe_status moe_expert_pack(const moe_desc *desc, size_t expert, const mo
 typedef struct moe_expert_arrays { float *w1, *wu, *w2, *b1, *bu, *b2; } moe_expert_arrays;
 MOE_API moe_status moe_expert_unpack(const moe_desc *desc, size_t expert, const float *params,
                                      const moe_expert_arrays *arrays);
-/* Tells the tape that n tokens x (n, d) follow, for a routing of your own. */
+/* Tells the tape that n tokens x (n, d) follow, for a routing of your own: with side.mask, of tape.n_tokens rows. */
 MOE_API moe_status moe_tape_tokens(moe_tape *tape, const float *x, size_t n_tokens);
 /* y (n, d) = sum over a token's routes of weight * expert(x), plus the shared experts. */
 MOE_API moe_status moe_experts_forward(moe_tape *tape, const float *params, float *y);
@@ -1071,9 +1206,11 @@ MOE_API moe_status moe_experts_backward(moe_tape *tape, const float *params, con
 /* ==== diagnostics =============================================================================
  * Is the routing healthy? Counters that need no layer, measures of plain arrays, the ecology number, and the
  * congestion game behind gamma_eff. In double with libm: outside the same-bits contract, and never part of a gradient.
- * Wherever index (T, k) is asked for: experts below n_experts, the first choice first, negative = no choice; work is
- * scratch of the stated number of elements; what a _scratch function gives is in bytes. What is counted is added to, so
- * the counts of threads and ranks add up. Formulas and how sure they are: docs/math.md and docs/gamma.md. */
+ * Wherever index (T, k) is asked for: experts below n_experts, the first choice first, negative = no choice; a row
+ * without any choice is no token (padding, say): nothing else of it is read, and it changes nothing; MOE_E_NO_TOKENS if
+ * all are so. work is scratch of the stated number of elements; what a _scratch function gives is in bytes. What is
+ * counted is added to, so the counts of threads and ranks add up. Formulas and how sure they are: docs/math.md and
+ * docs/gamma.md. */
 
 /* moe_health counts routed batches and yields the load metrics. It needs no layer: O(E) memory. */
 typedef struct moe_health {
@@ -1089,15 +1226,16 @@ typedef struct moe_health {
     double load_entropy; /* -sum l ln l / ln E of the load's shares: 1 = even */
     double entropy;      /* -sum P ln P in nats, P the mean softmax */
     double drop_rate;    /* dropped / selected */
-    size_t n_dead;       /* experts with under 1% of the first choices (after the ecology paper [S]); a single expert is
-                            never dead, and above 100 experts even an even router has them: the definition is the
-                            source's */
+    size_t n_dead;       /* experts with under dead_fraction of an even share of the selections; a single expert is
+                            never dead */
+    uint32_t *dead;      /* (E): the first n_dead are their numbers, ascending */
+    double dead_fraction; /* yours to set, kept by a reset; 0 = 0.1 */
+    size_t n_dead_first; /* experts with under 1% of the first choices (after the ecology paper [S]): above 100 experts
+                            even an even router has them, and with k > 1 an expert may live on second choices */
     double minvio;            /* 1 - min(load) / mean(load) */
     double gini;              /* sum_ij |l_i - l_j| / (2 E^2 mean): 0 = even, 1 - 1 / E = all on one expert */
     double min_max;           /* min(load) / max(load) */
     double effective_experts; /* exp of the load's entropy in nats: E = even, 1 = all on one expert */
-    size_t n_dead_relative;   /* experts with under dead_fraction / E of the selections */
-    double dead_fraction;     /* yours to set, kept by a reset; 0 = 0.1 */
     uint64_t *sorted;         /* (E): scratch of moe_health_update */
 } moe_health;
 MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes);
@@ -1111,16 +1249,17 @@ MOE_API moe_status moe_health_update(moe_health *health);                       
 
 /* What changed between two windows, both updated. An expert died if it was alive in `before` and is dead in `now`. */
 typedef struct moe_health_change {
-    size_t newly_dead, revived;                   /* by the absolute definition of n_dead */
-    size_t newly_dead_relative, revived_relative; /* by that of n_dead_relative, with now->dead_fraction */
-    double load_moved;                            /* sum |l_e - l'_e| / 2 of the load's shares: 0 to 1 */
+    size_t newly_dead, revived;             /* by the definition of n_dead, with now->dead_fraction */
+    size_t newly_dead_first, revived_first; /* by that of n_dead_first */
+    double load_moved;                      /* sum |l_e - l'_e| / 2 of the load's shares: 0 to 1 */
 } moe_health_change;
 MOE_API moe_status moe_health_compare(const moe_health *before, const moe_health *now, moe_health_change *out);
 
-/* Share of the tokens whose set of experts differs; before and after (T, k), in any order within a token. */
+/* Share of the tokens whose set of experts differs; before and after (T, k), in any order within a token. A row is no
+ * token if it has no choice in either. */
 MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *before, const int32_t *after, double *share);
-/* Sequence expert utilisation [P]: mean over sequences of `sequence` tokens (the last may be shorter) of distinct
- * experts / E. work (E). */
+/* Sequence expert utilisation [P]: mean over sequences of `sequence` rows (the last may be shorter) of distinct
+ * experts / E; padding keeps its place, and a sequence of nothing else does not count. work (E). */
 MOE_API moe_status moe_seu(size_t n_tokens, size_t n_experts, size_t top_k, size_t sequence, const int32_t *index,
                            uint32_t *work, double *seu);
 /* count (E, E) += tokens that select both i and j; the diagonal is the load. */
@@ -1137,7 +1276,7 @@ MOE_API moe_status moe_tier_usage(size_t n_experts, size_t n_tiers, const uint32
 MOE_API moe_status moe_loss_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
                                       const float *loss, double *sum);
 /* By first choice: right (E) += tokens that are correct (T, 0 or 1); count (E, n_labels) += tokens of each label
- * (T). */
+ * (T); what is negative as int32_t (-1, -100) is no label. */
 MOE_API moe_status moe_right_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index,
                                        const uint8_t *correct, uint64_t *right);
 MOE_API moe_status moe_label_by_expert(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_labels,
@@ -1171,7 +1310,7 @@ typedef struct moe_temperature_row {
     double top_mass, first_mass;     /* as do the mean mass of the selected, and of the first choice */
     double maxvio, load_cv, changed; /* of the load, and share of tokens with another set than by the logits: these
                                         stay */
-    size_t n_dead;                   /* absolute */
+    size_t n_dead, n_dead_first;     /* as of moe_health, with a dead_fraction of 0.1 */
 } moe_temperature_row;
 MOE_API moe_status moe_temperature_scan_scratch(size_t n_experts, size_t top_k, size_t *bytes);
 MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
@@ -1265,7 +1404,8 @@ typedef enum moe_quality_kind { /* four ways to say how good an expert is, from 
     MOE_QUALITY_COUNT
 } moe_quality_kind;
 MOE_API const char *moe_quality_name(moe_quality_kind kind);
-/* index (T, k) only for SELECTED, whose work is (E); MEDIAN's and TRIMMED's is (T), the others need none. */
+/* index (T, k): needed for SELECTED, else it may be NULL: all rows are tokens. work: SELECTED (E), MEDIAN and TRIMMED
+ * (T), the others none. */
 MOE_API moe_status moe_game_quality(moe_quality_kind kind, size_t n_tokens, size_t n_experts, size_t top_k,
                                     const float *logits, const int32_t *index, double *work, double *quality);
 /* Pearson's r of two series; pairs with a value that is not finite are left out; NaN if one does not vary. */
@@ -1277,7 +1417,10 @@ typedef struct moe_game {
     uint64_t *tokens; /* (B) */
     uint64_t *count;  /* (B, E): selections */
     double *logit;    /* (B, E): sums over the tokens */
-    void *alloc_context; /* moe_game_bootstrap and moe_game_holdout allocate with it; yours to set */
+    void *alloc_context; /* moe_game_bootstrap, _holdout and _excess allocate with it; yours to set */
+    uint64_t *null_count; /* (B, E): selections of the null (moe_game_excess) */
+    uint64_t seed;        /* of the null's permutations; yours to set, kept by a reset */
+    uint32_t *scratch;    /* (B, 4 E): of moe_game_add_null */
 } moe_game;
 MOE_API moe_status moe_game_size(size_t n_experts, size_t n_batches, size_t *bytes);
 MOE_API moe_status moe_game_init(moe_game *game, size_t n_experts, size_t n_batches, void *memory, size_t bytes);
@@ -1285,6 +1428,9 @@ MOE_API moe_status moe_game_reset(moe_game *game);
 /* Adds tokens to a batch: logits (T, E) and the experts they use, index (T, k). (From logits alone: moe_topk_count.) */
 MOE_API moe_status moe_game_add(moe_game *game, size_t batch, size_t n_tokens, size_t top_k, const float *logits,
                                 const int32_t *index);
+/* The null's part of it, for who counts the rest himself, after that: index NULL: each token picks k. */
+MOE_API moe_status moe_game_add_null(moe_game *game, size_t batch, size_t n_tokens, size_t top_k, const float *logits,
+                                     const int32_t *index);
 MOE_API moe_status moe_game_merge(moe_game *game, const moe_game *other); /* g += other, batch by batch */
 /* quality (E), load (E) and the selections of the batches b with half[b] == which; half NULL: of all. */
 MOE_API moe_status moe_game_pool(const moe_game *game, const uint8_t *half, int which, double *quality, double *load,
@@ -1298,6 +1444,18 @@ MOE_API moe_status moe_game_holdout(const moe_game *game, uint64_t seed, moe_gam
  * layers can be formed. */
 MOE_API moe_status moe_game_bootstrap(const moe_game *game, size_t replicates, uint64_t seed,
                                       const moe_parallel *parallel, double *gamma, double *lo, double *hi);
+/* gamma of what the noise of the tokens alone makes, and how far the data are from it. The null: each expert's logits
+ * permuted over the tokens (of up to 1024 in a row), independently of the other experts', and as many experts picked by
+ * plain top-k as the token picked. It has the same mean logits, spread and number of selections, and no congestion. */
+typedef struct moe_game_null {
+    double gamma_null, gamma_excess; /* gamma_excess = gamma - gamma_null; NaN where one of them is unidentified */
+    double excess_lo, excess_hi;     /* of the difference: both are fitted to the same batches in each replicate */
+} moe_game_null;
+/* gamma (replicates): as moe_game_bootstrap gave them for this seed; excess (replicates) = each less the null's, and
+ * may be the same array. replicates 0: no interval, which is NaN then. */
+MOE_API moe_status moe_game_excess(const moe_game *game, size_t replicates, uint64_t seed,
+                                   const moe_parallel *parallel, const double *gamma, double *excess,
+                                   moe_game_null *out);
 /* The percentiles alone. Sorts x. */
 MOE_API moe_status moe_interval(size_t n, double *x, double *lo, double *hi);
 
@@ -1328,10 +1486,10 @@ typedef struct moe_layer moe_layer;
 MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc);
 MOE_API void moe_layer_free(moe_layer *layer); /* NULL allowed */
 /* The same in your memory (any alignment). Such a layer has no tape of its own: use moe_forward_tape with one of yours;
- * moe_forward returns MOE_E_NO_MEMORY. Nothing but moe_layer_save allocates then. With the quantile controller it keeps
- * the scores of all tokens whose backward came since the last step: there is room for 1024, and for one more with every
- * n_experts + 2 floats that bytes exceeds moe_layer_size by; past that moe_backward_tape returns MOE_E_NO_MEMORY and
- * changes nothing. */
+ * moe_forward returns MOE_E_NO_MEMORY. Only moe_layer_save and moe_layer_pes allocate then. With the quantile
+ * controller it keeps the scores of all tokens whose backward came since the last step: there is room for 1024, and for
+ * one more with every n_experts + 2 floats that bytes exceeds moe_layer_size by; past that moe_backward_tape returns
+ * MOE_E_NO_MEMORY and changes nothing. */
 MOE_API moe_status moe_layer_size(const moe_desc *desc, size_t *bytes);
 MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *memory, size_t bytes);
 
@@ -1352,8 +1510,8 @@ MOE_API moe_status moe_step(moe_layer *layer, float lr);
 MOE_API moe_status moe_forward_tape(const moe_layer *layer, moe_tape *tape, const float *x, size_t n_tokens, float *y);
 MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const float *dy, float *dx);
 
-/* What the next moe_forward calls take as their tape's side; evaluate, top_k, temperature, id, previous and d_previous
- * are yours to set (and to clear). NULL for NULL. */
+/* What the next moe_forward calls take as their tape's side; mask, sequence_begin, evaluate, top_k, temperature, id,
+ * previous, d_previous and teacher are yours to set (and to clear). NULL for NULL. */
 MOE_API moe_side *moe_layer_side(moe_layer *layer);
 /* The layer's controller, to read or to tune (its state is saved with the layer); and the loads (E) of the backward
  * calls since the last step, to which those of other ranks may be added before moe_step. NULL for NULL. */
@@ -1406,7 +1564,7 @@ MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const cha
  * safetensors and .npy, read defensively: header cap, checked arithmetic, contiguous offsets. */
 typedef struct moe_file_tensor {
     const char *name; size_t name_length; /* as in the file, still JSON-escaped, not NUL-terminated */
-    char dtype[8];                        /* "F32", "BF16", ... */
+    char dtype[16];                       /* "F32", "BF16", ... */
     size_t n_dims, dim[8];
     const unsigned char *data; size_t bytes;
 } moe_file_tensor;
@@ -1415,9 +1573,16 @@ typedef struct moe_file {
     size_t n_tensors;
     size_t header; /* bytes of the JSON header */
     size_t offset; /* after an error: where in the file */
+    moe_file_tensor fault; /* after an error: the tensor that it is about, as far as it was read; name NULL: none */
+    void *index, *alloc_context; /* names in order, of more than 512 */
 } moe_file;
-/* Validates everything at once; afterwards every tensor's data lies inside the bytes. No allocation. */
+/* Validates everything at once, in time n log n; afterwards every tensor's data lies inside the bytes. Up to 512 names
+ * need no allocation; of more an index is kept, so that each is found in log n: moe_file_close frees it (and is never
+ * wrong). The bytes stay yours. */
 MOE_API moe_status moe_file_open(moe_file *file, const void *bytes, size_t size);
+MOE_API void moe_file_close(moe_file *file); /* NULL allowed */
+/* A tensor, in the header's order or by name. One whose type this library does not know is no fault of the file: only
+ * who asks for it gets MOE_E_FILE_DTYPE, with *out filled all the same (out->dtype names the type). */
 MOE_API moe_status moe_file_tensor_at(const moe_file *file, size_t index, moe_file_tensor *out);
 MOE_API moe_status moe_file_find(const moe_file *file, const char *name, moe_file_tensor *out);
 /* The value of a __metadata__ key into buffer, NUL-terminated; MOE_E_NAME if there is none. */
@@ -1426,9 +1591,9 @@ MOE_API moe_status moe_file_metadata(const moe_file *file, const char *key, char
 /* .npy (NumPy's array files, versions 1 to 3), read as defensively: little-endian, C order. */
 typedef enum moe_dtype_kind {
     MOE_DTYPE_NONE, MOE_DTYPE_F32, MOE_DTYPE_F16, MOE_DTYPE_BF16, MOE_DTYPE_F64, MOE_DTYPE_U16, MOE_DTYPE_I32,
-    MOE_DTYPE_I64,
+    MOE_DTYPE_I64, MOE_DTYPE_I8, MOE_DTYPE_U8, MOE_DTYPE_I16, MOE_DTYPE_U32, MOE_DTYPE_U64,
     MOE_DTYPE_COUNT
-} moe_dtype_kind; /* <f4 <f2 (none in NumPy) <f8 <u2 <i4 <i8 */
+} moe_dtype_kind; /* <f4 <f2 <V2 <f8 <u2 <i4 <i8 |i1 |u1 <i2 <u4 <u8; BF16 also as |V2 or bfloat16 (ml_dtypes) */
 MOE_API size_t moe_dtype_size(moe_dtype_kind kind);      /* bytes of an element; 0 past the end */
 MOE_API const char *moe_dtype_name(moe_dtype_kind kind); /* "F32", ... as safetensors names them */
 typedef struct moe_npy {
@@ -1437,6 +1602,7 @@ typedef struct moe_npy {
     uint64_t data;                /* where in the file the elements begin */
     const unsigned char *elements; /* moe_npy_open only: (count), not aligned */
     size_t offset;                /* after an error: where in the file */
+    char descr[16];               /* the type as the file says it, "<f4"; after MOE_E_FILE_DTYPE too */
 } moe_npy;
 /* Validates a whole file in memory; the view lasts as long as the bytes. */
 MOE_API moe_status moe_npy_open(moe_npy *npy, const void *bytes, size_t size);
@@ -1445,9 +1611,9 @@ MOE_API moe_status moe_npy_open(moe_npy *npy, const void *bytes, size_t size);
 MOE_API moe_status moe_npy_header(moe_npy *npy, const void *bytes, size_t size, uint64_t file_size);
 
 /* n little-endian elements (any alignment) -> float. BF16 and U16 hold the upper half of a float32's bits (bfloat16,
- * which NumPy keeps as uint16). Integers are refused: MOE_E_FILE_DTYPE. */
+ * which NumPy alone keeps as uint16). Other integers are refused: MOE_E_FILE_DTYPE. */
 MOE_API moe_status moe_to_float(moe_dtype_kind dtype, size_t n, const void *elements, float *out);
-/* I32 or I64 -> int32; *bad (may be NULL) = the first that does not fit, with MOE_E_NPY_INDEX. */
+/* Integers of any type -> int32; *bad (may be NULL) = the first that does not fit, with MOE_E_NPY_INDEX. */
 MOE_API moe_status moe_to_index(moe_dtype_kind dtype, size_t n, const void *elements, int32_t *out, size_t *bad);
 /* The same for a tensor of a safetensors file: which of the types above it is, or MOE_DTYPE_NONE. */
 MOE_API moe_dtype_kind moe_dtype_of(const char *safetensors_name);
@@ -1458,8 +1624,10 @@ typedef struct moe_shards {
     size_t n_tensors;
     size_t map;    /* where the weight_map begins */
     size_t offset; /* after an error: where in the file */
+    void *index;   /* as moe_file's */
 } moe_shards;
 MOE_API moe_status moe_shards_open(moe_shards *shards, const void *bytes, size_t size);
+MOE_API void moe_shards_close(moe_shards *shards); /* NULL allowed */
 /* The file of a tensor into buffer, NUL-terminated; MOE_E_NAME if it is not listed. */
 MOE_API moe_status moe_shards_find(const moe_shards *shards, const char *name, char *buffer, size_t size);
 /* Name number i of moe_router_name that the model has, with its layer: MOE_E_NAME past the last. Layers ascend. */
@@ -1468,13 +1636,48 @@ MOE_API moe_status moe_file_router(const moe_file *file, size_t index, size_t *l
 /* Is this the name of a router's weight (E, d) in OLMoE, Qwen-MoE, DeepSeek (model.layers.N.mlp.gate.weight) or Mixtral
  * (model.layers.N.block_sparse_moe.gate.weight) [K]? 1 and its layer, or 0. */
 MOE_API int moe_router_name(const char *name, size_t length, size_t *layer);
+/* The bias of a layer's router by which its experts are chosen but not weighted: as tape->side.bias takes it, and the
+ * control of a layer (moe_layer_control(m)->bias). model.layers.N.mlp.gate.e_score_correction_bias (DeepSeek-V3, GLM,
+ * Kimi) or model.layers.N.block_sparse_moe.e_score_correction_bias (MiniMax) [K]; MOE_E_NAME if there is none. Its name
+ * from the router's, to find its file with moe_shards_find. */
+MOE_API moe_status moe_file_router_bias(const moe_file *file, size_t layer, size_t n_experts, float *bias);
+MOE_API moe_status moe_router_bias_name(const char *router, char *name, size_t size);
 
-/* A layer as safetensors: parameters, desc, and with_optimizer the moments and the step count. Little-endian
+/* Experts' weights as frameworks keep them -> params, in panels: the same bits as moe_expert_pack from plain arrays.
+ * Arrays of n experts, one after the other, of any alignment, never written to. E = n, d = d_model, f = d_ff:
+ *
+ *     out_first               w1, wu      w2          w1 with gate_up fused or interleaved
+ *     0: x W, the library's   (E, d, f)   (E, f, d)   (E, d, 2f)     GPT-OSS (interleaved), Llama 4 (fused) [K]
+ *     1: torch's nn.Linear    (E, f, d)   (E, d, f)   (E, 2f, d)     Mixtral, Qwen3 (fused in transformers 5) [K]
+ *
+ *     fused         of the 2f the first f are the gate, the others what it gates
+ *     interleaved   the gate's and the others in turn: gate 0, up 0, gate 1, up 1 ...
+ *
+ * b1, bu (E, f) and b2 (E, d); b1 (E, 2f) as w1 where that is fused. NULL = zeros, as in moe_expert_pack. NaN or
+ * infinity: MOE_E_NAN_WEIGHT, and params are not to be used. layout NULL: plain arrays. */
+typedef enum moe_gate_up_kind { MOE_GATE_UP_SEPARATE, MOE_GATE_UP_FUSED, MOE_GATE_UP_INTERLEAVED } moe_gate_up_kind;
+typedef struct moe_experts_layout {
+    moe_dtype_kind dtype; /* of all arrays, as moe_to_float takes it; 0 = F32 */
+    int out_first;
+    moe_gate_up_kind gate_up;
+} moe_experts_layout;
+typedef struct moe_experts_arrays { const void *w1, *wu, *w2, *b1, *bu, *b2; } moe_experts_arrays;
+/* Experts first ... first + n - 1 of the layer (routed first, then shared). */
+MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
+                                    const moe_experts_layout *layout, float *params);
+
+/* A layer as safetensors: parameters, desc, and with_optimizer the moments and the step count: between two steps alone,
+ * MOE_E_UNSTEPPED while it has gradients, which a file does not hold. Little-endian
  * float32. moe_layer_save_size gives the bytes needed. Loading makes a new layer (parallel and alloc_context are
  * taken from `surroundings`, which may be NULL), checked entirely before it is given to you. */
 MOE_API moe_status moe_layer_save_size(const moe_layer *layer, int with_optimizer, size_t *bytes);
 MOE_API moe_status moe_layer_save_memory(const moe_layer *layer, int with_optimizer, void *bytes, size_t size);
+/* What cannot be loaded is not saved: MOE_E_SAVE_NAN, if a tensor holds NaN or infinity. This names the first such one
+ * (static storage; MOE_OK and NULL: there is none), of all that would be saved. */
+MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, moe_part_kind *part, const char **name);
 MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, size_t size, const moe_desc *surroundings);
+/* The same from an open view; after an error view->fault is the tensor that is missing, unlike the layer's or NaN. */
+MOE_API moe_status moe_layer_load_file(moe_layer **out, moe_file *view, const moe_desc *surroundings);
 #ifndef MOE_NO_STDIO
 /* Written to path + ".part" and renamed when complete, so that a failure leaves an old file whole. */
 MOE_API moe_status moe_layer_save(const moe_layer *layer, int with_optimizer, const char *path);
@@ -1492,6 +1695,7 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 /* ==== >>platform ==============================================================================
  * What the compiler, the processor and the caller's macros give: float arithmetic as it is written, and names for what
  * compilers spell in their own ways. From here on fma, alignment and allocation are the same everywhere. */
+#include <errno.h>
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -1515,7 +1719,8 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #if defined(FLT_EVAL_METHOD) && (FLT_EVAL_METHOD == 1 || FLT_EVAL_METHOD == 2)
 #error "moe.h needs float arithmetic in float: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
-/* No multiply and add may be contracted but where fma is written. */
+/* No multiply and add may be contracted but where fma is written. With -ffp-contract=fast clang takes no notice of any
+ * pragma: a rounded product that is added to something is moe__fma(a, b, 0), or moe__times in double. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -1566,7 +1771,21 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #endif
 
 /* The only multiply-add of the scalar code: rounded once. */
+#if defined(MOE_SOFT_FMA) || (defined(__MINGW32__) && !defined(__FMA__))
+/* The product is exact in double; the sum, if it is not, becomes that of its neighbours whose last bit is odd, so that
+ * rounding it again, to float, is rounding the exact sum: after Boldo and Melquiond [P]. */
+static float moe__fma(float a, float b, float c) {
+    double product = (double)a * (double)b, sum = product + (double)c, back = sum - product;
+    double error = (product - (sum - back)) + ((double)c - back);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if ((error > 0.0 || error < 0.0) && !(bits & 1)) bits += (error > 0.0) == (sum > 0.0) ? 1u : ~(uint64_t)0;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+}
+#else
 #define moe__fma(a, b, c) fmaf((a), (b), (c))
+#endif
 
 typedef struct moe__status_row { moe_status code; moe_error_kind kind; const char *field, *sentence; } moe__status_row;
 static const moe__status_row moe__status_table[] = {
@@ -1665,6 +1884,26 @@ static float moe__logf1(float x) {
     float f = mantissa - 1.0f; /* exact, as the exponent is */
     float tail = moe__fma(exponent, MOE__LN2_LO, moe__fma(f * f, MOE__LOG_TAIL(moe__fma, MOE__SAME, f), 0.0f));
     return moe__fma(exponent, MOE__LN2_HI, f + tail);
+}
+
+/* Is arithmetic as it is written? Not every compiler has a macro for the options that let it be otherwise (sums are
+ * reordered, divisions become products, -0 is 0), and none has one for an fmaf that rounds twice. */
+static int moe__arithmetic_ok(void) {
+    static const volatile float given[] = {16777216.0f, 1.0f, 5.0f, -0.0f, 97.0f, 172961.0f, 8.67361738e-19f};
+    float big = given[0], one = given[1], five = given[2], zero = given[3];
+    float left = given[4], right = given[5], little = given[6]; /* left right = 2^24 + 1, little = 2^-60 */
+    int sums = (big + one) - big == 0.0f, quotients = moe__bits_of(five / 3.0f) == 0x3fd55555u;
+    int zeros = moe__bits_of(zero + 0.0f) == 0;
+    return sums && quotients && zeros && moe__fma(left, right, little) == 16777218.0f;
+}
+/* a b, rounded, whatever it is added to. */
+MOE__INLINE double moe__times(double a, double b) {
+#if defined(__clang__)
+    volatile double product = a * b;
+#else
+    double product = a * b;
+#endif
+    return product;
 }
 
 static float moe__positive(double value) { /* what a logarithm can take */
@@ -2280,28 +2519,32 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
             part[r * part_ld] = moe__v_sum(along);                                                       \
         }                                                                                                \
     }
-/* Gated: a panel of z holds 16 gates, then the 16 values that they gate; two such panels make one of h. */
-#define MOE__GLU(name, f)                                                                                \
+/* Gated: a panel of z holds 16 gates, then the 16 values that they gate; two such panels make one of h = f(gate)
+ * u(value). */
+#define MOE__GLU(name, f, u)                                                                             \
     MOE__FN void MOE__K(name##_forward)(size_t rows, const float *z0, const float *z1, float *h) {       \
         moe__v slope;                                                                                    \
         for (size_t r = 0; r < rows; r++, z0 += 32, z1 += 32, h += 32) {                                 \
             const float *z = z0;                                                                         \
-            for (int c = 0; c < 32; c += 16, z = z1)                                                     \
-                moe__v_store(h + c, moe__v_mul(f(moe__v_load(z), &slope), moe__v_load(z + 16)));         \
+            for (int c = 0; c < 32; c += 16, z = z1) {                                                   \
+                moe__v gate = f(moe__v_load(z), &slope);                                                 \
+                moe__v_store(h + c, moe__v_mul(gate, u(moe__v_load(z + 16), &slope)));                   \
+            }                                                                                            \
         }                                                                                                \
     }                                                                                                    \
     MOE__FN void MOE__K(name##_backward)(size_t rows, const float *weight, float *z0, float *z1, float *h, \
                                          const float *dh, float *part, size_t part_ld) {                 \
         for (size_t r = 0; r < rows; r++, z0 += 32, z1 += 32, h += 32, dh += 32) {                       \
-            moe__v w = moe__v_set1(1.0f), along = moe__v_set1(0.0f), slope;                              \
+            moe__v w = moe__v_set1(1.0f), along = moe__v_set1(0.0f), slope, rise;                        \
             float *z = z0;                                                                               \
             if (weight) w = moe__v_set1(weight[r]);                                                      \
             for (int c = 0; c < 32; c += 16, z = z1) {                                                   \
-                moe__v value = moe__v_load(h + c), grad = moe__v_load(dh + c), up = moe__v_load(z + 16); \
+                moe__v value = moe__v_load(h + c), grad = moe__v_load(dh + c);                           \
+                moe__v up = u(moe__v_load(z + 16), &rise);                                               \
                 along = moe__v_fma(value, grad, along);                                                  \
                 moe__v gate = f(moe__v_load(z), &slope), wg = moe__v_mul(w, grad);                       \
                 moe__v_store(z, moe__v_mul(moe__v_mul(wg, up), slope));                                  \
-                moe__v_store(z + 16, moe__v_mul(wg, gate));                                              \
+                moe__v_store(z + 16, moe__v_mul(moe__v_mul(wg, gate), rise));                            \
                 moe__v_store(h + c, moe__v_mul(w, value));                                               \
             }                                                                                            \
             part[r * part_ld] = moe__v_sum(along);                                                       \
@@ -2309,7 +2552,8 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
     }
 #define MOE__ACT_BOTH(direction) \
     {0, MOE__K(relu_##direction), MOE__K(gelu_##direction), MOE__K(silu_##direction), \
-     MOE__K(swiglu_##direction), MOE__K(geglu_##direction), MOE__K(same_##direction)}
+     MOE__K(swiglu_##direction), MOE__K(geglu_##direction), MOE__K(same_##direction), \
+     MOE__K(gelu_tanh_##direction), MOE__K(geglu_tanh_##direction), MOE__K(swiglu_clamped_##direction)}
 
 /* The higher of two to the first. */
 #define MOE__ORDER(a, b) { moe__f high = MOE__F_MAX(a, b); b = MOE__F_MIN(a, b); a = high; }
@@ -2384,7 +2628,7 @@ typedef float moe__f;
 #define MOE__F_LOAD(p) (*(p))
 #define MOE__F_STORE(p, a) (*(p) = (a))
 #define MOE__F_SET1(x) (x)
-#define MOE__F_FMA(a, b, c) fmaf(a, b, c)
+#define MOE__F_FMA(a, b, c) moe__fma(a, b, c)
 #define MOE__F_ADD(a, b) ((a) + (b))
 #define MOE__F_SUB(a, b) ((a) - (b))
 #define MOE__F_MUL(a, b) ((a) * (b))
@@ -2801,12 +3045,37 @@ MOE__FI moe__v MOE__K(gelu)(moe__v z, moe__v *slope) {
     *slope = moe__v_fma(z, pdf, cdf);
     return moe__v_mul(z, cdf);
 }
+/* z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)), the same as with tanh. Beyond 10 the sigmoid is 0 or 1 in float32. */
+MOE__FI moe__v MOE__K(gelu_tanh)(moe__v z, moe__v *slope) {
+    moe__v near = moe__v_max(moe__v_set1(-10.0f), moe__v_min(moe__v_set1(10.0f), z)), square = moe__v_mul(near, near);
+    moe__v linear = moe__v_set1(1.59576912f);
+    moe__v s = moe__v_sigmoid(moe__v_mul(near, moe__v_fma(square, moe__v_set1(0.0713548163f), linear)));
+    moe__v a = moe__v_mul(z, s), inner = moe__v_fma(square, moe__v_set1(0.214064449f), linear);
+    *slope = moe__v_fma(moe__v_mul(a, moe__v_sub(moe__v_set1(1.0f), s)), inner, s);
+    return a;
+}
+/* GPT-OSS: the gate's half and the half that it gates. At a limit the slope is still that within. */
+MOE__FI moe__v MOE__K(clamped_gate)(moe__v z, moe__v *slope) {
+    moe__v limit = moe__v_set1(7.0f), alpha = moe__v_set1(1.702f), a = moe__v_min(limit, z);
+    moe__v s = moe__v_sigmoid(moe__v_mul(alpha, a)), value = moe__v_mul(a, s);
+    moe__v inside = moe__v_fma(moe__v_mul(alpha, value), moe__v_sub(moe__v_set1(1.0f), s), s);
+    *slope = moe__v_sel(moe__v_lt(limit, z), moe__v_set1(0.0f), inside);
+    return value;
+}
+MOE__FI moe__v MOE__K(clamped_up)(moe__v z, moe__v *slope) {
+    moe__v limit = moe__v_set1(7.0f), one = moe__v_set1(1.0f), zero = moe__v_set1(0.0f);
+    *slope = moe__v_sel(moe__v_lt(limit, moe__v_abs(z)), zero, one);
+    return moe__v_add(moe__v_max(moe__v_neg(limit), moe__v_min(limit, z)), one);
+}
 MOE__ACT(relu, MOE__K(relu))
 MOE__ACT(same, MOE__K(same))
 MOE__ACT(gelu, MOE__K(gelu))
 MOE__ACT(silu, MOE__K(silu))
-MOE__GLU(swiglu, MOE__K(silu))
-MOE__GLU(geglu, MOE__K(gelu))
+MOE__ACT(gelu_tanh, MOE__K(gelu_tanh))
+MOE__GLU(swiglu, MOE__K(silu), MOE__K(same))
+MOE__GLU(geglu, MOE__K(gelu), MOE__K(same))
+MOE__GLU(geglu_tanh, MOE__K(gelu_tanh), MOE__K(same))
+MOE__GLU(swiglu_clamped, MOE__K(clamped_gate), MOE__K(clamped_up))
 
 /* -- optimisers -- */
 MOE__FN void MOE__K(adamw)(size_t n, const moe__adam *adam, float *param, const float *grad, float *mean,
@@ -3152,7 +3421,7 @@ MOE__FN int MOE__K(all_finite)(size_t n, const float *x) {
         sum2 = MOE__F_FMA(MOE__F_LOAD(x + i + 2 * MOE__VL), zero, sum2);
         sum3 = MOE__F_FMA(MOE__F_LOAD(x + i + 3 * MOE__VL), zero, sum3);
     }
-    for (; i < n; i++) rest += x[i] * 0.0f;
+    for (; i < n; i++) rest += x[i] * 0.0f; /* exact */
     MOE__F_STORE(sum, MOE__F_ADD(MOE__F_ADD(sum0, sum1), MOE__F_ADD(sum2, sum3)));
     for (i = 0; i < MOE__VL; i++) rest += sum[i];
     return rest == 0.0f;
@@ -3847,7 +4116,7 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
  * X(id, name, axes, decay, start, axis, stream, format, there) */
 #define MOE__ROUTER_TENSORS(X)                                                                                         \
     X(R_ROUTER, "router", "LN", 1, COLUMNS, 'L', 0, F32, moe__score_is_latent(desc->score))                            \
-    X(R_BIAS, "router.bias", "N", 0, ZERO, 'L', 1, F32, latent->out_bias)                                              \
+    X(R_BIAS, "router.bias", "N", 0, ZERO, 'L', 1, F32, desc->router_bias == MOE_ON)                                   \
     X(R_PROJ, "router.proj", "dL", 1, UNIFORM, 'd', 2, F32, latent->proj)                                              \
     X(R_PROJ_BIAS, "router.proj_bias", "L", 0, ZERO, 'd', 3, F32, latent->proj_bias)                                   \
     X(R_NOISE, "router.noise", "dE", 1, ZERO, 'd', 4, F32, desc->noise == MOE_NOISE_LEARNED)                           \
@@ -3865,7 +4134,8 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
     X(T_B2, "experts.b2", "Gd", 0, OUTPUT, 'f', 6, F32, plan->bias)
 #define MOE__CONSTANT_TENSORS(X)                                                                                       \
     X(T_CONSTANT_GATE, "experts.constant_gate", "n2d", 1, ZERO, 'd', 11, F32, desc->n_constant)                        \
-    X(T_CONSTANT, "experts.constant", "nd", 1, UNIFORM, 'd', 10, F32, desc->n_constant)
+    X(T_CONSTANT, "experts.constant", "nd", 1, UNIFORM, 'd', 10, F32, desc->n_constant)                        \
+    X(T_SHARED_GATE, "experts.shared_gate", "d", 1, UNIFORM, 'd', 12, F32, desc->shared_gate == MOE_ON)
 
 #define MOE__ID(id, name, axes, decay, start, axis, stream, format, there) MOE__##id,
 enum { MOE__ROUTER_TENSORS(MOE__ID) MOE__R_COUNT, MOE__BEFORE_EXPERTS = MOE__R_COUNT - 1,
@@ -3916,6 +4186,7 @@ typedef struct moe__plan {
     size_t count[MOE__T_COUNT];    /* elements of each tensor; 0: this layer has it not */
     size_t at[MOE__R_COUNT + 1];   /* where the router's tensors begin in its block; the last: its length */
     size_t jitter, by_sequence;    /* the router sees other numbers than the tokens: these are on */
+    size_t view;                   /* so do the experts: expert_norm, input_scale */
     size_t ortho_loss, output_loss; /* these losses are on */
 } moe__plan;
 
@@ -3980,9 +4251,10 @@ static size_t moe__plan_in_block(const moe__plan *plan, int id, size_t r, size_t
 }
 /* Where a plain tensor begins in a layer's parameters. */
 static size_t moe__plan_offset(const moe__plan *plan, int id) {
+    size_t at = plan->special;
     if (id < MOE__R_COUNT) return plan->experts + plan->at[id];
-    if (id == MOE__T_CONSTANT) return plan->special + plan->count[MOE__T_CONSTANT_GATE];
-    return plan->special;
+    for (int before = MOE__T_CONSTANT_GATE; before < id; before++) at += plan->count[before];
+    return at;
 }
 
 /* n elements of a row of a tensor, from `column` on; the rows of all experts are counted as one list. */
@@ -4063,7 +4335,7 @@ static int moe__plan_piece(const moe__plan *plan, size_t at, size_t *end) {
     }
     if (at < plan->experts) {
         part = MOE__T_CONSTANT_GATE;
-        if (at >= moe__plan_offset(plan, MOE__T_CONSTANT)) part = MOE__T_CONSTANT;
+        while (at >= moe__plan_offset(plan, part) + plan->count[part]) part++;
         *end = moe__plan_offset(plan, part) + plan->count[part];
         return part;
     }
@@ -4112,7 +4384,7 @@ typedef struct moe__run_group { /* rows that one set of an expert's parameters c
 
 typedef struct moe__run_now { /* what holds for one forward and its backward */
     int training, random, local, skip; /* random warm-up; gating dropout: only experts of the token's rank, or none */
-    size_t k, sequence;                /* choices of a token; tokens of a sequence */
+    size_t k;                          /* choices of a token */
     float inv_t, prob_inv_t, prob_t;   /* 1 / temperature of the gate, of prob; the latter */
     uint64_t draw;
 } moe__run_now;
@@ -4137,6 +4409,7 @@ typedef struct moe__run_noise {
 typedef struct moe__run_gate {
     float *scores;   /* (T, E), where scores are not prob or logits */
     float *d_weight; /* (T, S) */
+    int32_t *before; /* (T, S) the choices before random second took some away */
 } moe__run_gate;
 typedef struct moe__run_select {
     const float *seen;  /* (T, E) what the selection sees: logits, scores, or view */
@@ -4153,12 +4426,15 @@ typedef struct moe__run_experts {
     float *z, *h;               /* before and after the activation, as panels */
     float *out;                 /* outputs, row-major, plan.ldo; in backward the gathered dy, then dx */
     float *part, *d_weight;     /* (rows, h panels) shares of <h, dh>; (T S) */
+    float *view, *d_view;       /* with plan.view: (T) what a token less its mean is multiplied by; (T, d) gradient by
+        what the experts see */
 } moe__run_experts;
 typedef struct moe__run_combine {
     float *merged, *d_merged;            /* (sequences, expert) parameters of combine = merge */
     float *soft, *d_soft;                /* (T, N) logits of the soft slots; their gradient */
     float *dispatch, *mix;               /* (T, N) weights of tokens in a slot, of slots in a token */
     float *d_dispatch, *d_mix;           /* their gradients */
+    float *shared_gate, *d_shared_gate;  /* (T) sigmoid(x . w) of the shared experts; the gradient by x . w */
     float *reliability, *robust_weight;  /* (T, S) r / sum g r; (n_routes) the weights that robust combination uses */
     unsigned char *scratch;              /* of a block of tokens */
     size_t scratch_bytes;
@@ -4168,6 +4444,7 @@ typedef struct moe__run_losses {
     uint64_t *counts;                /* (sequences, E) or (n_ranks) */
     float *matrix;                   /* (2, d, f) of the loss orthonormal */
     float *d_out;                    /* (n_routed, out_ld) gradient by the outputs, of the loss output-orthogonality */
+    int32_t *teacher;                /* (T) of the tokens that side.mask keeps */
     double output_loss, *block_loss;
     float *outputs;                  /* (blocks, 2, S, d) */
 } moe__run_losses;
@@ -4178,8 +4455,11 @@ typedef struct moe__run_memory {
     int training, state;
     void *own; /* the allocation, if the library made it */
     moe__run_now now;
+    uint32_t *kept;     /* (T) room for tape.kept */
+    size_t n_sequences;
+    uint32_t *sequence_begin, *sequence_of; /* (sequences + 1) the first token of each; (T) */
     float *tokens;      /* (d panels, T, 32) */
-    unsigned char *bad; /* (blocks) a block of tokens has logits that are not finite */
+    moe_status *failed; /* (blocks) what went wrong in a block of tokens */
     float *d_logits;    /* (T, E) */
     moe__run_score score;
     moe__run_noise noise;
@@ -4213,6 +4493,7 @@ typedef struct moe__run {
     float *y, *d_router, *d_params, *d_weight;
     float *dx; /* in the router's backward: where the gradient by what the router sees goes */
     int fresh; /* the gradients are set, not added to */
+    const uint32_t *kept, *dy_kept; /* rows of what the caller gives by token, and of dy; NULL: in order */
 } moe__run;
 
 /* A run over a tape whose memory is there, with this plan. */
@@ -4223,6 +4504,12 @@ static void moe__run_begin(moe__run *run, const moe__plan *plan, moe_tape *tape)
     run->kernels = moe__dispatched();
     run->tape = tape;
     run->memory = tape->memory;
+    run->kept = run->dy_kept = tape->kept;
+}
+/* Where the caller's arrays have token t, and its row of dy. */
+static size_t moe__run_row(const moe__run *run, size_t t) { return run->kept ? run->kept[t] : t; }
+static const float *moe__run_dy(const moe__run *run, size_t t) {
+    return run->dy + (run->dy_kept ? run->dy_kept[t] : t) * run->plan->d;
 }
 
 #define MOE__TOKENS 64 /* a block of tokens */
@@ -4276,12 +4563,18 @@ static void moe__run_uniforms(const moe__run *run, int use, uint64_t at, size_t 
     moe__uniform_at(MOE__DRAW_KEY(run), moe__run_stream(run, use), at, count, lo, hi, out);
 }
 
-/* Sequences: their number, the first token of one, and the end. */
-static size_t moe__run_sequences(const moe__run *run) {
-    return moe__ceil_div(run->tape->n_tokens, run->memory->now.sequence);
+/* Sequences: their number, the first token of one, the end, and a token's. */
+static size_t moe__run_sequences(const moe__run *run) { return run->memory->n_sequences; }
+static size_t moe__run_sequence_begin(const moe__run *run, size_t i) { return run->memory->sequence_begin[i]; }
+static size_t moe__run_sequence_end(const moe__run *run, size_t i) { return run->memory->sequence_begin[i + 1]; }
+static size_t moe__run_sequence_of(const moe__run *run, size_t t) { return run->memory->sequence_of[t]; }
+static size_t moe__run_place(const moe__run *run, size_t t) { /* of a token in its sequence */
+    return t - moe__run_sequence_begin(run, moe__run_sequence_of(run, t));
 }
-static size_t moe__run_sequence_end(const moe__run *run, size_t i) {
-    return moe__min(run->tape->n_tokens, (i + 1) * run->memory->now.sequence);
+/* Once for each sequence. work: multiply-adds of a token. */
+static void moe__run_over_sequences(const moe__run *run, size_t work, moe__run_item *body) {
+    size_t count = moe__run_sequences(run);
+    if (count) moe__run_over(run, count, run->tape->n_tokens / count * work, body);
 }
 static size_t moe__run_most_sequences(const moe__plan *plan, size_t count) { /* of a tape for count tokens */
     if (!count) return 0;
@@ -4289,7 +4582,7 @@ static size_t moe__run_most_sequences(const moe__plan *plan, size_t count) { /* 
 }
 /* The row of random numbers of token t: a sequence that goes one way has one. */
 static size_t moe__run_draw_row(const moe__run *run, size_t t) {
-    return run->plan->by_sequence ? t / run->memory->now.sequence : t;
+    return run->plan->by_sequence ? moe__run_sequence_of(run, t) : t;
 }
 
 /* The tokens as panels: panel p of token t, of which the last has fewer columns than 32; and run->x into them. */
@@ -4298,9 +4591,11 @@ static float *moe__run_token(const moe__run *run, size_t p, size_t t) {
 }
 static size_t moe__run_columns(const moe__run *run, size_t p) { return moe__min(MOE__W, run->plan->d - p * MOE__W); }
 static void moe__run_pack_tokens(const moe__run *run, size_t t0, size_t t1) {
+    size_t rows = run->kept ? 1 : t1 - t0;
     for (size_t p = 0; p < run->plan->dp; p++)
-        moe__product_fill(run->x, run->plan->d, t0, t1 - t0, p * MOE__W, moe__run_columns(run, p),
-                          moe__run_token(run, p, t0));
+        for (size_t token = t0; token < t1; token += rows)
+            moe__product_fill(run->x, run->plan->d, moe__run_row(run, token), rows, p * MOE__W,
+                              moe__run_columns(run, p), moe__run_token(run, p, token));
 }
 
 /* ==== >>score =================================================================================
@@ -4439,9 +4734,11 @@ static void moe__score_row_unit_back(const moe__run *run, const float *y, float 
  *     score.x    score.silu                           score.latent    score.columns
  *
  * What stands in brackets only some of them have; where nothing is done, there is no copy. */
-typedef enum moe__score_unit { MOE__RAW, MOE__RELU, MOE__LENGTH, MOE__LN } moe__score_unit;
+typedef enum moe__score_unit { /* RAW: not even a copy; up to TANH number by number, then by row */
+    MOE__RAW, MOE__SAME, MOE__RELU, MOE__TANH, MOE__LENGTH, MOE__LN
+} moe__score_unit;
 typedef struct moe__score_latent {
-    int pre, proj, proj_bias, out_bias; /* silu(LN(.)); W; b; c */
+    int pre, proj, proj_bias, out_bias; /* silu(LN(.)); W; b; c unless router_bias says otherwise */
     moe__score_unit act, cols;          /* of the latent rows, of the router's columns */
 } moe__score_latent;
 static const moe__score_latent *moe__score_latent_of(const moe__plan *plan); /* its score's: stands after the table */
@@ -4542,13 +4839,14 @@ static void moe__score_project(const moe__run *run, size_t t0, size_t t1) { /* -
         const float *row = latent->proj ? y : score->x + t * MOE__W;
         if (bias)
             for (size_t c = 0; c < L; c++) y[moe__score_at(run, c)] += bias[c];
-        if (latent->act != MOE__RELU)
+        if (latent->act >= MOE__LENGTH)
             score->inverse[t] = moe__score_row_unit(run, row, y, L, latent->act == MOE__LN);
     }
-    if (latent->act == MOE__RELU)
+    if (latent->act < MOE__LENGTH)
         for (size_t c = 0; c < L; c += MOE__W) {
             float *y = score->latent + t0 * MOE__W + moe__score_at(run, c);
-            run->kernels->act[MOE_EXPERT_RELU](t1 - t0, y, NULL, y);
+            if (latent->act == MOE__RELU) run->kernels->act[MOE_EXPERT_RELU](t1 - t0, y, NULL, y);
+            if (latent->act == MOE__TANH) run->kernels->tanh((t1 - t0) * MOE__W, y, y);
         }
 }
 static void moe__score_latent_prepare(const moe__run *run) {
@@ -4583,10 +4881,12 @@ static void moe__score_unproject(const moe__run *run, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t++) {
         const float *y = score->latent + t * MOE__W;
         float *dy = score->d_latent + t * MOE__W;
-        if (act != MOE__RELU) moe__score_row_unit_back(run, y, dy, L, act == MOE__LN, score->inverse[t]);
-        else
-            for (size_t c = 0; c < L; c++)
-                if (!(y[moe__score_at(run, c)] > 0.0f)) dy[moe__score_at(run, c)] = 0.0f;
+        if (act >= MOE__LENGTH) moe__score_row_unit_back(run, y, dy, L, act == MOE__LN, score->inverse[t]);
+        for (size_t c = 0; c < L && act < MOE__LENGTH; c++) {
+            size_t at = moe__score_at(run, c);
+            if (act == MOE__TANH) dy[at] *= moe__fma(-y[at], y[at], 1.0f);
+            if (act == MOE__RELU && !(y[at] > 0.0f)) dy[at] = 0.0f;
+        }
     }
 }
 /* In place of the gradient by silu(LN(x)), a row: that by x. y: room for LN(x) again. */
@@ -4760,7 +5060,8 @@ static void moe__score_subspace_backward(const moe__run *run) {
 static void moe__score_hash_forward(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E;
     for (size_t t = t0; t < t1; t++) {
-        uint64_t id = run->tape->side.id ? run->tape->side.id[t] : t % run->memory->now.sequence;
+        uint64_t id = moe__run_place(run, t);
+        if (run->tape->side.id) id = run->tape->side.id[moe__run_row(run, t)];
         uint64_t first = (id % E + moe_rand_u32(run->desc->seed, ~(uint64_t)0, id / E)) % E;
         float *logits = run->tape->logits + t * E;
         memset(logits, 0, E * sizeof(float));
@@ -4806,6 +5107,8 @@ static const moe__score_row moe__score_table[MOE_SCORE_COUNT] = {
      moe__score_subspace_forward, moe__score_subspace_backward},
     {"hash", 0, 1, 0, MOE__PLAIN, NULL, NULL, NULL, moe__score_hash_forward, NULL},
     {"random", 0, 1, 0, MOE__PLAIN, NULL, NULL, NULL, moe__score_random_forward, NULL},
+    {"tanh", 0, 1, 0, {0, 1, 0, 0, MOE__TANH, MOE__RAW}, MOE__LATENT},
+    {"half-cosine", 0, 0, 0, {0, 1, 0, 0, MOE__SAME, MOE__LENGTH}, MOE__LATENT},
 };
 #undef MOE__LATENT
 #undef MOE__PLAIN
@@ -4820,7 +5123,7 @@ static int moe__score_is_latent(moe_score_kind kind) {
 static moe_status moe__score_layout(const moe__plan *plan, size_t n_tokens, int training, moe__arena *arena,
                                     float *tokens, moe__run_score *memory) {
     const moe__score_row *row = &moe__score_table[plan->desc.score];
-    int apart = plan->desc.jitter > 0.0f || plan->desc.route_sequence == MOE_ON;
+    int apart = plan->jitter || plan->by_sequence || plan->view;
     size_t pack = moe__score_map_floats(plan->L, plan->N); /* the router's matrices take turns there */
     if (row->latent.proj) pack = moe__max(pack, moe__score_map_floats(plan->d, plan->L));
     if (plan->at[MOE__R_NOISE + 1] > plan->at[MOE__R_NOISE])
@@ -4839,7 +5142,7 @@ static void moe__score_residual_add(const moe__run *run, size_t t0, size_t t1) {
     if (!matrix || !previous) return;
     for (size_t t = t0; t < t1; t++)
         for (size_t i = 0; i < E; i++)
-            run->kernels->axpy(E, previous[t * E + i], matrix + i * E, run->tape->logits + t * E);
+            run->kernels->axpy(E, previous[moe__run_row(run, t) * E + i], matrix + i * E, run->tape->logits + t * E);
 }
 static void moe__score_residual_backward(const moe__run *run) {
     const float *matrix = moe__run_tensor(run, MOE__R_RESIDUAL), *previous = run->tape->side.previous;
@@ -4848,9 +5151,9 @@ static void moe__score_residual_backward(const moe__run *run) {
     if (!matrix || !previous) return;
     for (size_t t = 0; t < run->tape->n_tokens; t++) {
         const float *d_logits = run->memory->d_logits + t * E;
-        for (size_t i = 0; i < E; i++) {
-            if (d_matrix) run->kernels->axpy(E, previous[t * E + i], d_logits, d_matrix + i * E);
-            if (d_previous) d_previous[t * E + i] += run->kernels->dot(E, matrix + i * E, d_logits);
+        for (size_t i = 0, at = moe__run_row(run, t) * E; i < E; i++, at++) {
+            if (d_matrix) run->kernels->axpy(E, previous[at], d_logits, d_matrix + i * E);
+            if (d_previous) d_previous[at] += run->kernels->dot(E, matrix + i * E, d_logits);
         }
     }
 }
@@ -4861,6 +5164,7 @@ MOE__NAME_API(score, moe__score_table, MOE_SCORE_COUNT)
  * What is added to the logits in training. For noise that is normal the tape keeps the clean logits and the noise's
  * standard deviation, which the loss `load` reads. Uses the score's products.
  */
+#define MOE__NOISE_FLOOR 0.01f /* of the learned noise, as in tensor2tensor [C] */
 typedef struct moe__noise_row {
     const char *name;
     int normal;  /* the tape keeps clean and noise_std */
@@ -4907,8 +5211,14 @@ static void moe__noise_raw(const moe__run *run, size_t t0, size_t t1) {
     run->kernels->log(count, std, std);
     for (size_t i = 0; i < count; i++) {
         if (raw[i] > 0.0f) std[i] += raw[i];
-        if (std[i] < 1e-6f) std[i] = 1e-6f; /* never 0: losses divide by it */
+        std[i] += MOE__NOISE_FLOOR;
     }
+}
+/* The slope of softplus, sigmoid(raw) = 1 - e^-softplus(raw), at numbers [at, at + count) */
+static void moe__noise_slope(const moe__run *run, size_t at, size_t count, float *slope) {
+    for (size_t i = 0; i < count; i++) slope[i] = MOE__NOISE_FLOOR - run->tape->noise_std[at + i];
+    run->kernels->exp(count, slope, slope);
+    for (size_t i = 0; i < count; i++) slope[i] = 1.0f - slope[i];
 }
 static void moe__noise_prepare(const moe__run *run) {
     if (!moe__noise_table[run->desc->noise].learned) return;
@@ -4933,16 +5243,15 @@ static void moe__noise_add(const moe__run *run, size_t t0, size_t t1) {
         run->tape->logits[i] = moe__fma(run->memory->noise.draw[i], scale, run->tape->logits[i]);
     }
 }
-/* d raw = dz N sigmoid(raw), sigmoid(raw) = 1 - e^-softplus(raw); 0 where no noise was added */
+/* d raw = dz N sigmoid(raw); 0 where no noise was added */
 static void moe__noise_backward(const moe__run *run) {
     size_t count = run->tape->n_tokens * run->plan->E;
     float *raw = run->memory->noise.raw;
     if (!moe__noise_table[run->desc->noise].learned) return;
     memset(raw, 0, count * sizeof(float));
     if (!run->memory->now.training) return;
-    for (size_t i = 0; i < count; i++) raw[i] = -run->tape->noise_std[i];
-    run->kernels->exp(count, raw, raw);
-    for (size_t i = 0; i < count; i++) raw[i] = run->memory->d_logits[i] * run->memory->noise.draw[i] * (1.0f - raw[i]);
+    moe__noise_slope(run, 0, count, raw);
+    for (size_t i = 0; i < count; i++) raw[i] = run->memory->d_logits[i] * run->memory->noise.draw[i] * raw[i];
 }
 /* From d raw, to which the loss `load` has added, to the matrix and x. */
 static void moe__noise_backward_map(const moe__run *run) {
@@ -5048,12 +5357,13 @@ typedef struct moe__gate_token {
     const float *logits, *scores; /* (E) */
     float *work;                  /* (E) scratch */
     float inv_t;
+    int32_t none, none_end;       /* experts that a softmax of the selected leaves out */
 } moe__gate_token;
 static moe__gate_token moe__gate_token_of(const moe__run *run, size_t t) {
     size_t S = run->plan->S, at = t * run->plan->E;
     const moe_tape *tape = run->tape;
     moe__gate_token token = {run, t, S, run->plan->E, tape->index + t * S, tape->logits + at, tape->scores + at,
-                             run->memory->select.work + at, run->memory->now.inv_t};
+                             run->memory->select.work + at, run->memory->now.inv_t, 0, 0};
     return token;
 }
 static size_t moe__gate_choices(const moe__gate_token *token) {
@@ -5076,19 +5386,23 @@ static void moe__gate_softmax_back(const moe__gate_token *token, float *d_weight
         *dz = moe__fma(inv_t * token->scores[index[i]], d_weight[i], *dz);
     }
 }
+static int moe__gate_has(const moe__gate_token *token, size_t i) {
+    int32_t e = token->index[i];
+    return e >= 0 && !(e >= token->none && e < token->none_end);
+}
 static void moe__gate_selected_value(const moe__gate_token *token, float *weight) {
     size_t count = 0;
-    for (size_t i = 0; i < token->S; i++) /* choices come first, then those that are none */
-        if (token->index[i] >= 0) weight[count++] = token->logits[token->index[i]];
+    for (size_t i = 0; i < token->S; i++)
+        if (moe__gate_has(token, i)) weight[count++] = token->logits[token->index[i]];
     if (count) token->run->kernels->softmax(count, token->inv_t, weight, weight);
-    for (size_t i = token->S; i-- > 0;) weight[i] = token->index[i] < 0 ? 0.0f : weight[--count];
+    for (size_t i = token->S; i-- > 0;) weight[i] = moe__gate_has(token, i) ? weight[--count] : 0.0f;
 }
 static void moe__gate_selected_back(const moe__gate_token *token, float *d_weight, float *d_logits) {
     float *weight = token->work, mean = 0.0f;
     moe__gate_selected_value(token, weight); /* again, before scaling */
     for (size_t i = 0; i < token->S; i++) mean = moe__fma(weight[i], d_weight[i], mean);
     for (size_t i = 0; i < token->S; i++) {
-        if (token->index[i] < 0) continue;
+        if (!moe__gate_has(token, i)) continue;
         float *dz = d_logits + token->index[i];
         *dz = moe__fma(token->inv_t * weight[i], d_weight[i] - mean, *dz);
     }
@@ -5165,6 +5479,7 @@ typedef struct moe__gate_row {
     moe__gate_scores_are scores; /* tape.scores */
     int sees_logits;             /* a selection by scores goes by the logits instead */
     int normalizes;              /* its weights are what they should be: desc.normalize has no effect */
+    int exponential;             /* small scores are exponentials of the logits, but for a factor of the token */
     moe_select_kind select;      /* the only selection that suits it; default: any */
     void (*own)(const moe__run *run, size_t count, const float *logits, float *scores); /* of whole tokens */
     void (*slope)(float inv_t, size_t count, const float *scores, float *slope);        /* of MOE__SCORES_OWN */
@@ -5173,18 +5488,18 @@ typedef struct moe__gate_row {
 } moe__gate_row;
 #define MOE__ANY MOE_SELECT_DEFAULT
 static const moe__gate_row moe__gate_table[MOE_GATE_COUNT] = {
-    {"default", MOE__SCORES_PROB, 0, 0, MOE__ANY, NULL, NULL, NULL, NULL},
-    {"softmax", MOE__SCORES_PROB, 0, 0, MOE__ANY, moe__gate_softmax, NULL, moe__gate_scores_value,
+    {"default", MOE__SCORES_PROB, 0, 0, 0, MOE__ANY, NULL, NULL, NULL, NULL},
+    {"softmax", MOE__SCORES_PROB, 0, 0, 1, MOE__ANY, moe__gate_softmax, NULL, moe__gate_scores_value,
      moe__gate_softmax_back},
-    {"softmax-selected", MOE__SCORES_LOGITS, 0, 1, MOE__ANY, NULL, NULL, moe__gate_selected_value,
+    {"softmax-selected", MOE__SCORES_LOGITS, 0, 1, 0, MOE__ANY, NULL, NULL, moe__gate_selected_value,
      moe__gate_selected_back},
-    {"sigmoid", MOE__SCORES_OWN, 0, 0, MOE__ANY, moe__gate_sigmoid, moe__gate_sigmoid_slope, moe__gate_scores_value,
+    {"sigmoid", MOE__SCORES_OWN, 0, 0, 1, MOE__ANY, moe__gate_sigmoid, moe__gate_sigmoid_slope, moe__gate_scores_value,
      moe__gate_own_back},
-    {"relu", MOE__SCORES_OWN, 0, 0, MOE__ANY, moe__gate_relu, moe__gate_relu_slope, moe__gate_scores_value,
+    {"relu", MOE__SCORES_OWN, 0, 0, 0, MOE__ANY, moe__gate_relu, moe__gate_relu_slope, moe__gate_scores_value,
      moe__gate_own_back},
-    {"sign", MOE__SCORES_OWN, 1, 1, MOE_SELECT_THRESHOLD, moe__gate_sigmoid, moe__gate_sigmoid_slope,
+    {"sign", MOE__SCORES_OWN, 1, 1, 0, MOE_SELECT_THRESHOLD, moe__gate_sigmoid, moe__gate_sigmoid_slope,
      moe__gate_sign_value, moe__gate_sign_back},
-    {"sparsemixer", MOE__SCORES_LOGITS, 0, 1, MOE_SELECT_SAMPLED, NULL, NULL, moe__gate_sparse_value,
+    {"sparsemixer", MOE__SCORES_LOGITS, 0, 1, 0, MOE_SELECT_SAMPLED, NULL, NULL, moe__gate_sparse_value,
      moe__gate_sparse_back},
 };
 #undef MOE__ANY
@@ -5199,6 +5514,8 @@ static moe_status moe__gate_layout(const moe__plan *plan, size_t n_tokens, int t
     if (scores == MOE__SCORES_OWN || (scores == MOE__SCORES_PROB && plan->desc.learn_temperature == MOE_ON))
         tape->scores = memory->scores = moe__take_floats(arena, n_tokens, plan->E);
     if (training) memory->d_weight = moe__take_floats(arena, n_tokens, plan->S);
+    if (plan->desc.random_second == MOE_ON)
+        memory->before = (int32_t *)(void *)moe__take_floats(arena, n_tokens, plan->S);
     return MOE_OK;
 }
 
@@ -5235,19 +5552,19 @@ static void moe__gate_take_away(int32_t *choice, float *weight) {
     *choice = -1;
     *weight = 0.0f;
 }
-/* Second and later choices stay with probability top_k p. */
+/* Second and later choices stay with probability top_k w. */
 static void moe__gate_random_second(const moe__run *run, size_t t, int32_t *index, float *weight) {
-    const float *prob = run->tape->prob + t * run->plan->E;
+    memcpy(run->memory->gate.before + t * run->plan->S, index, run->plan->S * sizeof(int32_t));
     for (size_t i = 1; i < run->plan->S; i++) {
         float drawn;
         if (index[i] < 0) continue;
         moe__run_uniforms(run, MOE__USE_SECOND, (uint64_t)t * run->plan->S + i, 1, 0.0f, 1.0f, &drawn);
-        if (!((float)run->desc->top_k * prob[index[i]] > drawn)) moe__gate_take_away(index + i, weight + i);
+        if (!((float)run->desc->top_k * weight[i] > drawn)) moe__gate_take_away(index + i, weight + i);
     }
 }
 /* Experts are dropped for a whole sequence; a token that would have no other keeps them. */
 static int moe__gate_dropped(const moe__run *run, size_t t, int32_t expert) {
-    uint64_t at = (uint64_t)(t / run->memory->now.sequence) * run->plan->E + (uint64_t)expert;
+    uint64_t at = (uint64_t)moe__run_sequence_of(run, t) * run->plan->E + (uint64_t)expert;
     float drawn;
     moe__run_uniforms(run, MOE__USE_EXPERT_DROP, at, 1, 0.0f, 1.0f, &drawn);
     return drawn < run->desc->expert_drop;
@@ -5273,19 +5590,39 @@ static void moe__gate_scale(const moe__run *run, float *weight) {
 static int moe__gate_normalized(const moe__run *run) {
     return run->desc->normalize == MOE_ON && !moe__gate_table[run->desc->gate].normalizes;
 }
+/* Whether the weights are those over the choices before random second, of which those that stay keep theirs. */
+static int moe__gate_keeps(const moe__run *run) {
+    if (!run->memory->now.training || run->desc->random_second != MOE_ON) return 0;
+    return !moe__gate_normalized(run) || run->desc->normalize_late != MOE_ON;
+}
+/* Scores whose sum is so small that some may have underflowed have no shares that can be computed. Those of a softmax
+ * and a sigmoid are exponentials of the logits there (of a sigmoid within 1e-30), so that their shares are the softmax
+ * of the selected logits. Zero experts have no share. */
+#define MOE__GATE_TINY 1e-30f /* exp is 0 below e^-86.5: against this sum that is less than a rounding */
+static int moe__gate_underflows(moe__gate_token *token, float sum) {
+    const moe__run *run = token->run;
+    if (!(sum < MOE__GATE_TINY) || !moe__gate_table[run->desc->gate].exponential) return 0;
+    token->none = (int32_t)run->plan->F;
+    token->none_end = (int32_t)(run->plan->F + run->desc->n_zero);
+    return 1;
+}
+static void moe__gate_shares_of(moe__gate_token *token, float *weight) {
+    if (moe__gate_underflows(token, moe__gate_normalize(token->S, weight))) moe__gate_selected_value(token, weight);
+}
 /* index -> weight of a block of tokens; may take choices away (random second, expert dropout) */
 static void moe__gate_weights(const moe__run *run, size_t t0, size_t t1) {
     size_t S = run->plan->S;
-    int training = run->memory->now.training;
+    int training = run->memory->now.training, keeps = moe__gate_keeps(run);
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         int32_t *index = run->tape->index + t * S;
         float *weight = run->tape->weight + t * S;
         moe__gate_table[run->desc->gate].value(&token, weight);
-        if (training && run->desc->random_second == MOE_ON) moe__gate_random_second(run, t, index, weight);
         moe__gate_zero_experts(run, index, weight);
+        if (keeps && moe__gate_normalized(run)) moe__gate_shares_of(&token, weight);
+        if (training && run->desc->random_second == MOE_ON) moe__gate_random_second(run, t, index, weight);
         if (training && run->desc->expert_drop > 0.0f) moe__gate_drop(run, t, index, weight);
-        if (moe__gate_normalized(run)) moe__gate_normalize(S, weight);
+        if (!keeps && moe__gate_normalized(run)) moe__gate_shares_of(&token, weight);
         moe__gate_scale(run, weight);
     }
 }
@@ -5295,16 +5632,48 @@ static void moe__gate_weights_back(const moe__run *run, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         float *d_weight = run->memory->gate.d_weight + t * token.S;
+        if (moe__gate_keeps(run)) token.index = run->memory->gate.before + t * token.S;
         moe__gate_scale(run, d_weight);
         if (moe__gate_normalized(run)) { /* with the weights made again, without scale */
             gate->value(&token, token.work);
             moe__gate_zero_experts(run, token.index, token.work);
             float sum = moe__gate_normalize(token.S, token.work);
+            if (moe__gate_underflows(&token, sum)) {
+                moe__gate_selected_back(&token, d_weight, run->memory->d_logits + t * token.E);
+                continue;
+            }
             moe__gate_normalize_back(token.S, token.work, sum, d_weight);
         }
         moe__gate_zero_experts(run, token.index, d_weight);
         gate->back(&token, d_weight, run->memory->d_logits + t * token.E);
     }
+}
+
+/* Scores (T, E) with the same shares of each token's sum: where that underflows they are the softmax of the logits.
+ * And back: what is added to d_logits for these tokens is done with, the rest goes as scores do. */
+static int moe__gate_row_underflows(const moe__run *run, size_t t) {
+    moe__gate_token token = moe__gate_token_of(run, t);
+    float sum = 0.0f;
+    for (size_t e = 0; e < token.E; e++) sum += token.scores[e];
+    return moe__gate_underflows(&token, sum);
+}
+static const float *moe__gate_shares(const moe__run *run) {
+    size_t E = run->plan->E, n_tokens = run->tape->n_tokens;
+    float *shares = run->memory->select.view;
+    memcpy(shares, run->tape->scores, n_tokens * E * sizeof(float));
+    for (size_t t = 0; t < n_tokens; t++)
+        if (moe__gate_row_underflows(run, t)) moe__gate_softmax(run, E, run->tape->logits + t * E, shares + t * E);
+    return shares;
+}
+static void moe__gate_shares_back(const moe__run *run, const float *shares, float *d_shares) {
+    size_t E = run->plan->E;
+    for (size_t t = 0; t < run->tape->n_tokens; t++, shares += E, d_shares += E) {
+        if (!moe__gate_row_underflows(run, t)) continue;
+        float *dz = run->memory->d_logits + t * E, mean = run->kernels->dot(E, shares, d_shares);
+        run->kernels->slope(E, run->memory->now.inv_t, 1.0f, mean, d_shares, shares, dz);
+        memset(d_shares, 0, E * sizeof(float));
+    }
+    moe__gate_scores_back(run, run->memory->select.work);
 }
 
 /* Gradients of the gate's own parameters, after moe__gate_weights_back and before anything else adds to d_logits: with
@@ -5326,7 +5695,7 @@ static void moe__gate_params_back(const moe__run *run) {
         gate->slope(run->memory->now.inv_t, 1, &score, &slope);
         float back = slope * run->memory->gate.d_weight[pair];
         if (d_threshold) d_threshold[e] -= back;
-        if (d_scale) *d_scale -= back * threshold[e];
+        if (d_scale) *d_scale -= moe__fma(back, threshold[e], 0.0f);
     }
 }
 
@@ -5345,10 +5714,18 @@ static moe_status moe__select_args(size_t rows, size_t cols, size_t top_k, const
     return MOE_OK;
 }
 
+/* Scores that are no numbers choose nobody: every entry is -1. */
+static moe_status moe__select_nobody(size_t rows, size_t slots, int32_t *index) {
+    for (size_t i = 0; i < rows * slots; i++) index[i] = -1;
+    return MOE_E_NAN_LOGITS;
+}
+
 MOE_API moe_status moe_topk(size_t rows, size_t cols, size_t top_k, const float *scores, int32_t *index, float *value) {
     moe_status status = moe__select_args(rows, cols, top_k, scores, index);
     if (status || !rows) return status;
-    return moe__dispatched()->topk(rows, cols, top_k, scores, index, value) ? MOE_OK : MOE_E_NAN_LOGITS;
+    if (moe__dispatched()->topk(rows, cols, top_k, scores, index, value)) return MOE_OK;
+    if (value) memset(value, 0, rows * top_k * sizeof(float));
+    return moe__select_nobody(rows, top_k, index);
 }
 
 /* Column e, not below those before it, goes to its place among the `most` best so far; how many they are now:
@@ -5371,20 +5748,18 @@ static size_t moe__select_insert(size_t have, size_t most, const float *scores, 
     return moe__min(have + 1, most);
 }
 
-/* The sum of a group's two highest scores. */
-static float moe__select_best_two(size_t count, const float *scores) {
-    float best = scores[0], second = -INFINITY;
-    if (count < 2) return best;
-    for (size_t i = 1; i < count; i++) {
-        if (scores[i] > second) second = scores[i];
-        if (!(second > best)) continue;
-        second = best;
-        best = scores[i];
-    }
-    return best + second;
+/* The sum of the `most` highest of a group's scores, the highest first. */
+static float moe__select_best_of(size_t count, size_t most, const float *scores) {
+    int32_t best[256];
+    size_t have = 1;
+    best[0] = 0;
+    for (size_t i = 1; i < count; i++) have = moe__select_insert(have, most, scores, NULL, best, i);
+    float sum = scores[best[0]];
+    for (size_t i = 1; i < have; i++) sum += scores[best[i]];
+    return sum;
 }
-MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t top_k, size_t n_groups, size_t top_groups,
-                                   const float *scores, int32_t *index) {
+MOE_API moe_status moe_topk_groups_best(size_t rows, size_t cols, size_t top_k, size_t n_groups, size_t top_groups,
+                                        size_t group_best, const float *scores, int32_t *index) {
     float group[256];
     int32_t chosen[256];
     moe_status status = moe__select_args(rows, cols, top_k, scores, index);
@@ -5392,11 +5767,12 @@ MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t top_k, size_
     if (!n_groups || n_groups > 256 || cols % n_groups) return MOE_E_GROUPS;
     size_t width = cols / n_groups;
     if (!top_groups || top_groups > n_groups || top_k > top_groups * width) return MOE_E_TOP_GROUPS;
+    if (!group_best || group_best > 256) return MOE_E_GROUP_BEST;
     for (size_t i = 0; i < rows * cols; i++)
-        if (!(scores[i] <= FLT_MAX)) return MOE_E_NAN_LOGITS;
+        if (!(scores[i] <= FLT_MAX)) return moe__select_nobody(rows, top_k, index);
     for (size_t r = 0; r < rows; r++, scores += cols, index += top_k) {
         size_t have = 0;
-        for (size_t g = 0; g < n_groups; g++) group[g] = moe__select_best_two(width, scores + g * width);
+        for (size_t g = 0; g < n_groups; g++) group[g] = moe__select_best_of(width, group_best, scores + g * width);
         for (size_t g = 0; g < n_groups; g++) have = moe__select_insert(have, top_groups, group, NULL, chosen, g);
         for (size_t g = 0; g < n_groups; g++) group[g] = 0.0f; /* from here on: 1 = kept, to visit them in order */
         for (size_t i = 0; i < top_groups; i++) group[chosen[i]] = 1.0f;
@@ -5406,20 +5782,24 @@ MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t top_k, size_
     }
     return MOE_OK;
 }
+MOE_API moe_status moe_topk_groups(size_t rows, size_t cols, size_t top_k, size_t n_groups, size_t top_groups,
+                                   const float *scores, int32_t *index) {
+    return moe_topk_groups_best(rows, cols, top_k, n_groups, top_groups, 2, scores, index);
+}
 
 MOE_API moe_status moe_topk_threshold(size_t rows, size_t cols, size_t top_k, float threshold, const float *per_col,
                                       int fallback, const float *scores, int32_t *index) {
     moe_status status = moe__select_args(rows, cols, top_k, scores, index);
     if (status) return status;
     if (!moe__finite(threshold) || (per_col && !moe__all_finite(cols, per_col))) return MOE_E_THRESHOLD;
-    if (rows && moe__any_nan(rows * cols, scores)) return MOE_E_NAN_LOGITS;
+    if (rows && moe__any_nan(rows * cols, scores)) return moe__select_nobody(rows, top_k, index);
     for (size_t r = 0; r < rows; r++, scores += cols, index += top_k) {
         size_t have = 0;
         for (size_t e = 0; e < cols; e++)
             if (scores[e] > (per_col ? threshold + per_col[e] : threshold))
                 have = moe__select_insert(have, top_k, scores, per_col, index, e);
         if (!have && fallback)
-            for (size_t e = 0; e < cols; e++) have = moe__select_insert(have, 1, scores, per_col, index, e);
+            for (size_t e = 0; e < cols; e++) have = moe__select_insert(have, 1, scores, NULL, index, e);
         for (; have < top_k; have++) index[have] = -1;
     }
     return MOE_OK;
@@ -5429,7 +5809,7 @@ MOE_API moe_status moe_top_p(size_t rows, size_t cols, size_t top_k, float p, co
     moe_status status = moe__select_args(rows, cols, top_k, prob, index);
     if (status) return status == MOE_E_NULL_SCORES ? MOE_E_NULL_PROB : status;
     if (!(p >= 0.0f && p <= 1.0f)) return MOE_E_TOP_P;
-    if (!moe__dispatched()->topk(rows, cols, top_k, prob, index, NULL)) return MOE_E_NAN_LOGITS;
+    if (!moe__dispatched()->topk(rows, cols, top_k, prob, index, NULL)) return moe__select_nobody(rows, top_k, index);
     for (size_t r = 0; r < rows; r++, prob += cols, index += top_k) {
         float sum = 0.0f;
         size_t i = 0;
@@ -5541,7 +5921,7 @@ MOE_API moe_status moe_expert_choice(size_t rows, size_t cols, size_t capacity, 
     if (!status && !moe__mul(rows, slots, &pairs)) status = MOE_E_OVERFLOW;
     if (!status) status = moe_expert_choice_scratch(rows, cols, &needed);
     if (status || !rows) return status;
-    if (moe__any_nan(rows * cols, scores)) return MOE_E_NAN_LOGITS;
+    if (moe__any_nan(rows * cols, scores)) return moe__select_nobody(rows, slots, index);
     status = moe__select_begin(rows, cols, &moe__select_choice_need, scratch, scratch_bytes, &memory);
     if (status) return status;
     float *by_col = (float *)memory.table[0];
@@ -5602,7 +5982,7 @@ MOE_API moe_status moe_sinkhorn(size_t rows, size_t cols, float epsilon, size_t 
         kernels->exp(cols, p, p);
     }
     moe__scratch_end(&memory.scratch);
-    return MOE_OK;
+    return moe__all_finite(count, plan) ? MOE_OK : MOE_E_NAN_LOGITS; /* scores near FLT_MAX have no sums */
 }
 
 /* -- the auction: in each round every column bids for the `share` = rows / cols rows that it values most:
@@ -5684,7 +6064,7 @@ MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, in
     if (!status && rows % cols) status = MOE_E_UNEVEN;
     if (!status) status = moe_auction_scratch(rows, cols, &needed);
     if (status || !rows) return status;
-    if (!moe__all_finite(count, scores)) return MOE_E_NAN_LOGITS;
+    if (!moe__all_finite(count, scores)) return moe__select_nobody(rows, 1, index);
     status = moe__select_begin(rows, cols, &moe__select_auction_need, scratch, scratch_bytes, &memory);
     if (status) return status;
     float low = scores[0], high = scores[0];
@@ -5722,7 +6102,7 @@ static void moe__select_no_choice(const moe__run *run, size_t t, size_t from) {
 static int moe__select_fallback(const moe__run *run) {
     return run->desc->fallback == MOE_ON || (run->desc->fallback == MOE_DEFAULT && !run->memory->now.training);
 }
-static void moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
+static moe_status moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, top_k = moe__min(run->memory->now.k, E), step = 1;
     float threshold = run->desc->threshold;
     int plain = threshold == (float)MOE_OFF;
@@ -5730,30 +6110,36 @@ static void moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t += step) {
         const float *seen = moe__select_seen(run, t);
         int32_t *index = moe__select_index(run, t);
-        if (plain) run->kernels->topk(step, E, top_k, seen, index, NULL);
-        else moe_topk_threshold(1, E, top_k, threshold, NULL, moe__select_fallback(run), seen, index);
+        moe_status status;
+        if (plain) status = moe_topk(step, E, top_k, seen, index, NULL);
+        else status = moe_topk_threshold(1, E, top_k, threshold, NULL, moe__select_fallback(run), seen, index);
+        if (status) return status;
         moe__select_no_choice(run, t, top_k);
     }
+    return MOE_OK;
 }
-static void moe__select_groups(const moe__run *run, size_t t0, size_t t1) {
+static moe_status moe__select_groups(const moe__run *run, size_t t0, size_t t1) {
     size_t top_k = run->memory->now.k, n_groups = run->desc->n_groups, top_groups = run->desc->top_groups;
     for (size_t t = t0; t < t1; t++) {
         const float *seen = moe__select_seen(run, t);
-        moe_topk_groups(1, run->plan->E, top_k, n_groups, top_groups, seen, moe__select_index(run, t));
+        moe_status status = moe_topk_groups_best(1, run->plan->E, top_k, n_groups, top_groups, run->desc->group_best,
+                                                 seen, moe__select_index(run, t));
+        if (status) return status;
         moe__select_no_choice(run, t, top_k);
     }
+    return MOE_OK;
 }
-static void moe__select_top_p(const moe__run *run, size_t t0, size_t t1) {
+static moe_status moe__select_top_p(const moe__run *run, size_t t0, size_t t1) {
     const float *seen = moe__select_seen(run, t0);
-    moe_top_p(t1 - t0, run->plan->E, run->plan->S, run->desc->top_p, seen, moe__select_index(run, t0));
+    return moe_top_p(t1 - t0, run->plan->E, run->plan->S, run->desc->top_p, seen, moe__select_index(run, t0));
 }
-static void moe__select_threshold(const moe__run *run, size_t t0, size_t t1) {
+static moe_status moe__select_threshold(const moe__run *run, size_t t0, size_t t1) {
     const float *learned = moe__run_tensor(run, MOE__R_THRESHOLD);
-    moe_topk_threshold(t1 - t0, run->plan->E, run->plan->S, run->desc->threshold, learned, moe__select_fallback(run),
-                       moe__select_seen(run, t0), moe__select_index(run, t0));
+    return moe_topk_threshold(t1 - t0, run->plan->E, run->plan->S, run->desc->threshold, learned,
+                              moe__select_fallback(run), moe__select_seen(run, t0), moe__select_index(run, t0));
 }
-static void moe__select_all(const moe__run *run, size_t t0, size_t t1) {
-    moe_topk(t1 - t0, run->plan->E, run->plan->S, moe__select_seen(run, t0), moe__select_index(run, t0), NULL);
+static moe_status moe__select_all(const moe__run *run, size_t t0, size_t t1) {
+    return moe_topk(t1 - t0, run->plan->E, run->plan->S, moe__select_seen(run, t0), moe__select_index(run, t0), NULL);
 }
 /* The highest logit plus Gumbel noise among those with p > 0. */
 static size_t moe__select_sample(const moe__gate_token *token, size_t i, size_t best) {
@@ -5770,7 +6156,7 @@ static size_t moe__select_sample(const moe__gate_token *token, size_t i, size_t 
     }
     return best;
 }
-static void moe__select_sampled(const moe__run *run, size_t t0, size_t t1) {
+static moe_status moe__select_sampled(const moe__run *run, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         moe__select_no_choice(run, t, 0);
@@ -5780,6 +6166,7 @@ static void moe__select_sampled(const moe__run *run, size_t t0, size_t t1) {
             moe__select_index(run, t)[i] = (int32_t)best;
         }
     }
+    return MOE_OK;
 }
 static moe_status moe__select_expert_choice(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
@@ -5811,7 +6198,26 @@ static moe_status moe__select_auction(const moe__run *run) {
     if (!run->memory->now.training) return moe_topk(T, E, 1, memory->seen, run->tape->index, NULL);
     return moe_auction(T, E, memory->seen, run->tape->index, memory->scratch, memory->scratch_bytes);
 }
+/* The first choice is the highest; the others are drawn one after the other by softmax(logits), without replacement. */
+static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) {
+    size_t E = run->plan->E, top_k = run->memory->now.k;
+    moe_status status = moe__select_topk(run, t0, t1);
+    if (!run->memory->now.training) return status;
+    for (size_t t = t0; t < t1 && !status; t++) {
+        const float *seen = moe__select_seen(run, t);
+        float *drawn = run->memory->select.work + t * E;
+        uint64_t at = (uint64_t)moe__run_draw_row(run, t) * E;
+        moe__gumbel_at(MOE__DRAW_KEY(run), moe__run_stream(run, MOE__USE_SAMPLE), at, E, drawn);
+        for (size_t e = 0; e < E; e++) drawn[e] = moe__fma(seen[e], run->memory->now.inv_t, drawn[e]);
+        drawn[*moe__select_index(run, t)] = INFINITY;
+        if (!run->kernels->topk(1, E, top_k, drawn, moe__select_index(run, t), NULL)) status = MOE_E_NAN_SCORES;
+    }
+    return status;
+}
 
+static moe_status moe__select_no_threshold(const moe_desc *desc) {
+    return desc->threshold == (float)MOE_OFF ? MOE_OK : MOE_E_THRESHOLD;
+}
 static moe_status moe__select_groups_fits(const moe_desc *desc) {
     return desc->top_k > desc->top_groups * (desc->n_experts / desc->n_groups) ? MOE_E_TOP_GROUPS : MOE_OK;
 }
@@ -5824,7 +6230,7 @@ typedef struct moe__select_row {
     moe_gate_kind gate;    /* the only gate that suits it; default: any */
     moe_status (*fits)(const moe_desc *desc); /* with its numbers of choices and groups; NULL: always */
     moe_status (*scratch)(size_t rows, size_t cols, size_t *bytes); /* of the batch; NULL: none */
-    void (*select)(const moe__run *run, size_t t0, size_t t1);      /* token by token, or */
+    moe_status (*select)(const moe__run *run, size_t t0, size_t t1); /* token by token, or */
     moe_status (*batch)(const moe__run *run);                       /* over the whole batch */
 } moe__select_row;
 #define MOE__ANY MOE_GATE_DEFAULT
@@ -5839,6 +6245,7 @@ static const moe__select_row moe__select_table[MOE_SELECT_COUNT] = {
     {"auction", 1, 0, 1, 1, 1, MOE__ANY, NULL, moe_auction_scratch, NULL, moe__select_auction},
     {"sampled", 1, 0, 0, 0, 1, MOE_GATE_SPARSEMIXER, NULL, NULL, moe__select_sampled, NULL},
     {"all", 0, 1, 0, 0, 0, MOE__ANY, NULL, NULL, moe__select_all, NULL},
+    {"gumbel", 1, 0, 0, 0, 0, MOE__ANY, moe__select_no_threshold, NULL, moe__select_gumbel, NULL},
 };
 #undef MOE__ANY
 MOE__NAME_API(select, moe__select_table, MOE_SELECT_COUNT)
@@ -5942,15 +6349,25 @@ MOE_API moe_status moe_routes_init(moe_routes *routes, size_t n_tokens, size_t n
     return status ? status : moe_routes_fill(routes, 0, NULL, NULL, 0, MOE_ORDER_DEFAULT);
 }
 
-/* The order in which pairs stand at an expert's door. */
-typedef struct moe__routes_queue { const float *weight; size_t n_slots; moe_order_kind order; } moe__routes_queue;
+/* The order in which pairs stand at an expert's door; not MOE_ORDER_TOKEN, in which they stand already. */
+typedef struct moe__routes_queue {
+    const int32_t *index;
+    const float *weight;
+    size_t n_slots;
+    moe_order_kind order;
+} moe__routes_queue;
+/* What is weighed: nothing, the first choice that the pair's token has, or the pair. */
+static float moe__routes_weighed(const moe__routes_queue *queue, size_t pair) {
+    if (queue->order == MOE_ORDER_CHOICE || !queue->weight) return 0.0f;
+    if (queue->order == MOE_ORDER_WEIGHT)
+        for (pair -= pair % queue->n_slots; queue->index[pair] < 0;) pair++;
+    return queue->weight[pair];
+}
 static int moe__routes_earlier(const moe__routes_queue *queue, uint32_t pair, uint32_t other) {
     size_t choice = pair % queue->n_slots, other_choice = other % queue->n_slots;
-    if (queue->order == MOE_ORDER_CHOICE && choice != other_choice) return choice < other_choice;
-    if (queue->order == MOE_ORDER_WEIGHT && queue->weight) {
-        float a = queue->weight[pair], b = queue->weight[other];
-        if (a > b || a < b) return a > b;
-    }
+    if (queue->order != MOE_ORDER_PAIR && choice != other_choice) return choice < other_choice;
+    float a = moe__routes_weighed(queue, pair), b = moe__routes_weighed(queue, other);
+    if (a > b || a < b) return a > b;
     return pair / queue->n_slots < other / queue->n_slots;
 }
 /* A heap of pairs whose root comes last in the order: the pair at `at` sinks to its place. */
@@ -6000,20 +6417,30 @@ static void moe__routes_sort(moe_routes *routes, size_t pairs, const int32_t *in
     }
     moe__routes_rewind(routes);
 }
-/* index and weight are what they should be: the library made them. */
+/* How many pairs of a list in token order belong to the first one's sequence. */
+static size_t moe__routes_in_sequence(const uint32_t *list, size_t count, size_t n_slots, const uint32_t *sequence_of) {
+    size_t same = 1;
+    if (!sequence_of) return count;
+    while (same < count && sequence_of[list[same] / n_slots] == sequence_of[list[0] / n_slots]) same++;
+    return same;
+}
+/* index and weight are what they should be: the library made them. An expert takes `capacity` pairs, or 0 = all, of
+ * each sequence; sequence_of (T), or NULL: of all tokens together. */
 static moe_status moe__routes_fill(moe_routes *routes, size_t n_tokens, const int32_t *index, const float *weight,
-                                   size_t capacity, moe_order_kind order) {
+                                   size_t capacity, const uint32_t *sequence_of, moe_order_kind order) {
     size_t E = routes->n_experts, pairs = n_tokens * routes->n_slots;
-    moe__routes_queue queue = {weight, routes->n_slots, order};
+    moe__routes_queue queue = {index, weight, routes->n_slots, order};
     routes->n_dropped = 0;
     moe__routes_sort(routes, pairs, index);
     for (size_t e = 0; e < E; e++) { /* who stays is marked in slot */
-        uint32_t *list = routes->token + routes->begin[e];
-        size_t count = routes->begin[e + 1] - routes->begin[e], kept = count;
-        if (capacity) kept = moe__min(capacity, count);
-        if (kept < count && order > MOE_ORDER_TOKEN) moe__routes_earliest(&queue, list, count, kept);
-        for (size_t i = 0; i < kept; i++) routes->slot[list[i]] = 0;
-        routes->n_dropped += count - kept;
+        for (size_t at = routes->begin[e], count; at < routes->begin[e + 1]; at += count) {
+            uint32_t *list = routes->token + at;
+            count = moe__routes_in_sequence(list, routes->begin[e + 1] - at, routes->n_slots, sequence_of);
+            size_t kept = capacity ? moe__min(capacity, count) : count;
+            if (kept < count && order > MOE_ORDER_TOKEN) moe__routes_earliest(&queue, list, count, kept);
+            for (size_t i = 0; i < kept; i++) routes->slot[list[i]] = 0;
+            routes->n_dropped += count - kept;
+        }
     }
     /* again in token order, those that stay */
     memset(routes->begin, 0, (E + 1) * sizeof(uint32_t));
@@ -6050,10 +6477,11 @@ MOE_API moe_status moe_routes_fill(moe_routes *routes, size_t n_tokens, const in
             if (index[q] == index[p]) return MOE_E_INDEX_TWICE;
         if (weight && !moe__finite(weight[p])) return MOE_E_NAN_WEIGHT;
     }
-    return moe__routes_fill(routes, n_tokens, index, weight, capacity, order);
+    return moe__routes_fill(routes, n_tokens, index, weight, capacity, NULL, order);
 }
 
-static const struct { const char *name; } moe__routes_orders[] = {{"default"}, {"token"}, {"choice"}, {"weight"}};
+static const struct { const char *name; } moe__routes_orders[] = {
+    {"default"}, {"token"}, {"choice"}, {"weight"}, {"pair"}};
 MOE__NAME_API(order, moe__routes_orders, MOE_ORDER_COUNT)
 
 /* The expert of a route: the last whose routes begin at or before it. */
@@ -6079,7 +6507,7 @@ typedef size_t moe__experts_at(const moe__plan *plan, size_t v, size_t r);
 static double moe__experts_along(const float *x, size_t rows, moe__experts_at *at, const moe__plan *plan, size_t u,
                                  size_t v) {
     double sum = 0.0;
-    for (size_t r = 0; r < rows; r++) sum += (double)x[at(plan, u, r)] * (double)x[at(plan, v, r)];
+    for (size_t r = 0; r < rows; r++) sum += (double)x[at(plan, u, r)] * (double)x[at(plan, v, r)]; /* exact */
     return sum;
 }
 static void moe__experts_orthogonalize(float *x, size_t n, size_t rows, moe__experts_at *at, const moe__plan *plan,
@@ -6093,7 +6521,8 @@ static void moe__experts_orthogonalize(float *x, size_t n, size_t rows, moe__exp
                 double square = moe__experts_along(x, rows, at, plan, u, u);
                 if (!(square > 0.0)) continue;
                 for (size_t r = 0; r < rows; r++)
-                    x[at(plan, v, r)] = (float)((double)x[at(plan, v, r)] - along / square * (double)x[at(plan, u, r)]);
+                    x[at(plan, v, r)] = (float)((double)x[at(plan, v, r)] -
+                                                moe__times(along / square, (double)x[at(plan, u, r)]));
             }
         double after = moe__experts_along(x, rows, at, plan, v, v);
         if (length > 0.0f) scale = (double)length / sqrt(after);
@@ -6133,6 +6562,9 @@ static const moe__experts_row moe__experts_table[MOE_EXPERT_COUNT] = {
     {"swiglu", 1, 4, 1, NULL, NULL},
     {"geglu", 1, 4, 1, NULL, NULL},
     {"orthonormal", 0, 1, 4, moe__experts_narrow, moe__experts_retract},
+    {"gelu-tanh", 0, 4, 1, NULL, NULL},
+    {"geglu-tanh", 1, 4, 1, NULL, NULL},
+    {"swiglu-clamped", 1, 4, 1, NULL, NULL},
 };
 MOE__NAME_API(expert, moe__experts_table, MOE_EXPERT_COUNT)
 
@@ -6153,11 +6585,47 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
     experts->x = moe__take_floats(arena, gathered, plan->dp * MOE__W);
     experts->h = moe__take_floats(arena, memory->n_rows, plan->hp * MOE__W);
     experts->out = moe__take_floats(arena, memory->n_rows, plan->ldo);
+    if (plan->view) experts->view = moe__take_floats(arena, n, 1);
     if (!memory->training) return MOE_OK;
     experts->z = moe__take_floats(arena, memory->n_rows, plan->zp * MOE__W);
     experts->part = moe__take_floats(arena, memory->n_rows, plan->hp);
     experts->d_weight = moe__take_floats(arena, slots, 1);
+    if (plan->view) experts->d_view = moe__take_floats(arena, n, plan->d);
     return MOE_OK;
+}
+
+/* -- what the experts see, in place of the tokens once the router has seen them: input_scale x, or with expert_norm
+ * s (x - mean), s = input_scale over the standard deviation. Back: dx = s (g - mean g - v <g, v> / d), v = the normed
+ * token. -- */
+static void moe__experts_view(const moe__run *run, size_t t0, size_t t1) {
+    size_t d = run->plan->d;
+    for (size_t token = t0; token < t1; token++) {
+        float *x = moe__run_token(run, 0, token), scale = run->desc->input_scale;
+        if (run->desc->expert_norm == MOE_ON) {
+            float mean = moe__score_row_mean(run, x, d);
+            for (size_t i = 0; i < d; i++) x[moe__score_at(run, i)] -= mean;
+            scale = scale / sqrtf(moe__score_row_dot(run, x, x, d) / (float)d + 1e-5f);
+        }
+        moe__score_row_scale(run, scale, x, d);
+        run->memory->experts.view[token] = scale;
+    }
+}
+static void moe__experts_view_back(const moe__run *run, size_t t0, size_t t1) { /* experts.d_view -> dx += */
+    size_t d = run->plan->d;
+    for (size_t token = t0; token < t1; token++) {
+        float *grad = run->memory->experts.d_view + token * d, scale = run->memory->experts.view[token];
+        const float *x = moe__run_token(run, 0, token);
+        if (run->desc->expert_norm == MOE_ON) {
+            float mean = 0.0f, along = 0.0f, size = run->desc->input_scale * run->desc->input_scale * (float)d;
+            for (size_t i = 0; i < d; i++) {
+                mean += grad[i];
+                along = moe__fma(grad[i], x[moe__score_at(run, i)], along);
+            }
+            for (size_t i = 0; i < d; i++)
+                grad[i] = moe__fma(-along / size, x[moe__score_at(run, i)], grad[i] - mean / (float)d);
+        }
+        run->kernels->axpy(d, scale, grad, run->dx + token * d);
+    }
 }
 
 /* -- a phase: one step of all groups, spread over threads --
@@ -6304,7 +6772,7 @@ static void moe__experts_gather_dy(const moe__run *run, const moe__experts_share
         for (size_t row = 0; row < share->rows; row++) {
             size_t token = group->first + share->row + row;
             if (group->token) token = group->token[share->row + row];
-            moe__product_fill(run->dy, plan->d, token, 1, unit * MOE__W, moe__run_columns(run, unit),
+            moe__product_fill(moe__run_dy(run, token), plan->d, 0, 1, unit * MOE__W, moe__run_columns(run, unit),
                               to + row * MOE__W);
         }
         if (!d_out || !group->token) continue;
@@ -6334,16 +6802,21 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
             run->kernels->act_back[run->desc->expert](rows, weight, z, z + panel, h, dh, part, plan->hp);
         }
 }
-/* dw_r = <dy, o_r> = <h W2, dy> + <b2, dy>: the panels' shares in order */
-static void moe__experts_weights_back(const moe__run *run, const moe__experts_share *share) {
+/* Of a row of a group: <dy, o> = <h W2, dy> + <b2, dy>, the panels' shares in order. dy (d), row-major */
+static float moe__experts_weight_back(const moe__run *run, const moe__run_group *group, size_t row, const float *dy) {
     const moe__plan *plan = run->plan;
-    if (!share->group->token) return;
-    for (size_t row = 0, at = share->group->begin + share->row; row < share->rows; row++, at++) {
-        const float *dy = run->dy + run->tape->routes.token[at] * plan->d;
-        float sum = 0.0f;
-        for (size_t unit = 0; unit < plan->hp; unit++) sum += run->memory->experts.part[at * plan->hp + unit];
-        if (plan->bias) sum += run->kernels->dot(plan->d, share->group->params + plan->b2, dy);
-        run->d_weight[at] = sum;
+    float sum = 0.0f;
+    for (size_t unit = 0; unit < plan->hp; unit++)
+        sum += run->memory->experts.part[(group->begin + row) * plan->hp + unit];
+    if (plan->bias) sum += run->kernels->dot(plan->d, group->params + plan->b2, dy);
+    return sum;
+}
+static void moe__experts_weights_back(const moe__run *run, const moe__experts_share *share) {
+    const moe__run_group *group = share->group;
+    if (!group->token) return;
+    for (size_t row = share->row; row < share->row + share->rows; row++) {
+        const float *dy = moe__run_dy(run, group->token[row]);
+        run->d_weight[group->begin + row] = moe__experts_weight_back(run, group, row, dy);
     }
 }
 /* dw (m, n panels) = or += a^T b over the rows of a group, for the share's panels of a */
@@ -6508,7 +6981,7 @@ static void moe__combine_reliability(const moe__kernels *kernels, size_t k, size
     }
     moe__combine_sort_columns(count, far); /* the other 15 columns hold anything */
     float median = far[count / 2 * 16];
-    if (count % 2 == 0) median = 0.5f * far[(count / 2 - 1) * 16] + 0.5f * median;
+    if (count % 2 == 0) median = moe__fma(0.5f, far[(count / 2 - 1) * 16], 0.5f * median);
     for (size_t e = 0; e < k; e++) {
         float distance = reliability[e];
         if (median > 0.0f && distance < INFINITY) reliability[e] = -(distance / median) / tau;
@@ -6637,7 +7110,7 @@ static void moe__combine_special_add(const moe__run *run, size_t expert, size_t 
  * <a, da>. */
 static float moe__combine_constant_dz(const moe__run *run, const moe__combine_constant *constant, size_t token,
                                       float weight, float dz[2]) {
-    const float *dy = run->dy + token * run->plan->d;
+    const float *dy = moe__run_dy(run, token);
     float da[2] = {moe__combine_token_dot(run, dy, token), run->kernels->dot(run->plan->d, dy, constant->v)};
     float mean = moe__fma(constant->a[0], da[0], constant->a[1] * da[1]);
     for (int k = 0; k < 2; k++) dz[k] = weight * constant->a[k] * (da[k] - mean);
@@ -6648,10 +7121,10 @@ static void moe__combine_special_dx(const moe__run *run, size_t expert, size_t t
     size_t d = run->plan->d;
     float dz[2];
     moe__combine_special_kind kind = moe__combine_special(run, expert, token, &constant);
-    if (kind == MOE__COPY) run->kernels->axpy(d, weight, run->dy + token * d, dx);
+    if (kind == MOE__COPY) run->kernels->axpy(d, weight, moe__run_dy(run, token), dx);
     if (kind != MOE__CONSTANT) return;
     moe__combine_constant_dz(run, &constant, token, weight, dz);
-    run->kernels->axpy(d, weight * constant.a[0], run->dy + token * d, dx);
+    run->kernels->axpy(d, weight * constant.a[0], moe__run_dy(run, token), dx);
     for (size_t k = 0; k < 2; k++) run->kernels->axpy(d, dz[k], constant.w + k * d, dx);
 }
 /* Special expert `index`: gradients of its weights and parameters, its routes in order */
@@ -6663,11 +7136,11 @@ static void moe__combine_special_back(const moe__run *run, size_t index) {
         size_t token = routes->token[route];
         float dz[2], dw = 0.0f;
         moe__combine_special_kind kind = moe__combine_special(run, expert, token, &constant);
-        if (kind == MOE__COPY) dw = moe__combine_token_dot(run, run->dy + token * d, token);
+        if (kind == MOE__COPY) dw = moe__combine_token_dot(run, moe__run_dy(run, token), token);
         if (kind == MOE__CONSTANT) {
             dw = moe__combine_constant_dz(run, &constant, token, run->weight[route], dz);
             for (size_t k = 0; k < 2; k++) moe__combine_token_axpy(run, dz[k], token, constant.dw + k * d);
-            run->kernels->axpy(d, run->weight[route] * constant.a[1], run->dy + token * d, constant.dv);
+            run->kernels->axpy(d, run->weight[route] * constant.a[1], moe__run_dy(run, token), constant.dv);
         }
         if (run->d_weight) run->d_weight[route] = dw;
     }
@@ -6753,14 +7226,17 @@ static void moe__combine_sum_mix_back(const moe__run *run, size_t token, float *
  * C a softmax over the slots. The rows of group e: its slots of the first sequence, of the second, ... -- */
 static moe_status moe__combine_all_fits(const moe_desc *desc) { /* every expert takes part, weighted by a softmax */
     if (moe__combine_special_experts(desc)) return MOE_E_SPECIAL_EXPERTS;
-    if (desc->select != MOE_SELECT_ALL || desc->gate != MOE_GATE_SOFTMAX) return MOE_E_SELECT_COMBINE;
-    if (desc->capacity_factor != (float)MOE_OFF) return MOE_E_SELECT_COMBINE;
+    if (desc->select != MOE_SELECT_ALL) return MOE_E_SELECT_COMBINE;
+    if (desc->gate != MOE_GATE_SOFTMAX) return MOE_E_COMBINE_GATE;
+    if (desc->capacity_factor != (float)MOE_OFF) return MOE_E_COMBINE_CAPACITY;
+    if (desc->capacity_factor_eval != (float)MOE_OFF) return MOE_E_COMBINE_CAPACITY;
     return desc->gate_drop > 0.0f ? MOE_E_GATE_DROP : MOE_OK; /* they cannot leave experts out */
 }
 static moe_status moe__combine_soft_fits(const moe_desc *desc) {
     moe_status status = moe__combine_all_fits(desc);
     if (status) return status;
-    if (!moe__score_is_latent(desc->score) || desc->noise != MOE_NOISE_NONE) return MOE_E_SELECT_COMBINE;
+    if (!moe__score_is_latent(desc->score)) return MOE_E_COMBINE_SCORE;
+    if (desc->noise != MOE_NOISE_NONE) return MOE_E_COMBINE_NOISE;
     if (desc->route_sequence == MOE_ON) return MOE_E_ROUTE_SEQUENCE;
     return desc->residual == MOE_ON ? MOE_E_RESIDUAL : MOE_OK;
 }
@@ -6782,7 +7258,7 @@ static moe_status moe__combine_soft_layout(moe__run_memory *memory, size_t n_tok
 static size_t moe__combine_soft_slots(const moe__run *run) { return run->plan->N / run->plan->E; }
 /* Row of slot n of token t's sequence. */
 static const float *moe__combine_soft_out(const moe__run *run, size_t token, size_t slot) {
-    size_t slots = moe__combine_soft_slots(run), sequence = token / run->memory->now.sequence;
+    size_t slots = moe__combine_soft_slots(run), sequence = moe__run_sequence_of(run, token);
     size_t row = (slot / slots * moe__run_sequences(run) + sequence) * slots + slot % slots;
     return run->memory->experts.out + row * run->plan->ldo;
 }
@@ -6806,7 +7282,7 @@ static void moe__combine_soft_weights(const moe__run *run, size_t t0, size_t t1)
 }
 /* A sequence: softmax over its tokens for each slot: columns of (T, N). */
 static void moe__combine_soft_dispatch(const moe__run *run, size_t sequence) {
-    size_t N = run->plan->N, t0 = sequence * run->memory->now.sequence, t1 = moe__run_sequence_end(run, sequence);
+    size_t N = run->plan->N, t0 = moe__run_sequence_begin(run, sequence), t1 = moe__run_sequence_end(run, sequence);
     float inv_t = run->memory->now.inv_t, top[MOE__W], sum[MOE__W];
     for (size_t slot = 0; slot < N; slot += MOE__W) {
         size_t cols = moe__min(MOE__W, N - slot);
@@ -6834,26 +7310,26 @@ static void moe__combine_soft_groups(const moe__run *run) {
 }
 /* A slot. to (panels of its group) = sum over each sequence's tokens of weight (T, N) times a row: of the tokens, or
  * of dy. */
-static void moe__combine_soft_read(const moe__run *run, size_t slot, const float *weight, const float *dy, float *to) {
-    size_t slots = moe__combine_soft_slots(run), count = moe__run_sequences(run), N = run->plan->N, d = run->plan->d;
-    size_t length = run->memory->now.sequence;
+static void moe__combine_soft_read(const moe__run *run, size_t slot, const float *weight, int dy, float *to) {
+    size_t slots = moe__combine_soft_slots(run), count = moe__run_sequences(run), N = run->plan->N;
     to += slot / slots * count * slots * run->plan->dp * MOE__W;
     for (size_t sequence = 0; sequence < count; sequence++)
         for (size_t p = 0; p < run->plan->dp; p++) {
             float *out = to + (p * count * slots + sequence * slots + slot % slots) * MOE__W;
             memset(out, 0, MOE__W * sizeof(float));
-            for (size_t token = sequence * length; token < moe__run_sequence_end(run, sequence); token++) {
+            size_t token = moe__run_sequence_begin(run, sequence), end = moe__run_sequence_end(run, sequence);
+            for (; token < end; token++) {
                 float share = weight[token * N + slot];
                 if (!dy) run->kernels->axpy(MOE__W, share, moe__run_token(run, p, token), out);
-                else run->kernels->axpy(moe__run_columns(run, p), share, dy + token * d + p * MOE__W, out);
+                else run->kernels->axpy(moe__run_columns(run, p), share, moe__run_dy(run, token) + p * MOE__W, out);
             }
         }
 }
 static void moe__combine_soft_x(const moe__run *run, size_t slot) {
-    moe__combine_soft_read(run, slot, run->memory->combine.dispatch, NULL, run->memory->experts.x);
+    moe__combine_soft_read(run, slot, run->memory->combine.dispatch, 0, run->memory->experts.x);
 }
 static void moe__combine_soft_dy(const moe__run *run, size_t slot) {
-    moe__combine_soft_read(run, slot, run->memory->combine.mix, run->dy, run->memory->experts.out);
+    moe__combine_soft_read(run, slot, run->memory->combine.mix, 1, run->memory->experts.out);
 }
 static void moe__combine_soft_over(const moe__run *run, moe__run_item *body) { /* all slots, if there are tokens */
     if (run->tape->n_tokens) moe__run_over(run, run->plan->N, run->tape->n_tokens * run->plan->d, body);
@@ -6875,7 +7351,7 @@ static void moe__combine_soft_d_mix(const moe__run *run, size_t t0, size_t t1) {
     float *d_mix = run->memory->combine.d_mix + t0 * N;
     for (size_t token = t0; token < t1; token++)
         for (size_t slot = 0; slot < N; slot++)
-            *d_mix++ = run->kernels->dot(d, run->dy + token * d, moe__combine_soft_out(run, token, slot));
+            *d_mix++ = run->kernels->dot(d, moe__run_dy(run, token), moe__combine_soft_out(run, token, slot));
 }
 static void moe__combine_soft_d_dispatch(const moe__run *run, size_t t0, size_t t1) {
     size_t N = run->plan->N;
@@ -6900,7 +7376,7 @@ static void moe__combine_soft_rows_back(const moe__run *run) {
  * columns (dispatch). */
 static void moe__combine_soft_logits(const moe__run *run, size_t sequence) {
     const moe__run_combine *combine = &run->memory->combine;
-    size_t N = run->plan->N, t0 = sequence * run->memory->now.sequence, t1 = moe__run_sequence_end(run, sequence);
+    size_t N = run->plan->N, t0 = moe__run_sequence_begin(run, sequence), t1 = moe__run_sequence_end(run, sequence);
     float inv_t = run->memory->now.inv_t, mean[MOE__W];
     for (size_t token = t0; token < t1; token++) {
         const float *c = combine->mix + token * N, *dc = combine->d_mix + token * N;
@@ -6931,7 +7407,7 @@ static void moe__combine_soft_back(const moe__run *run) {
         memset(combine->d_soft, 0, T * N * sizeof(float));
         return;
     }
-    moe__run_over(run, moe__run_sequences(run), run->memory->now.sequence * N * 4, moe__combine_soft_logits);
+    moe__run_over_sequences(run, N * 4, moe__combine_soft_logits);
     if (!d_scale) return;
     for (size_t token = 0; token < T; token++)
         *d_scale += run->kernels->dot(N, combine->d_soft + token * N, combine->soft + token * N);
@@ -6975,7 +7451,7 @@ static void moe__combine_merge_groups(const moe__run *run) {
     run->memory->experts.n_own = count;
     run->memory->experts.shared_row = run->tape->n_tokens;
     for (size_t sequence = 0; sequence < count; sequence++) {
-        size_t first = sequence * run->memory->now.sequence;
+        size_t first = moe__run_sequence_begin(run, sequence);
         size_t rows = moe__run_sequence_end(run, sequence) - first;
         moe__run_group *group = moe__combine_group(run, sequence, 0, first, rows);
         group->first = first;
@@ -6990,7 +7466,7 @@ static void moe__combine_merge_span(const moe__run *run, size_t item) {
     const moe_routes *routes = &run->tape->routes;
     size_t length = run->plan->expert, spans = moe__ceil_div(length, MOE__MERGE_SPAN), sequence = item / spans;
     size_t at = item % spans * MOE__MERGE_SPAN, count = moe__min(MOE__MERGE_SPAN, length - at);
-    size_t token = sequence * run->memory->now.sequence;
+    size_t token = moe__run_sequence_begin(run, sequence);
     float *to = run->memory->combine.merged + sequence * length + at;
     memset(to, 0, count * sizeof(float));
     for (size_t k = 0; k < run->plan->S; k++) {
@@ -7007,14 +7483,14 @@ static void moe__combine_merge_gather(const moe__run *run) {
 /* its routes are in the order of the sequences */
 static void moe__combine_merge_expert(const moe__run *run, size_t expert) {
     const moe_routes *routes = &run->tape->routes;
-    size_t length = run->plan->expert, sequence = run->memory->now.sequence;
+    size_t length = run->plan->expert;
     float *to = run->d_params + expert * length;
     if (run->fresh) memset(to, 0, length * sizeof(float));
     for (uint32_t route = routes->begin[expert]; route < routes->begin[expert + 1]; route++) {
         size_t token = routes->token[route];
-        const float *dw = run->memory->combine.d_merged + token / sequence * length;
+        const float *dw = run->memory->combine.d_merged + moe__run_sequence_of(run, token) * length;
         if (run->d_weight) run->d_weight[route] = 0.0f;
-        if (token % sequence) continue; /* a sequence's weights are those of its first token */
+        if (moe__run_place(run, token)) continue; /* a sequence's weights are those of its first token */
         run->kernels->axpy(length, routes->weight[route], dw, to);
         if (run->d_weight) run->d_weight[route] = run->kernels->dot(length, dw, run->params + expert * length);
     }
@@ -7135,6 +7611,10 @@ static moe_status moe__combine_layout(moe__run_memory *memory, size_t n_tokens, 
     if (!row->rows(&memory->plan, n_tokens, &n_routed)) return MOE_E_OVERFLOW;
     gathered = n_routed;
     if (row->by_sequence) n_own = moe__run_most_sequences(&memory->plan, n_tokens), gathered = 0;
+    if (memory->plan.desc.shared_gate == MOE_ON) {
+        memory->combine.shared_gate = moe__take_floats(arena, n_tokens, 1);
+        if (memory->training) memory->combine.d_shared_gate = moe__take_floats(arena, n_tokens, 1);
+    }
     moe_status status = moe__experts_layout(memory, n_tokens, n_own, n_routed, gathered, arena);
     if (!status && row->layout) status = row->layout(memory, n_tokens, arena);
     return status;
@@ -7149,26 +7629,56 @@ static void moe__combine_groups(moe__run *run) {
     moe__combine_of(run)->groups(run);
     size_t n_own = memory->experts.n_own, n_shared = run->plan->G - run->plan->F, T = run->tape->n_tokens;
     for (size_t s = 0; s < n_shared; s++)
-        (void)moe__combine_group(run, n_own + s, run->plan->F + s, memory->experts.shared_row + s * T, T);
+        moe__combine_group(run, n_own + s, run->plan->F + s, memory->experts.shared_row + s * T, T)->weight =
+            memory->combine.shared_gate;
     memory->experts.n_groups = n_own + n_shared;
 }
-/* What the shared experts made of token t, one after the other: y += it. */
-static void moe__combine_shared(const moe__run *run, size_t token, float *y) {
+/* What the shared experts made of token t, one after the other: y += weight times it. */
+static void moe__combine_shared(const moe__run *run, float weight, size_t token, float *y) {
     const moe__run_experts *experts = &run->memory->experts;
     for (size_t g = experts->n_own; g < experts->n_groups; g++)
-        run->kernels->axpy(run->plan->d, 1.0f, experts->out + (experts->group[g].begin + token) * run->plan->ldo, y);
+        run->kernels->axpy(run->plan->d, weight, experts->out + (experts->group[g].begin + token) * run->plan->ldo, y);
+}
+/* The weight of the shared experts, 1 or sigmoid(x . w); then what w and x get: dz = s (1 - s) sum <dy, o>. */
+static float moe__combine_shared_weight(const moe__run *run, size_t token) {
+    const float *w = run->params + moe__plan_offset(run->plan, MOE__T_SHARED_GATE);
+    float *gate = run->memory->combine.shared_gate, z[2] = {0.0f, 0.0f};
+    if (!gate) return 1.0f;
+    z[0] = moe__combine_token_dot(run, w, token);
+    run->kernels->softmax(2, 1.0f, z, z);
+    gate[token] = z[0];
+    return z[0];
+}
+static void moe__combine_shared_dz(const moe__run *run, size_t t0, size_t t1) {
+    const moe__run_experts *experts = &run->memory->experts;
+    size_t d = run->plan->d;
+    for (size_t token = t0; token < t1; token++) {
+        float gate = run->memory->combine.shared_gate[token], sum = 0.0f;
+        for (size_t g = experts->n_own; g < experts->n_groups; g++)
+            sum += moe__experts_weight_back(run, &experts->group[g], token, run->dy + token * d);
+        sum *= gate * (1.0f - gate);
+        run->memory->combine.d_shared_gate[token] = sum;
+        const float *w = run->params + moe__plan_offset(run->plan, MOE__T_SHARED_GATE);
+        if (run->dx) run->kernels->axpy(d, sum, w, run->dx + token * d);
+    }
+}
+static void moe__combine_shared_dw(const moe__run *run, size_t panel) {
+    float *dw = run->d_params + moe__plan_offset(run->plan, MOE__T_SHARED_GATE) + panel * MOE__W;
+    for (size_t token = 0; token < run->tape->n_tokens; token++)
+        run->kernels->axpy(moe__run_columns(run, panel), run->memory->combine.d_shared_gate[token],
+                           moe__run_token(run, panel, token), dw);
 }
 static void moe__combine_mix(const moe__run *run, size_t t0, size_t t1) {
     size_t d = run->plan->d;
     memset(run->y + t0 * d, 0, (t1 - t0) * d * sizeof(float));
     for (size_t token = t0; token < t1; token++) {
-        moe__combine_shared(run, token, run->y + token * d);
+        moe__combine_shared(run, moe__combine_shared_weight(run, token), token, run->y + token * d);
         moe__combine_of(run)->mix(run, token, run->y + token * d);
     }
 }
 static void moe__combine_mix_back(const moe__run *run, size_t t0, size_t t1) {
     for (size_t token = t0; token < t1; token++) {
-        moe__combine_shared(run, token, run->dx + token * run->plan->d);
+        moe__combine_shared(run, 1.0f, token, run->dx + token * run->plan->d); /* the weight is inside */
         moe__combine_of(run)->mix_back(run, token, run->dx + token * run->plan->d);
     }
 }
@@ -7188,11 +7698,15 @@ static void moe__combine_backward(moe__run *run) {
     moe__combine_groups(run);
     row->gather_dy(run);
     if (run->memory->losses.d_out)
-        for (size_t g = 0; g < experts->n_groups; g++) experts->group[g].weight = NULL; /* in dy now */
+        for (size_t g = 0; g < experts->n_own; g++) experts->group[g].weight = NULL; /* in dy now */
     moe__experts_params_back(run, run->fresh || row->by_sequence);
     if (run->fresh) memset(run->d_params + plan->special, 0, (plan->experts - plan->special) * sizeof(float));
     if (plan->E > plan->F)
         moe__run_over(run, plan->E - plan->F, run->tape->n_tokens * plan->d, moe__combine_special_back);
+    if (run->memory->combine.shared_gate) {
+        moe__run_over_blocks(run, moe__combine_shared_dz);
+        moe__run_over(run, plan->dp, run->tape->n_tokens * MOE__W, moe__combine_shared_dw);
+    }
     if (row->back) row->back(run);
     if (!run->dx && !row->rows_back) return;
     moe__experts_rows_back(run);
@@ -7203,7 +7717,8 @@ static void moe__combine_backward(moe__run *run) {
 /* ==== >>codes =================================================================================
  * The discrete branch of VQMoE [C]: y = g_0 y + g_1 LN(f_e(LN(C_j))), j = the nearest code, e = j mod E, g = softmax(x
  * G). It runs the same experts over the codes' rows, by a tape of its own that has nothing but routes and experts. The
- * gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone.
+ * gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone. With a code_share c the
+ * expert reads LN((1 - c) x + c (q - x)) for LN(q), and x gets 1 - c of the gradient, as in the authors' code.
  *
  *     x --nearest--> C_j --LN--> in --expert e--> o --LN--> out --* g_1--+
  *     x --------- router, experts, combine ------> other -------* g_0--+--> y
@@ -7212,8 +7727,7 @@ typedef struct moe__run_codes {
     moe_tape tape;          /* the experts' pass over the codes, and its memory */
     moe__run_memory memory;
     int32_t *code, *expert; /* (T) */
-    float *codes, *inv_code, *square; /* (codes, d) LN of the codes, 1 / their deviation,
-        their squared length (codes) */
+    float *square;                    /* (codes) their squared length */
     float *in, *other;                /* (T, d) inputs, in backward the gradient by them; the other branch's output */
     float *out, *inv_out, *gate;      /* (T, d) LN of this branch's output, 1 / its deviation (T),
         the weights g (T, 2) */
@@ -7239,8 +7753,6 @@ static moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens, mo
     if (!status) status = moe__experts_layout(&codes.memory, n_tokens, plan->F, n_tokens, n_tokens, arena);
     codes.code = (int32_t *)moe__take(arena, n_tokens, sizeof(int32_t));
     codes.expert = (int32_t *)moe__take(arena, n_tokens, sizeof(int32_t));
-    codes.codes = moe__take_floats(arena, count, d);
-    codes.inv_code = moe__take_floats(arena, count, 1);
     codes.square = moe__take_floats(arena, count, 1);
     codes.in = moe__take_floats(arena, n_tokens, d);
     codes.other = moe__take_floats(arena, n_tokens, d);
@@ -7285,21 +7797,32 @@ static void moe__codes_ln_back(const moe__kernels *kernels, size_t length, const
     for (size_t i = 0; i < length; i++) dy[i] = moe__fma(-along, y[i], dy[i] - mean) * inv;
 }
 
+/* What the branch's expert reads for a token: LN of its code q or, with a share c, of (1 - c) x + c (q - x), where the
+ * last part is constant. Returns 1 / the deviation. */
+static float moe__codes_input(const moe__run *run, const float *x, size_t code, float *in) {
+    size_t d = run->plan->d;
+    float share = run->desc->code_share;
+    memcpy(in, moe__run_tensor(run, MOE__R_CODEBOOK) + code * d, d * sizeof(float));
+    if (share > 0.0f)
+        for (size_t c = 0; c < d; c++) in[c] = moe__fma(share, in[c] - x[c], (1.0f - share) * x[c]);
+    return moe__codes_ln(run->kernels, d, in, in);
+}
 static void moe__codes_nearest(const moe__run *run, size_t t0, size_t t1) { /* nearest code, its LN, the two weights */
     moe__run_codes *codes = run->memory->codes;
     const float *codebook = moe__run_tensor(run, MOE__R_CODEBOOK), *gate = moe__run_tensor(run, MOE__R_BRANCH);
     size_t d = run->plan->d;
     for (size_t token = t0; token < t1; token++) {
-        const float *x = run->x + token * d;
+        const float *x = run->x + moe__run_row(run, token) * d;
         float best = 0.0f, z[2] = {0.0f, 0.0f};
         size_t code = 0;
         for (size_t c = 0; c < run->desc->n_codes; c++) { /* |x - C|^2 without |x|^2 */
             float far = moe__fma(-2.0f, run->kernels->dot(d, x, codebook + c * d), codes->square[c]);
             if (!c || far < best) best = far, code = c;
         }
+        if (codes->x) memcpy(codes->x + token * d, x, d * sizeof(float));
         codes->code[token] = (int32_t)code;
         codes->expert[token] = (int32_t)(code % run->plan->E);
-        memcpy(codes->in + token * d, codes->codes + code * d, d * sizeof(float));
+        (void)moe__codes_input(run, x, code, codes->in + token * d);
         for (size_t c = 0; c < d; c++)
             for (size_t k = 0; k < 2; k++) z[k] = moe__fma(x[c], gate[c * 2 + k], z[k]);
         run->kernels->softmax(2, 1.0f, z, codes->gate + token * 2);
@@ -7323,14 +7846,11 @@ static moe_status moe__codes_forward(const moe__run *run) {
     for (size_t c = 0; c < run->desc->n_codes; c++) {
         const float *code = moe__run_tensor(run, MOE__R_CODEBOOK) + c * d;
         codes->square[c] = run->kernels->dot(d, code, code);
-        codes->inv_code[c] = moe__codes_ln(run->kernels, d, code, codes->codes + c * d);
     }
     moe__run_over_blocks(run, moe__codes_nearest);
-    if (codes->x && n) memcpy(codes->x, run->x, n * d * sizeof(float));
     codes->ready = 1;
     codes->tape.n_tokens = n;
-    codes->memory.now.sequence = moe__max(n, 1);
-    moe_status status = moe__routes_fill(&codes->tape.routes, n, codes->expert, NULL, 0, MOE_ORDER_TOKEN);
+    moe_status status = moe__routes_fill(&codes->tape.routes, n, codes->expert, NULL, 0, NULL, MOE_ORDER_TOKEN);
     if (status) return status;
     moe__run inner = moe__codes_run(run);
     inner.x = codes->in;
@@ -7348,7 +7868,7 @@ static void moe__codes_split_block(const moe__run *run, size_t t0, size_t t1) {
     const moe__kernels *kernels = run->kernels;
     const float *gate = moe__run_tensor(run, MOE__R_BRANCH);
     for (size_t token = t0; token < t1; token++) {
-        const float *dy = run->dy + token * d, *out = codes->out + token * d;
+        const float *dy = moe__run_dy(run, token), *out = codes->out + token * d;
         float *g = codes->gate + token * 2, *d_other = codes->d_other + token * d, *d_out = codes->d_out + token * d;
         float dg[2] = {kernels->dot(d, dy, codes->other + token * d), kernels->dot(d, dy, out)};
         float mean = moe__fma(g[0], dg[0], g[1] * dg[1]);
@@ -7385,10 +7905,13 @@ static void moe__codes_backward(const moe__run *run) {
     inner.dx = codes->in;
     moe__combine_backward(&inner);
     if (!run->dx) return;
-    for (size_t token = 0; token < n; token++) { /* back through LN(C_j), and straight through to x */
-        size_t code = (size_t)codes->code[token];
-        moe__codes_ln_back(run->kernels, d, codes->codes + code * d, codes->inv_code[code], codes->in + token * d);
-        run->kernels->axpy(d, 1.0f, codes->in + token * d, run->dx + token * d);
+    float straight = 1.0f;
+    if (run->desc->code_share > 0.0f) straight = 1.0f - run->desc->code_share;
+    for (size_t token = 0; token < n; token++) { /* back through LN, and straight through the code to x */
+        float *d_in = codes->in + token * d, *in = codes->d_out + token * d; /* made again; d_out is used up */
+        float inv = moe__codes_input(run, codes->x + token * d, (size_t)codes->code[token], in);
+        moe__codes_ln_back(run->kernels, d, in, inv, d_in);
+        run->kernels->axpy(d, straight, d_in, run->dx + token * d);
     }
 }
 
@@ -7670,7 +8193,7 @@ MOE_API moe_status moe_mean_selection(size_t n_tokens, size_t n_experts, const f
             moe__loss_noise_units(&args, t * n_experts + e, count, u);
             for (size_t i = 0; i < count; i++) u[i] *= 0.707106781f; /* sqrt(1/2) */
             kernels->erf(count, u, u);
-            for (size_t i = 0; i < count; i++) mean[e + i] += 0.5 + 0.5 * (double)u[i];
+            for (size_t i = 0; i < count; i++) mean[e + i] += 0.5 + 0.5 * (double)u[i]; /* exact */
         }
     if (n_tokens)
         for (size_t e = 0; e < n_experts; e++) mean[e] /= (double)n_tokens;
@@ -7757,7 +8280,10 @@ static double moe__loss_even(const moe_loss_args *args, size_t n_groups, double 
         size_t count = moe__min(MOE__W, E - e);
         for (size_t t = 0; t < T; t++)
             for (size_t i = 0; i < count; i++) P[i] += (double)args->prob[t * E + e + i];
-        for (size_t i = 0; i < count; i++) sum += P[i] * (double)args->load[moe__loss_group(&slope, e + i)];
+        for (size_t i = 0; i < count; i++) {
+            size_t group = moe__loss_group(&slope, e + i);
+            sum += moe__times(P[i], (double)args->load[group]);
+        }
     }
     return sum * scale / (double)T;
 }
@@ -7800,7 +8326,7 @@ static double moe__loss_sequence(const moe_loss_args *args, float coefficient) {
             }
             if (!(all >= FLT_MIN) || !moe__finite(all)) continue; /* a token without scores has no shares */
             mean /= all;
-            sum += share * (double)mean;
+            sum += moe__times(share, (double)mean);
             if (!args->d_scores) continue;
             float step = (float)((double)coefficient * share / (double)all);
             for (size_t e = 0; e < E; e += MOE__W) {
@@ -7829,7 +8355,7 @@ static double moe__loss_locality(const moe_loss_args *args, float coefficient) {
     local[1] = moe__positive((double)args->smoothing / (double)moe__max(1, n_ranks - 1));
     for (size_t rank = 0; rank < n_ranks; rank++) {
         double share = args->rank_prob[rank];
-        if (share > 0.0) sum += share * log(share / (double)local[rank != args->home]);
+        if (share > 0.0) sum += moe__times(share, log(share / (double)local[rank != args->home]));
     }
     moe__loss_slope slope = moe__loss_slope_of(args, moe__loss_fill_locality);
     slope.n_groups = n_ranks;
@@ -7864,7 +8390,7 @@ static double moe__loss_cv2(const moe_loss_args *args, double *factor, double *c
     *factor = *rest = 0.0;
     *centre = mu;
     if (!(mu > (double)FLT_MIN)) return 0.0;
-    for (size_t e = 0; e < E; e++) square += (args->mean[e] - mu) / mu * ((args->mean[e] - mu) / mu);
+    for (size_t e = 0; e < E; e++) square += moe__times((args->mean[e] - mu) / mu, (args->mean[e] - mu) / mu);
     square /= (double)E;
     *factor = 2.0 / ((double)E * mu * mu);
     *rest = -2.0 * square / ((double)E * mu);
@@ -7881,7 +8407,8 @@ static double moe__loss_l2_uniform(const moe_loss_args *args, float coefficient)
     double sum = 0.0;
     slope.factor = 2.0;
     slope.centre = 1.0 / (double)args->n_experts;
-    for (size_t e = 0; e < args->n_experts; e++) sum += (args->mean[e] - slope.centre) * (args->mean[e] - slope.centre);
+    for (size_t e = 0; e < args->n_experts; e++)
+        sum += moe__times(args->mean[e] - slope.centre, args->mean[e] - slope.centre);
     moe__loss_add_slope(&slope, coefficient);
     return sum;
 }
@@ -7889,7 +8416,7 @@ static double moe__loss_kl_uniform(const moe_loss_args *args, float coefficient)
     moe__loss_slope slope = moe__loss_slope_of(args, moe__loss_fill_log);
     double sum = log((double)args->n_experts);
     for (size_t e = 0; e < args->n_experts; e++)
-        if (args->mean[e] > 0.0) sum += args->mean[e] * log(args->mean[e]);
+        if (args->mean[e] > 0.0) sum += moe__times(args->mean[e], log(args->mean[e]));
     moe__loss_add_slope(&slope, coefficient);
     return sum;
 }
@@ -7986,7 +8513,7 @@ static double moe__loss_variance(const moe_loss_args *args, float coefficient) {
     for (size_t t = 0; t < T; t++)
         for (size_t e = 0; e < E; e++) {
             double off = (double)args->scores[t * E + e] - args->mean[e];
-            sum -= off * off;
+            sum -= moe__times(off, off);
             if (args->d_scores) args->d_scores[t * E + e] += (float)(step * off);
         }
     moe__loss_slope slope = moe__loss_slope_of(args, moe__loss_fill_variance); /* scores that are the softmax */
@@ -8005,7 +8532,7 @@ static double moe__loss_relu_l1(const moe_loss_args *args, float coefficient) {
         for (size_t e = 0; e < E; e++) {
             size_t i = t * E + e;
             if (!(args->scores[i] > 0.0f)) continue;
-            sum += (double)args->load[e] * (double)args->scores[i];
+            sum += moe__times((double)args->load[e], (double)args->scores[i]);
             if (args->d_scores) args->d_scores[i] += (float)((double)coefficient * scale * (double)args->load[e]);
         }
     return sum * scale;
@@ -8018,7 +8545,7 @@ static double moe__loss_importance_selected(const moe_loss_args *args, float coe
     if (!args->d_weight) return value;
     for (size_t i = 0; i < args->n_tokens * args->top_k; i++)
         if (args->index[i] >= 0)
-            args->d_weight[i] += (float)(step * (factor * (args->mean[args->index[i]] - centre) + rest));
+            args->d_weight[i] += (float)(step * (moe__times(factor, args->mean[args->index[i]] - centre) + rest));
     return value;
 }
 
@@ -8037,7 +8564,7 @@ static double moe__loss_load(const moe_loss_args *args, float coefficient) {
             for (size_t i = 0; i < count; i++) density[i] = -0.5f * u[i] * u[i];
             kernels->exp(count, density, density);
             for (size_t i = 0; i < count; i++) {
-                float c = (float)(step * (factor * (args->mean[e + i] - centre) + rest));
+                float c = (float)(step * (moe__times(factor, args->mean[e + i] - centre) + rest));
                 float g = c * (density[i] * 0.398942280f / args->noise_std[at + i]); /* 1 / sqrt(2 pi) */
                 if (args->d_logits) args->d_logits[at + i] += g;
                 if (args->d_threshold) args->d_threshold[at + i] -= g;
@@ -8062,7 +8589,10 @@ typedef enum moe__loss_gram_rule {
 static void moe__loss_gram_inverse(const float *a, size_t rows, size_t cols, size_t first, size_t n, float *inverse) {
     double square[MOE__W] = {0};
     for (size_t r = 0; r < rows; r++)
-        for (size_t j = 0; j < n; j++) square[j] += (double)a[r * cols + first + j] * (double)a[r * cols + first + j];
+        for (size_t j = 0; j < n; j++) {
+            double number = (double)a[r * cols + first + j];
+            square[j] += number * number; /* exact */
+        }
     for (size_t j = 0; j < n; j++) inverse[j] = square[j] > 0.0 ? (float)(1.0 / sqrt(square[j])) : 0.0f;
 }
 static void moe__loss_gram_panel(const float *a, size_t cols, size_t r0, size_t rows, size_t first, size_t count,
@@ -8179,13 +8709,19 @@ static double moe__loss_prototype_diversity(const moe_loss_args *args, float coe
     double pairs = (double)args->n_experts * ((double)args->n_experts - 1.0);
     return moe__loss_router(MOE__GRAM_NEAR, pairs, args, coefficient);
 }
-/* As in DynMoE [C]: norm(W^T W - I) + mean norm(w_e). */
+/* As in DynMoE [C]: norm(C^T C - I) + mean norm(R_e), C_e = R_e / norm(R_e). A column of zeros has no direction: its
+ * own place in C^T C - I is a constant 1. */
 static double moe__loss_diverse_simple(const moe_loss_args *args, float coefficient) {
     size_t rows = args->d_model, E = args->n_experts;
     float inverse[MOE__W], *d_router = args->d_router;
     double lengths = 0.0, step = (double)coefficient / (double)E;
-    double norm = sqrt(moe__loss_gram(MOE__GRAM_SQUARE, rows, E, args->router, 0.0f, NULL));
-    if (d_router && norm > 0.0) (void)moe__loss_router(MOE__GRAM_SQUARE, 2.0 * norm, args, coefficient);
+    double square = moe__loss_gram(MOE__GRAM_UNIT, rows, E, args->router, 0.0f, NULL);
+    for (size_t e = 0; e < E; e++) {
+        moe__loss_gram_inverse(args->router, rows, E, e, 1, inverse);
+        if (!(inverse[0] > 0.0f)) square += 1.0;
+    }
+    double norm = sqrt(square);
+    if (d_router) (void)moe__loss_router(MOE__GRAM_UNIT, 2.0 * norm, args, coefficient);
     for (size_t e = 0; e < E; e += MOE__W) {
         size_t count = moe__min(MOE__W, E - e);
         moe__loss_gram_inverse(args->router, rows, E, e, count, inverse);
@@ -8226,8 +8762,8 @@ static double moe__loss_align(const moe_loss_args *args, size_t t, size_t count,
         xx += a * a;
         for (size_t i = 0; i < count; i++) {
             double b = (double)router[r * E + column[i]];
-            cc[i] += b * b;
-            xc[i] += a * b;
+            cc[i] += b * b; /* exact */
+            xc[i] += a * b; /* exact */
         }
     }
     for (size_t i = 0; i < count; i++) {
@@ -8245,8 +8781,9 @@ static double moe__loss_align(const moe_loss_args *args, size_t t, size_t count,
         double a = (double)x[r], dx = 0.0;
         for (size_t i = 0; i < count; i++) {
             double b = (double)router[r * E + column[i]];
-            dx += across[i] * b - own_x[i] * a;
-            if (args->d_router) args->d_router[r * E + column[i]] += (float)(across[i] * a - own_c[i] * b);
+            dx += moe__times(across[i], b) - moe__times(own_x[i], a);
+            float dc = (float)(moe__times(across[i], a) - moe__times(own_c[i], b));
+            if (args->d_router) args->d_router[r * E + column[i]] += dc;
         }
         if (args->d_latent) args->d_latent[t * d + r] += (float)dx;
     }
@@ -8280,7 +8817,8 @@ static double moe__loss_latent_kl(const moe_loss_args *args, float coefficient) 
         kernels->exp(n, log_var + i, v);
         if (args->d_latent) kernels->axpy(n, step, latent + i, args->d_latent + i);
         for (size_t j = 0; j < n; j++) {
-            sum += 0.5 * ((double)latent[i + j] * (double)latent[i + j] + (double)v[j] - (double)log_var[i + j] - 1.0);
+            double square = (double)latent[i + j] * (double)latent[i + j];
+            sum += 0.5 * (square + (double)v[j] - (double)log_var[i + j] - 1.0); /* exact */
             v[j] -= 1.0f;
         }
         if (args->d_log_var) kernels->axpy(n, 0.5f * step, v, args->d_log_var + i);
@@ -8328,13 +8866,13 @@ static double moe__loss_output_orthogonality(const moe_loss_args *args, float co
     return sum / (double)args->n_tokens;
 }
 
-/* As in VQMoE [C]. */
+/* As in VQMoE [C]: means over the tokens and over the numbers of a token. */
 static double moe__loss_codebook(const moe_loss_args *args, float coefficient) {
     size_t coded = 0, d = args->d_model;
     double sum = 0.0;
     for (size_t t = 0; t < args->n_tokens; t++) coded += args->index[t] >= 0;
     if (!coded) return 0.0;
-    float step = 2.0f * coefficient / (float)coded;
+    float step = 2.0f * coefficient / ((float)coded * (float)d);
     for (size_t t = 0; t < args->n_tokens; t++) {
         if (args->index[t] < 0) continue;
         size_t at = t * d, code = (size_t)args->index[t] * d;
@@ -8345,7 +8883,7 @@ static double moe__loss_codebook(const moe_loss_args *args, float coefficient) {
             if (args->dx) args->dx[at + i] = moe__fma(-step * args->commitment, off, args->dx[at + i]);
         }
     }
-    return (1.0 + (double)args->commitment) * sum / (double)coded;
+    return (1.0 + (double)args->commitment) * sum / ((double)coded * (double)d);
 }
 /* ==== >>balance ===============================================================================
  * After this room there is one table of auxiliary losses, and two ways to it: moe_loss, on a struct of inputs, and a
@@ -8373,6 +8911,7 @@ static moe_status moe__balance_layout(moe_tape *tape, moe__run_memory *memory, s
     if (!memory->training) return MOE_OK;
     if (plan->desc.sequence) sequences = moe__max(moe__ceil_div(count, plan->desc.sequence), 1);
     if (!moe__mul(sequences, plan->E, &counts)) return MOE_E_OVERFLOW;
+    losses->teacher = (int32_t *)moe__take(arena, count, sizeof(int32_t));
     losses->mean = (double *)moe__take(arena, plan->E, sizeof(double));
     losses->mean_of_batch = (double *)moe__take(arena, plan->E, sizeof(double));
     losses->rank_prob = (double *)moe__take(arena, plan->desc.n_ranks, sizeof(double));
@@ -8386,6 +8925,12 @@ static moe_status moe__balance_layout(moe_tape *tape, moe__run_memory *memory, s
 }
 
 /* -- what a layer's losses read -- */
+static const int32_t *moe__balance_teacher(const moe__run *run) {
+    const int32_t *given = run->tape->side.teacher;
+    if (!given || !run->kept) return given;
+    for (size_t t = 0; t < run->tape->n_tokens; t++) run->memory->losses.teacher[t] = given[run->kept[t]];
+    return run->memory->losses.teacher;
+}
 static moe_loss_args moe__balance_args(const moe__run *run, const uint64_t *load) {
     const moe_tape *tape = run->tape;
     moe_loss_args args = moe__loss_args_of(tape->n_tokens, run->plan->E, run->plan->S);
@@ -8396,28 +8941,63 @@ static moe_loss_args moe__balance_args(const moe__run *run, const uint64_t *load
     if (moe__gate_table[run->desc->gate].scores == MOE__SCORES_OWN) args.scores = tape->scores;
     args.logits = tape->logits;
     args.index = tape->index;
-    args.teacher = tape->side.teacher;
+    args.teacher = moe__balance_teacher(run);
     args.load = load;
     args.mean = run->mean;
     args.d_logits = run->memory->d_logits;
     return args;
 }
+/* All sequences of one length at once, or of sequences that differ each in turn. */
+static int moe__balance_one_length(const moe__run *run, size_t length) {
+    for (size_t i = 0; i < moe__run_sequences(run); i++)
+        if (moe__run_sequence_begin(run, i) != i * length) return 0;
+    return 1;
+}
+static moe_status moe__balance_sequences(moe_loss_args *args, uint64_t *counts, float coefficient, double *value) {
+    args->load = counts;
+    moe_status status = moe_sequence_load(args->n_tokens, args->n_experts, args->top_k, args->sequence, args->index,
+                                          counts);
+    return status ? status : moe_loss(MOE_LOSS_SEQUENCE, args, coefficient, value);
+}
+static moe_status moe__balance_add_switch(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
+    const moe_side *side = &run->tape->side;
+    double tokens = (double)(side->counted ? side->counted : args->n_tokens), scale = 1.0;
+    if (run->desc->switch_load == MOE_LOAD_FIRST) args->load = side->load ? side->first : run->tape->routes.top1;
+    if (run->desc->switch_load == MOE_LOAD_TOKENS && args->n_tokens)
+        scale = (double)moe__total(args->n_experts, args->load) / tokens;
+    moe_status status = moe_loss(MOE_LOSS_SWITCH, args, (float)((double)coefficient * scale), value);
+    *value *= scale;
+    return status;
+}
 static moe_status moe__balance_add_sequence(const moe__run *run, moe_loss_args *args, float coefficient,
                                             double *value) {
-    size_t count = args->n_tokens * args->n_experts;
+    size_t E = args->n_experts, n_sequences = moe__run_sequences(run);
     float *d_scores = args->d_scores = run->memory->select.work;
+    double one, sum = 0.0;
+    moe_status status = MOE_OK;
     args->sequence = run->desc->sequence;
     if (!args->sequence) args->sequence = moe__max(args->n_tokens, 1);
-    args->load = run->memory->losses.counts;
-    memset(d_scores, 0, count * sizeof(float));
-    moe_status status = moe_sequence_load(args->n_tokens, args->n_experts, args->top_k, args->sequence, args->index,
-                                          run->memory->losses.counts);
-    if (!status) status = moe_loss(MOE_LOSS_SEQUENCE, args, coefficient, value);
+    if (args->scores != args->prob) args->scores = moe__gate_shares(run);
+    memset(d_scores, 0, args->n_tokens * E * sizeof(float));
+    if (moe__balance_one_length(run, args->sequence))
+        status = moe__balance_sequences(args, run->memory->losses.counts, coefficient, value);
+    else {
+        for (size_t i = 0; i < n_sequences && !status; i++) {
+            moe_loss_args part = *args;
+            size_t begin = moe__run_sequence_begin(run, i);
+            part.n_tokens = part.sequence = moe__run_sequence_end(run, i) - begin;
+            part.scores += begin * E;
+            part.d_scores += begin * E;
+            part.index += begin * args->top_k;
+            status = moe__balance_sequences(&part, run->memory->losses.counts, coefficient / (float)n_sequences, &one);
+            if (!status) sum += one / (double)n_sequences;
+        }
+        *value = sum;
+    }
     if (status) return status;
     if (args->scores == args->prob)
-        return moe_softmax_backward(args->n_tokens, args->n_experts, args->temperature, args->prob, d_scores,
-                                    args->d_logits);
-    moe__gate_scores_back(run, d_scores);
+        return moe_softmax_backward(args->n_tokens, E, args->temperature, args->prob, d_scores, args->d_logits);
+    moe__gate_shares_back(run, args->scores, d_scores);
     return MOE_OK;
 }
 static moe_status moe__balance_add_rank(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
@@ -8430,8 +9010,9 @@ static moe_status moe__balance_add_communication(const moe__run *run, moe_loss_a
                                                  double *value) {
     moe_status status = moe_rank_tokens(args->n_tokens, args->n_experts, args->top_k, args->n_ranks, args->index,
                                         run->memory->losses.counts);
-    args->load = run->memory->losses.counts;
-    args->counted = args->n_tokens;
+    const moe_side *side = &run->tape->side;
+    args->load = side->rank_tokens ? side->rank_tokens : run->memory->losses.counts;
+    args->counted = side->rank_tokens && side->counted ? side->counted : args->n_tokens;
     args->rank_limit = moe__min(args->n_ranks, run->memory->now.k);
     if (!status) status = moe_loss(MOE_LOSS_COMMUNICATION, args, coefficient, value);
     return status;
@@ -8497,42 +9078,75 @@ static moe_status moe__balance_add_importance_selected(const moe__run *run, moe_
     if (!status) status = moe_loss(MOE_LOSS_IMPORTANCE_SELECTED, args, coefficient, value);
     return status;
 }
-/* On the clean logits and the noise. An expert's threshold is the k-th highest noisy logit of the others [C]. */
+/* Does logit `other` of a token come after logit `first`, in descending order? */
+static int moe__balance_after(const float *logits, size_t first, size_t other) {
+    return logits[other] < logits[first] || (logits[other] == logits[first] && other > first);
+}
+/* The places of the top_k-th highest of more logits, and of the next. */
+static void moe__balance_kth(const float *logits, size_t count, size_t top_k, size_t place[2]) {
+    place[1] = count;
+    for (size_t i = 0; i <= top_k; i++) {
+        size_t best = count;
+        for (size_t e = 0; e < count; e++)
+            if ((!i || moe__balance_after(logits, place[1], e)) && (best == count || logits[e] > logits[best]))
+                best = e;
+        place[0] = place[1];
+        place[1] = best;
+    }
+}
+/* An expert's threshold is the k-th highest noisy logit of the others [C]: the k-th for those below it, the next for
+ * the others. */
 static void moe__balance_thresholds(const moe__run *run, float *threshold) {
-    size_t E = run->plan->E, k = run->memory->now.k;
+    size_t E = run->plan->E, place[2];
     for (size_t t = 0; t < run->tape->n_tokens; t++, threshold += E) {
-        const float *z = run->tape->logits + t * E;
-        const int32_t *index = run->tape->index + t * run->plan->S; /* best first */
-        float kth = z[index[k - 1]], next = -FLT_MAX;
-        for (size_t e = 0; e < E; e++) {
-            int in = 0;
-            for (size_t i = 0; i < k; i++) in |= index[i] == (int32_t)e;
-            threshold[e] = (float)in;
-            if (!in && z[e] > next) next = z[e];
+        const float *logits = run->tape->logits + t * E;
+        moe__balance_kth(logits, E, run->memory->now.k, place);
+        for (size_t e = 0; e < E; e++) threshold[e] = logits[place[!moe__balance_after(logits, place[0], e)]];
+    }
+}
+/* From back = the gradient by (z - threshold): to the clean logits; to the noise, whose deviation gets -back u, u =
+ * (z - threshold) / deviation; and through the threshold, a noisy logit, to both [C]. */
+static void moe__balance_load_back(const moe__run *run, const float *threshold, const float *back) {
+    size_t E = run->plan->E, place[2];
+    const float *clean = run->tape->clean, *deviation = run->tape->noise_std;
+    float *d_logits = run->memory->d_logits, *raw = run->memory->noise.raw, slope;
+    int learned = run->desc->noise == MOE_NOISE_LEARNED;
+    for (size_t t = 0, at = 0; t < run->tape->n_tokens; t++, at += E) {
+        const float *logits = run->tape->logits + at;
+        float sum[2] = {0.0f, 0.0f};
+        moe__balance_kth(logits, E, run->memory->now.k, place);
+        for (size_t i = at; i < at + E; i++) {
+            d_logits[i] += back[i];
+            sum[!moe__balance_after(logits, place[0], i - at)] -= back[i];
+            if (!learned || back[i] == 0.0f) continue;
+            moe__noise_slope(run, i, 1, &slope);
+            raw[i] = moe__fma(-back[i] * ((clean[i] - threshold[i]) / deviation[i]), slope, raw[i]);
         }
-        for (size_t e = 0; e < E; e++) threshold[e] = threshold[e] > 0.0f ? next : kth;
+        for (size_t i = 0; i < 2; i++) {
+            size_t highest = at + place[i];
+            d_logits[highest] += sum[i];
+            if (!learned || !run->memory->now.training) continue;
+            moe__noise_slope(run, highest, 1, &slope);
+            raw[highest] = moe__fma(sum[i] * run->memory->noise.draw[highest], slope, raw[highest]);
+        }
     }
 }
 static moe_status moe__balance_add_load(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
     size_t count = args->n_tokens * args->n_experts;
-    float *threshold = run->memory->select.work, *d_noise_std = run->memory->select.view;
-    float *raw = run->memory->noise.raw;
+    float *threshold = run->memory->select.work, *back = run->memory->select.view;
     if (!count || run->memory->now.k >= args->n_experts) return MOE_OK;
     moe__balance_thresholds(run, threshold);
-    memset(d_noise_std, 0, count * sizeof(float));
+    memset(back, 0, count * sizeof(float));
     args->logits = run->tape->clean;
     args->noise_std = run->tape->noise_std;
     args->threshold = threshold;
-    args->d_noise_std = d_noise_std;
+    args->d_logits = back;
     args->mean = run->memory->losses.mean_of_batch;
     moe_status status = moe_mean_selection(args->n_tokens, args->n_experts, args->logits, args->noise_std, threshold,
                                            run->memory->losses.mean_of_batch);
     if (!status) status = moe_loss(MOE_LOSS_LOAD, args, coefficient, value);
-    if (status || run->desc->noise != MOE_NOISE_LEARNED) return status;
-    for (size_t i = 0; i < count; i++) threshold[i] = -args->noise_std[i];
-    run->kernels->exp(count, threshold, threshold);
-    for (size_t i = 0; i < count; i++) raw[i] = moe__fma(d_noise_std[i], 1.0f - threshold[i], raw[i]);
-    return MOE_OK;
+    if (!status) moe__balance_load_back(run, threshold, back);
+    return status;
 }
 /* V of every routed expert, taken out of its panels. */
 static moe_status moe__balance_add_orthonormal(const moe__run *run, moe_loss_args *args, float coefficient,
@@ -8613,7 +9227,7 @@ static int moe__balance_fits_outputs(const moe_desc *desc) {
 #define MOE__LOSS(name, reads) reads, moe__loss_##name, MOE__LOSS_ON_LOGITS
 static const moe__balance_row moe__balance_losses[MOE_LOSS_COUNT] = {
     {{"switch", "E sum_e f_e P_e, f_e = c_e / sum_j c_j", "GShard, Switch", "C", 0.01f},
-     MOE__LOSS(switch, MOE__R(PROB) | MOE__R(LOAD)), NULL, NULL},
+     MOE__LOSS(switch, MOE__R(PROB) | MOE__R(LOAD)), NULL, moe__balance_add_switch},
     {{"z", "mean_t (logsumexp z_t)^2", "ST-MoE", "C", 0.001f},
      MOE__LOSS(z, MOE__R(LOGITS)), NULL, NULL},
     {{"importance", "Var(P) / Mean(P)^2", "V-MoE, after Shazeer 2017", "K", 0.005f},
@@ -8656,7 +9270,7 @@ static const moe__balance_row moe__balance_losses[MOE_LOSS_COUNT] = {
      MOE__LOSS(oracle, MOE__R(PROB) | MOE__R(TEACHER)), NULL, NULL},
     {{"simbal", "sum_ij abs((R^T R - I)_ij)", "SimBal (2506.14038)", "P", 0.1f},
      MOE__LOSS(simbal, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
-    {{"diverse-simple", "norm(R^T R - I) + mean_e norm(R_e)", "DynMoE", "C", 0.0f},
+    {{"diverse-simple", "norm(C^T C - I) + mean_e norm(R_e), C_e = R_e / norm(R_e)", "DynMoE", "C", 0.0f},
      MOE__LOSS(diverse_simple, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
     {{"prototype-orthogonality", "sum_ij ((C^T C - I)_ij)^2, C_e = R_e / norm(R_e)", "ecology paper; form", "D", 0.05f},
      MOE__LOSS(prototype_orthogonality, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
@@ -8675,7 +9289,7 @@ static const moe__balance_row moe__balance_losses[MOE_LOSS_COUNT] = {
      moe__balance_fits_outputs, moe__balance_add_output_orthogonality},
     {{"orthonormal", "sum_ij ((V^T V - I)_ij)^2", "ERMoE", "S", 0.001f},
      MOE__LOSS(orthonormal, MOE__R(MATRIX)), moe__balance_fits_orthonormal, moe__balance_add_orthonormal},
-    {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2)", "VQMoE", "C", 0.08f},
+    {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2) / d", "VQMoE", "C", 0.08f},
      MOE__LOSS(codebook, MOE__R(X) | MOE__R(CODEBOOK) | MOE__R(CODE) | MOE__R(COMMITMENT)),
      moe__balance_fits_codes, moe__balance_add_codebook},
 };
@@ -8704,20 +9318,57 @@ MOE_API moe_status moe_loss(moe_loss_kind kind, const moe_loss_args *args, float
     return MOE_OK;
 }
 
+/* What a layer that a loss does not fit lacks. */
+static moe_status moe__balance_lacks(int kind) {
+    switch (kind) {
+    case MOE_LOSS_IMPORTANCE_SELECTED: return MOE_E_LOSS_IMPORTANCE_SELECTED;
+    case MOE_LOSS_LOAD: return MOE_E_LOSS_LOAD;
+    case MOE_LOSS_RANK: return MOE_E_LOSS_RANK;
+    case MOE_LOSS_COMMUNICATION: return MOE_E_LOSS_COMMUNICATION;
+    case MOE_LOSS_LOCALITY: return MOE_E_LOSS_LOCALITY;
+    case MOE_LOSS_RELU_L1: return MOE_E_LOSS_RELU_L1;
+    case MOE_LOSS_SIMBAL: return MOE_E_LOSS_SIMBAL;
+    case MOE_LOSS_DIVERSE_SIMPLE: return MOE_E_LOSS_DIVERSE_SIMPLE;
+    case MOE_LOSS_PROTOTYPE_ORTHOGONALITY: return MOE_E_LOSS_PROTOTYPE_ORTHOGONALITY;
+    case MOE_LOSS_PROTOTYPE_DIVERSITY: return MOE_E_LOSS_PROTOTYPE_DIVERSITY;
+    case MOE_LOSS_PROTOTYPE_ALIGNMENT: return MOE_E_LOSS_PROTOTYPE_ALIGNMENT;
+    case MOE_LOSS_LATENT_KL: return MOE_E_LOSS_LATENT_KL;
+    case MOE_LOSS_OUTPUT_ORTHOGONALITY: return MOE_E_LOSS_OUTPUT_ORTHOGONALITY;
+    case MOE_LOSS_ORTHONORMAL: return MOE_E_LOSS_ORTHONORMAL;
+    case MOE_LOSS_CODEBOOK: return MOE_E_LOSS_CODEBOOK;
+    default: return MOE_E_LOSS_STAGE;
+    }
+}
 static moe_status moe__balance_check(const moe_desc *desc) {
     for (int i = 0; i < MOE_LOSS_COUNT; i++) {
         const moe__balance_row *row = &moe__balance_losses[i];
-        if (desc->loss[i] > 0.0f && row->fits && !row->fits(desc)) return MOE_E_LOSS_STAGE;
+        if (desc->loss[i] > 0.0f && row->fits && !row->fits(desc)) return moe__balance_lacks(i);
     }
     return MOE_OK;
+}
+/* The same for the desc of a run, and what its side says of the whole: before a backward changes anything. */
+static moe_status moe__balance_ready(const moe__run *run) {
+    const moe_side *side = &run->tape->side;
+    int first = run->desc->switch_load == MOE_LOAD_FIRST && run->desc->loss[MOE_LOSS_SWITCH] > 0.0f;
+    moe_status status = moe__balance_check(run->desc);
+    if (status) return status;
+    if (!(side->loss_weight >= 0.0f) || !moe__finite(side->loss_weight)) return MOE_E_LOSS_WEIGHT;
+    if (first && side->load && !side->first) return MOE_E_NULL_LOAD;
+    for (size_t e = 0; side->mean && e < run->plan->E; e++)
+        if (!(side->mean[e] >= 0.0 && side->mean[e] <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    return MOE_OK;
+}
+static float moe__balance_coefficient(const moe__run *run, moe_loss_kind kind) {
+    float weight = run->tape->side.loss_weight;
+    return run->desc->loss[kind] * (weight > 0.0f ? weight : 1.0f);
 }
 /* The losses of one place in the backward, to the gradients by the weights, the logits, the noise, the router. */
 static moe_status moe__balance_add(const moe__run *run, const uint64_t *load, moe__balance_when when) {
     moe_status status = MOE_OK;
     for (int i = 0; i < MOE_LOSS_COUNT && !status; i++) {
         const moe__balance_row *row = &moe__balance_losses[i];
-        float coefficient = run->desc->loss[i];
-        if (!(coefficient > 0.0f) || row->when != when) continue;
+        float coefficient = moe__balance_coefficient(run, (moe_loss_kind)i);
+        if (!(run->desc->loss[i] > 0.0f) || row->when != when) continue;
         moe_loss_args args = moe__balance_args(run, load);
         if (row->reads == MOE__READS(ROUTER)) { /* of soft slots, columns */
             args.d_model = run->plan->L;
@@ -8773,19 +9424,23 @@ static moe_status moe__control_bias(moe_control *control, const moe_control_inpu
 /* e = (mean - load) / mean; b += Ki e + Kd [e_prev de > 0] de, de = e - e_prev; then mean b = 0: as in ID balancing
  * [P]. */
 static moe_status moe__control_id(moe_control *control, const moe_control_input *in) {
-    double mean = moe__control_mean(control, in), centre = 0.0;
+    double mean = moe__control_mean(control, in);
     if (!(mean > 0.0)) return MOE_OK;
     for (size_t e = 0; e < control->n_experts; e++) {
         double error = (mean - (double)in->load[e]) / mean, before = (double)control->error[e], change = error - before;
         double step = (double)control->rate * error;
-        if (before * change > 0.0) step += (double)control->damping * change;
+        if (before * change > 0.0) step += moe__times((double)control->damping, change);
         control->bias[e] = (float)((double)control->bias[e] + step);
         control->error[e] = (float)error;
-        centre += (double)control->bias[e];
     }
+    return MOE_OK;
+}
+static void moe__control_recentre(moe_control *control, const moe_control_input *in) {
+    double centre = 0.0, seen = in->load ? moe__control_mean(control, in) : (double)in->n_tokens;
+    if (!(seen > 0.0)) return;
+    for (size_t e = 0; e < control->n_experts; e++) centre += (double)control->bias[e];
     centre /= (double)control->n_experts;
     for (size_t e = 0; e < control->n_experts; e++) control->bias[e] = (float)((double)control->bias[e] - centre);
-    return MOE_OK;
 }
 
 /* u = decay u + (1 - decay) load / mean; b = boost where u < low, else 0. The constants are [C], the unit of u is ours
@@ -8794,7 +9449,8 @@ static moe_status moe__control_usage(moe_control *control, const moe_control_inp
     double mean = moe__control_mean(control, in), decay = (double)control->damping;
     if (!(mean > 0.0)) return MOE_OK;
     for (size_t e = 0; e < control->n_experts; e++) {
-        double usage = decay * (double)control->usage[e] + (1.0 - decay) * ((double)in->load[e] / mean);
+        double now = moe__times(1.0 - decay, (double)in->load[e] / mean);
+        double usage = moe__times(decay, (double)control->usage[e]) + now;
         control->usage[e] = (float)usage;
         control->bias[e] = control->usage[e] < control->low ? control->rate : 0.0f;
     }
@@ -8824,7 +9480,8 @@ static moe_status moe__control_adaptive_check(const moe_control *control, const 
 static moe_status moe__control_adaptive(moe_control *control, const moe_control_input *in) {
     double goal = moe__smaller((double)control->rate * in->drop_rate, (double)control->high);
     double decay = (double)control->damping;
-    *control->coefficient = (float)(decay * (double)*control->coefficient + (1.0 - decay) * goal);
+    double kept = moe__times(decay, (double)*control->coefficient);
+    *control->coefficient = (float)(kept + moe__times(1.0 - decay, goal));
     return MOE_OK;
 }
 
@@ -8868,7 +9525,7 @@ static void moe__control_quantile_of(moe_control *control, const moe_control_inp
     for (size_t e = 0; e < E; e++) {
         for (size_t t = 0; t < T; t++) row[t] = in->scores[t * E + e] - alpha[t];
         double below = (double)moe__control_rank(T, row, low), above = (double)moe__control_rank(T, row, high);
-        control->bias[e] = (float)-(below + (at - (double)low) * (above - below));
+        control->bias[e] = (float)-(below + moe__times(at - (double)low, above - below));
     }
 }
 static moe_status moe__control_quantile(moe_control *control, const moe_control_input *in) {
@@ -8938,6 +9595,7 @@ static moe_status moe__control_layout(moe_control *control, moe_control_kind kin
     control->damping = row->damping;
     control->low = row->low;
     control->high = row->high;
+    control->recentre = kind == MOE_CONTROL_ID;
     control->n_state = (row->has & MOE__CONTROL_COEFFICIENT) != 0;
     for (int part = MOE__CONTROL_BIAS; part <= MOE__CONTROL_USAGE; part *= 2)
         if (row->has & part) control->n_state += n_experts;
@@ -8995,6 +9653,7 @@ MOE_API moe_status moe_control_step(moe_control *control, const moe_control_inpu
     if (!in) return MOE_E_NULL_INPUT;
     moe_status status = row->check(control, in);
     if (!status) status = row->step(control, in);
+    if (!status && control->recentre && control->bias) moe__control_recentre(control, in);
     return status;
 }
 
@@ -9014,7 +9673,7 @@ static double moe__control_schedule(moe_schedule_kind kind, uint64_t step, uint6
     if (step >= total) return to;
     double share = (double)step / (double)total;
     if (kind == MOE_SCHEDULE_COSINE) share = 0.5 * (1.0 - (double)moe__control_half_cosine(share));
-    if (kind != MOE_SCHEDULE_EXPONENTIAL) return from + (to - from) * share;
+    if (kind != MOE_SCHEDULE_EXPONENTIAL) return from + moe__times(to - from, share);
     float x[2];
     x[0] = moe__positive(from);
     x[1] = moe__positive(to);
@@ -9087,7 +9746,7 @@ static moe_status moe__optimizer_check(const moe_optimizer_args *args, float bet
 }
 
 /* AdamW: m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
- * p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), as in Loshchilov and Hutter [K]. */
+ * p = (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), after Loshchilov and Hutter [K]. */
 MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *args, size_t count, float *params, const float *grads,
                                       float *m, float *v) {
     moe__optimizer_job job;
@@ -9138,8 +9797,8 @@ static void moe__optimizer_task_squares(void *arg, size_t i, size_t worker) {
     double lane[16] = {0};
     (void)worker;
     for (; at + 16 <= end; at += 16)
-        for (size_t l = 0; l < 16; l++) lane[l] += (double)x[at + l] * (double)x[at + l];
-    for (size_t l = 0; at + l < end; l++) lane[l] += (double)x[at + l] * (double)x[at + l];
+        for (size_t l = 0; l < 16; l++) lane[l] += (double)x[at + l] * (double)x[at + l]; /* exact */
+    for (size_t l = 0; at + l < end; l++) lane[l] += (double)x[at + l] * (double)x[at + l]; /* exact */
     for (size_t half = 8; half; half >>= 1)
         for (size_t l = 0; l < half; l++) lane[l] += lane[l + half];
     squares->sum[i] = lane[0];
@@ -9200,13 +9859,14 @@ static void moe__health_sort(size_t n, double *values) {
     }
 }
 
-/* Is an expert dead by its count of all first choices, or by that of all selections? A single expert never is. */
+/* Is an expert dead by its count of all first choices, or by that of all selections? A single expert never is. A count
+ * of exactly the border is not under it: 0.01 and 0.1 are off by less than half a unit, so the products are exact. */
 static int moe__health_dead_first(size_t n_experts, double first, uint64_t count) {
     return n_experts > 1 && first > 0.0 && (double)count < MOE__DEAD_FIRST * first;
 }
-static int moe__health_dead_load(const moe_health *health, double total, uint64_t count) {
-    double fraction = health->dead_fraction > 0.0 ? health->dead_fraction : MOE__DEAD_FRACTION;
-    return health->n_experts > 1 && total > 0.0 && (double)count < fraction * total / (double)health->n_experts;
+static int moe__health_dead(size_t n_experts, double fraction, double total, uint64_t count) {
+    double share = fraction > 0.0 ? fraction : MOE__DEAD_FRACTION;
+    return n_experts > 1 && total > 0.0 && (double)count < share * total / (double)n_experts;
 }
 
 static moe_status moe__health_layout(moe_health *health, size_t n_experts, moe__arena *arena) {
@@ -9217,6 +9877,7 @@ static moe_status moe__health_layout(moe_health *health, size_t n_experts, moe__
     health->top1 = (uint64_t *)moe__take(arena, n_experts, sizeof(uint64_t));
     health->prob = (double *)moe__take(arena, n_experts, sizeof(double));
     health->sorted = (uint64_t *)moe__take(arena, n_experts, sizeof(uint64_t));
+    health->dead = (uint32_t *)moe__take(arena, n_experts, sizeof(uint32_t));
     return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
 }
 
@@ -9307,13 +9968,14 @@ MOE_API moe_status moe_health_update(moe_health *health) {
     double total = moe__health_sum(n, health->load), first = moe__health_sum(n, health->top1), prob = 0.0;
     health->maxvio = health->load_cv = health->load_entropy = health->entropy = health->drop_rate = 0.0;
     health->minvio = health->gini = health->min_max = health->effective_experts = 0.0;
-    health->n_dead = health->n_dead_relative = 0;
+    health->n_dead = health->n_dead_first = 0;
     if (total > 0.0) moe__health_update_load(health, total);
     for (size_t e = 0; e < n; e++) prob += health->prob[e];
     for (size_t e = 0; e < n; e++) {
         if (prob > 0.0) health->entropy += moe__health_entropy(health->prob[e] / prob);
-        health->n_dead += (size_t)moe__health_dead_first(n, first, health->top1[e]);
-        health->n_dead_relative += (size_t)moe__health_dead_load(health, total, health->load[e]);
+        health->n_dead_first += (size_t)moe__health_dead_first(n, first, health->top1[e]);
+        if (moe__health_dead(n, health->dead_fraction, total, health->load[e]))
+            health->dead[health->n_dead++] = (uint32_t)e;
     }
     if (health->n_selected) health->drop_rate = (double)health->n_dropped / (double)health->n_selected;
     return MOE_OK;
@@ -9331,13 +9993,14 @@ MOE_API moe_status moe_health_compare(const moe_health *before, const moe_health
     size_t n = now->n_experts;
     double old_first = moe__health_sum(n, before->top1), first = moe__health_sum(n, now->top1);
     double old_total = moe__health_sum(n, before->load), total = moe__health_sum(n, now->load);
+    double fraction = now->dead_fraction;
     memset(out, 0, sizeof *out);
     for (size_t e = 0; e < n; e++) {
         uint64_t old_load = before->load[e], load = now->load[e];
         moe__health_turn(moe__health_dead_first(n, old_first, before->top1[e]),
-                         moe__health_dead_first(n, first, now->top1[e]), &out->newly_dead, &out->revived);
-        moe__health_turn(moe__health_dead_load(now, old_total, old_load), moe__health_dead_load(now, total, load),
-                         &out->newly_dead_relative, &out->revived_relative);
+                         moe__health_dead_first(n, first, now->top1[e]), &out->newly_dead_first, &out->revived_first);
+        moe__health_turn(moe__health_dead(n, fraction, old_total, old_load),
+                         moe__health_dead(n, fraction, total, load), &out->newly_dead, &out->revived);
         if (old_total > 0.0 && total > 0.0)
             out->load_moved += 0.5 * fabs((double)load / total - (double)old_load / old_total);
     }
@@ -9375,9 +10038,42 @@ static moe_status moe__measure_logits_ok(size_t n_tokens, size_t n_experts, cons
     return *count && !logits ? MOE_E_NULL_LOGITS : MOE_OK;
 }
 
+/* A row without a choice is no token. */
+static int moe__measure_is_token(size_t top_k, const int32_t *index) {
+    for (size_t k = 0; k < top_k; k++)
+        if (index[k] >= 0) return 1;
+    return 0;
+}
+
+/* Rows of logits with their choices; index NULL: each is a token. */
+typedef struct moe__measure_rows {
+    size_t n_rows, n_experts, top_k;
+    const float *logits;
+    const int32_t *index;
+} moe__measure_rows;
+
+/* The logits of the first token at row *next or after it, which moves behind it; NULL: there is none. */
+static const float *moe__measure_token(const moe__measure_rows *rows, size_t *next) {
+    while (*next < rows->n_rows) {
+        size_t row = (*next)++;
+        if (!rows->index || moe__measure_is_token(rows->top_k, rows->index + row * rows->top_k))
+            return rows->logits + row * rows->n_experts;
+    }
+    return NULL;
+}
+
+/* *n_tokens = how many there are, if their logits can be used. */
+static moe_status moe__measure_tokens_ok(const moe__measure_rows *rows, size_t *n_tokens) {
+    const float *token;
+    *n_tokens = 0;
+    for (size_t next = 0; (token = moe__measure_token(rows, &next)) != NULL; ++*n_tokens)
+        if (!moe__all_finite(rows->n_experts, token)) return MOE_E_NAN_LOGITS;
+    return *n_tokens ? MOE_OK : MOE_E_NO_TOKENS;
+}
+
 MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *before, const int32_t *after,
                              double *share) {
-    size_t pairs, changed = 0;
+    size_t pairs, changed = 0, counted = 0;
     if (!top_k) return MOE_E_TOP_K;
     if (!moe__mul(n_tokens, top_k, &pairs)) return MOE_E_OVERFLOW;
     if (!share) return MOE_E_NULL_OUT;
@@ -9391,8 +10087,10 @@ MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *befor
             for (size_t k = 0; k < top_k; k++) common += after[k] == before[i];
         }
         changed += common != size_before || common != size_after;
+        counted += size_before || size_after;
     }
-    *share = (double)changed / (double)moe__max(n_tokens, 1);
+    if (n_tokens && !counted) return MOE_E_NO_TOKENS;
+    *share = (double)changed / (double)moe__max(counted, 1);
     return MOE_OK;
 }
 
@@ -9403,16 +10101,19 @@ MOE_API moe_status moe_seu(size_t n_tokens, size_t n_experts, size_t top_k, size
     if (!sequence) return MOE_E_SEQUENCE;
     if (!work) return MOE_E_NULL_WORK;
     if (!seu) return MOE_E_NULL_OUT;
-    size_t n_sequences = moe__ceil_div(n_tokens, sequence);
+    size_t n_sequences = 0;
+    uint32_t last = 0;
     double distinct = 0.0;
     memset(work, 0, n_experts * sizeof *work);
-    if (n_sequences >= UINT32_MAX) return MOE_E_OVERFLOW;
+    if (moe__ceil_div(n_tokens, sequence) >= UINT32_MAX) return MOE_E_OVERFLOW;
     for (size_t i = 0; i < n_tokens * top_k; i++) {
         uint32_t mark = (uint32_t)(i / top_k / sequence) + 1; /* the sequence that saw the expert last */
         if (index[i] < 0 || work[index[i]] == mark) continue;
-        work[index[i]] = mark;
+        n_sequences += mark != last;
+        last = work[index[i]] = mark;
         distinct += 1.0;
     }
+    if (n_tokens && !n_sequences) return MOE_E_NO_TOKENS;
     *seu = distinct / ((double)moe__max(n_sequences, 1) * (double)n_experts);
     return MOE_OK;
 }
@@ -9493,9 +10194,10 @@ MOE_API moe_status moe_label_by_expert(size_t n_tokens, size_t n_experts, size_t
     if (n_tokens && !label) return MOE_E_NULL_LABEL;
     if (!count) return MOE_E_NULL_COUNT;
     for (size_t t = 0; t < n_tokens; t++)
-        if (label[t] >= n_labels) return MOE_E_LABEL;
+        if (label[t] >= n_labels && label[t] <= INT32_MAX && moe__measure_is_token(top_k, index + t * top_k))
+            return MOE_E_LABEL;
     for (size_t t = 0; t < n_tokens; t++, index += top_k)
-        if (index[0] >= 0) count[(size_t)index[0] * n_labels + label[t]]++;
+        if (index[0] >= 0 && label[t] <= INT32_MAX) count[(size_t)index[0] * n_labels + label[t]]++;
     return MOE_OK;
 }
 
@@ -9746,7 +10448,8 @@ static void moe__measure_scan_row(const moe__measure_work *work, size_t n_tokens
         row->entropy += moe__health_entropy(work->mean[e] / tokens);
         most = moe__larger(most, load);
         square += (load - mean) * (load - mean);
-        row->n_dead += (size_t)moe__health_dead_first(n_experts, tokens, work->top1[e]);
+        row->n_dead += (size_t)moe__health_dead(n_experts, 0.0, tokens * (double)top_k, work->load[e]);
+        row->n_dead_first += (size_t)moe__health_dead_first(n_experts, tokens, work->top1[e]);
     }
     row->maxvio = most / mean - 1.0;
     row->load_cv = sqrt(square / (double)n_experts) / mean;
@@ -10212,7 +10915,7 @@ MOE_API moe_status moe_game_cluster(size_t n_tokens, size_t n_experts, size_t n_
                                     const float *logits, uint32_t *type, double *share, double *quality, double *work) {
     size_t count, bytes, n_centres = 0;
     moe_status status = moe_game_types_scratch(n_experts, n_types, &bytes);
-    if (!status && !n_tokens) status = MOE_E_N_BATCHES;
+    if (!status && !n_tokens) status = MOE_E_NO_TOKENS;
     if (!status) status = moe__measure_logits_ok(n_tokens, n_experts, logits, &count);
     if (status) return status;
     if (!type || !share || !quality) return MOE_E_NULL_OUT;
@@ -10467,12 +11170,15 @@ MOE_API moe_status moe_game_epsilon(size_t n_tokens, size_t n_experts, size_t to
     if (!moe__finite_double(gamma)) return MOE_E_GAMMA;
     if (!work) return MOE_E_NULL_WORK;
     if (!epsilon) return MOE_E_NULL_OUT;
-    if (!moe__all_finite(n_logits, logits)) return MOE_E_NAN_LOGITS;
+    moe__measure_rows rows = {n_tokens, n_next, top_k, logits, index};
+    status = moe__measure_tokens_ok(&rows, &n_logits);
+    if (status) return status;
     if (!(moe__game_total(n_next, load) > 0.0)) return MOE_E_LOAD;
     double *sum = work, *count = work + n_experts;
     moe__health_zero(2 * n_experts, work);
     for (size_t t = 0; t < n_tokens; t++, index += top_k, logits += n_next) {
         double top = -HUGE_VAL, total = 0.0;
+        if (!moe__measure_is_token(top_k, index)) continue;
         for (size_t j = 0; j < n_next; j++) top = moe__larger(top, (double)logits[j] - gamma * load[j]);
         for (size_t j = 0; j < n_next; j++) total += exp((double)logits[j] - gamma * load[j] - top);
         for (size_t k = 0; k < top_k; k++) {
@@ -10502,56 +11208,68 @@ MOE_API const char *moe_quality_name(moe_quality_kind kind) {
 }
 
 /* Of each expert's logits in order, the mean without `cut` at each end. work (T). */
-static void moe__game_quality_middle(size_t n_tokens, size_t n_experts, size_t cut, const float *logits, double *work,
+static void moe__game_quality_middle(const moe__measure_rows *rows, size_t n_tokens, size_t cut, double *work,
                                      double *quality) {
-    for (size_t e = 0; e < n_experts; e++) {
-        for (size_t t = 0; t < n_tokens; t++) work[t] = (double)logits[t * n_experts + e];
+    const float *token;
+    for (size_t e = 0; e < rows->n_experts; e++) {
+        for (size_t t = 0, next = 0; (token = moe__measure_token(rows, &next)) != NULL; t++) work[t] = (double)token[e];
         moe__health_sort(n_tokens, work);
         for (size_t t = cut; t < n_tokens - cut; t++) quality[e] += work[t] / (double)(n_tokens - 2 * cut);
     }
 }
 
-static void moe__game_quality_selected(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
-                                       const int32_t *index, double *work, double *quality) {
-    moe__health_zero(n_experts, work);
-    for (size_t i = 0; i < n_tokens * top_k; i++) {
+static void moe__game_quality_selected(const moe__measure_rows *rows, double *work, double *quality) {
+    size_t n = rows->n_experts, k = rows->top_k;
+    const int32_t *index = rows->index;
+    moe__health_zero(n, work);
+    for (size_t i = 0; i < rows->n_rows * k; i++) {
         if (index[i] < 0) continue;
-        quality[index[i]] += (double)logits[i / top_k * n_experts + (size_t)index[i]];
+        quality[index[i]] += (double)rows->logits[i / k * n + (size_t)index[i]];
         work[index[i]] += 1.0;
     }
-    for (size_t e = 0; e < n_experts; e++) quality[e] = work[e] > 0.0 ? quality[e] / work[e] : -HUGE_VAL;
+    for (size_t e = 0; e < n; e++) quality[e] = work[e] > 0.0 ? quality[e] / work[e] : -HUGE_VAL;
 }
 
-static void moe__game_quality_log_prob(size_t n_tokens, size_t n_experts, const float *logits, double *quality) {
-    for (size_t t = 0; t < n_tokens; t++, logits += n_experts) {
-        double top = (double)logits[0], sum = 0.0;
-        for (size_t e = 0; e < n_experts; e++) top = moe__larger(top, (double)logits[e]);
-        for (size_t e = 0; e < n_experts; e++) sum += exp((double)logits[e] - top);
-        for (size_t e = 0; e < n_experts; e++) quality[e] += exp((double)logits[e] - top) / sum / (double)n_tokens;
+static void moe__game_quality_log_prob(const moe__measure_rows *rows, size_t n_tokens, double *quality) {
+    size_t n = rows->n_experts;
+    const float *token;
+    for (size_t next = 0; (token = moe__measure_token(rows, &next)) != NULL;) {
+        double top = (double)token[0], sum = 0.0;
+        for (size_t e = 0; e < n; e++) top = moe__larger(top, (double)token[e]);
+        for (size_t e = 0; e < n; e++) sum += exp((double)token[e] - top);
+        for (size_t e = 0; e < n; e++) quality[e] += exp((double)token[e] - top) / sum / (double)n_tokens;
     }
-    for (size_t e = 0; e < n_experts; e++) quality[e] = log(quality[e]);
+    for (size_t e = 0; e < n; e++) quality[e] = log(quality[e]);
+}
+
+static void moe__game_quality_mean(const moe__measure_rows *rows, size_t n_tokens, double *quality) {
+    const float *token;
+    for (size_t next = 0; (token = moe__measure_token(rows, &next)) != NULL;)
+        for (size_t e = 0; e < rows->n_experts; e++) quality[e] += (double)token[e] / (double)n_tokens;
 }
 
 MOE_API moe_status moe_game_quality(moe_quality_kind kind, size_t n_tokens, size_t n_experts, size_t top_k,
                                     const float *logits, const int32_t *index, double *work, double *quality) {
-    size_t count, ends = n_tokens / 10;
+    size_t count;
     if ((unsigned)kind >= MOE_QUALITY_COUNT) return MOE_E_QUALITY_KIND;
     if (!n_experts || n_experts > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
-    if (!n_tokens) return MOE_E_N_BATCHES;
+    if (!n_tokens) return MOE_E_NO_TOKENS;
     moe_status status = moe__measure_logits_ok(n_tokens, n_experts, logits, &count);
     if (!status && !quality) status = MOE_E_NULL_QUALITY;
     if (!status && kind >= MOE_QUALITY_SELECTED && !work) status = MOE_E_NULL_WORK;
-    if (!status && kind == MOE_QUALITY_SELECTED) status = moe__measure_index_ok(n_tokens, n_experts, top_k, index);
+    if (!status && (index || kind == MOE_QUALITY_SELECTED))
+        status = moe__measure_index_ok(n_tokens, n_experts, top_k, index);
+    moe__measure_rows rows = {n_tokens, n_experts, top_k, logits, index};
+    if (!status) status = moe__measure_tokens_ok(&rows, &count);
     if (status) return status;
-    if (!moe__all_finite(count, logits)) return MOE_E_NAN_LOGITS;
     moe__health_zero(n_experts, quality);
-    if (kind == MOE_QUALITY_MEDIAN) ends = (n_tokens - 1) / 2;
-    if (kind >= MOE_QUALITY_MEDIAN) moe__game_quality_middle(n_tokens, n_experts, ends, logits, work, quality);
-    else if (kind == MOE_QUALITY_SELECTED)
-        moe__game_quality_selected(n_tokens, n_experts, top_k, logits, index, work, quality);
-    else if (kind == MOE_QUALITY_LOG_PROB) moe__game_quality_log_prob(n_tokens, n_experts, logits, quality);
-    else
-        for (size_t i = 0; i < count; i++) quality[i % n_experts] += (double)logits[i] / (double)n_tokens;
+    switch (kind) {
+    case MOE_QUALITY_LOG_PROB: moe__game_quality_log_prob(&rows, count, quality); break;
+    case MOE_QUALITY_SELECTED: moe__game_quality_selected(&rows, work, quality); break;
+    case MOE_QUALITY_MEDIAN: moe__game_quality_middle(&rows, count, (count - 1) / 2, work, quality); break;
+    case MOE_QUALITY_TRIMMED: moe__game_quality_middle(&rows, count, count / 10, work, quality); break;
+    default: moe__game_quality_mean(&rows, count, quality);
+    }
     return MOE_OK;
 }
 
@@ -10587,6 +11305,8 @@ static moe_status moe__game_layout(moe_game *game, size_t n_experts, size_t n_ba
     game->tokens = (uint64_t *)moe__take(arena, n_batches, sizeof(uint64_t));
     game->count = (uint64_t *)moe__take(arena, count, sizeof(uint64_t));
     game->logit = (double *)moe__take(arena, count, sizeof(double));
+    game->null_count = (uint64_t *)moe__take(arena, count, sizeof(uint64_t));
+    game->scratch = (uint32_t *)moe__take(arena, count, 4 * sizeof(uint32_t));
     return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
 }
 
@@ -10612,7 +11332,80 @@ MOE_API moe_status moe_game_reset(moe_game *game) {
     if (!game || !game->tokens) return MOE_E_NULL_GAME;
     memset(game->tokens, 0, game->n_batches * sizeof *game->tokens);
     memset(game->count, 0, game->n_batches * game->n_experts * sizeof *game->count);
+    memset(game->null_count, 0, game->n_batches * game->n_experts * sizeof *game->null_count);
     moe__health_zero(game->n_batches * game->n_experts, game->logit);
+    return MOE_OK;
+}
+
+/* -- the null --
+ * Token t of a block of n takes expert e's logit from token (step_e t + at_e) mod n, step_e coprime to n: a permutation
+ * for each expert. So each expert keeps its logits, and what a token's logits have in common is gone. */
+#define MOE__GAME_BLOCK 1024
+typedef struct moe__game_block {
+    size_t n_tokens;
+    const float *token[MOE__GAME_BLOCK];
+    size_t top_k[MOE__GAME_BLOCK];
+} moe__game_block;
+
+static size_t moe__game_coprime(size_t step, size_t n) {
+    for (;; step++) {
+        size_t a = n, b = step;
+        while (b) {
+            size_t rest = a % b;
+            a = b, b = rest;
+        }
+        if (a == 1) return step;
+    }
+}
+
+static void moe__game_null_block(moe_game *game, size_t batch, uint64_t block_number, const moe__game_block *block) {
+    size_t n = game->n_experts, n_tokens = block->n_tokens;
+    uint32_t *step = game->scratch + batch * 4 * n, *at = step + n;
+    float *row = (float *)(void *)(at + n);
+    int32_t *choice = (int32_t *)(void *)(at + 2 * n);
+    for (size_t e = 0; e < n; e++) {
+        uint64_t i = 2 * (block_number * n + e);
+        at[e] = (uint32_t)((uint64_t)moe_rand_u32(game->seed, batch, i) * n_tokens >> 32);
+        uint64_t least = (uint64_t)moe_rand_u32(game->seed, batch, i + 1) * (n_tokens - 1) >> 32;
+        step[e] = (uint32_t)moe__game_coprime((size_t)least + 1, n_tokens);
+    }
+    for (size_t t = 0; t < n_tokens; t++) {
+        for (size_t e = 0; e < n; e++) {
+            row[e] = block->token[at[e]][e];
+            at[e] = (uint32_t)((at[e] + step[e]) % n_tokens);
+        }
+        if (!moe__dispatched()->topk(1, n, block->top_k[t], row, choice, NULL)) continue;
+        for (size_t k = 0; k < block->top_k[t]; k++) game->null_count[batch * n + (size_t)choice[k]]++;
+    }
+}
+
+static size_t moe__game_choices(size_t top_k, const int32_t *index) {
+    size_t count = 0;
+    for (size_t k = 0; k < top_k; k++) count += index[k] >= 0;
+    return count;
+}
+
+MOE_API moe_status moe_game_add_null(moe_game *game, size_t batch, size_t n_tokens, size_t top_k, const float *logits,
+                                     const int32_t *index) {
+    size_t left;
+    const float *token;
+    moe__game_block block;
+    if (!game || !game->tokens) return MOE_E_NULL_GAME;
+    if (batch >= game->n_batches) return MOE_E_BATCH;
+    moe_status status = moe__measure_logits_ok(n_tokens, game->n_experts, logits, &left);
+    if (!status && index) status = moe__measure_index_ok(n_tokens, game->n_experts, top_k, index);
+    if (!status) status = moe__measure_sizes_ok(game->n_experts, top_k);
+    moe__measure_rows rows = {n_tokens, game->n_experts, top_k, logits, index};
+    if (!status) status = moe__measure_tokens_ok(&rows, &left);
+    if (status) return status == MOE_E_NO_TOKENS ? MOE_OK : status;
+    size_t blocks = moe__ceil_div(left, MOE__GAME_BLOCK), size = 0;
+    for (size_t next = 0; (token = moe__measure_token(&rows, &next)) != NULL; left--) {
+        if (!size) size = block.n_tokens = moe__ceil_div(left, blocks);
+        block.token[block.n_tokens - size] = token;
+        block.top_k[block.n_tokens - size] = index ? moe__game_choices(top_k, index + (next - 1) * top_k) : top_k;
+        if (--size) continue;
+        moe__game_null_block(game, batch, game->tokens[batch] + --blocks, &block);
+    }
     return MOE_OK;
 }
 
@@ -10623,13 +11416,17 @@ MOE_API moe_status moe_game_add(moe_game *game, size_t batch, size_t n_tokens, s
     if (batch >= game->n_batches) return MOE_E_BATCH;
     moe_status status = moe__measure_logits_ok(n_tokens, game->n_experts, logits, &n_logits);
     if (!status) status = moe__measure_index_ok(n_tokens, game->n_experts, top_k, index);
-    if (status) return status;
-    if (!moe__all_finite(n_logits, logits)) return MOE_E_NAN_LOGITS;
-    game->tokens[batch] += n_tokens;
+    moe__measure_rows rows = {n_tokens, game->n_experts, top_k, logits, index};
+    if (!status) status = moe__measure_tokens_ok(&rows, &n_logits);
+    if (status) return status == MOE_E_NO_TOKENS ? MOE_OK : status; /* of this batch; moe_game_pool tells if of all */
+    game->tokens[batch] += n_logits;
     for (size_t i = 0; i < n_tokens * top_k; i++)
         if (index[i] >= 0) game->count[batch * game->n_experts + (size_t)index[i]]++;
-    moe__dispatched()->sum_rows(n_tokens, game->n_experts, logits, game->logit + batch * game->n_experts);
-    return MOE_OK;
+    const float *token;
+    double *sum = game->logit + batch * game->n_experts;
+    for (size_t next = 0; (token = moe__measure_token(&rows, &next)) != NULL;)
+        moe__dispatched()->sum_rows(1, game->n_experts, token, sum);
+    return moe_game_add_null(game, batch, n_tokens, top_k, logits, index);
 }
 
 MOE_API moe_status moe_game_merge(moe_game *game, const moe_game *other) {
@@ -10639,6 +11436,7 @@ MOE_API moe_status moe_game_merge(moe_game *game, const moe_game *other) {
     for (size_t b = 0; b < game->n_batches; b++) game->tokens[b] += other->tokens[b];
     for (size_t i = 0; i < game->n_batches * game->n_experts; i++) {
         game->count[i] += other->count[i];
+        game->null_count[i] += other->null_count[i];
         game->logit[i] += other->logit[i];
     }
     return MOE_OK;
@@ -10658,7 +11456,7 @@ static void moe__game_pour(const moe_game *game, size_t batch, double *quality, 
 static moe_status moe__game_settle(size_t n, double *quality, double *load, double tokens, double *selections) {
     double total = 0.0;
     for (size_t e = 0; e < n; e++) total += load[e];
-    if (!(tokens > 0.0)) return MOE_E_N_BATCHES;
+    if (!(tokens > 0.0)) return MOE_E_NO_TOKENS;
     if (!(total > 0.0)) return MOE_E_LOAD;
     for (size_t e = 0; e < n; e++) {
         quality[e] /= tokens;
@@ -10700,6 +11498,7 @@ static moe_status moe__game_held_out(const moe_game *game, uint64_t seed, double
     moe_status status = moe_game_split(game, seed, half);
     if (!status) status = moe_game_pool(game, half, 1, work, truth, NULL);
     if (!status) status = moe_game_pool(game, half, 0, quality, load, &selections);
+    if (status == MOE_E_NO_TOKENS) status = MOE_E_N_BATCHES; /* in one half */
     if (!status) status = moe_game_estimate(n, quality, load, selections, work, fit);
     if (status) return status;
     fit->l1_uniform = fit->l1_softmax = moe__game_l1(n, truth, NULL);
@@ -10800,6 +11599,43 @@ MOE_API moe_status moe_game_bootstrap(const moe_game *game, size_t replicates, u
     moe__free(game->alloc_context, sorted);
     moe__free(game->alloc_context, boot.batch);
     moe__free(game->alloc_context, boot.work);
+    return status;
+}
+
+/* gamma of all batches; NaN: not identified. work (4 E). */
+static moe_status moe__game_gamma(const moe_game *game, double *work, double *gamma) {
+    size_t n = game->n_experts;
+    double selections;
+    moe_game_fit fit;
+    moe_status status = moe_game_pool(game, NULL, 0, work, work + n, &selections);
+    if (!status) status = moe_game_estimate(n, work, work + n, selections, work + 2 * n, &fit);
+    if (!status) *gamma = fit.gamma;
+    return status;
+}
+
+MOE_API moe_status moe_game_excess(const moe_game *game, size_t replicates, uint64_t seed,
+                                   const moe_parallel *parallel, const double *gamma, double *excess,
+                                   moe_game_null *out) {
+    double of_data = 0.0, lo = (double)NAN, hi = (double)NAN;
+    moe_game_null result = {(double)NAN, (double)NAN, (double)NAN, (double)NAN};
+    if (!game || !game->tokens) return MOE_E_NULL_GAME;
+    if (!out || (replicates && (!gamma || !excess))) return MOE_E_NULL_OUT;
+    if (replicates > SIZE_MAX / sizeof(double) - 4 * game->n_experts) return MOE_E_OVERFLOW;
+    moe_game null = *game;
+    null.count = game->null_count;
+    double *work = (double *)moe__alloc(game->alloc_context, (replicates + 4 * game->n_experts) * sizeof *work);
+    if (!work) return MOE_E_NO_MEMORY;
+    moe_status status = moe__game_gamma(game, work, &of_data);
+    if (!status) status = moe__game_gamma(&null, work, &result.gamma_null);
+    result.gamma_excess = of_data - result.gamma_null;
+    if (!status && replicates) status = moe_game_bootstrap(&null, replicates, seed, parallel, work, &lo, &hi);
+    if (!status && replicates) {
+        for (size_t r = 0; r < replicates; r++) work[r] = excess[r] = gamma[r] - work[r];
+        status = moe_interval(replicates, work, &lo, &hi);
+    }
+    if (result.gamma_excess - result.gamma_excess == 0.0) result.excess_lo = lo, result.excess_hi = hi;
+    if (!status) *out = result;
+    moe__free(game->alloc_context, work);
     return status;
 }
 
@@ -10957,6 +11793,10 @@ MOE_API moe_status moe_feedback_fit(size_t n_steps, size_t n_experts, double dt,
 /* ==== >>desc ==================================================================================
  * After this room a moe_desc can be read, written and resolved: defaults filled in, every field and what must fit
  * together checked, and its plan made. Uses the tables of the stages, and plan. */
+static const struct { const char *name; } moe__loads[] = {{"default"}, {"all"}, {"first"}, {"tokens"}};
+MOE__NAME_API(load, moe__loads, MOE_LOAD_COUNT)
+static const struct { const char *name; } moe__rounds[] = {{"default"}, {"share"}, {"down"}, {"nearest"}, {"up"}};
+MOE__NAME_API(round, moe__rounds, MOE_ROUND_COUNT)
 static const struct { const char *name; } moe__inits[] = {{"default"}, {"uniform"}, {"orthogonal"}, {"zero"}};
 MOE__NAME_API(init, moe__inits, MOE_INIT_COUNT)
 
@@ -10988,6 +11828,7 @@ static const char *moe__desc_flag_word(int v) {
     static const char *moe__desc_##kind##_word(int v) { return v < 0 ? NULL : moe_##kind##_name((moe_##kind##_kind)v); }
 MOE__WORD(score) MOE__WORD(gate) MOE__WORD(select) MOE__WORD(expert) MOE__WORD(order) MOE__WORD(optimizer)
 MOE__WORD(noise) MOE__WORD(combine) MOE__WORD(schedule) MOE__WORD(init) MOE__WORD(control)
+MOE__WORD(load) MOE__WORD(round)
 #undef MOE__WORD
 
 /* THE FIELD TABLE: one row is all that knows a field of moe_desc; defaults, checks, JSON, moe_desc_set, a file's
@@ -11013,6 +11854,7 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__SIZE(n_experts, 8, 1, 1048576, MOE_E_N_EXPERTS, 1),
     MOE__SIZE(top_k, 0, 0, MOE__ANY, MOE_OK, 1),
     MOE__SIZE(n_shared, 0, 0, MOE__ANY, MOE_OK, 1),
+    MOE__FLAG(shared_gate, MOE_OFF, MOE_E_SHARED_GATE, 1),
     MOE__SIZE(n_zero, 0, 0, MOE__ANY, MOE_OK, 0), /* with the two below: by the number that is left */
     MOE__SIZE(n_copy, 0, 0, MOE__ANY, MOE_OK, 0),
     MOE__SIZE(n_constant, 0, 0, MOE__ANY, MOE_OK, 1),
@@ -11020,6 +11862,7 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__SIZE(n_ranks, 1, 1, MOE__ANY, MOE_OK, 1),
     MOE__ENUM(score, score, MOE_SCORE_LINEAR, MOE_SCORE_COUNT, MOE_E_SCORE, 1),
     MOE__SIZE(d_router, 0, 0, MOE__ANY, MOE_OK, 0), /* by L, of the scores that use it */
+    MOE__FLAG(router_bias, MOE_DEFAULT, MOE_E_ROUTER_BIAS, 1),
     MOE__FLAG(route_sequence, MOE_DEFAULT, MOE_E_ROUTE_SEQUENCE, 1),
     MOE__FLAG(freeze_router, MOE_OFF, MOE_E_FREEZE_ROUTER, 0),
     MOE__ENUM(router_init, init, MOE_INIT_UNIFORM, MOE_INIT_COUNT, MOE_E_ROUTER_INIT, 0),
@@ -11042,10 +11885,12 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__ROW(random_steps, U64, 0, 0, MOE__ANY, 0, MOE_OK, 0, NULL),
     MOE__SIZE(n_groups, 1, 1, 256, MOE_E_GROUPS, 0),
     MOE__SIZE(top_groups, 1, 1, 256, MOE_E_TOP_GROUPS, 0),
+    MOE__SIZE(group_best, 2, 1, 256, MOE_E_GROUP_BEST, 0),
     MOE__FLOAT(top_p, 0.4f, 0.0f, 1.0f, 0, MOE_E_TOP_P),
     MOE__FLOAT(threshold, MOE_OFF, -FLT_MAX, FLT_MAX, 1, MOE_E_THRESHOLD),
     MOE__FLAG(fallback, MOE_DEFAULT, MOE_E_FALLBACK, 0),
-    MOE__FLAG(random_second, MOE_OFF, MOE_E_RANDOM_SECOND, 0),
+    MOE__FLAG(random_second, MOE_OFF, MOE_E_RANDOM_SECOND, 1),
+    MOE__FLAG(normalize_late, MOE_OFF, MOE_E_NORMALIZE_LATE, 0),
     MOE__FLOAT(sinkhorn_epsilon, 1.0f, 0.0f, FLT_MAX, 0, MOE_E_SINKHORN),
     MOE__SIZE(sinkhorn_iterations, 20, 1, MOE__ANY, MOE_OK, 0),
     MOE__FLOAT(gate_drop, 0.0f, 0.0f, 1.0f, 0, MOE_E_GATE_DROP),
@@ -11054,16 +11899,24 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__ENUM(capacity_order, order, MOE_ORDER_TOKEN, MOE_ORDER_COUNT, MOE_E_CAPACITY_ORDER, 0),
     MOE__FLOAT(capacity_factor, MOE_OFF, 0.0f, FLT_MAX, 1, MOE_E_CAPACITY_FACTOR),
     MOE__FLOAT(capacity_factor_eval, 0.0f, 0.0f, FLT_MAX, 1, MOE_E_CAPACITY_FACTOR_EVAL),
+    MOE__ENUM(capacity_round, round, MOE_ROUND_SHARE, MOE_ROUND_COUNT, MOE_E_CAPACITY_ROUND, 0),
+    MOE__SIZE(min_capacity, 1, 1, MOE__ANY, MOE_OK, 0),
+    MOE__FLAG(capacity_sequence, MOE_OFF, MOE_E_CAPACITY_SEQUENCE, 0),
     MOE__ENUM(expert, expert, MOE_EXPERT_SWIGLU, MOE_EXPERT_COUNT, MOE_E_EXPERT, 1),
     MOE__FLAG(bias, MOE_OFF, MOE_E_BIAS, 1),
+    MOE__FLAG(expert_norm, MOE_OFF, MOE_E_EXPERT_NORM, 0), /* with the one below: by there being a view */
+    MOE__FLOAT(input_scale, 1.0f, 0.0f, FLT_MAX, 0, MOE_E_INPUT_SCALE),
     MOE__FLAG(zero_output, MOE_OFF, MOE_E_ZERO_OUTPUT, 0),
     MOE__ENUM(combine, combine, MOE_COMBINE_SUM, MOE_COMBINE_COUNT, MOE_E_COMBINE, 1),
     MOE__SIZE(soft_slots, 1, 1, MOE__ANY, MOE_OK, 1),
     MOE__FLOAT(robust_tau, 1.0f, 0.0f, FLT_MAX, 0, MOE_E_ROBUST_TAU),
     MOE__SIZE(n_codes, 0, 0, MOE__ANY, MOE_OK, 1),
+    MOE__FLOAT(code_share, MOE_OFF, 0.0f, 1.0f, 1, MOE_E_CODE_SHARE),
+    MOE__ENUM(switch_load, load, MOE_LOAD_ALL, MOE_LOAD_COUNT, MOE_E_SWITCH_LOAD, 0),
     MOE__ENUM(controller, control, MOE_CONTROL_NONE, MOE_CONTROL_COUNT, MOE_E_CONTROLLER, 0),
     MOE__FLOAT(controller_rate, 0.0f, 0.0f, FLT_MAX, 0, MOE_E_CONTROLLER_RATE),
     MOE__FLOAT(controller_damping, 0.0f, 0.0f, FLT_MAX, 1, MOE_E_CONTROLLER_DAMPING),
+    MOE__FLAG(controller_recentre, MOE_DEFAULT, MOE_E_CONTROLLER_RECENTRE, 0),
     MOE__FLAG(training, MOE_ON, MOE_E_TRAINING, 0),
     MOE__ENUM(optimizer, optimizer, MOE_OPTIMIZER_ADAMW, MOE_OPTIMIZER_COUNT, MOE_E_OPTIMIZER, 0),
     MOE__FLOAT(beta1, 0.9f, 0.0f, 0.99999994f, 1, MOE_E_BETA1),
@@ -11268,8 +12121,11 @@ static moe_status moe__desc_defaults(moe_desc *desc) {
     }
     if (!desc->top_k) desc->top_k = desc->n_experts > 1 && !moe__select_table[desc->select].one ? 2 : 1;
     if (!desc->top_k_min) desc->top_k_min = desc->top_k;
+    if (!desc->d_router && desc->score == MOE_SCORE_HALF_COSINE) desc->d_router = 16;
     if (!desc->d_router && desc->score == MOE_SCORE_PROJECTED) desc->d_router = moe__max(1, desc->n_experts / 2);
+    if (!desc->d_router && desc->score == MOE_SCORE_TANH) desc->d_router = 8 * desc->n_experts;
     if (!desc->d_router) desc->d_router = moe__max(1, desc->d_model / 2);
+    if (!desc->router_bias) desc->router_bias = moe__score_table[desc->score].latent.out_bias ? MOE_ON : MOE_OFF;
     if (!desc->route_sequence && desc->combine == MOE_COMBINE_MERGE) desc->route_sequence = MOE_ON;
     if (!desc->route_sequence) desc->route_sequence = MOE_OFF;
     if (!desc->normalize && desc->top_k > 1 && desc->gate != MOE_GATE_RELU) desc->normalize = MOE_ON;
@@ -11277,6 +12133,15 @@ static moe_status moe__desc_defaults(moe_desc *desc) {
     if (desc->select == MOE_SELECT_THRESHOLD && desc->threshold == (float)MOE_OFF) desc->threshold = 0.0f;
     if (desc->capacity_factor_eval == 0.0f) desc->capacity_factor_eval = desc->capacity_factor;
     return MOE_OK;
+}
+/* Whether a router that is to learn has one weight for a token, which is 1 whatever the router does: no gradient of the
+ * task reaches it then. SparseMixer's estimator does not need one. */
+static int moe__desc_one_weight(const moe_desc *desc) {
+    int one = desc->gate == MOE_GATE_SOFTMAX_SELECTED || desc->combine == MOE_COMBINE_ROBUST;
+    if (desc->normalize == MOE_ON && !moe__gate_table[desc->gate].normalizes) one = 1;
+    if (desc->training == MOE_OFF || desc->freeze_router == MOE_ON) return 0;
+    if (desc->top_k != 1 || desc->n_experts == 1 || moe__select_table[desc->select].all) return 0;
+    return one && moe__score_table[desc->score].backward != NULL;
 }
 /* What must fit together: what the stages' rows ask, what concerns several of them, and the numbers. */
 static moe_status moe__desc_fit_stages(const moe_desc *desc) {
@@ -11293,13 +12158,21 @@ static moe_status moe__desc_fit_stages(const moe_desc *desc) {
         if (status) return status;
     }
     if (desc->gate_drop > 0.0f && select->keeps_all) return MOE_E_GATE_DROP; /* it cannot leave experts out */
-    if (select->one && desc->top_k != 1) return MOE_E_TOP_K;
+    if (select->one && desc->top_k != 1) return MOE_E_ONE_CHOICE;
+    if (moe__desc_one_weight(desc)) return MOE_E_ONE_WEIGHT;
     if (desc->n_codes) {
         if (desc->n_codes < desc->n_experts || desc->combine != MOE_COMBINE_SUM) return MOE_E_N_CODES;
         if (desc->n_zero || desc->n_copy || desc->n_constant) return MOE_E_N_CODES;
         if (desc->jitter > 0.0f || desc->route_sequence == MOE_ON) return MOE_E_N_CODES;
     }
-    if (moe__balance_check(desc)) return MOE_E_LOSS_STAGE;
+    if (desc->expert_norm == MOE_ON) {
+        if (desc->n_copy || desc->n_constant || desc->n_codes || desc->combine == MOE_COMBINE_SOFT)
+            return MOE_E_EXPERT_NORM;
+    }
+    if (desc->n_codes && desc->input_scale != 1.0f) return MOE_E_INPUT_SCALE;
+    if (desc->router_bias == MOE_ON && !moe__score_is_latent(desc->score)) return MOE_E_ROUTER_BIAS;
+    moe_status lacks = moe__balance_check(desc);
+    if (lacks) return lacks;
     if (lambda && (desc->gate != MOE_GATE_RELU || !(desc->loss[MOE_LOSS_RELU_L1] > 0.0f))) return MOE_E_CONTROLLER;
     if (adaptive && !(desc->loss[MOE_LOSS_SWITCH] > 0.0f)) return MOE_E_CONTROLLER;
     return MOE_OK;
@@ -11312,6 +12185,7 @@ static moe_status moe__desc_fit_numbers(const moe_desc *desc) {
     if (each >= experts || desc->n_zero + desc->n_copy + desc->n_constant >= experts) return MOE_E_SPECIAL_EXPERTS;
     if (desc->n_ranks > experts) return MOE_E_N_RANKS;
     if (desc->soft_slots > MOE__MAX_EXPERTS / experts) return MOE_E_SOFT_SLOTS;
+    if (desc->shared_gate == MOE_ON && !desc->n_shared) return MOE_E_SHARED_GATE;
     if (experts % desc->n_groups) return MOE_E_GROUPS;
     if (desc->top_groups > desc->n_groups) return MOE_E_TOP_GROUPS;
     if (!moe__temperature_ok(desc->temperature)) return MOE_E_TEMPERATURE;
@@ -11343,8 +12217,9 @@ static moe_status moe__desc_tensors(moe__plan *plan) {
         size_t *count = &plan->count[id];
         for (const char *axis = moe__plan_tensors[id].axes; *axis; axis++)
             if (!moe__mul(*count, moe__plan_extent(plan, *axis), count)) return MOE_E_OVERFLOW;
+        if (moe__plan_tensors[id].region != MOE__IN_EXPERTS && *count > SIZE_MAX / 1024) return MOE_E_OVERFLOW;
         if (id >= MOE__R_COUNT) continue;
-        if (*count > SIZE_MAX / 1024 || !moe__add_size(plan->at[id], *count, &plan->at[id + 1])) return MOE_E_OVERFLOW;
+        if (!moe__add_size(plan->at[id], *count, &plan->at[id + 1])) return MOE_E_OVERFLOW;
     }
     return MOE_OK;
 }
@@ -11356,7 +12231,7 @@ static int moe__desc_floats(size_t rows, size_t columns, size_t *out) {
 static moe_status moe__desc_extents(moe__plan *plan) {
     const moe_desc *desc = &plan->desc;
     const size_t widest = SIZE_MAX / 4096;
-    size_t w1, w2, constants, columns;
+    size_t w1, w2, columns;
     plan->d = desc->d_model;
     plan->f = desc->d_ff;
     plan->E = desc->n_experts;
@@ -11376,6 +12251,7 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     plan->np = moe__ceil_div(plan->N, MOE__W);
     plan->jitter = desc->jitter > 0.0f;
     plan->by_sequence = desc->route_sequence == MOE_ON;
+    plan->view = desc->expert_norm == MOE_ON || desc->input_scale != 1.0f;
     plan->ortho_loss = desc->loss[MOE_LOSS_ORTHONORMAL] > 0.0f;
     plan->output_loss = desc->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] > 0.0f;
     if (plan->d > widest || plan->f > widest || plan->L > widest) return MOE_E_OVERFLOW;
@@ -11387,15 +12263,16 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     plan->b2 = plan->w2 + w2;
     plan->expert = plan->b2 + plan->dp * MOE__W * plan->bias;
     if (!moe__desc_floats(plan->expert, plan->G, &plan->special)) return MOE_E_OVERFLOW;
-    if (!moe__desc_floats(desc->n_constant * 3, plan->d, &constants)) return MOE_E_OVERFLOW;
-    plan->experts = plan->special + constants;
     if (!moe__desc_floats(plan->N, moe__max(plan->d, plan->L), &columns)) return MOE_E_OVERFLOW;
     plan->ldo = plan->dp * MOE__W + 16; /* not a power of two: rows must not alias in L1 */
-    return moe__desc_tensors(plan);
+    moe_status status = moe__desc_tensors(plan);
+    plan->experts = plan->special + moe__plan_parameters(plan, MOE__IN_CONSTANTS);
+    return status;
 }
 /* The plan of a desc: its effective values, checked, and their extents. */
 static moe_status moe__desc_plan(const moe_desc *in, moe__plan *plan) {
     if (!in) return MOE_E_NULL_DESC;
+    if (!moe__arithmetic_ok()) return MOE_E_ARITHMETIC;
     moe_desc desc = *in;
     moe_status status = moe__desc_resolve(&desc);
     if (status) return status;
@@ -11406,7 +12283,7 @@ static moe_status moe__desc_plan(const moe_desc *in, moe__plan *plan) {
 /* Whether what was laid out for one plan fits the other: the fields that the table marks are equal, and so are the
  * numbers through which the others act. */
 static int moe__desc_same_memory(const moe__plan *a, const moe__plan *b) {
-    if (a->F != b->F || a->L != b->L || a->jitter != b->jitter) return 0;
+    if (a->F != b->F || a->L != b->L || a->jitter != b->jitter || a->view != b->view) return 0;
     if (a->ortho_loss != b->ortho_loss || a->output_loss != b->output_loss) return 0;
     for (size_t i = 0; i < MOE__FIELD_COUNT; i++) {
         const moe__desc_field *field = &moe__desc_fields[i];
@@ -11446,16 +12323,16 @@ static const moe_system moe__system_table[] = {
      "top_k=2 gate=softmax select=top-k normalize=false loss.switch=0.01 loss.z=0.001",
      "the plain baseline; in the paper 64 experts, top-8", "causal; balance by loss only"},
     {"mixtral", "Mixtral: softmax over the selected", "arXiv 2401.04088, 2024", "K",
-     "top_k=2 gate=softmax-selected select=top-k expert=swiglu loss.switch=0.02",
+     "top_k=2 gate=softmax-selected select=top-k expert=swiglu loss.switch=0.02 switch_load=tokens",
      "weights sum to one; 8 experts, top-2", "causal; balance by loss only"},
     {"switch", "Switch Transformer", "arXiv 2101.03961, 2021", "C",
      "top_k=1 gate=softmax select=top-k normalize=false expert=relu jitter=0.01 capacity_factor=1.25 "
-     "capacity_order=token loss.switch=0.01",
+     "capacity_round=down min_capacity=4 capacity_order=token loss.switch=0.01",
      "one expert a token, cheapest routing",
      "drops tokens over capacity, so not batch-invariant; causal but for the drops"},
     {"gshard", "GShard top-2", "arXiv 2006.16668, 2020", "C",
      "top_k=2 gate=softmax select=top-k normalize=true random_second=true expert=relu capacity_factor=1 "
-     "capacity_order=choice loss.switch=0.01",
+     "capacity_order=choice loss.switch=0.01 switch_load=first",
      "first choices before second, the second at random", "drops tokens over capacity, so not batch-invariant"},
     {"noisy-topk", "Sparsely gated mixture with noisy top-k", "arXiv 1701.06538, 2017", "K",
      "top_k=2 gate=softmax-selected select=top-k noise=learned router_init=zero loss.importance-selected=0.1 "
@@ -11493,8 +12370,8 @@ static const moe_system moe__system_table[] = {
      "top-any gating with learned thresholds",
      "straight-through gradient; number of experts varies; adding and removing experts is growth's"},
     {"moe++", "MoE++: zero, copy and constant experts", "arXiv 2410.07348, 2024", "C",
-     "top_k=2 n_experts=8 n_zero=1 n_copy=1 n_constant=2 residual=true gate=softmax select=top-k normalize=true "
-     "loss.switch=0.01",
+     "top_k=2 n_experts=8 n_zero=1 n_copy=1 n_constant=2 score=tanh residual=true gate=softmax select=top-k "
+     "normalize=true input_scale=2 loss.switch=0.01",
      "easy tokens take experts that cost nothing", "causal"},
     {"sparsemixer", "SparseMixer-v2, GRIN", "arXiv 2409.12136, 2024", "C",
      "top_k=2 gate=sparsemixer select=sampled mask_jitter=0.1 loss.switch=0.01",
@@ -11520,8 +12397,9 @@ static const moe_system moe__system_table[] = {
      "one expert for a whole sequence; three-stage training in examples/mot.c",
      "gate [K]; the mean of the sequence is not causal"},
     {"vqmoe", "VQMoE: a discrete branch beside the router", "public code, 2024", "C",
-     "top_k=2 gate=softmax select=top-k normalize=true n_codes=16 loss.codebook=0.08",
-     "tokens also go by their nearest code", "straight-through gradient [D]; one more expert a token"},
+     "top_k=2 gate=softmax select=top-k normalize=true n_codes=16 code_share=0.1 "
+     "loss.codebook=0.08",
+     "tokens also go by their nearest code", "one more expert a token; codes learn from the loss alone"},
     {"locmoe", "LocMoE: fixed orthogonal gate, locality", "arXiv 2401.13920, 2024", "P",
      "top_k=1 score=slice gate=softmax select=top-k normalize=false noise=gaussian noise_std=0.01 n_ranks=4 "
      "loss.switch=0.01 loss.locality=0.01",
@@ -11543,7 +12421,7 @@ static const moe_system moe__system_table[] = {
      "against representation collapse; d_router = n_experts / 2", "causal"},
     {"base", "BASE layers: balanced assignment", "arXiv 2103.16716, 2021", "P+C",
      "top_k=1 gate=sigmoid select=auction normalize=false router_init=orthogonal router_gain=0.1 zero_output=true "
-     "expert=relu",
+     "expert=relu bias=true expert_norm=true",
      "exactly T / E tokens an expert, no loss", "training: T % E == 0, sees the whole batch; evaluation is causal"},
     {"robust", "Reliability-weighted experts", "after unreliable federated clients", "D",
      "top_k=4 gate=softmax select=top-k normalize=true combine=robust robust_tau=1 loss.switch=0.01",
@@ -11606,7 +12484,7 @@ MOE_API void moe_system_near(const char *name, char *buffer, size_t size) {
  * A tape is one block of memory: what one forward keeps for its backward, and its scratch. One function lays it out
  * and, over no memory, measures it; each stage takes its own part.
  */
-enum { MOE__STATE_TOKENS = 1, MOE__STATE_ROUTED = 2, MOE__STATE_FORWARD = 4 };
+enum { MOE__STATE_TOKENS = 1, MOE__STATE_ROUTED = 2, MOE__STATE_FORWARD = 4, MOE__STATE_VIEW = 8 };
 
 static moe_status moe__tape_stages(moe_tape *tape, moe__run_memory *memory, size_t count, moe__arena *arena) {
     const moe__plan *plan = &memory->plan;
@@ -11632,12 +12510,16 @@ static moe_status moe__tape_layout(moe_tape **out, const moe__plan *plan, size_t
     memory.training = training != MOE_OFF;
     tape.memory = (moe__run_memory *)moe__take(arena, 1, sizeof memory);
     tape.n_slots = plan->S;
+    tape.bad_token = SIZE_MAX;
     tape.logits = moe__take_floats(arena, n, plan->E);
     tape.prob = moe__take_floats(arena, n, plan->E);
     tape.index = (int32_t *)(void *)moe__take_floats(arena, n, plan->S);
     tape.weight = moe__take_floats(arena, n, plan->S);
+    memory.kept = (uint32_t *)moe__take(arena, n, sizeof(uint32_t));
+    memory.sequence_begin = (uint32_t *)moe__take(arena, moe__run_most_sequences(plan, n) + 1, sizeof(uint32_t));
+    memory.sequence_of = (uint32_t *)moe__take(arena, n, sizeof(uint32_t));
     memory.tokens = moe__take_floats(arena, n, plan->dp * MOE__W);
-    memory.bad = (unsigned char *)moe__take(arena, blocks, 1);
+    memory.failed = (moe_status *)moe__take(arena, blocks, sizeof(moe_status));
     if (memory.training) memory.d_logits = moe__take_floats(arena, n, plan->E);
     moe_status status = moe__tape_stages(&tape, &memory, n, arena);
     if (!status && arena->overflow) status = MOE_E_OVERFLOW;
@@ -11712,7 +12594,7 @@ static moe_status moe__pass_run(moe__run *run, const moe__plan *plan, moe_tape *
 
 /* What holds for this forward: the schedules' values, the one draw of gating dropout, what the selection sees. The desc
  * is resolved: the schedules cannot fail. */
-static void moe__pass_temperatures(const moe__run *run) {
+static moe_status moe__pass_temperatures(const moe__run *run) {
     const moe_desc *desc = run->desc;
     moe__run_now *now = &run->memory->now;
     const float *scale = moe__run_tensor(run, MOE__R_SCALE);
@@ -11720,30 +12602,35 @@ static void moe__pass_temperatures(const moe__run *run) {
     if (desc->temperature_end != 0.0f)
         (void)moe_schedule_temperature(desc->schedule, run->given.step, desc->schedule_steps, desc->temperature,
                                        desc->temperature_end, &temperature);
-    if (given > 0.0f) temperature = given;
+    if (given != 0.0f && !moe__temperature_ok(given)) return MOE_E_TEMPERATURE;
+    if (given != 0.0f) temperature = given;
     now->prob_t = temperature;
     now->inv_t = now->prob_inv_t = 1.0f / temperature;
-    if (!scale || given > 0.0f) return;
-    float limit = 20.0f; /* e^20: softer than this no float32 can tell */
-    if (*scale < limit) limit = *scale;
-    run->kernels->exp(1, &limit, &now->inv_t);
+    if (!scale || given != 0.0f) return MOE_OK;
+    if (!moe__finite(*scale)) return MOE_E_NAN_ROUTER;
+    float limit = 20.0f, within = *scale; /* e^20, e^-20: sharper or softer than these no float32 can tell */
+    if (within > limit) within = limit;
+    if (within < -limit) within = -limit;
+    run->kernels->exp(1, &within, &now->inv_t);
+    return MOE_OK;
 }
-static void moe__pass_now(const moe__run *run) {
+static moe_status moe__pass_now(const moe__run *run) {
     const moe_desc *desc = run->desc;
     const moe_side *side = &run->tape->side;
     moe__run_now *now = &run->memory->now;
     uint64_t step = run->given.step;
     float draw;
     memset(now, 0, sizeof *now);
+    if (run->given.bias && !moe__all_finite(run->plan->E, run->given.bias)) return MOE_E_NAN_BIAS;
     now->training = !side->evaluate && desc->training != MOE_OFF;
-    now->sequence = desc->sequence ? desc->sequence : moe__max(run->tape->n_tokens, 1);
     now->draw = run->given.draw;
     now->random = now->training && step < desc->random_steps;
     now->k = desc->top_k;
     if (side->top_k) now->k = moe__min(side->top_k, desc->top_k);
     else if (now->training && desc->schedule_steps)
         (void)moe_schedule_k(desc->schedule, step, desc->schedule_steps, desc->top_k_min, desc->top_k, &now->k);
-    moe__pass_temperatures(run);
+    moe_status status = moe__pass_temperatures(run);
+    if (status) return status;
     if (now->training && desc->gate_drop > 0.0f) {
         moe__uniform_at(MOE__DRAW_KEY(run), moe__run_stream_of(0, MOE__USE_GATE_DROP), step, 1, 0.0f, 1.0f, &draw);
         now->skip = draw < desc->gate_drop && desc->gate_drop_experts == MOE_ON;
@@ -11752,8 +12639,69 @@ static void moe__pass_now(const moe__run *run) {
     run->tape->dropped = now->local || now->skip;
     run->memory->select.seen = moe__select_selection_base(run);
     if (now->random || now->local || run->given.bias) run->memory->select.seen = run->memory->select.view;
+    return MOE_OK;
 }
 
+/* Which of n given tokens the pipeline sees. Only here, and where the caller's arrays are read or written, is there a
+ * mask: all stages run over the kept tokens alone, as if the others had never been in the batch.
+ *
+ *     x:  a . b . . c  --kept 0, 2, 5-->  a b c  --pipeline-->  y:  a b c 0 0 0  --moe__pass_apart-->  a 0 b 0 0 c */
+static void moe__pass_keep(moe__run *run, size_t n) {
+    moe_tape *tape = run->tape;
+    const unsigned char *mask = tape->side.mask;
+    tape->n_tokens = tape->n_given = n;
+    tape->kept = run->kept = NULL;
+    if (!mask) return;
+    tape->n_tokens = 0;
+    for (size_t i = 0; i < n; i++)
+        if (mask[i]) run->memory->kept[tape->n_tokens++] = (uint32_t)i;
+    tape->kept = run->kept = run->memory->kept;
+}
+static void moe__pass_swap(const moe__run *run, float *rows, size_t i) {
+    size_t d = run->plan->d;
+    float *a = rows + i * d, *b = rows + run->kept[i] * d;
+    for (size_t c = 0; c < d && a != b; c++) {
+        float other = a[c];
+        a[c] = b[c];
+        b[c] = other;
+    }
+}
+/* The kept rows (n_given, d) change places with the first ones; and back. NULL: nothing. */
+static void moe__pass_together(const moe__run *run, float *rows) {
+    if (!run->kept || !rows) return;
+    for (size_t i = 0; i < run->tape->n_tokens; i++) moe__pass_swap(run, rows, i);
+}
+static void moe__pass_apart(const moe__run *run, float *rows) {
+    if (!run->kept || !rows) return;
+    for (size_t i = run->tape->n_tokens; i-- > 0;) moe__pass_swap(run, rows, i);
+}
+static void moe__pass_y(const moe__run *run, float *y) { /* a masked token's y is 0 */
+    size_t at = run->tape->n_tokens * run->plan->d, end = run->tape->n_given * run->plan->d;
+    if (run->kept && end > at) memset(y + at, 0, (end - at) * sizeof(float));
+    moe__pass_apart(run, y);
+}
+/* The sequences of the kept tokens; one that has none is not there. */
+static moe_status moe__pass_sequences(const moe__run *run) {
+    const moe_side *side = &run->tape->side;
+    moe__run_memory *memory = run->memory;
+    const size_t *begin = side->sequence_begin;
+    size_t length = run->desc->sequence, most = moe__run_most_sequences(run->plan, memory->max_tokens);
+    size_t count = 0, sequence = 0, last = SIZE_MAX, next = 0;
+    for (size_t i = 0; begin && i < side->n_sequences; i++)
+        if (i ? begin[i] < begin[i - 1] || begin[i] > run->tape->n_given : begin[0]) return MOE_E_SEQUENCE_BEGIN;
+    for (size_t t = 0; t < run->tape->n_tokens; t++) {
+        size_t row = moe__run_row(run, t);
+        while (begin && next < side->n_sequences && begin[next] <= row) sequence = next++;
+        if (!begin && length) sequence = row / length;
+        if (sequence != last && count == most) return MOE_E_N_SEQUENCES;
+        if (sequence != last) memory->sequence_begin[count++] = (uint32_t)t;
+        last = sequence;
+        memory->sequence_of[t] = (uint32_t)count - 1;
+    }
+    memory->sequence_begin[count] = (uint32_t)run->tape->n_tokens;
+    memory->n_sequences = count;
+    return MOE_OK;
+}
 /* A run over n tokens x. */
 static moe_status moe__pass_begin(moe__run *run, const float *x, size_t n) {
     moe__run_memory *memory = run->memory;
@@ -11761,10 +12709,11 @@ static moe_status moe__pass_begin(moe__run *run, const float *x, size_t n) {
     if (n && !x) return MOE_E_NULL_X;
     memory->state = 0;
     if (memory->codes) memory->codes->ready = 0;
-    run->tape->n_tokens = n;
+    moe__pass_keep(run, n);
     run->tape->routes.n_tokens = run->tape->routes.n_routes = 0;
+    run->tape->bad_token = SIZE_MAX;
     run->x = x;
-    return MOE_OK;
+    return moe__pass_sequences(run);
 }
 
 /* -- what the router sees, score.x: the tokens, or with jitter (panel p of x times the numbers of `row`), or their
@@ -11789,7 +12738,7 @@ static void moe__pass_tokens(const moe__run *run, size_t t0, size_t t1) {
         for (size_t p = 0; p < run->plan->dp; p++) moe__pass_jitter(run, token, p, moe__pass_seen(run, p, token));
 }
 static void moe__pass_sequence(const moe__run *run, size_t i) { /* score.x of a sequence's tokens = their mean */
-    size_t t0 = i * run->memory->now.sequence, t1 = moe__run_sequence_end(run, i);
+    size_t t0 = moe__run_sequence_begin(run, i), t1 = moe__run_sequence_end(run, i);
     for (size_t p = 0; p < run->plan->dp; p++) {
         float *mean = moe__pass_seen(run, p, t0);
         memset(mean, 0, MOE__W * sizeof(float));
@@ -11813,7 +12762,7 @@ static void moe__pass_tokens_back(const moe__run *run, size_t t0, size_t t1) {
     }
 }
 static void moe__pass_sequence_back(const moe__run *run, size_t i) {
-    size_t d = run->plan->d, t0 = i * run->memory->now.sequence, t1 = moe__run_sequence_end(run, i);
+    size_t d = run->plan->d, t0 = moe__run_sequence_begin(run, i), t1 = moe__run_sequence_end(run, i);
     float *first = run->memory->score.dx + t0 * d;
     for (size_t token = t0; token < t1; token++) moe__pass_jitter_back(run, i, run->memory->score.dx + token * d);
     for (size_t token = t0 + 1; token < t1; token++)
@@ -11836,30 +12785,56 @@ static void moe__pass_weights(const moe__run *run, size_t t0, size_t t1) { /* af
     moe__select_filter(run, t0, t1);
     moe__gate_weights(run, t0, t1);
 }
+static int moe__pass_logits_finite(const moe__run *run, size_t t0, size_t t1) {
+    size_t E = run->plan->E;
+    return moe__all_finite((t1 - t0) * E, run->tape->logits + t0 * E);
+}
+static int moe__pass_y_finite(const moe__run *run, size_t t0, size_t t1) {
+    size_t d = run->plan->d;
+    return run->kernels->all_finite((t1 - t0) * d, run->y + t0 * d);
+}
+static int moe__pass_ok(const moe__run *run, moe_status about, size_t t0, size_t t1) {
+    if (about == MOE_E_NAN_Y) return moe__pass_y_finite(run, t0, t1);
+    return moe__pass_finite(run, t0, t1) && moe__pass_logits_finite(run, t0, t1);
+}
+/* After a pass over the blocks: what went wrong first, and with which token. */
+static moe_status moe__pass_failed(const moe__run *run) {
+    size_t n = run->tape->n_tokens;
+    for (size_t i = 0; i < moe__ceil_div(n, MOE__TOKENS); i++) {
+        moe_status status = run->memory->failed[i];
+        size_t token = MOE__BLOCK_BEGIN(i);
+        if (!status) continue;
+        while (token + 1 < MOE__BLOCK_END(i, n) && moe__pass_ok(run, status, token, token + 1)) token++;
+        run->tape->bad_token = moe__run_row(run, token);
+        return status;
+    }
+    return MOE_OK;
+}
 static void moe__pass_route_block(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, count = (t1 - t0) * E;
+    size_t E = run->plan->E, S = run->plan->S, count = (t1 - t0) * E;
     const moe__score_row *score = &moe__score_table[run->desc->score];
     float *z = run->tape->logits + t0 * E;
-    unsigned char *bad = run->memory->bad + t0 / MOE__TOKENS;
+    moe_status *failed = run->memory->failed + t0 / MOE__TOKENS;
+    memset(run->tape->index + t0 * S, 0xff, (t1 - t0) * S * sizeof(int32_t)); /* -1: whatever fails, no choice */
+    *failed = MOE_E_NAN_X;
     score->forward(run, t0, t1);
-    *bad = (unsigned char)!moe__pass_finite(run, t0, t1);
-    if (*bad) return;
+    if (!moe__pass_finite(run, t0, t1)) return;
     moe__combine_soft_weights(run, t0, t1);
     moe__score_residual_add(run, t0, t1);
     moe__noise_add(run, t0, t1);
     if (score->relu)
         for (size_t i = 0; i < count; i++)
             if (z[i] < 0.0f) z[i] = 0.0f;
-    *bad = (unsigned char)!moe__all_finite(count, z);
-    if (*bad) return;
+    if (!moe__pass_logits_finite(run, t0, t1)) return;
     for (size_t token = t0; token < t1; token++)
         run->kernels->softmax(E, run->memory->now.prob_inv_t, run->tape->logits + token * E,
                               run->tape->prob + token * E);
     moe__gate_scores(run, t0, t1);
     moe__select_view(run, t0, t1);
+    *failed = MOE_OK;
     if (!moe__select_table[run->desc->select].select) return;
-    moe__select_table[run->desc->select].select(run, t0, t1);
-    moe__pass_weights(run, t0, t1);
+    *failed = moe__select_table[run->desc->select].select(run, t0, t1);
+    if (!*failed) moe__pass_weights(run, t0, t1);
 }
 static void moe__pass_pack_and_route(const moe__run *run, size_t t0, size_t t1) {
     moe__pass_tokens(run, t0, t1);
@@ -11869,9 +12844,14 @@ static void moe__pass_pack_and_route(const moe__run *run, size_t t0, size_t t1) 
 static size_t moe__pass_capacity(const moe_desc *desc, size_t n_tokens, int training) {
     float factor = training ? desc->capacity_factor : desc->capacity_factor_eval;
     if (factor < 0.0f || !n_tokens) return 0;
-    double capacity = (double)factor * (double)desc->top_k * (double)moe__ceil_div(n_tokens, desc->n_experts);
-    if (capacity >= (double)n_tokens) return 0;
-    return moe__max(1, (size_t)capacity);
+    double pairs = (double)factor * (double)desc->top_k, capacity = pairs * (double)n_tokens / (double)desc->n_experts;
+    if (desc->capacity_round == MOE_ROUND_SHARE)
+        capacity = pairs * (double)moe__ceil_div(n_tokens, desc->n_experts);
+    capacity = (double)(float)capacity; /* 0.7f is not 0.7, but 10 times 0.7f is 7 as a float */
+    if (capacity >= (double)MOE_NONE) return 0;
+    if (desc->capacity_round == MOE_ROUND_NEAREST) capacity = rint(capacity);
+    if (desc->capacity_round == MOE_ROUND_UP) capacity = ceil(capacity);
+    return moe__max(desc->min_capacity, (size_t)capacity);
 }
 
 /* run has the router's parameters. */
@@ -11883,31 +12863,34 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     const moe__select_row *select = &moe__select_table[desc->select];
     moe_status status = moe__pass_begin(run, x, n);
     if (status) return status;
+    n = tape->n_tokens;
     if (!run->router && run->plan->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
     if (score->experts && !run->given.experts) return MOE_E_NULL_EXPERTS;
-    moe__pass_now(run);
+    status = moe__pass_now(run);
+    if (status) return status;
     if (select->even && memory->now.training && n % desc->n_experts) return MOE_E_UNEVEN;
     /* the common case in one pass over the tokens; what prepares over the whole batch needs all of them first */
     int one_pass = memory->score.x == memory->tokens && score->latent.act == MOE__RAW &&
         !moe__noise_table[desc->noise].learned;
     if (!one_pass) moe__run_over_blocks(run, moe__pass_tokens);
     if (run->plan->by_sequence)
-        moe__run_over(run, moe__run_sequences(run), memory->now.sequence * run->plan->d, moe__pass_sequence);
+        moe__run_over_sequences(run, run->plan->d, moe__pass_sequence);
     moe__noise_prepare(run); /* before the score: their matrices share a place */
     if (score->prepare) score->prepare(run);
     moe__run_over_blocks(run, one_pass ? moe__pass_pack_and_route : moe__pass_route_block);
-    for (size_t i = 0; i < moe__ceil_div(n, MOE__TOKENS); i++)
-        if (memory->bad[i]) return MOE_E_NAN_X;
+    status = moe__pass_failed(run);
+    if (status) return status;
     if (memory->combine.soft)
-        moe__run_over(run, moe__run_sequences(run), memory->now.sequence * run->plan->N * 16,
-                      moe__combine_soft_dispatch);
+        moe__run_over_sequences(run, run->plan->N * 16, moe__combine_soft_dispatch);
     if (select->batch && n) {
         status = select->batch(run);
         if (status) return status;
         moe__run_over_blocks(run, moe__pass_weights);
     }
-    size_t capacity = moe__pass_capacity(desc, n, memory->now.training);
-    status = moe__routes_fill(&tape->routes, n, tape->index, tape->weight, capacity, desc->capacity_order);
+    int apart = desc->capacity_sequence == MOE_ON && desc->sequence;
+    size_t capacity = moe__pass_capacity(desc, apart ? moe__min(n, desc->sequence) : n, memory->now.training);
+    status = moe__routes_fill(&tape->routes, n, tape->index, tape->weight, capacity,
+                              apart ? memory->sequence_of : NULL, desc->capacity_order);
     if (!status) memory->state = MOE__STATE_TOKENS | MOE__STATE_ROUTED;
     return status;
 }
@@ -11952,11 +12935,11 @@ static moe_status moe__pass_route_back(moe__run *run, const float *d_weight, flo
     size_t n = tape->n_tokens;
     if (!run->router && run->plan->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
     if (!(memory->state & MOE__STATE_ROUTED) || !memory->training) return MOE_E_NO_FORWARD;
-    moe_status status = moe__balance_check(desc);
+    moe_status status = moe__balance_ready(run);
     if (!status) status = moe_mean_scores(n, run->plan->E, tape->prob, memory->losses.mean);
     if (status) return status;
     run->weight_grad = d_weight;
-    run->mean = memory->losses.mean;
+    run->mean = tape->side.mean ? tape->side.mean : memory->losses.mean;
     run->d_router = desc->freeze_router == MOE_ON ? NULL : d_router;
     run->dx = dx;
     if (dx && memory->score.dx) run->dx = memory->score.dx;
@@ -11975,11 +12958,21 @@ static moe_status moe__pass_route_back(moe__run *run, const float *d_weight, flo
     if (run->dx == dx) return MOE_OK;
     run->dx = dx;
     if (!run->plan->by_sequence) moe__run_over_blocks(run, moe__pass_tokens_back);
-    else moe__run_over(run, moe__run_sequences(run), memory->now.sequence * run->plan->d, moe__pass_sequence_back);
+    else moe__run_over_sequences(run, run->plan->d, moe__pass_sequence_back);
     return MOE_OK;
 }
 
 /* -- the experts': run has their parameters -- */
+static void moe__pass_y_block(const moe__run *run, size_t t0, size_t t1) {
+    run->memory->failed[t0 / MOE__TOKENS] = moe__pass_y_finite(run, t0, t1) ? MOE_OK : MOE_E_NAN_Y;
+}
+/* y is whole: with a number in it that is not finite there is nothing to go back from. */
+static moe_status moe__pass_outputs(const moe__run *run) {
+    moe__run_over_blocks(run, moe__pass_y_block);
+    moe_status status = moe__pass_failed(run);
+    if (status) run->memory->state &= ~MOE__STATE_FORWARD;
+    return status;
+}
 static moe_status moe__pass_experts(moe__run *run, float *y) {
     moe__run_memory *memory = run->memory;
     const moe_routes *routes = &run->tape->routes;
@@ -11988,12 +12981,14 @@ static moe_status moe__pass_experts(moe__run *run, float *y) {
     if (!(memory->state & MOE__STATE_TOKENS) || routes->n_tokens != run->tape->n_tokens) return MOE_E_NO_ROUTES;
     if (soft && !(memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES; /* the slots' weights */
     if (!soft && !in_place && routes->n_routes > memory->n_routed) return MOE_E_N_TOKENS;
-    if (run->tape->n_tokens && !y) return MOE_E_NULL_Y;
+    if (run->tape->n_given && !y) return MOE_E_NULL_Y;
     run->y = y;
     memory->n_routes = routes->n_routes;
+    if (run->plan->view && !(memory->state & MOE__STATE_VIEW)) moe__run_over_blocks(run, moe__experts_view);
+    memory->state |= MOE__STATE_VIEW;
     moe__combine_forward(run);
     if (memory->training) memory->state |= MOE__STATE_FORWARD;
-    return MOE_OK;
+    return moe__pass_outputs(run);
 }
 /* The loss on the outputs of a block of tokens, while they are there: its gradient by them, and each weight's gradient.
  * */
@@ -12001,7 +12996,7 @@ static void moe__pass_output_loss(const moe__run *run, size_t t0, size_t t1) {
     const moe__run_losses *losses = &run->memory->losses;
     size_t S = run->plan->S, d = run->plan->d, T = run->tape->n_tokens, ld = run->plan->ldo, block = t0 / MOE__TOKENS;
     float *out = losses->outputs + block * 2 * S * d, *d_out = out + S * d;
-    float coefficient = run->desc->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] / (float)T;
+    float coefficient = moe__balance_coefficient(run, MOE_LOSS_OUTPUT_ORTHOGONALITY) / (float)T;
     losses->block_loss[block] = 0.0;
     for (size_t token = t0; token < t1; token++) {
         const uint32_t *slot = run->tape->routes.slot + token * S;
@@ -12024,7 +13019,7 @@ static void moe__pass_output_loss(const moe__run *run, size_t t0, size_t t1) {
             if (slot[s] == MOE_NONE) continue;
             memset(losses->d_out + slot[s] * ld, 0, ld * sizeof(float));
             memcpy(losses->d_out + slot[s] * ld, d_out + n * d, d * sizeof(float));
-            if (run->d_weight) run->d_weight[slot[s]] = run->kernels->dot(d, run->dy + token * d, out + n * d);
+            if (run->d_weight) run->d_weight[slot[s]] = run->kernels->dot(d, moe__run_dy(run, token), out + n * d);
             n++;
         }
     }
@@ -12046,7 +13041,7 @@ static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *
     if (!run->params) return MOE_E_NULL_PARAMS;
     if (!(memory->state & MOE__STATE_FORWARD)) return MOE_E_NO_FORWARD;
     if (routes->n_tokens != run->tape->n_tokens || routes->n_routes != memory->n_routes) return MOE_E_NO_FORWARD;
-    if (run->tape->n_tokens && !dy) return MOE_E_NULL_DY;
+    if (run->tape->n_given && !dy) return MOE_E_NULL_DY;
     if (!d_params) return MOE_E_NULL_GRADS;
     memory->state &= ~MOE__STATE_FORWARD; /* the tape's activations are used up */
     run->dy = dy;
@@ -12054,7 +13049,14 @@ static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *
     run->d_weight = d_weight;
     run->dx = dx;
     moe__pass_output_losses(run);
+    if (run->plan->view && dx) {
+        run->dx = memory->experts.d_view;
+        memset(run->dx, 0, run->tape->n_tokens * run->plan->d * sizeof(float));
+    }
     moe__combine_backward(run);
+    if (run->dx == dx) return MOE_OK;
+    run->dx = dx;
+    moe__run_over_blocks(run, moe__experts_view_back);
     return MOE_OK;
 }
 
@@ -12076,7 +13078,10 @@ MOE_API moe_status moe_route_backward(moe_tape *tape, const float *router, const
                                       float *dx) {
     moe__run run;
     moe_status status = moe__pass_own(&run, tape, router, NULL);
-    if (!status) status = moe__pass_route_back(&run, d_weight, d_router, dx);
+    if (status) return status;
+    moe__pass_together(&run, dx);
+    status = moe__pass_route_back(&run, d_weight, d_router, dx);
+    moe__pass_apart(&run, dx);
     return status;
 }
 MOE_API moe_status moe_tape_tokens(moe_tape *tape, const float *x, size_t n_tokens) {
@@ -12084,7 +13089,8 @@ MOE_API moe_status moe_tape_tokens(moe_tape *tape, const float *x, size_t n_toke
     moe_status status = moe__pass_own(&run, tape, NULL, NULL);
     if (!status) status = moe__pass_begin(&run, x, n_tokens);
     if (status) return status;
-    moe__pass_now(&run);
+    status = moe__pass_now(&run);
+    if (status) return status;
     moe__run_over_blocks(&run, moe__pass_tokens);
     tape->memory->state = MOE__STATE_TOKENS;
     return MOE_OK;
@@ -12093,6 +13099,7 @@ MOE_API moe_status moe_experts_forward(moe_tape *tape, const float *params, floa
     moe__run run;
     moe_status status = moe__pass_own(&run, tape, NULL, params);
     if (!status) status = moe__pass_experts(&run, y);
+    if (!status) moe__pass_y(&run, y);
     return status;
 }
 MOE_API moe_status moe_experts_backward(moe_tape *tape, const float *params, const float *dy, int fresh,
@@ -12101,7 +13108,20 @@ MOE_API moe_status moe_experts_backward(moe_tape *tape, const float *params, con
     moe_status status = moe__pass_own(&run, tape, NULL, params);
     if (status) return status;
     run.fresh = fresh;
-    return moe__pass_experts_back(&run, dy, d_params, d_weight, dx);
+    moe__pass_together(&run, dx);
+    status = moe__pass_experts_back(&run, dy, d_params, d_weight, dx);
+    moe__pass_apart(&run, dx);
+    return status;
+}
+MOE_API moe_status moe_tape_index(const moe_tape *tape, int32_t *out) {
+    if (!tape) return MOE_E_NULL_TAPE;
+    if (!(tape->memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES;
+    size_t S = tape->n_slots;
+    if (tape->n_given && !out) return MOE_E_NULL_OUT;
+    for (size_t i = 0; i < tape->n_given * S; i++) out[i] = -1;
+    for (size_t t = 0; t < tape->n_tokens; t++)
+        memcpy(out + (tape->kept ? tape->kept[t] : t) * S, tape->index + t * S, S * sizeof *out);
+    return MOE_OK;
 }
 
 /* -- the parameters' shapes -- */
@@ -12311,6 +13331,7 @@ static moe_status moe__layer_layout(moe_layer *layer, const moe__plan *plan, siz
     if (status || !arena->base) return status;
     moe__layer_count_begin(layer);
     if (desc->controller_rate > 0.0f) layer->control.rate = desc->controller_rate;
+    if (desc->controller_recentre) layer->control.recentre = desc->controller_recentre == MOE_ON;
     if (desc->controller_damping != 0.0f) layer->control.damping = moe__value(desc->controller_damping, 0.0f);
     if (layer->control.coefficient) *layer->control.coefficient = desc->loss[moe__layer_controlled_loss(desc)];
     return MOE_OK;
@@ -12404,7 +13425,11 @@ static moe_status moe__layer_forward(const moe_layer *layer, moe_tape *tape, uin
     run.given.draw = draw;
     status = moe__pass_route(&run, x, n);
     if (!status) status = moe__pass_experts(&run, y);
-    if (!status && tape->memory->codes) status = moe__codes_forward(&run);
+    if (!status && tape->memory->codes) {
+        status = moe__codes_forward(&run);
+        if (!status) status = moe__pass_outputs(&run);
+    }
+    if (!status) moe__pass_y(&run, y);
     return status;
 }
 MOE_API moe_status moe_forward_tape(const moe_layer *layer, moe_tape *tape, const float *x, size_t count, float *y) {
@@ -12422,14 +13447,14 @@ MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const flo
     const int both = MOE__STATE_ROUTED | MOE__STATE_FORWARD;
     moe__run_codes *codes = tape->memory->codes;
     if ((tape->memory->state & both) != both || (codes && !codes->ready)) return MOE_E_NO_FORWARD;
-    if (tape->n_tokens && !dy) return MOE_E_NULL_DY;
+    if (tape->n_given && !dy) return MOE_E_NULL_DY;
     moe__run run;
     moe_status status = moe__layer_run(layer, tape, &run);
-    if (!status) status = moe__balance_check(&plan->desc);
+    if (!status) status = moe__balance_ready(&run);
     if (!status) status = moe__layer_score_room(layer, tape->n_tokens);
     if (status) return status;
     float *d_router = moe__layer_router(layer, MOE_PART_GRADS), *d_weight = tape->memory->experts.d_weight;
-    if (dx) memset(dx, 0, tape->n_tokens * plan->d * sizeof(float));
+    if (dx) memset(dx, 0, tape->n_given * plan->d * sizeof(float));
     if (layer->fresh) memset(d_router, 0, plan->at[MOE__R_COUNT] * sizeof(float));
     run.fresh = layer->fresh;
     if (codes) {
@@ -12437,12 +13462,14 @@ MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const flo
         run.dx = dx;
         run.d_router = plan->desc.freeze_router == MOE_ON ? NULL : d_router;
         dy = moe__codes_split(&run);
+        run.dy_kept = NULL; /* this one has the kept rows alone */
     }
     status = moe__pass_experts_back(&run, dy, layer->part[MOE_PART_GRADS], d_weight, dx);
     if (status) return status;
     layer->fresh = 0;
     status = moe__pass_route_back(&run, d_weight, d_router, dx);
     if (!status && codes) moe__codes_backward(&run);
+    moe__pass_apart(&run, dx);
     memcpy(layer->loss, tape->loss, sizeof layer->loss);
     if (!status) moe__layer_count_add(layer, tape);
     return status;
@@ -12573,7 +13600,8 @@ MOE_API size_t moe_layer_active_params(const moe_layer *layer) {
     if (!layer) return 0;
     const moe__plan *plan = &layer->plan;
     size_t used = moe__combine_used(plan) + plan->G - plan->F;
-    return used * (moe__plan_parameters(plan, MOE__IN_EXPERTS) / plan->G) + plan->at[MOE__R_COUNT];
+    used *= moe__plan_parameters(plan, MOE__IN_EXPERTS) / plan->G;
+    return used + plan->count[MOE__T_SHARED_GATE] + plan->at[MOE__R_COUNT];
 }
 MOE_API moe_status moe_layer_health(moe_layer *layer, moe_health *health) {
     if (!layer) return MOE_E_NULL_LAYER;
@@ -12619,7 +13647,7 @@ static moe_status moe__layer_pes_add(const moe__layer_pes *pes, const float *par
     size_t d = plan->d, F = plan->F;
     double part;
     moe_status status = moe_tape_tokens(pes->tape, x, count);
-    if (!status) status = moe__routes_fill(&pes->tape->routes, count, pes->index, NULL, 0, MOE_ORDER_TOKEN);
+    if (!status) status = moe__routes_fill(&pes->tape->routes, count, pes->index, NULL, 0, NULL, MOE_ORDER_TOKEN);
     if (!status) status = moe_experts_forward(pes->tape, params, pes->y);
     if (status) return status;
     for (size_t i = 0; i < count * F; i++) {
@@ -12627,7 +13655,7 @@ static moe_status moe__layer_pes_add(const moe__layer_pes *pes, const float *par
         memcpy(pes->out + i * d, pes->tape->memory->experts.out + row * plan->ldo, d * sizeof(float));
     }
     status = moe_pes(count, F, d, pes->out, pes->work, &part);
-    if (!status) *sum += part * (double)count;
+    if (!status) *sum += moe__times(part, (double)count);
     return status;
 }
 /* The experts alone, each for every token. */
@@ -12711,12 +13739,21 @@ MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, con
     else moe__plan_read(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), out);
     return MOE_OK;
 }
+/* What a tensor may hold; gradients may be anything until a step. */
+static int moe__layer_numbers_ok(moe_part_kind part, size_t count, const float *values) {
+    if (!moe__all_finite(count, values)) return 0;
+    if (part != MOE_PART_MOMENT2) return 1;
+    for (size_t i = 0; i < count; i++)
+        if (values[i] < 0.0f) return 0; /* a step takes its root */
+    return 1;
+}
 MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const char *name, const float *in,
                                  size_t count) {
     int id;
     moe_status status = moe__layer_find(layer, part, name, count, &id);
     if (status) return status;
     if (!in) return MOE_E_NULL_PARAMS;
+    if (part != MOE_PART_GRADS && !moe__layer_numbers_ok(part, count, in)) return MOE_E_NAN_PARAMS;
     if (part == MOE_PART_GRADS && layer->fresh) {
         moe__layer_zero_grads(layer);
         layer->fresh = 0;
@@ -13003,19 +14040,19 @@ static moe_status moe__json_sizes(moe__json *json, size_t max, moe_status overfl
 /* ==== >>safetensors ===========================================================================
  * A file is 8 bytes of header length, little-endian; the header, one JSON object; the data. The reader is as strict as
  * the format's reference implementation (offsets without holes or overlaps, every byte of the data covered, valid
- * UTF-8) and, as the format's text asks, refuses names that come twice. Nothing is allocated: the header is read again
- * wherever something of it is needed. After moe_file_open, every later reading of the same header succeeds.
+ * UTF-8) and, as the format's text asks, refuses names that come twice. The header is read again wherever something of
+ * it is needed; after moe_file_open, every later reading of the same header succeeds. Of a header of many names an
+ * index says where each stands.
  */
-#define MOE__FILE_HEADER_CAP 100000000u  /* as in the reference implementation */
-#define MOE__FILE_WINDOW 512             /* names or offsets put in order by one reading of the header */
-#define MOE__FILE_WORK ((size_t)1 << 30) /* most header bytes read for that: about 60000 usual tensors */
+#define MOE__FILE_HEADER_CAP 100000000u /* as in the reference implementation */
+#define MOE__FILE_FEW 512               /* names of which no index is kept */
 
 /* The types of elements: first those of moe_dtype_kind, then those whose size alone is known. */
 static const struct { const char *npy, *safetensors; size_t bytes; } moe__file_dtypes[] = {
-    {"", "none", 0}, {"<f4", "F32", 4}, {"<f2", "F16", 2}, {"", "BF16", 2}, {"<f8", "F64", 8}, {"<u2", "U16", 2},
-    {"<i4", "I32", 4}, {"<i8", "I64", 8},
-    {"", "BOOL", 1}, {"", "U8", 1}, {"", "I8", 1}, {"", "F8_E5M2", 1}, {"", "F8_E4M3", 1}, {"", "I16", 2},
-    {"", "U32", 4}, {"", "U64", 8}};
+    {"", "none", 0}, {"<f4", "F32", 4}, {"<f2", "F16", 2}, {"<V2", "BF16", 2}, {"<f8", "F64", 8}, {"<u2", "U16", 2},
+    {"<i4", "I32", 4}, {"<i8", "I64", 8}, {"|i1", "I8", 1}, {"|u1", "U8", 1}, {"<i2", "I16", 2}, {"<u4", "U32", 4},
+    {"<u8", "U64", 8},
+    {"", "BOOL", 1}, {"", "F8_E5M2", 1}, {"", "F8_E4M3", 1}};
 
 /* A type's row; 0 if there is none of that name. */
 static size_t moe__file_dtype(const char *name) {
@@ -13037,6 +14074,7 @@ typedef struct moe__file_cursor {
     moe__json j;
     size_t data_size;
     int inside, metadata_seen; /* inside __metadata__ now, or before */
+    int alone;                 /* no header: a weight_map, which reads as a __metadata__ does */
     int first[2];              /* of the header, of __metadata__ */
 } moe__file_cursor;
 
@@ -13053,15 +14091,14 @@ static moe_status moe__file_cursor_init(moe__file_cursor *cursor, const moe_file
 static moe_status moe__file_entry_place(moe__file_cursor *cursor, moe__file_entry *entry) {
     moe_file_tensor *tensor = &entry->tensor;
     size_t bytes = moe__file_dtypes[moe__file_dtype(tensor->dtype)].bytes;
-    if (!bytes) return MOE_E_FILE_DTYPE;
+    int known = bytes != 0;
     if (entry->begin > entry->end) return MOE_E_FILE_OFFSETS;
     if (entry->end > cursor->data_size) return MOE_E_FILE_SHORT;
+    tensor->data = cursor->j.bytes + cursor->j.end + entry->begin;
+    tensor->bytes = entry->end - entry->begin;
     for (size_t i = 0; i < tensor->n_dims; i++)
         if (!moe__mul(bytes, tensor->dim[i], &bytes)) return MOE_E_FILE_SHAPE;
-    if (bytes != entry->end - entry->begin) return MOE_E_FILE_SHAPE;
-    tensor->data = cursor->j.bytes + cursor->j.end + entry->begin;
-    tensor->bytes = bytes;
-    return MOE_OK;
+    return known && bytes != tensor->bytes ? MOE_E_FILE_SHAPE : MOE_OK;
 }
 
 static moe_status moe__file_entry_tensor(moe__file_cursor *cursor, moe__file_entry *entry) {
@@ -13073,6 +14110,8 @@ static moe_status moe__file_entry_tensor(moe__file_cursor *cursor, moe__file_ent
     int first = 1, more;
     unsigned seen = 0, which;
     memset(tensor, 0, sizeof *tensor);
+    tensor->name = (const char *)json->bytes + entry->name.begin;
+    tensor->name_length = entry->name.end - entry->name.begin;
     if (!moe__json_take(json, '{')) return MOE_E_FILE_HEADER;
     while ((more = moe__json_more(json, '}', &first)) > 0) {
         moe_status status = MOE_OK;
@@ -13089,10 +14128,7 @@ static moe_status moe__file_entry_tensor(moe__file_cursor *cursor, moe__file_ent
     if (more || (seen & 7) != 7 || n_offsets != 2) return MOE_E_FILE_HEADER;
     entry->begin = offsets[0];
     entry->end = offsets[1];
-    tensor->name = (const char *)json->bytes + entry->name.begin;
-    tensor->name_length = entry->name.end - entry->name.begin;
-    size_t length = dtype.end - dtype.begin;
-    if (length < sizeof tensor->dtype) memcpy(tensor->dtype, json->bytes + dtype.begin, length);
+    memcpy(tensor->dtype, json->bytes + dtype.begin, moe__min(dtype.end - dtype.begin, sizeof tensor->dtype - 1));
     moe_status status = moe__file_entry_place(cursor, entry);
     if (status) json->at = entry->name.begin;
     return status;
@@ -13100,11 +14136,12 @@ static moe_status moe__file_entry_tensor(moe__file_cursor *cursor, moe__file_ent
 
 static moe_status moe__file_cursor_next(moe__file_cursor *cursor, moe__file_entry *entry) {
     moe__json *json = &cursor->j;
+    entry->kind = MOE__ENTRY_END;
     for (;;) {
         int more = moe__json_more(json, '}', &cursor->first[cursor->inside]);
         if (more < 0) return MOE_E_FILE_HEADER;
-        if (!more && !cursor->inside) {
-            entry->kind = MOE__ENTRY_END;
+        if (!more && (!cursor->inside || cursor->alone)) {
+            if (cursor->alone) return MOE_OK;
             moe__json_space(json); /* padding */
             return json->at == json->end ? MOE_OK : MOE_E_FILE_HEADER;
         }
@@ -13130,102 +14167,205 @@ static moe_status moe__file_cursor_next(moe__file_cursor *cursor, moe__file_entr
     }
 }
 
-/* -- the order of a file's tensors --
+/* -- names in order --
  * Tensors may stand in the header in any order, but their offsets must tile the data, and no name may come twice. Both
- * ask for the keys in order, (begin, end) or (hash of the name, where it stands), without memory for them all. So the
- * header is read again and again, and each reading takes the next 512 keys in order into a window on the stack. With a
- * window of 3:
+ * are seen when keys are in order: (begin, end) of the bytes, or (hash of the name, where it stands). A hash has 64
+ * bits: two names that share it count as equal, which an honest file of a million names does once in 10^7. The keys of
+ * few names fit on the stack; of many they are kept, with where the tensors stand and the routers by layer:
  *
- *     header:          e  b  g  a  d  c  f
- *     first reading    [ a b c ]                 the lowest of all
- *     second reading           [ d e f ]         the lowest above c
- *     third reading                    [ g ]     not full: the last
- *
- * In this order, each begin must be the end before, and each hash must differ from the hash before. A hash has 64 bits:
- * two names that share it count as equal, which an honest file of 60000 names does once in 10^10. Keys that are the
- * same fall together: so the caller has compared the sum of the sizes with the data. */
+ *     header     c      a      b               where: 10     60     110
+ *     names      (hash b, 110) (hash c, 10) (hash a, 60)
+ *     order      10 60 110                     tensor i, without walking
+ *     routers    (layer 0, 60) (layer 1, 10)
+ */
 typedef struct moe__file_key {
     uint64_t major, minor;
 } moe__file_key;
+
+typedef struct moe__file_index {
+    size_t n_names, n_tensors, n_routers;
+    moe__file_key *names, *routers;
+    size_t *order;
+} moe__file_index;
 
 static int moe__file_key_less(moe__file_key left, moe__file_key right) {
     return left.major < right.major || (left.major == right.major && left.minor < right.minor);
 }
 
-/* Into a window of n keys in order; the highest falls out of a full one. */
-static void moe__file_window_put(moe__file_key *window, size_t *n, moe__file_key key) {
-    size_t low = 0;
-    for (size_t high = *n; low < high;) {
-        size_t middle = (low + high) / 2;
-        if (moe__file_key_less(window[middle], key)) low = middle + 1;
-        else high = middle;
+static void moe__file_sort(size_t n, moe__file_key *keys) { /* heap sort: n log n whatever the file */
+    for (size_t start = n / 2, end = n; end > 1;) {
+        moe__file_key moved;
+        if (start) moved = keys[--start]; /* the heap is still being built */
+        else moved = keys[--end], keys[end] = keys[0];
+        size_t at = start;
+        for (size_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
+            if (child + 1 < end && moe__file_key_less(keys[child], keys[child + 1])) child++;
+            if (!moe__file_key_less(moved, keys[child])) break;
+            keys[at] = keys[child];
+            at = child;
+        }
+        keys[at] = moved;
     }
-    if (low == MOE__FILE_WINDOW || (low < *n && !moe__file_key_less(key, window[low]))) return;
-    if (*n < MOE__FILE_WINDOW) ++*n;
-    memmove(window + low + 1, window + low, (*n - 1 - low) * sizeof *window);
-    window[low] = key;
 }
 
-static moe_status moe__file_ordered(moe_file *file, int by_name) {
-    moe__file_key window[MOE__FILE_WINDOW], key, last = {0, 0};
-    moe__file_cursor cursor;
-    moe__file_entry entry;
-    uint64_t basis = UINT64_C(0xcbf29ce484222325);
-    size_t n = 0;
-    for (int any = 0; !any || n == MOE__FILE_WINDOW; any = 1) {
-        moe_status status = moe__file_cursor_init(&cursor, file);
-        for (n = 0; !status && !(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END;) {
-            if (!by_name && entry.kind != MOE__ENTRY_TENSOR) continue;
-            key.major = by_name ? moe__json_hash(&cursor.j, entry.name, basis ^ (uint64_t)entry.kind) : entry.begin;
-            key.minor = by_name ? entry.name.begin : entry.end;
-            if (!any || moe__file_key_less(last, key)) moe__file_window_put(window, &n, key); /* else walked before */
-        }
-        if (status) return status;
-        for (size_t i = 0; i < n; last = window[i++]) {
-            if (by_name && (any || i) && window[i].major == last.major) {
-                file->offset = (size_t)window[i].minor;
-                return MOE_E_FILE_TWICE;
-            }
-            file->offset = cursor.j.end + (size_t)last.minor;
-            if (!by_name && window[i].major != last.minor) return MOE_E_FILE_OFFSETS; /* a hole, or bytes of two */
-        }
+static uint64_t moe__file_hash(const moe__json *json, moe__json_text name, moe__file_entry_kind kind) {
+    return moe__json_hash(json, name, UINT64_C(0xcbf29ce484222325) ^ (uint64_t)kind);
+}
+
+MOE_API int moe_router_name(const char *name, size_t length, size_t *layer) {
+    static const char before[] = "model.layers.";
+    static const char *const after[] = {".mlp.gate.weight", ".block_sparse_moe.gate.weight"};
+    size_t at = sizeof before - 1, first = at, number = 0;
+    if (!name || length < at || memcmp(name, before, at)) return 0;
+    for (; at < length && at < first + 9 && name[at] >= '0' && name[at] <= '9'; at++)
+        number = number * 10 + (size_t)(name[at] - '0');
+    if (at == first || (name[first] == '0' && at > first + 1)) return 0;
+    for (int i = 0; i < 2; i++) {
+        if (length - at != strlen(after[i]) || memcmp(name + at, after[i], length - at)) continue;
+        if (layer) *layer = number;
+        return 1;
     }
-    file->offset = cursor.j.end + (size_t)last.minor;
-    return by_name || last.minor == cursor.data_size ? MOE_OK : MOE_E_FILE_OFFSETS;
+    return 0;
+}
+
+/* All names from a cursor at the start, in order; `at`: after an error, where. */
+static moe_status moe__file_names(moe__file_cursor cursor, moe__file_index *index, size_t *at) {
+    moe__file_entry entry;
+    moe_status status;
+    size_t n = 0, n_tensors = 0;
+    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+        index->names[n].major = moe__file_hash(&cursor.j, entry.name, entry.kind);
+        index->names[n++].minor = entry.name.begin;
+        if (index->order && (cursor.alone || entry.kind == MOE__ENTRY_TENSOR))
+            index->order[n_tensors++] = entry.name.begin;
+    }
+    moe__file_sort(n, index->names);
+    for (size_t i = 1; i < n && !status; i++) {
+        if (index->names[i].major != index->names[i - 1].major) continue;
+        *at = (size_t)index->names[i].minor;
+        status = MOE_E_FILE_TWICE;
+    }
+    return status;
+}
+
+/* The routers from a cursor at the start, by layer: how many. Of two names of one layer the first counts. */
+static size_t moe__file_routers(moe__file_cursor cursor, moe__file_key *routers) {
+    moe__file_entry entry;
+    size_t n = 0, kept = 0, layer;
+    while (!moe__file_cursor_next(&cursor, &entry) && entry.kind != MOE__ENTRY_END) {
+        size_t length = entry.name.end - entry.name.begin;
+        if (!cursor.alone && entry.kind != MOE__ENTRY_TENSOR) continue;
+        if (!moe_router_name((const char *)cursor.j.bytes + entry.name.begin, length, &layer)) continue;
+        if (routers) routers[n].major = layer, routers[n].minor = entry.name.begin;
+        n++;
+    }
+    if (!routers) return n;
+    moe__file_sort(n, routers);
+    for (size_t i = 0; i < n; i++)
+        if (!kept || routers[i].major != routers[kept - 1].major) routers[kept++] = routers[i];
+    return kept;
+}
+
+static void moe__file_index_layout(moe__file_index *index, moe__arena *arena) {
+    (void)moe__take(arena, 1, sizeof *index);
+    index->names = (moe__file_key *)moe__take(arena, index->n_names, sizeof *index->names);
+    index->routers = (moe__file_key *)moe__take(arena, index->n_routers, sizeof *index->routers);
+    index->order = (size_t *)moe__take(arena, index->n_tensors, sizeof *index->order);
+}
+
+/* The index of so many names, still empty; NULL if there is no memory. */
+static moe__file_index *moe__file_index_new(const moe__file_cursor *start, size_t n_names, size_t n_tensors,
+                                            void *context) {
+    moe__file_index sizes = {n_names, n_tensors, moe__file_routers(*start, NULL), NULL, NULL, NULL};
+    moe__arena arena = {NULL, 0, 0};
+    moe__file_index_layout(&sizes, &arena);
+    if (arena.overflow) return NULL;
+    arena.base = (unsigned char *)moe__alloc(context, arena.used);
+    arena.used = 0;
+    if (!arena.base) return NULL;
+    moe__file_index *index = (moe__file_index *)(void *)arena.base;
+    moe__file_index_layout(&sizes, &arena);
+    *index = sizes;
+    return index;
+}
+
+/* Do the tensors' bytes tile the data? Their sum has been compared with it, so that equal keys show as a hole. */
+static moe_status moe__file_tiles(moe_file *file, moe__file_cursor cursor, moe__file_key *keys) {
+    moe__file_entry entry;
+    moe_status status;
+    size_t n = 0, end = 0;
+    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+        if (entry.kind != MOE__ENTRY_TENSOR) continue;
+        keys[n].major = entry.begin;
+        keys[n++].minor = entry.end;
+    }
+    moe__file_sort(n, keys);
+    for (size_t i = 0; i < n && !status; end = (size_t)keys[i++].minor)
+        if (keys[i].major != end) {
+            file->offset = cursor.j.end + end;
+            return MOE_E_FILE_OFFSETS; /* a hole, or bytes of two */
+        }
+    return status;
+}
+
+/* The header read once: how many entries, tensors and bytes of theirs, in which order. */
+static moe_status moe__file_count(moe_file *file, moe__file_cursor cursor, size_t *n_entries, size_t *sum,
+                                  int *in_order) {
+    moe__file_entry entry;
+    moe_status status;
+    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+        ++*n_entries;
+        if (entry.kind == MOE__ENTRY_METADATA) continue;
+        file->n_tensors++;
+        if (entry.begin != *sum) *in_order = 0;
+        if (entry.end - entry.begin > cursor.data_size - *sum) { /* more than all bytes: some belong to two */
+            cursor.j.at = entry.name.begin;
+            status = MOE_E_FILE_OFFSETS;
+            break;
+        }
+        *sum += entry.end - entry.begin;
+    }
+    file->offset = cursor.j.at;
+    if (status && entry.kind == MOE__ENTRY_TENSOR) file->fault = entry.tensor;
+    return status;
 }
 
 static moe_status moe__file_check(moe_file *file) {
-    moe__file_cursor cursor;
-    moe__file_entry entry;
+    moe__file_key few[MOE__FILE_FEW];
+    moe__file_index on_stack, *index = &on_stack;
+    moe__file_cursor start;
     size_t n_entries = 0, sum = 0;
     int in_order = 1;
-    moe_status status = moe__file_cursor_init(&cursor, file);
-    while (!status && !(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
-        n_entries++;
-        if (entry.kind == MOE__ENTRY_METADATA) continue;
-        file->n_tensors++;
-        if (entry.begin != sum) in_order = 0;
-        if (entry.end - entry.begin > cursor.data_size - sum) { /* more than all bytes: some belong to two */
-            cursor.j.at = entry.name.begin;
-            status = MOE_E_FILE_OFFSETS;
-        } else sum += entry.end - entry.begin;
-    }
-    file->offset = cursor.j.at;
+    moe_status status = moe__file_cursor_init(&start, file);
+    if (!status) status = moe__file_count(file, start, &n_entries, &sum, &in_order);
     if (status) return status;
-    if (n_entries / MOE__FILE_WINDOW > MOE__FILE_WORK / file->header) return MOE_E_FILE_HEADER_SIZE;
-    if (!in_order) status = moe__file_ordered(file, 0);
-    if (!status && sum != cursor.data_size) {
-        file->offset = cursor.j.end + sum;
+    memset(&on_stack, 0, sizeof on_stack);
+    on_stack.names = few;
+    if (n_entries > MOE__FILE_FEW)
+        file->index = index = moe__file_index_new(&start, n_entries, file->n_tensors, file->alloc_context);
+    if (!index) return MOE_E_NO_MEMORY;
+    if (!in_order) status = moe__file_tiles(file, start, index->names);
+    if (!status && sum != start.data_size) {
+        file->offset = start.j.end + sum;
         status = MOE_E_FILE_OFFSETS;
     }
-    return status ? status : moe__file_ordered(file, 1);
+    if (!status) status = moe__file_names(start, index, &file->offset);
+    if (!status && file->index) index->n_routers = moe__file_routers(start, index->routers);
+    return status;
 }
 
-MOE_API moe_status moe_file_open(moe_file *file, const void *bytes, size_t size) {
+MOE_API void moe_file_close(moe_file *file) {
+    if (!file) return;
+    moe__free(file->alloc_context, file->index);
+    memset(file, 0, sizeof *file);
+}
+
+static moe_status moe__file_open(moe_file *file, const void *bytes, size_t size, void *context) {
     uint64_t header = 0;
     if (!file) return MOE_E_NULL_OUT;
     memset(file, 0, sizeof *file);
     if (!bytes) return MOE_E_NULL_BYTES;
+    file->alloc_context = context;
     file->bytes = (const unsigned char *)bytes;
     file->size = file->offset = size;
     if (size < 8) return MOE_E_FILE_SHORT;
@@ -13234,9 +14374,15 @@ MOE_API moe_status moe_file_open(moe_file *file, const void *bytes, size_t size)
     if (header > MOE__FILE_HEADER_CAP || header > size - 8) return MOE_E_FILE_HEADER_SIZE;
     file->header = (size_t)header;
     moe_status status = moe__file_check(file);
-    if (status) file->n_tensors = file->header = 0; /* nothing is to be found in it */
-    else file->offset = 0;
+    if (!status) file->offset = 0;
+    if (!status) return MOE_OK;
+    moe__free(context, file->index);
+    file->index = NULL;
+    file->n_tensors = file->header = 0; /* nothing is to be found in it */
     return status;
+}
+MOE_API moe_status moe_file_open(moe_file *file, const void *bytes, size_t size) {
+    return moe__file_open(file, bytes, size, NULL);
 }
 
 /* The next entry of a kind; MOE_E_NAME past the last. */
@@ -13249,26 +14395,71 @@ static moe_status moe__file_cursor_next_of(moe__file_cursor *cursor, moe__file_e
     return status;
 }
 
-static moe_status moe__file_lookup(const moe_file *file, moe__file_entry_kind kind, const char *name,
-                                   moe__file_cursor *cursor, moe__file_entry *entry) {
-    moe_status status = moe__file_cursor_init(cursor, file);
-    if (!name) return MOE_E_NULL_NAME;
+/* The next entry is the one whose name stands there. */
+static void moe__file_jump(moe__file_cursor *cursor, uint64_t name, moe__file_entry_kind kind) {
+    cursor->j.at = (size_t)name - 1; /* the quote */
+    cursor->inside = kind == MOE__ENTRY_METADATA;
+    cursor->first[cursor->inside] = 1; /* no comma before it */
+}
+
+/* By name, from a cursor at the start: at once with an index (a moe__file_index, or NULL), else by walking. */
+static moe_status moe__file_seek(moe__file_cursor *cursor, const void *names, moe__file_entry_kind kind,
+                                 const char *name, moe__file_entry *entry) {
+    const moe__file_index *index = (const moe__file_index *)names;
+    moe_status status = MOE_OK;
+    if (index) {
+        size_t low = 0, high = index->n_names;
+        uint64_t hash = UINT64_C(0xcbf29ce484222325) ^ (uint64_t)kind;
+        for (const char *at = name; *at; at++) hash = (hash ^ (unsigned char)*at) * UINT64_C(0x100000001b3);
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            if (index->names[middle].major < hash) low = middle + 1;
+            else high = middle;
+        }
+        if (low == index->n_names || index->names[low].major != hash) return MOE_E_NAME;
+        moe__file_jump(cursor, index->names[low].minor, kind);
+    }
     while (!status) {
         status = moe__file_cursor_next_of(cursor, kind, entry);
-        if (!status && moe__json_is(&cursor->j, entry->name, name)) break;
+        if (status || moe__json_is(&cursor->j, entry->name, name)) break;
     }
     return status;
+}
+
+/* The router with number i, in order of layers; MOE_E_NAME past the last. */
+static moe_status moe__file_router(moe__file_cursor *cursor, const void *names, size_t i, size_t *layer,
+                                   moe__file_entry *entry) {
+    const moe__file_index *index = (const moe__file_index *)names;
+    moe__file_key few[MOE__FILE_FEW];
+    const moe__file_key *routers = few;
+    size_t n;
+    if (index) routers = index->routers, n = index->n_routers;
+    else n = moe__file_routers(*cursor, few);
+    if (i >= n) return MOE_E_NAME;
+    *layer = (size_t)routers[i].major;
+    moe__file_jump(cursor, routers[i].minor, cursor->alone ? MOE__ENTRY_METADATA : MOE__ENTRY_TENSOR);
+    return moe__file_cursor_next(cursor, entry);
+}
+
+static moe_status moe__file_give(const moe__file_entry *entry, moe_file_tensor *out) {
+    *out = entry->tensor;
+    return moe__file_dtype(out->dtype) ? MOE_OK : MOE_E_FILE_DTYPE;
 }
 
 MOE_API moe_status moe_file_tensor_at(const moe_file *file, size_t i, moe_file_tensor *out) {
     moe__file_cursor cursor;
     moe__file_entry entry;
+    size_t n = 0;
     if (!out) return MOE_E_NULL_OUT;
     memset(out, 0, sizeof *out);
     moe_status status = moe__file_cursor_init(&cursor, file);
-    for (size_t n = 0; !status && n <= i; n++) status = moe__file_cursor_next_of(&cursor, MOE__ENTRY_TENSOR, &entry);
-    if (!status) *out = entry.tensor;
-    return status;
+    if (!status && i >= file->n_tensors) return MOE_E_NAME;
+    if (!status && file->index) {
+        n = i;
+        moe__file_jump(&cursor, ((const moe__file_index *)file->index)->order[i], MOE__ENTRY_TENSOR);
+    }
+    for (; !status && n <= i; n++) status = moe__file_cursor_next_of(&cursor, MOE__ENTRY_TENSOR, &entry);
+    return status ? status : moe__file_give(&entry, out);
 }
 
 MOE_API moe_status moe_file_find(const moe_file *file, const char *name, moe_file_tensor *out) {
@@ -13276,9 +14467,10 @@ MOE_API moe_status moe_file_find(const moe_file *file, const char *name, moe_fil
     moe__file_entry entry;
     if (!out) return MOE_E_NULL_OUT;
     memset(out, 0, sizeof *out);
-    moe_status status = moe__file_lookup(file, MOE__ENTRY_TENSOR, name, &cursor, &entry);
-    if (!status) *out = entry.tensor;
-    return status;
+    moe_status status = moe__file_cursor_init(&cursor, file);
+    if (!name) return MOE_E_NULL_NAME;
+    if (!status) status = moe__file_seek(&cursor, file->index, MOE__ENTRY_TENSOR, name, &entry);
+    return status ? status : moe__file_give(&entry, out);
 }
 
 MOE_API moe_status moe_file_metadata(const moe_file *file, const char *key, char *buffer, size_t size) {
@@ -13287,7 +14479,9 @@ MOE_API moe_status moe_file_metadata(const moe_file *file, const char *key, char
     if (!buffer) return MOE_E_NULL_OUT;
     if (!size) return MOE_E_SMALL_MEMORY;
     buffer[0] = 0;
-    moe_status status = moe__file_lookup(file, MOE__ENTRY_METADATA, key, &cursor, &entry);
+    moe_status status = moe__file_cursor_init(&cursor, file);
+    if (!key) return MOE_E_NULL_NAME;
+    if (!status) status = moe__file_seek(&cursor, file->index, MOE__ENTRY_METADATA, key, &entry);
     return status ? status : moe__json_copy(&cursor.j, entry.value, buffer, size);
 }
 
@@ -13309,15 +14503,15 @@ MOE_API moe_dtype_kind moe_dtype_of(const char *safetensors_name) {
     return row < MOE_DTYPE_COUNT ? (moe_dtype_kind)row : MOE_DTYPE_NONE;
 }
 
-/* 'text' or "text", printable ASCII without escapes, into a buffer that it must fit in. */
+/* 'text' or "text", printable ASCII without escapes; as much of it as the buffer holds. */
 static int moe__npy_string(moe__json *json, char *out, size_t size) {
     size_t used = 0;
     moe__json_space(json);
     int quote = moe__json_peek(json), c;
     if (quote != '\'' && quote != '"') return 0;
     for (json->at++; (c = moe__json_peek(json)) != quote; json->at++) {
-        if (c < 0x20 || c > 0x7e || c == '\\' || used + 1 >= size) return 0;
-        out[used++] = (char)c;
+        if (c < 0x20 || c > 0x7e || c == '\\') return 0;
+        if (used + 1 < size) out[used++] = (char)c;
     }
     out[used] = 0;
     json->at++;
@@ -13342,12 +14536,13 @@ static moe_status moe__npy_shape(moe__json *json, moe_npy *npy) {
 }
 
 static moe_status moe__npy_descr(moe__json *json, moe_npy *npy) {
-    char text[8];
+    const char *text = npy->descr;
     size_t start = json->at;
     int row = MOE_DTYPE_COUNT - 1;
-    if (moe__json_peek(json) == '[') return MOE_E_FILE_DTYPE; /* records */
-    if (!moe__npy_string(json, text, sizeof text)) return MOE_E_NPY_HEADER;
-    while (row > 0 && (!*moe__file_dtypes[row].npy || strcmp(text, moe__file_dtypes[row].npy))) row--;
+    if (moe__json_peek(json) == '[') npy->descr[0] = '['; /* records */
+    else if (!moe__npy_string(json, npy->descr, sizeof npy->descr)) return MOE_E_NPY_HEADER;
+    if (!strcmp(text, "|V2") || !strcmp(text, "bfloat16")) text = "<V2"; /* that, loaded and saved again; as a name */
+    while (row > 0 && strcmp(text, moe__file_dtypes[row].npy)) row--;
     npy->dtype = (moe_dtype_kind)row;
     if (row) return MOE_OK;
     json->at = start;
@@ -13484,14 +14679,18 @@ MOE_API moe_status moe_to_float(moe_dtype_kind dtype, size_t n, const void *elem
 MOE_API moe_status moe_to_index(moe_dtype_kind dtype, size_t n, const void *elements, int32_t *out, size_t *bad) {
     const unsigned char *bytes = (const unsigned char *)elements;
     size_t size = moe_dtype_size(dtype);
-    if (dtype != MOE_DTYPE_I32 && dtype != MOE_DTYPE_I64) return MOE_E_FILE_DTYPE;
+    uint64_t sign = 0; /* the highest bit, of a signed type */
+    if (dtype == MOE_DTYPE_I8 || dtype == MOE_DTYPE_I16 || dtype == MOE_DTYPE_I32 || dtype == MOE_DTYPE_I64)
+        sign = UINT64_C(1) << (8 * size - 1);
+    if (!size || (dtype < MOE_DTYPE_I32 && dtype != MOE_DTYPE_U16)) return MOE_E_FILE_DTYPE;
     if (!n) return MOE_OK;
     if (!bytes) return MOE_E_NULL_BYTES;
     if (!out) return MOE_E_NULL_OUT;
     for (size_t i = 0; i < n; i++) {
         uint64_t bits = moe__npy_little(bytes + size * i, size);
-        uint32_t low = (uint32_t)bits, high = (uint32_t)(bits >> 32), sign = 0u - (low >> 31);
-        if (size == 8 && high != sign) { /* not the sign again: past 31 bits */
+        if (sign) bits = (bits ^ sign) - sign; /* to 64 bits */
+        uint32_t low = (uint32_t)bits;
+        if (bits > INT32_MAX && (!sign || bits < (uint64_t)INT32_MIN)) {
             if (bad) *bad = i;
             return MOE_E_NPY_INDEX;
         }
@@ -13503,55 +14702,53 @@ MOE_API moe_status moe_to_index(moe_dtype_kind dtype, size_t n, const void *elem
 /* ==== >>models ================================================================================
  * The routers of known models: what they are called, and in which file of a model of many they are.
  */
-MOE_API int moe_router_name(const char *name, size_t length, size_t *layer) {
-    static const char before[] = "model.layers.";
-    static const char *const after[] = {".mlp.gate.weight", ".block_sparse_moe.gate.weight"};
-    size_t at = sizeof before - 1, first = at, number = 0;
-    if (!name || length < at || memcmp(name, before, at)) return 0;
-    for (; at < length && at < first + 9 && name[at] >= '0' && name[at] <= '9'; at++)
-        number = number * 10 + (size_t)(name[at] - '0');
-    if (at == first || (name[first] == '0' && at > first + 1)) return 0;
-    for (int i = 0; i < 2; i++) {
-        if (length - at != strlen(after[i]) || memcmp(name + at, after[i], length - at)) continue;
-        if (layer) *layer = number;
-        return 1;
-    }
-    return 0;
-}
-
-/* The lowest layer above those that were found before; layers ascend, whatever the order in the file. */
-typedef struct moe__model_layer {
-    size_t from, lowest;
-} moe__model_layer;
-
-static int moe__model_lower(moe__model_layer *layer, const char *name, size_t length) {
-    size_t number;
-    if (!moe_router_name(name, length, &number) || number < layer->from || number >= layer->lowest) return 0;
-    layer->lowest = number;
-    return 1;
-}
-
 MOE_API moe_status moe_file_router(const moe_file *file, size_t i, size_t *layer, moe_file_tensor *out) {
+    moe__file_cursor cursor;
+    moe__file_entry entry;
     if (!layer || !out) return MOE_E_NULL_OUT;
-    moe__model_layer next = {0, 0};
-    for (size_t found = 0; found <= i; found++, next.from = next.lowest + 1) {
-        moe__file_cursor cursor;
-        moe__file_entry entry;
-        moe_status status = moe__file_cursor_init(&cursor, file);
-        next.lowest = SIZE_MAX;
-        while (!status && !(status = moe__file_cursor_next_of(&cursor, MOE__ENTRY_TENSOR, &entry)))
-            if (moe__model_lower(&next, entry.tensor.name, entry.tensor.name_length) && found == i) *out = entry.tensor;
-        if (status != MOE_E_NAME || next.lowest == SIZE_MAX) return status;
-    }
-    *layer = next.lowest;
-    return MOE_OK;
+    moe_status status = moe__file_cursor_init(&cursor, file);
+    if (!status) status = moe__file_router(&cursor, file->index, i, layer, &entry);
+    return status ? status : moe__file_give(&entry, out);
 }
 
-/* The next pair of a weight_map: 1, 0 at its end, -1 for a fault. */
-static int moe__model_shards_next(moe__json *json, int *first, moe__json_text *name, moe__json_text *file) {
-    int more = moe__json_more(json, '}', first);
-    if (more > 0 && !(moe__json_key(json, name) && moe__json_string(json, file))) return -1;
-    return more;
+static moe_status moe__model_bias_name(size_t layer, int sparse, char *name, size_t size) {
+    moe__text text = {name, size, 0};
+    moe__text_add(&text, "model.layers.");
+    moe__text_u64(&text, layer);
+    moe__text_add(&text, sparse ? ".block_sparse_moe" : ".mlp.gate");
+    moe__text_add(&text, ".e_score_correction_bias");
+    moe__text_end(&text);
+    if (text.n < size) return MOE_OK;
+    name[0] = 0;
+    return MOE_E_SMALL_MEMORY;
+}
+MOE_API moe_status moe_router_bias_name(const char *router, char *name, size_t size) {
+    size_t layer;
+    if (!router) return MOE_E_NULL_NAME;
+    if (!name) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    if (moe_router_name(router, strlen(router), &layer))
+        return moe__model_bias_name(layer, strstr(router, ".block_sparse_moe.") != NULL, name, size);
+    name[0] = 0;
+    return MOE_E_NAME;
+}
+MOE_API moe_status moe_file_router_bias(const moe_file *file, size_t layer, size_t n_experts, float *bias) {
+    moe_file_tensor tensor;
+    moe_status status = MOE_E_NAME;
+    char name[80];
+    size_t bytes;
+    if (!bias) return MOE_E_NULL_OUT;
+    for (int sparse = 0; sparse < 2 && status == MOE_E_NAME; sparse++) {
+        status = moe__model_bias_name(layer, sparse, name, sizeof name);
+        if (!status) status = moe_file_find(file, name, &tensor);
+    }
+    if (status) return status;
+    moe_dtype_kind dtype = moe_dtype_of(tensor.dtype);
+    status = moe_to_float(dtype, 0, NULL, NULL);
+    if (status) return status;
+    if (!moe__mul(n_experts, moe_dtype_size(dtype), &bytes) || tensor.bytes != bytes) return MOE_E_FILE_SHAPE;
+    status = moe_to_float(dtype, n_experts, tensor.data, bias);
+    return status || moe__all_finite(n_experts, bias) ? status : MOE_E_FILE_NAN;
 }
 
 /* A file in the same folder: no separator, drive or control character, and not "." or "..". */
@@ -13563,29 +14760,59 @@ static int moe__model_plain_name(const moe__json *json, moe__json_text text) {
     return text.end > text.begin && !moe__json_is(json, text, ".") && !moe__json_is(json, text, "..");
 }
 
+static void moe__model_shards_start(const moe_shards *shards, moe__file_cursor *cursor) {
+    memset(cursor, 0, sizeof *cursor);
+    cursor->j = moe__json_over(shards->bytes, shards->map, shards->size);
+    cursor->inside = cursor->alone = cursor->first[1] = 1;
+}
+
 /* A weight_map from its brace on; counts its tensors. */
 static int moe__model_shards_map(moe__json *json, moe_shards *shards) {
-    moe__json_text name, file;
-    int first = 1, more;
+    moe__file_cursor cursor;
+    moe__file_entry entry;
+    moe_status status;
     if (shards->map || !moe__json_take(json, '{')) return 0;
     shards->map = json->at;
-    while ((more = moe__model_shards_next(json, &first, &name, &file)) > 0) {
-        if (!moe__model_plain_name(json, file)) {
-            json->at = file.begin;
-            return 0;
-        }
-        shards->n_tensors++;
+    moe__model_shards_start(shards, &cursor);
+    for (; !(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END; shards->n_tensors++) {
+        json->at = entry.value.begin;
+        if (!moe__model_plain_name(json, entry.value)) return 0;
     }
-    return !more;
+    json->at = cursor.j.at;
+    return !status;
+}
+
+/* No name may come twice; the index of many is kept. */
+static moe_status moe__model_shards_index(moe_shards *shards) {
+    moe__file_key few[MOE__FILE_FEW];
+    moe__file_index on_stack, *index = &on_stack;
+    moe__file_cursor start;
+    memset(&on_stack, 0, sizeof on_stack);
+    on_stack.names = few;
+    moe__model_shards_start(shards, &start);
+    if (shards->n_tensors > MOE__FILE_FEW)
+        shards->index = index = moe__file_index_new(&start, shards->n_tensors, shards->n_tensors, NULL);
+    if (!index) return MOE_E_NO_MEMORY;
+    moe_status status = moe__file_names(start, index, &shards->offset);
+    if (!status && shards->index) index->n_routers = moe__file_routers(start, index->routers);
+    return status;
+}
+
+MOE_API void moe_shards_close(moe_shards *shards) {
+    if (!shards) return;
+    moe__free(NULL, shards->index);
+    memset(shards, 0, sizeof *shards);
 }
 
 MOE_API moe_status moe_shards_open(moe_shards *shards, const void *bytes, size_t size) {
     moe__json_text key;
     int first = 1, more = -1;
+    moe_status status = MOE_E_SHARDS;
     if (!shards) return MOE_E_NULL_OUT;
     memset(shards, 0, sizeof *shards);
     if (!bytes) return MOE_E_NULL_BYTES;
     moe__json json = moe__json_over((const unsigned char *)bytes, 0, size);
+    shards->bytes = json.bytes;
     shards->size = size;
     if (moe__json_take(&json, '{'))
         while ((more = moe__json_more(&json, '}', &first)) > 0) {
@@ -13595,54 +14822,123 @@ MOE_API moe_status moe_shards_open(moe_shards *shards, const void *bytes, size_t
             if (!ok) break;
         }
     moe__json_space(&json);
-    if (!more && shards->map && json.at == json.end) {
-        shards->bytes = json.bytes;
-        return MOE_OK;
-    }
     shards->offset = json.at;
+    if (!more && shards->map && json.at == json.end) status = moe__model_shards_index(shards);
+    if (!status) shards->offset = 0;
+    if (!status) return MOE_OK;
+    moe__free(NULL, shards->index);
+    shards->bytes = NULL;
+    shards->index = NULL;
     shards->n_tensors = shards->map = 0; /* nothing is to be found in it */
-    return MOE_E_SHARDS;
-}
-
-static moe_status moe__model_shards_start(const moe_shards *shards, moe__json *json) {
-    if (!shards || !shards->bytes || !shards->map) return MOE_E_NULL_BYTES;
-    *json = moe__json_over(shards->bytes, shards->map, shards->size);
-    return MOE_OK;
+    return status;
 }
 
 MOE_API moe_status moe_shards_find(const moe_shards *shards, const char *name, char *buffer, size_t size) {
-    moe__json json;
-    moe__json_text key, file;
-    int first = 1;
-    moe_status status = moe__model_shards_start(shards, &json);
-    if (status) return status;
+    moe__file_cursor cursor;
+    moe__file_entry entry;
+    if (!shards || !shards->bytes) return MOE_E_NULL_BYTES;
     if (!name) return MOE_E_NULL_NAME;
     if (!buffer) return MOE_E_NULL_OUT;
     if (!size) return MOE_E_SMALL_MEMORY;
-    while (moe__model_shards_next(&json, &first, &key, &file) > 0)
-        if (moe__json_is(&json, key, name)) return moe__json_copy(&json, file, buffer, size); /* buffer may be name */
-    buffer[0] = 0;
-    return MOE_E_NAME;
+    moe__model_shards_start(shards, &cursor);
+    moe_status status = moe__file_seek(&cursor, shards->index, MOE__ENTRY_METADATA, name, &entry);
+    buffer[0] = 0; /* only now: buffer may be name */
+    return status ? status : moe__json_copy(&cursor.j, entry.value, buffer, size);
 }
 
 MOE_API moe_status moe_shards_router(const moe_shards *shards, size_t i, size_t *layer, char *name, size_t size) {
-    moe__json json;
-    moe__json_text key, file, found_key = {0, 0};
-    moe__model_layer next = {0, 0};
+    moe__file_cursor cursor;
+    moe__file_entry entry;
     if (!layer || !name) return MOE_E_NULL_OUT;
     if (!size) return MOE_E_SMALL_MEMORY;
     name[0] = 0;
-    for (size_t found = 0; found <= i; found++, next.from = next.lowest + 1) {
-        int first = 1;
-        moe_status status = moe__model_shards_start(shards, &json);
+    if (!shards || !shards->bytes) return MOE_E_NULL_BYTES;
+    moe__model_shards_start(shards, &cursor);
+    moe_status status = moe__file_router(&cursor, shards->index, i, layer, &entry);
+    return status ? status : moe__json_copy(&cursor.j, entry.name, name, size);
+}
+
+/* -- experts' weights in the layouts of others -- */
+/* One tensor of all experts: element (row, column) of the library's matrix of an expert stands at out = from + step
+ * column of the file's, whose outs are `outs` in number. */
+typedef struct moe__model_matrix {
+    const unsigned char *bytes;
+    moe_dtype_kind dtype;
+    int out_first;
+    size_t rows, columns, outs, from, step;
+} moe__model_matrix;
+
+/* A tile of at most 32 by 32 of expert e, in rows of 32: read along the file's rows. */
+static moe_status moe__model_tile(const moe__model_matrix *m, size_t e, const size_t at[2], const size_t size[2],
+                                  float tile[32 * 32]) {
+    float line[64];
+    size_t element = moe_dtype_size(m->dtype), lines = size[0], length = (size[1] - 1) * m->step + 1;
+    if (m->out_first) lines = size[1], length = size[0];
+    for (size_t i = 0; i < lines; i++) {
+        size_t out = m->from + m->step * at[1], place = (e * m->rows + at[0] + i) * m->outs + out;
+        if (m->out_first) place = (e * m->outs + out + m->step * i) * m->rows + at[0];
+        moe_status status = moe_to_float(m->dtype, length, m->bytes + place * element, line);
         if (status) return status;
-        next.lowest = SIZE_MAX;
-        while (moe__model_shards_next(&json, &first, &key, &file) > 0)
-            if (moe__model_lower(&next, (const char *)json.bytes + key.begin, key.end - key.begin)) found_key = key;
-        if (next.lowest == SIZE_MAX) return MOE_E_NAME;
+        if (!moe__all_finite(length, line)) return MOE_E_NAN_WEIGHT;
+        if (m->out_first)
+            for (size_t k = 0; k < length; k++) tile[k * 32 + i] = line[k];
+        else
+            for (size_t k = 0; k < size[1]; k++) tile[i * 32 + k] = line[k * m->step];
     }
-    *layer = next.lowest;
-    return moe__json_copy(&json, found_key, name, size);
+    return MOE_OK;
+}
+static moe_status moe__model_pack(const moe__plan *plan, int id, const moe__model_matrix *m, size_t e, size_t expert,
+                                  float *params) {
+    float tile[32 * 32];
+    size_t at[2], size[2];
+    for (at[0] = 0; at[0] < m->rows; at[0] += 32)
+        for (at[1] = 0; at[1] < m->columns; at[1] += 32) {
+            size[0] = moe__min(32, m->rows - at[0]);
+            size[1] = moe__min(32, m->columns - at[1]);
+            moe_status status = moe__model_tile(m, e, at, size, tile);
+            if (status) return status;
+            for (size_t i = 0; i < size[0]; i++)
+                moe__plan_set(plan, id, params, expert * m->rows + at[0] + i, at[1], size[1], tile + 32 * i);
+        }
+    return MOE_OK;
+}
+/* Where a tensor stands in the arrays of others; bytes NULL: nowhere. */
+static moe__model_matrix moe__model_matrix_of(const moe__plan *plan, int id, const moe_experts_arrays *arrays,
+                                              const moe_experts_layout *layout) {
+    const void *from[] = {arrays->w1, arrays->wu, arrays->w2, arrays->b1, arrays->bu, arrays->b2};
+    int up = id == MOE__T_WU || id == MOE__T_BU;
+    moe__model_matrix m = {NULL, layout->dtype, layout->out_first, 0, 0, 0, 0, 1};
+    m.bytes = (const unsigned char *)from[id - MOE__T_W1];
+    m.rows = moe__plan_rows(plan, id);
+    m.columns = m.outs = moe__plan_columns(plan, id);
+    if (!layout->gate_up || id == MOE__T_W2 || id == MOE__T_B2) return m;
+    if (up) m.bytes = (const unsigned char *)from[id - 1 - MOE__T_W1]; /* its gate's array */
+    m.outs = 2 * m.columns;
+    if (layout->gate_up == MOE_GATE_UP_INTERLEAVED) m.step = 2, m.from = (size_t)up;
+    else if (up) m.from = m.columns;
+    return m;
+}
+MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
+                                    const moe_experts_layout *layout, float *params) {
+    moe__plan plan;
+    moe_experts_layout now = {MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE};
+    moe_status status = moe__pass_expert_plan(desc, 0, arrays, params, &plan);
+    if (status) return status;
+    if (first > plan.G || n > plan.G - first) return MOE_E_INDEX;
+    if (layout) now = *layout;
+    if (now.dtype == MOE_DTYPE_NONE) now.dtype = MOE_DTYPE_F32;
+    if ((unsigned)now.gate_up > MOE_GATE_UP_INTERLEAVED) return MOE_E_GATE_UP;
+    if (now.gate_up && (arrays->wu || arrays->bu || !plan.count[MOE__T_WU])) return MOE_E_GATE_UP;
+    status = moe_to_float(now.dtype, 0, NULL, NULL);
+    for (size_t e = 0; e < n && !status; e++) {
+        memset(params + (first + e) * plan.expert, 0, plan.expert * sizeof(float));
+        for (int id = MOE__T_W1; id <= MOE__T_B2 && !status; id++) {
+            if (!plan.count[id]) continue;
+            moe__model_matrix m = moe__model_matrix_of(&plan, id, arrays, &now);
+            if (m.bytes) status = moe__model_pack(&plan, id, &m, e, first + e, params);
+        }
+    }
+    return status;
 }
 
 /* ==== >>save ==================================================================================
@@ -13773,6 +15069,7 @@ static moe_status moe__save_put_tensor(const moe_layer *layer, const moe__save_e
     float *floats = (float *)(void *)aligned;
     memcpy(below, aligned, shift);
     moe_status status = moe_layer_get(layer, entry->part, entry->tensor.name, floats, entry->tensor.count);
+    if (!status && !moe__layer_numbers_ok(entry->part, entry->tensor.count, floats)) status = MOE_E_SAVE_NAN;
     if (shift) memmove(to, aligned, entry->bytes);
     memcpy(aligned, below, shift);
     moe__save_little_endian(to, entry->tensor.count);
@@ -13792,6 +15089,7 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *layer, int with_optimi
     moe__save_entry entry;
     size_t header, total;
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
+    if (!status && with_optimizer && !layer->fresh) status = MOE_E_UNSTEPPED;
     if (status) return status;
     if (!bytes) return MOE_E_NULL_BYTES;
     if (size < total) return MOE_E_SMALL_MEMORY;
@@ -13800,6 +15098,27 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *layer, int with_optimi
         status = moe__save_put_tensor(layer, &entry, to);
         to += entry.bytes;
     }
+    return status;
+}
+
+MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, moe_part_kind *part,
+                                   const char **name) {
+    moe__save_entry entry;
+    size_t header, total;
+    moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
+    if (!part || !name) return MOE_E_NULL_OUT;
+    *name = NULL;
+    if (status) return status;
+    const moe__plan *plan = &layer->plan;
+    float *values = (float *)moe__alloc(plan->desc.alloc_context, moe__save_largest(plan, with_optimizer));
+    if (!values) return MOE_E_NO_MEMORY;
+    for (size_t i = 0; !status && moe__save_at(plan, with_optimizer, i, &entry); i++) {
+        *part = entry.part;
+        status = moe_layer_get(layer, entry.part, entry.tensor.name, values, entry.tensor.count);
+        if (!status && !moe__layer_numbers_ok(entry.part, entry.tensor.count, values)) status = MOE_E_SAVE_NAN;
+        if (status) *name = entry.tensor.name;
+    }
+    moe__free(plan->desc.alloc_context, values);
     return status;
 }
 
@@ -13854,7 +15173,10 @@ static moe_status moe__save_plan(const moe_file *file, const moe_desc *surroundi
 
 /* The file's tensor with the name, type and shape that the layer has. */
 static moe_status moe__save_find(const moe_file *file, const moe__save_entry *entry, moe_file_tensor *out) {
-    if (moe_file_find(file, entry->name, out) || strcmp(out->dtype, entry->format)) return MOE_E_FILE_TENSOR;
+    moe_status status = moe_file_find(file, entry->name, out);
+    if (status == MOE_E_NAME) out->name = entry->tensor.name, out->name_length = strlen(out->name);
+    if (status == MOE_E_FILE_DTYPE) return status;
+    if (status || strcmp(out->dtype, entry->format)) return MOE_E_FILE_TENSOR;
     if (out->n_dims != entry->tensor.n_dims) return MOE_E_FILE_TENSOR;
     for (size_t k = 0; k < out->n_dims; k++)
         if (out->dim[k] != entry->tensor.dim[k]) return MOE_E_FILE_TENSOR;
@@ -13865,13 +15187,10 @@ static moe_status moe__save_set_tensor(moe_layer *layer, const moe__save_entry *
     size_t n = entry->tensor.count;
     memcpy(scratch, bytes, entry->bytes);
     moe__save_little_endian((unsigned char *)scratch, n);
-    if (!moe__all_finite(n, scratch)) return MOE_E_FILE_NAN;
-    if (entry->part == MOE_PART_MOMENT2)
-        for (size_t i = 0; i < n; i++)
-            if (scratch[i] < 0) return MOE_E_FILE_NAN; /* a step takes its root */
+    if (!moe__layer_numbers_ok(entry->part, n, scratch)) return MOE_E_FILE_NAN;
     return moe_layer_set(layer, entry->part, entry->tensor.name, scratch, n);
 }
-static moe_status moe__save_fill(moe_layer *layer, const moe_file *file, int with_optimizer) {
+static moe_status moe__save_fill(moe_layer *layer, moe_file *file, int with_optimizer) {
     moe__save_entry entry;
     moe_file_tensor tensor;
     void *context = layer->plan.desc.alloc_context;
@@ -13880,27 +15199,29 @@ static moe_status moe__save_fill(moe_layer *layer, const moe_file *file, int wit
     for (size_t i = 0; !status && moe__save_at(&layer->plan, with_optimizer, i, &entry); i++) {
         status = moe__save_find(file, &entry, &tensor);
         if (!status) status = moe__save_set_tensor(layer, &entry, tensor.data, scratch);
+        if (status) file->fault = tensor;
     }
     moe__free(context, scratch);
     return status;
 }
-MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, size_t size,
-                                         const moe_desc *surroundings) {
+MOE_API moe_status moe_layer_load_file(moe_layer **out, moe_file *file, const moe_desc *surroundings) {
     moe_layer *layer = NULL;
-    moe_file file;
     moe_file_tensor tensor;
     moe__save_state state;
     moe__save_entry entry;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
-    moe_status status = moe_file_open(&file, bytes, size);
-    if (!status) status = moe__save_plan(&file, surroundings, &state);
+    if (!file) return MOE_E_NULL_BYTES;
+    memset(&file->fault, 0, sizeof file->fault);
+    moe_status status = moe__save_plan(file, surroundings, &state);
     if (status) return status;
     /* all shapes before any memory: what is allocated is in proportion to the file */
-    for (size_t i = 0; !status && moe__save_at(&state.plan, state.with_optimizer, i, &entry); i++)
-        status = moe__save_find(&file, &entry, &tensor);
+    for (size_t i = 0; !status && moe__save_at(&state.plan, state.with_optimizer, i, &entry); i++) {
+        status = moe__save_find(file, &entry, &tensor);
+        if (status) file->fault = tensor;
+    }
     if (!status) status = moe_layer_new(&layer, &state.plan.desc);
-    if (!status) status = moe__save_fill(layer, &file, state.with_optimizer);
+    if (!status) status = moe__save_fill(layer, file, state.with_optimizer);
     if (status) {
         moe_layer_free(layer);
         return status;
@@ -13908,6 +15229,19 @@ MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, siz
     if (state.with_optimizer) layer->step = state.step, layer->draws = state.draws;
     *out = layer;
     return MOE_OK;
+}
+MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, size_t size,
+                                         const moe_desc *surroundings) {
+    moe_file file;
+    void *context = NULL;
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (surroundings) context = surroundings->alloc_context;
+    moe_status status = moe__file_open(&file, bytes, size, context);
+    if (status) return status;
+    status = moe_layer_load_file(out, &file, surroundings);
+    moe_file_close(&file);
+    return status;
 }
 
 #ifndef MOE_NO_STDIO
@@ -13917,6 +15251,7 @@ static moe_status moe__save_write(const moe_layer *layer, int with_optimizer, FI
     moe__save_entry entry;
     size_t header, total;
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
+    if (!status && with_optimizer && !layer->fresh) status = MOE_E_UNSTEPPED;
     if (status) return status;
     size_t most = moe__max(header + 8, moe__save_largest(&layer->plan, with_optimizer));
     unsigned char *buffer = (unsigned char *)moe__alloc(context, most);
@@ -13930,16 +15265,24 @@ static moe_status moe__save_write(const moe_layer *layer, int with_optimizer, FI
     moe__free(context, buffer);
     return status;
 }
+/* Why the operating system refused: a folder, where it says so. */
+static moe_status moe__save_cause(moe_status otherwise) {
+#ifdef EISDIR
+    if (errno == EISDIR) return MOE_E_FOLDER;
+#endif
+    return otherwise;
+}
 static moe_status moe__save_to(const moe_layer *layer, int with_optimizer, const char *part, const char *path) {
+    errno = 0;
     FILE *file = fopen(part, "wb");
-    if (!file) return MOE_E_OPEN;
+    if (!file) return moe__save_cause(MOE_E_OPEN);
     moe_status status = moe__save_write(layer, with_optimizer, file);
     if ((fflush(file) || ferror(file)) && !status) status = MOE_E_WRITE;
     if (fclose(file) && !status) status = MOE_E_WRITE;
 #ifdef _WIN32
     if (!status) (void)remove(path); /* rename does not replace there */
 #endif
-    if (!status && rename(part, path)) status = MOE_E_WRITE;
+    if (!status && rename(part, path)) status = moe__save_cause(MOE_E_WRITE);
     if (status) (void)remove(part);
     return status;
 }
@@ -13969,7 +15312,8 @@ static uint64_t moe__save_file_length(FILE *file) {
 }
 /* All bytes of a file into memory of our own. */
 static moe_status moe__save_read_all(FILE *file, void *context, void **bytes, uint64_t *length) {
-    if (fgetc(file) == EOF) return ferror(file) ? MOE_E_READ : MOE_E_FILE_SHORT; /* a directory, an empty file */
+    errno = 0;
+    if (fgetc(file) == EOF) return ferror(file) ? moe__save_cause(MOE_E_READ) : MOE_E_FILE_SHORT; /* or empty */
     *length = moe__save_file_length(file);
     if (!*length) return MOE_E_READ;
     if (*length > SIZE_MAX) return MOE_E_OVERFLOW;

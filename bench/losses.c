@@ -2,6 +2,7 @@
  * layer of middle size, and those that are usually on together. A batch's statistics count with the loss that needs
  * them. */
 #include "common.h"
+#include "../examples/common/loss_cases.h"
 
 enum { T = 4096, D = 512, FF = 512, E = 64, K = 8, RANKS = 8, SEQUENCE = 512 };
 
@@ -21,33 +22,36 @@ typedef struct work {
 static void prepare(work *w, moe_loss_kind kind, moe_loss_args *a)
 {
     a->load = w->load, a->mean = w->mean, a->index = w->index;
-    switch (kind) {
-    case MOE_LOSS_IMPORTANCE:
-    case MOE_LOSS_KL_UNIFORM:
-    case MOE_LOSS_KL_REVERSE:
-    case MOE_LOSS_MUTUAL_INFORMATION:
-    case MOE_LOSS_L2_UNIFORM:
-    case MOE_LOSS_VARIANCE: case MOE_LOSS_LOCALITY:
+    switch (loss_case_reads(kind)) {
+    case READS_MEAN_PROB:
+    case READS_MEAN_SCORE: /* here the scores are prob */
+    case READS_RANK_PROB:
         bench_ok(moe_mean_scores(T, E, w->args.prob, w->mean), "moe_mean_scores");
-        if (kind == MOE_LOSS_LOCALITY) bench_ok(moe_rank_prob(E, RANKS, w->mean, w->rank_prob), "moe_rank_prob");
+        if (loss_case_reads(kind) == READS_RANK_PROB)
+            bench_ok(moe_rank_prob(E, RANKS, w->mean, w->rank_prob), "moe_rank_prob");
         break;
-    case MOE_LOSS_IMPORTANCE_SELECTED:
+    case READS_MEAN_WEIGHT:
         bench_ok(moe_mean_weights(T, E, K, w->index, w->weight, w->mean), "moe_mean_weights");
         break;
-    case MOE_LOSS_LOAD:
+    case READS_MEAN_SELECTION:
         bench_ok(moe_mean_selection(T, E, a->logits, a->noise_std, a->threshold, w->mean), "moe_mean_selection");
         break;
-    case MOE_LOSS_SEQUENCE:
+    case READS_SEQUENCE_LOAD:
+        a->load = w->more_load;
         bench_ok(moe_sequence_load(T, E, K, SEQUENCE, w->index, w->more_load), "moe_sequence_load");
         break;
-    case MOE_LOSS_RANK: bench_ok(moe_rank_load(E, RANKS, w->load, w->more_load), "moe_rank_load"); break;
-    case MOE_LOSS_COMMUNICATION:
+    case READS_RANK_LOAD:
+        a->load = w->more_load;
+        bench_ok(moe_rank_load(E, RANKS, w->load, w->more_load), "moe_rank_load");
+        break;
+    case READS_RANK_TOKENS:
+        a->load = w->more_load;
         bench_ok(moe_rank_tokens(T, E, K, RANKS, w->index, w->more_load), "moe_rank_tokens");
         break;
-    case MOE_LOSS_CODEBOOK: a->index = w->codes; break;
-    default: break;
+    case READS_CODE: a->index = w->codes; break;
+    case READS_NOTHING:
+    case READS_LOAD: break;
     }
-    if (kind == MOE_LOSS_SEQUENCE || kind == MOE_LOSS_RANK || kind == MOE_LOSS_COMMUNICATION) a->load = w->more_load;
 }
 static void run_one(work *w, moe_loss_kind kind)
 {

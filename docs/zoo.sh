@@ -42,7 +42,7 @@ awk -F ' *[|] *' -v command='build/zoo --quiet --markdown' '
         printf "Zoo: test loss %s (%d of %d), accuracy %s, training loss %s, %s active parameters;\n",
             cell[s, "test loss"], rank[s], n, cell[s, "test accuracy"], cell[s, "train loss"],
             cell[s, "active parameters"]
-        printf "MaxVio %s, load CV %s, %s dead, %s dropped, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"],
+        printf "MaxVio %s, load CV %s, dead %s, dropped %s, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"],
             cell[s, "dead"], cell[s, "dropped"], cell[s, "PES"]
     }' "$tmp/zoo" "$page" >"$tmp/page"
 cp "$tmp/page" "$page"

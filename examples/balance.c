@@ -10,7 +10,9 @@
 // So nearly all tokens begin at one expert, the others are never trained, and nothing in the task brings them in. Loads
 // are those of the test: MaxVio is 0 where they are even, and experts - 1 where all tokens go to one.
 #define MOE_IMPLEMENTATION
+#include "common/dead.h"
 #include "common/experiment.h"
+#include "common/loss_cases.h"
 
 enum { CONSTANT = NET_D - 1, SWEEP = 5, D_FF = 32 }; // the weakest of a token's directions makes room for the constant
 static const float constant = 4, head_start = 1;     // the first expert's logit begins at their product
@@ -29,48 +31,24 @@ typedef struct method {
     const char *about; // one line for the page
 } method;
 
-#define COSINE "score=cosine temperature=0.07"
-#define RELU "gate=relu router_gain=1"
+#define IN_LAYER(KIND, name, reads, set, coefficient, even, about) {name, LOSS, "loss." name, coefficient, set, about},
+#define NO_LAYER(KIND, name, reads)
 static const method methods[] = {
     {"unbalanced", NONE, NULL, 0, "", "the task's gradient alone"},
     {"random", NONE, NULL, 0, "score=random", "uniformly random: balance without knowledge"},
-    {"switch", LOSS, "loss.switch", 0.1, "", "even load"},
-    {"z", LOSS, "loss.z", 0.01, "", "small logits: says nothing about which expert"},
-    {"importance", LOSS, "loss.importance", 0.05, "", "even mean probabilities, by their CV"},
-    {"importance-selected", LOSS, "loss.importance-selected", 1, "", "even sums of the selected weights"},
-    {"load", LOSS, "loss.load", 0.05, "noise=gaussian", "even chances over the router's noise"},
-    {"entropy", LOSS, "loss.entropy", 0.1, "", "each token spreads over the experts"},
-    {"certainty", LOSS, "loss.certainty", 0.1, "", "the opposite: each token is sure of its expert"},
-    {"kl-uniform", LOSS, "loss.kl-uniform", 0.4, "", "even mean probabilities, by their entropy"},
-    {"kl-reverse", LOSS, "loss.kl-reverse", 0.1, "", "even mean probabilities, hardest on dead experts"},
-    {"mutual-information", LOSS, "loss.mutual-information", 1, "", "even means of sure tokens"},
-    {"l2-uniform", LOSS, "loss.l2-uniform", 0.5, "", "even mean probabilities, by their squares"},
-    {"sequence", LOSS, "loss.sequence", 0.1, "", "even load in every image"},
-    {"rank", LOSS, "loss.rank", 0.1, "n_ranks=4", "even load of ranks, each with two experts"},
-    {"communication", LOSS, "loss.communication", 0.1, "n_ranks=4", "even traffic to ranks"},
-    {"locality", LOSS, "loss.locality", 0.1, "n_ranks=4", "tokens stay on their rank: a quarter on each"},
-    {"relu-l1", LOSS, "loss.relu-l1", 0.1, RELU, "sparse ReLU gate, the busy expert first"},
-    {"variance", LOSS, "loss.variance", 1, "", "scores that differ between tokens"},
-    {"oracle", LOSS, "loss.oracle", 1, "", "a teacher: the expert of the image's class"},
-    {"simbal", LOSS, "loss.simbal", 0.1, "", "the router's columns orthonormal"},
-    {"diverse-simple", LOSS, "loss.diverse-simple", 0.1, "", "the same, by a norm"},
-    {"prototype-orthogonality", LOSS, "loss.prototype-orthogonality", 0.05, COSINE, "columns at right angles"},
-    {"prototype-diversity", LOSS, "loss.prototype-diversity", 1, COSINE, "columns apart"},
-    {"prototype-alignment", LOSS, "loss.prototype-alignment", 1, COSINE, "tokens near their expert's column"},
-    {"redundancy", LOSS, "loss.redundancy", 0.1, "", "logits of two experts at right angles"},
-    {"output-orthogonality", LOSS, "loss.output-orthogonality", 0.1, "top_k=2", "outputs of a token's two experts"},
-    {"orthonormal", LOSS, "loss.orthonormal", 0.01, "expert=orthonormal", "an expert's own basis"},
-    {"codebook", LOSS, "loss.codebook", 0.08, "n_codes=16", "codes near tokens"},
+    LOSS_CASES(IN_LAYER, NO_LAYER)
     {"bias", CONTROLLER, "controller_rate", 0.05, "controller=bias", "against the sign of the overload"},
     {"quantile", CONTROLLER, NULL, 0, "controller=quantile", "the bias at which a fair share would win"},
     {"id", CONTROLLER, "controller_rate", 0.06, "controller=id", "integral and derivative of the error"},
-    {"relu-lambda", CONTROLLER, "controller_rate", 1.2, "controller=relu-lambda loss.relu-l1=1e-4 " RELU,
+    {"relu-lambda", CONTROLLER, "controller_rate", 1.2, "controller=relu-lambda loss.relu-l1=1e-4 " LOSS_CASES_RELU,
      "coefficient of relu-l1, towards a sparsity"},
     {"adaptive", CONTROLLER, "controller_rate", 0.2, "controller=adaptive loss.switch=0.01 capacity_factor=1.25",
      "coefficient of switch, by what is dropped"},
     {"usage-boost", CONTROLLER, "controller_rate", 0.4, "controller=usage-boost", "a boost for experts of little use"},
-    {"base", CONSTRUCTION, NULL, 0, "gate=sigmoid select=auction", "auction in training, the highest in the test"},
-    {"sinkhorn", CONSTRUCTION, NULL, 0, "gate=sigmoid select=sinkhorn", "a plan in training, the highest in the test"},
+    {"base", CONSTRUCTION, NULL, 0, "gate=sigmoid select=auction",
+     "an auction evens the training alone; the test takes the highest score: its loads are another routing's"},
+    {"sinkhorn", CONSTRUCTION, NULL, 0, "gate=sigmoid select=sinkhorn",
+     "a plan evens the training alone; the test takes the highest score: its loads are another routing's"},
     {"expert-choice", CONSTRUCTION, NULL, 0, "select=expert-choice", "experts choose tokens"},
     {"hash", CONSTRUCTION, NULL, 0, "score=hash", "by the token's visual word"},
 };
@@ -86,7 +64,7 @@ typedef struct result {
     const method *method;
     double coef; // NaN: it has none
     double test_loss, test_accuracy, maxvio, load_cv, train_maxvio;
-    size_t dead;
+    dead_note dead;
     int diverged;
 } result;
 
@@ -101,7 +79,7 @@ static moe_desc layer_desc(const config *o, const method *m, double coef) {
     d.n_experts = o->e.experts ? o->e.experts : 8;
     d.top_k = 1;
     moe_status s = moe_desc_parse(&d, m->set, &at);
-    if (o->e.top_k) d.top_k = o->e.top_k;
+    if (o->e.top_k) nn_top_k(&d, o->e.top_k);
     snprintf(text, sizeof text, "%.9g", coef);
     if (!s && m->field) s = moe_desc_set(&d, m->field, text);
     d.weight_decay = o->e.plan.decay;
@@ -158,7 +136,7 @@ static void train(result *r, const config *o, const moe_desc *desc, progress *p,
         nn_must(moe_layer_health(m->moe, &h));
         r->maxvio = h.maxvio;
         r->load_cv = h.load_cv;
-        r->dead = h.n_dead;
+        r->dead = dead_take(&h);
     }
     net_free(m);
 }
@@ -188,17 +166,14 @@ static void write_final(json *j, const result *r) {
     json_real(j, "test_accuracy", r->test_accuracy);
     json_real(j, "maxvio", r->maxvio);
     json_real(j, "load_cv", r->load_cv);
-    if (r->diverged)
-        json_raw(j, "dead", "null");
-    else
-        json_whole(j, "dead", r->dead);
+    dead_json(j, &r->dead);
     json_end(j);
 }
 
 enum { COLUMNS = 9 };
 static const char *const heading[COLUMNS] = {"method", "kind", "coef",    "test loss",         "accuracy",
                                              "MaxVio", "CV",   "dead", "MaxVio in training"};
-static const int width[COLUMNS] = {-25, -16, 9, 11, 10, 8, 7, 6, 20};
+static const int width[COLUMNS] = {-25, -16, 9, 11, 10, 8, 7, 19, 20};
 
 static void row_cells(const result *r, char cell[COLUMNS][64]) {
     snprintf(cell[0], 64, "%s", r->method->name);
@@ -209,7 +184,7 @@ static void row_cells(const result *r, char cell[COLUMNS][64]) {
     experiment_number(cell[4], "%.1f%%", 100 * r->test_accuracy);
     experiment_number(cell[5], "%.2f", r->maxvio);
     experiment_number(cell[6], "%.2f", r->load_cv);
-    experiment_number(cell[7], "%.0f", r->diverged ? NAN : (double)r->dead);
+    dead_text(&r->dead, cell[7], 64);
     experiment_number(cell[8], "%.2f", r->train_maxvio);
 }
 
@@ -371,6 +346,7 @@ int main(int argc, char **argv) {
     report(&o, r, n);
     experiment_free(&o.e);
     free(desc);
+    for (size_t i = 0; i < n; i++) dead_free(&r[i].dead);
     free(r);
     return 0;
 }

@@ -11,6 +11,7 @@
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
 #include "common/cifar.h"
+#include "common/dead.h"
 #include "common/game.h"
 #include "common/json.h"
 #include "common/nn.h"
@@ -225,6 +226,7 @@ typedef struct result {
     double *share, *first; // (experts): shares of the routes, and of the first choices, on the test images
     score test;
     moe_health health; // on the test images; its arrays are not kept
+    dead_note dead;
     size_t params, active_params;
     double seconds, images_per_s;
     uint64_t checksum;
@@ -262,11 +264,11 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
     return (score){sum.loss / (double)count, sum.accuracy / (double)count};
 }
 
-static void write_health(json *j, const moe_health *h) {
+static void write_health(json *j, const moe_health *h, const dead_note *dead) {
     json_real(j, "maxvio", h->maxvio);
     json_real(j, "load_cv", h->load_cv);
     json_real(j, "load_entropy", h->load_entropy);
-    json_whole(j, "dead", h->n_dead);
+    dead_json(j, dead);
     json_whole(j, "dropped", h->n_dropped);
 }
 
@@ -287,7 +289,9 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
     json_whole(j, "epoch", e + 1);
     json_real(j, "train_loss", r->train_loss[e] = loss / (double)images);
     json_real(j, "train_accuracy", r->train_accuracy[e] = accuracy / (double)images);
-    write_health(j, &h);
+    dead_note dead = dead_take(&h);
+    write_health(j, &h, &dead);
+    dead_free(&dead);
     json_real(j, "entropy", h.entropy);
     json_list_begin(j, "load");
     for (size_t i = 0; i < r->experts; i++)
@@ -301,7 +305,7 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
     json_end(j);
     if (o->quiet || r->experts == 1) return;
     FILE *human = o->json ? stderr : stdout;
-    char text[80];
+    char text[160];
     game_text(&note, text, sizeof text);
     fprintf(human, "epoch %2zu  test loss %.4f  accuracy %5.2f%%  %s\n", e + 1, s.loss, 100 * s.accuracy, text);
     fflush(human);
@@ -331,7 +335,9 @@ static void scan_temperatures(const config *o, net *m, const cifar *data, json *
         json_real(j, "temperature", (double)temperature[i]);
         json_real(j, "test_accuracy", s[i].accuracy);
         json_real(j, "test_loss", s[i].loss);
-        write_health(j, &h[i]);
+        dead_note dead = dead_take(&h[i]);
+        write_health(j, &h[i], &dead);
+        dead_free(&dead);
         json_real(j, "entropy", h[i].entropy);
         json_end(j);
     }
@@ -410,6 +416,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->test = test(m, &data->test, test_count(o, data), r);
     progress_clear(&p);
     nn_must(moe_layer_health(m->moe, &r->health));
+    r->dead = dead_take(&r->health);
     for (size_t e = 0; e < r->experts; e++) {
         r->share[e] = (double)r->health.load[e] / (double)r->health.n_selected;
         r->first[e] = (double)r->health.top1[e] / (double)r->health.n_tokens;
@@ -521,7 +528,7 @@ static void write_final(json *j, const config *o, const result *r, const char *e
     json_whole(j, "active_params", r->active_params);
     json_real(j, "seconds", r->seconds);
     json_real(j, "images_per_s", r->images_per_s);
-    write_health(j, &r->health);
+    write_health(j, &r->health, &r->dead);
     json_text(j, "checksum", hash);
     json_end(j);
 }
@@ -548,8 +555,9 @@ static void print_tables(FILE *f, const result *r, const result *dense, score li
         top_classes(r, e, text, sizeof text);
         fprintf(f, "%6zu  %5.1f%%        %5.1f%%  %s\n", e, 100 * r->share[e], 100 * r->first[e], text);
     }
-    fprintf(f, "load: MaxVio %.3f, CV %.3f, entropy %.3f (1 = even); dead experts: %zu of %zu; dropped: %llu\n\n",
-            r->health.maxvio, r->health.load_cv, r->health.load_entropy, r->health.n_dead, r->experts,
+    dead_text(&r->dead, text, sizeof text);
+    fprintf(f, "load: MaxVio %.3f, CV %.3f, entropy %.3f (1 = even); dead experts: %s; dropped: %llu\n\n",
+            r->health.maxvio, r->health.load_cv, r->health.load_entropy, text,
             (unsigned long long)r->health.n_dropped);
     fprintf(f, "%-24s test accuracy  test loss  parameters      active  images/s\n", "");
     for (const result *x = r; x; x = x == r ? dense : NULL)
@@ -621,7 +629,7 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
 }
 
 static void write_page(const config *o, const result *r, const result *dense, score linear, const cifar *data) {
-    char text[256];
+    char text[256], dead[96];
     FILE *f = open_output(o->out, "cifar10.html");
     snprintf(text, sizeof text, "%s, %zu experts, %zu epochs over %zu images, seed %llu, %.0f s, %.0f images/s.",
              r->name, r->experts, r->epochs, data->train.count, (unsigned long long)o->seed, r->seconds,
@@ -649,9 +657,10 @@ static void write_page(const config *o, const result *r, const result *dense, sc
     }
     page_table_end(f);
     page_card_end(f);
+    dead_text(&r->dead, dead, sizeof dead);
     snprintf(text, sizeof text,
-             "MaxVio %.3f, CV %.3f, entropy %.3f (1 = even), dead experts %zu, dropped %llu. Checksum %016llx.",
-             r->health.maxvio, r->health.load_cv, r->health.load_entropy, r->health.n_dead,
+             "MaxVio %.3f, CV %.3f, entropy %.3f (1 = even), dead experts: %s, dropped %llu. Checksum %016llx.",
+             r->health.maxvio, r->health.load_cv, r->health.load_entropy, dead,
              (unsigned long long)r->health.n_dropped, (unsigned long long)r->checksum);
     page_pre(f, text);
     page_end(f);
@@ -659,7 +668,7 @@ static void write_page(const config *o, const result *r, const result *dense, sc
 }
 
 static void result_free(result *r) {
-    if (r) free(r->train_loss);
+    if (r) free(r->train_loss), dead_free(&r->dead);
     free(r);
 }
 
@@ -714,7 +723,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     desc.d_model = FEATURES;
     if (!desc.d_ff && desc.expert != MOE_EXPERT_ORTHONORMAL) desc.d_ff = desc.n_experts == 1 ? 2 * D_FF : D_FF;
     if (o->experts) desc.n_experts = o->experts;
-    if (o->top_k) desc.top_k = o->top_k;
+    if (o->top_k) nn_top_k(&desc, o->top_k);
     if (desc.loss[MOE_LOSS_SWITCH] > 0) desc.loss[MOE_LOSS_SWITCH] = balance_weight;
     if (o->balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o->balance;
     size_t side = CIFAR_SIDE - 1; // of the last feature map

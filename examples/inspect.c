@@ -10,6 +10,7 @@
 // says what every column means and how to get the files from a model; docs/gamma.md has the mathematics.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
+#include "common/dead.h"
 #include "common/dump.h"
 #include "common/json.h"
 #include "common/plot.h"
@@ -23,7 +24,7 @@ typedef struct config {
     const char *logits, *indices, *labels, *router, *steps_at, *out;
     size_t top_k, experts, batches, bootstrap, types, threads;
     uint64_t seed;
-    int series, bf16, json, html, quiet;
+    int series, bf16, probabilities, json, html, quiet;
     const char **file;
     size_t n_files;
     moe_parallel parallel;
@@ -35,14 +36,18 @@ typedef struct layer {
     size_t layer, tokens, experts, top_k;
     double *load; // (experts): shares
     double maxvio, cv, gini, entropy, effective;
-    size_t dead_absolute, dead_relative;
-    int has_logits, identified, feasible;
+    dead_note dead;
+    int has_logits, identified, feasible, probabilities;
+    size_t masked;       // experts without a mean logit
+    size_t n_labels;
+    uint64_t *labels;    // (experts, n_labels): first choices by label
     double gamma, lo, hi, gamma_ols, temperature;
+    moe_game_null null;
     double l1_game, l1_softmax, l1_uniform, l1_coupled, l1_independent; // held out
     double peak_load, peak_softmax, epsilon;                            // epsilon: NaN until the next layer is known
     double agreement[MOE_QUALITY_COUNT];                               // of the quality estimators with the mean logit
     double gamma_by[MOE_QUALITY_COUNT];
-    double *replicate; // (bootstrap): gamma
+    double *replicate; // (bootstrap): gamma less the null's
     size_t ecology[MOE_ECOLOGY_COUNT];
     double purity; // share of the tokens whose label is their expert's most frequent one
 } layer;
@@ -69,7 +74,7 @@ static void load_metrics(layer *r, const dump_layer *d) {
     for (size_t e = 0; e < E && h.n_selected; e++) r->load[e] = (double)h.load[e] / (double)h.n_selected;
     r->maxvio = h.maxvio, r->cv = h.load_cv, r->gini = h.gini;
     r->effective = h.effective_experts, r->entropy = h.n_selected ? log(h.effective_experts) : 0;
-    r->dead_absolute = h.n_dead, r->dead_relative = h.n_dead_relative;
+    r->dead = dead_take(&h);
     if (h.n_selected) must(moe_game_feasible(E, d->top_k, r->load, &r->feasible), "feasible");
     if (d->labels) {
         uint64_t *right = allocate(E, sizeof *right), hits = 0, tokens = 0;
@@ -80,6 +85,9 @@ static void load_metrics(layer *r, const dump_layer *d) {
         must(moe_label_majority(E, d->n_labels, d->labelled, right), "labels");
         must(moe_ecology_classes(E, h.top1, right, kind), "ecology");
         for (size_t e = 0; e < E; e++) r->ecology[kind[e]]++, hits += right[e], tokens += h.top1[e];
+        r->n_labels = d->n_labels;
+        r->labels = allocate(cells, sizeof *r->labels);
+        memcpy(r->labels, d->labelled, cells * sizeof *r->labels);
         r->purity = tokens ? (double)hits / (double)tokens : 0;
         free(right), free(kind);
     }
@@ -101,7 +109,8 @@ static void type_errors(const config *o, layer *r, const dump_layer *d) {
     must(moe_game_pool(d->game, half, 0, load + 2 * E, load, NULL), "halves");
     must(moe_game_pool(d->game, half, 1, load + 3 * E, truth, NULL), "halves");
     for (size_t s = 0; s < d->n_sample; s++)
-        if (!half[d->sample_batch[s]]) memcpy(z + n++ * E, d->sample + s * E, E * sizeof *z);
+        if (!half[d->sample_batch[s]] && dump_is_token(d, d->sample_index + s * d->top_k))
+            memcpy(z + n++ * E, d->sample + s * E, E * sizeof *z);
     if (n) {
         must(moe_game_cluster(n, E, C, o->seed, z, type, share, quality, work), "types");
         must(moe_game_types_estimate(E, C, share, quality, load, work, &fit), "types");
@@ -121,8 +130,10 @@ static void quality_agreement(layer *r, const dump_layer *d) {
     for (int kind = 0; kind < MOE_QUALITY_COUNT; kind++) {
         double *mine = kind ? q + E : q;
         moe_game_fit fit;
-        must(moe_game_quality((moe_quality_kind)kind, S, E, d->top_k, d->sample, d->sample_index, work, mine),
-             "quality");
+        moe_status s = moe_game_quality((moe_quality_kind)kind, S, E, d->top_k, d->sample, d->sample_index, work, mine);
+        r->agreement[kind] = r->gamma_by[kind] = NAN;
+        if (s == MOE_E_NO_TOKENS) continue; // in the sample
+        must(s, "quality");
         must(moe_pearson(E, q, mine, &r->agreement[kind]), "quality");
         r->gamma_by[kind] = NAN; // an expert that nobody selects has no quality by that estimator
         if (!moe_game_estimate(E, mine, r->load, 0, work, &fit)) r->gamma_by[kind] = fit.gamma;
@@ -136,16 +147,22 @@ static void game_metrics(const config *o, layer *r, const dump_layer *d) {
     moe_game_fit fit, held;
     r->gamma = r->lo = r->hi = r->gamma_ols = r->temperature = r->l1_game = r->l1_softmax = r->l1_uniform = NAN;
     r->l1_coupled = r->l1_independent = r->epsilon = r->peak_load = r->peak_softmax = NAN;
+    r->null = (moe_game_null){NAN, NAN, NAN, NAN};
     r->has_logits = d->logits != NULL;
-    if (d->logits && !moe_game_pool(d->game, NULL, 0, quality, load, &selections)) {
+    r->masked = dump_masked(d);
+    r->probabilities = !d->probabilities && dump_are_probabilities(d);
+    if (d->logits && !r->masked && !moe_game_pool(d->game, NULL, 0, quality, load, &selections)) {
         must(moe_game_estimate(E, quality, load, selections, quality + 2 * E, &fit), "gamma");
         r->identified = fit.identified;
         r->gamma = fit.gamma, r->gamma_ols = fit.gamma_ols, r->temperature = fit.temperature;
         r->peak_load = fit.peak_load, r->peak_softmax = fit.peak_softmax;
+        must(moe_game_excess(d->game, 0, o->seed, NULL, NULL, NULL, &r->null), "null");
         if (d->game->n_batches > 1 && o->bootstrap) {
             r->replicate = allocate(o->bootstrap, sizeof *r->replicate);
             must(moe_game_bootstrap(d->game, o->bootstrap, o->seed, &o->parallel, r->replicate, &r->lo, &r->hi),
                  "bootstrap");
+            must(moe_game_excess(d->game, o->bootstrap, o->seed, &o->parallel, r->replicate, r->replicate, &r->null),
+                 "null");
             if (!r->identified) r->lo = r->hi = NAN;
         }
         if (d->game->n_batches > 1 && !moe_game_holdout(d->game, o->seed, &held)) {
@@ -189,6 +206,7 @@ static dump_layer *layer_memory(const config *o, const dump_layer *like) {
     *d = *like;
     size_t T = dump_tokens(d), B = o->batches < T ? o->batches : T, bytes = 0;
     d->game = allocate(1, sizeof *d->game);
+    d->null = d->logits != NULL;
     must(moe_game_size(d->experts, B, &bytes), "game");
     must(moe_game_init(d->game, d->experts, B, allocate(1, bytes), bytes), "game");
     d->first = allocate(B * d->experts, sizeof *d->first);
@@ -206,9 +224,9 @@ static void layer_reset(dump_layer *d) {
     if (d->labels) memset(d->labelled, 0, moe_workers(d->parallel) * d->experts * d->n_labels * sizeof *d->labelled);
 }
 
-// All layers of one dump; two lie in memory at a time. weights: a router for each layer, or NULL.
+// All layers of one dump; two lie in memory at a time. weights: a router for each layer, or NULL; so biases.
 static void inspect(const config *o, const dump_layer *like, size_t layers, const float *const *weights,
-                    const size_t *number, table *t, ticker *tick_at) {
+                    const float *const *biases, const size_t *number, table *t, ticker *tick_at) {
     dump_layer *memory[2] = {layer_memory(o, like), layer_memory(o, like)};
     for (size_t i = 0; i < layers; i++) {
         dump_layer *d = memory[i % 2];
@@ -216,15 +234,20 @@ static void inspect(const config *o, const dump_layer *like, size_t layers, cons
         layer_reset(d);
         d->layer = i;
         d->router = weights ? weights[i] : NULL;
+        d->bias = biases && !like->indices ? biases[i] : NULL; // indices that are given are the choices
+        d->indices = d->bias ? like->logits : like->indices;
         dump_read(d, tick, tick_at);
         tick_at->before += dump_tokens(d);
         if (d->logits && !d->indices)
             must(moe_topk(d->n_sample, d->experts, d->top_k, d->sample, d->sample_index, NULL), "top-k");
-        r.tokens = dump_tokens(d), r.experts = d->experts, r.top_k = d->top_k;
+        r.experts = d->experts, r.top_k = d->top_k;
+        for (size_t b = 0; b < d->game->n_batches; b++) r.tokens += d->game->tokens[b];
+        if (!r.tokens) dump_fail(d->indices->path, 0, "layer %zu: %s", r.layer, moe_status_string(MOE_E_NO_TOKENS));
         load_metrics(&r, d);
         game_metrics(o, &r, d);
-        if (i && d->logits) t->row[t->n - 1].epsilon = epsilon_of(memory[(i - 1) % 2], d, &r);
-        if (i + 1 == layers && d->logits) r.epsilon = 0; // the last layer's, by definition
+        if (i && d->logits && !r.masked && !t->row[t->n - 1].masked)
+            t->row[t->n - 1].epsilon = epsilon_of(memory[(i - 1) % 2], d, &r);
+        if (i + 1 == layers && d->logits && !r.masked) r.epsilon = 0; // the last layer's, by definition
         t->row = realloc(t->row, (t->n + 1) * sizeof r);
         if (!t->row) die("out of memory");
         t->row[t->n++] = r;
@@ -247,8 +270,18 @@ static dump_file open_floats(const config *o, const char *path) {
 // Routers of a safetensors file or of a model.safetensors.index.json beside its files.
 typedef struct routers {
     size_t n, experts, width, *number;
-    float **weight;
+    float **weight, **bias; // a layer without a bias: NULL
 } routers;
+
+// Of the last router, if the file has it.
+static void add_bias(routers *r, const char *path, const moe_file *f) {
+    float *bias = allocate(r->experts, sizeof *bias);
+    moe_status s = moe_file_router_bias(f, r->number[r->n - 1], r->experts, bias);
+    if (s && s != MOE_E_NAME)
+        dump_fail(path, 0, "layer %zu's e_score_correction_bias: %s", r->number[r->n - 1], moe_status_string(s));
+    if (s) free(bias);
+    else r->bias[r->n - 1] = bias;
+}
 
 static void add_router(routers *r, const char *path, const moe_file *f, size_t number, const moe_file_tensor *t) {
     uint64_t at = (uint64_t)(t->data - f->bytes);
@@ -259,18 +292,23 @@ static void add_router(routers *r, const char *path, const moe_file *f, size_t n
     r->experts = t->dim[0], r->width = t->dim[1];
     r->weight = realloc(r->weight, (r->n + 1) * sizeof *r->weight);
     r->number = realloc(r->number, (r->n + 1) * sizeof *r->number);
-    if (!r->weight || !r->number) die("out of memory");
+    r->bias = realloc(r->bias, (r->n + 1) * sizeof *r->bias);
+    if (!r->weight || !r->number || !r->bias) die("out of memory");
     float *w = r->weight[r->n] = allocate(r->experts * r->width, sizeof *w);
     moe_status s = moe_to_float(type, r->experts * r->width, t->data, w);
     if (s) dump_fail(path, at, "layer %zu's router is %s: %s", number, t->dtype, moe_status_string(s));
     for (size_t i = 0; i < r->experts * r->width; i++)
         if (w[i] - w[i] != 0)
             dump_fail(path, at + i * moe_dtype_size(type), "layer %zu's router: NaN or infinite", number);
+    r->bias[r->n] = NULL;
     r->number[r->n++] = number;
+    add_bias(r, path, f);
 }
 
 static const void *view(const char *path, size_t *size) {
     const void *p = file_view(path, size);
+    if (!p && errno == EISDIR)
+        dump_fail(path, 0, "a folder: give its .safetensors file, or the model.safetensors.index.json in it");
     if (!p) dump_fail(path, 0, "%s", errno ? strerror(errno) : "cannot be read");
     return p;
 }
@@ -284,7 +322,7 @@ static routers open_routers(const char *path) {
     const void *bytes = view(path, &size);
     moe_status s;
     if (length > 5 && strcmp(path + length - 5, ".json") == 0) {
-        char name[256], file[256], full[1200], *slash;
+        char name[256], bias[256], file[256], full[1200], opened[1200] = "", *slash;
         s = moe_shards_open(&index, bytes, size);
         if (s) dump_fail(path, index.offset, "%s", moe_status_string(s));
         for (size_t i = 0; !(s = moe_shards_router(&index, i, &number, name, sizeof name)); i++) {
@@ -292,16 +330,34 @@ static routers open_routers(const char *path) {
             snprintf(full, sizeof full - sizeof file - 1, "%s", path);
             slash = strrchr(full, '/');
             strcpy(slash ? slash + 1 : full, file);
-            bytes = view(full, &size);
-            s = moe_file_open(&f, bytes, size);
-            if (s) dump_fail(full, f.offset, "%s", moe_status_string(s));
-            if (moe_file_find(&f, name, &t)) dump_fail(full, 0, "no %s in it, against %s", name, path);
+            if (strcmp(full, opened)) {
+                if (*opened) moe_file_close(&f);
+                bytes = view(strcpy(opened, full), &size);
+                s = moe_file_open(&f, bytes, size);
+                if (s) dump_fail(full, f.offset, "%s", moe_status_string(s));
+            }
+            s = moe_file_find(&f, name, &t);
+            if (s && s != MOE_E_FILE_DTYPE) dump_fail(full, 0, "no %s in it, against %s", name, path);
             add_router(&r, strcpy(allocate(strlen(full) + 1, 1), full), &f, number, &t);
+            if (r.bias[r.n - 1] || moe_router_bias_name(name, bias, sizeof bias)) continue;
+            if (moe_shards_find(&index, bias, file, sizeof file)) continue; // else it is in another shard
+            strcpy((slash = strrchr(full, '/')) ? slash + 1 : full, file);
+            moe_file other;
+            bytes = view(full, &size);
+            s = moe_file_open(&other, bytes, size);
+            if (s) dump_fail(full, other.offset, "%s", moe_status_string(s));
+            add_bias(&r, full, &other);
+            moe_file_close(&other);
+            if (!r.bias[r.n - 1]) dump_fail(full, 0, "no %s in it, against %s", bias, path);
         }
+        if (*opened) moe_file_close(&f);
+        moe_shards_close(&index);
     } else {
         s = moe_file_open(&f, bytes, size);
         if (s) dump_fail(path, f.offset, "%s", moe_status_string(s));
-        for (size_t i = 0; !(s = moe_file_router(&f, i, &number, &t)); i++) add_router(&r, path, &f, number, &t);
+        for (size_t i = 0; (s = moe_file_router(&f, i, &number, &t)) == MOE_OK || s == MOE_E_FILE_DTYPE; i++)
+            add_router(&r, path, &f, number, &t);
+        moe_file_close(&f);
     }
     if (s != MOE_E_NAME) dump_fail(path, 0, "%s", moe_status_string(s));
     if (!r.n) dump_fail(path, 0, "no router in it: model.layers.N.mlp.gate.weight or .block_sparse_moe.gate.weight");
@@ -311,15 +367,18 @@ static routers open_routers(const char *path) {
 // Which files make one dump, and what of the options they need.
 static void inspect_files(const config *o, const char *logits, const char *indices, const routers *r, table *t) {
     dump_file z = {0}, i = {0}, l = {0};
-    dump_layer like = {.parallel = &o->parallel};
+    dump_layer like = {.parallel = &o->parallel, .probabilities = o->probabilities && !r};
     if (logits) z = open_floats(o, logits), like.logits = &z;
     if (indices) {
         i = dump_open(indices), like.indices = &i;
-        if (!dump_is_index(&i)) dump_fail(indices, 0, "%s: indices are int32 or int64", moe_dtype_name(i.npy.dtype));
+        if (!dump_can_index(&i)) dump_fail(indices, 0, "%s: indices are integers", moe_dtype_name(i.npy.dtype));
     }
     size_t layers = logits ? z.layers : i.layers;
     like.experts = r ? r->experts : logits ? z.width : o->experts ? o->experts : dump_largest(&i);
+    if (!like.experts) dump_fail(indices, 0, "%s", moe_status_string(MOE_E_NO_TOKENS));
     like.top_k = indices ? i.width : o->top_k;
+    if (!like.top_k)
+        args_fail("inspect", "%s: say --top-k N, the experts that a token gets: 2 in Mixtral, 8 in OLMoE", logits);
     if (r && z.width != r->width)
         dump_fail(logits, 0, "hidden states of width %zu, but the routers take %zu", z.width, r->width);
     if (r && layers != 1 && layers != r->n) dump_fail(logits, 0, "%zu layers, but %zu routers", layers, r->n);
@@ -333,13 +392,14 @@ static void inspect_files(const config *o, const char *logits, const char *indic
         dump_fail(indices ? indices : logits, 0, "top-%zu of %zu experts", like.top_k, like.experts);
     if (o->labels) {
         l = dump_open(o->labels), like.labels = &l;
-        if (!dump_is_index(&l) || l.layers != 1 || l.width != 1 || l.tokens != dump_tokens(&like))
-            dump_fail(o->labels, 0, "labels are %zu numbers, int32 or int64: one for each token", dump_tokens(&like));
+        if (!dump_can_index(&l) || l.layers != 1 || l.width != 1 || l.tokens != dump_tokens(&like))
+            dump_fail(o->labels, 0, "labels are %zu integers: one for each token", dump_tokens(&like));
         like.n_labels = dump_largest(&l);
         if (like.n_labels > MAX_LABELS) dump_fail(o->labels, 0, "%zu labels: at most %d", like.n_labels, MAX_LABELS);
     }
     ticker at = {progress_begin(logits ? logits : indices, "tokens", layers * dump_tokens(&like), o->quiet), 0};
-    inspect(o, &like, layers, r ? (const float *const *)r->weight : NULL, r ? r->number : NULL, t, &at);
+    inspect(o, &like, layers, r ? (const float *const *)r->weight : NULL, r ? (const float *const *)r->bias : NULL,
+            r ? r->number : NULL, t, &at);
     progress_clear(&at.p);
 }
 
@@ -347,20 +407,21 @@ static void inspect_files(const config *o, const char *logits, const char *indic
 
 typedef struct series {
     size_t n;
-    double *step, *gamma, *lo, *hi;
+    double *step, *gamma, *excess, *lo, *hi; // lo, hi: of the excess
     moe_phase_kind *phase;
 } series;
 
-// gamma of a checkpoint is the mean over its layers that tell it; so is each replicate, which gives the interval.
+// gamma of a checkpoint is the mean over its layers that tell it; so is its excess over the null, and each replicate of
+// that, which gives the interval. Phases are those of the excess: logits that only grow have none.
 static series make_series(const config *o, const table *t, const size_t *end) {
     series s = {.n = o->n_files};
-    double **number[] = {&s.step, &s.gamma, &s.lo, &s.hi};
-    for (int i = 0; i < 4; i++) *number[i] = allocate(s.n, sizeof(double));
+    double **number[] = {&s.step, &s.gamma, &s.excess, &s.lo, &s.hi};
+    for (int i = 0; i < 5; i++) *number[i] = allocate(s.n, sizeof(double));
     s.phase = allocate(s.n, sizeof *s.phase);
     double *mean = allocate(o->bootstrap, sizeof *mean), *work = allocate(s.n, sizeof *work);
     const char *text = o->steps_at;
     for (size_t c = 0, i = 0; c < s.n; c++) {
-        size_t layers = 0;
+        size_t layers = 0, told = 0;
         char *rest = NULL;
         s.step[c] = text ? strtod(text, &rest) : (double)(c + 1);
         if (text && (rest == text || (*rest && *rest != ',') || (*rest == 0) != (c + 1 == s.n)))
@@ -371,22 +432,68 @@ static series make_series(const config *o, const table *t, const size_t *end) {
         memset(mean, 0, o->bootstrap * sizeof *mean);
         for (; i < end[c]; i++) {
             if (!t->row[i].identified || !t->row[i].replicate) continue;
-            layers++;
+            told++;
             s.gamma[c] += t->row[i].gamma;
+            if (!isfinite(t->row[i].null.gamma_excess)) continue;
+            layers++;
+            s.excess[c] += t->row[i].null.gamma_excess;
             for (size_t k = 0; k < o->bootstrap; k++) mean[k] += t->row[i].replicate[k];
         }
         for (size_t k = 0; k < o->bootstrap; k++) mean[k] /= (double)layers;
-        s.gamma[c] = layers ? s.gamma[c] / (double)layers : NAN;
+        s.gamma[c] = told ? s.gamma[c] / (double)told : NAN;
+        s.excess[c] = layers ? s.excess[c] / (double)layers : NAN;
         s.lo[c] = s.hi[c] = NAN;
         if (layers) must(moe_interval(o->bootstrap, mean, &s.lo[c], &s.hi[c]), "interval");
     }
-    if (moe_game_phases(s.n, s.step, s.gamma, s.lo, s.hi, work, s.phase)) // a checkpoint does not tell gamma
+    if (moe_game_phases(s.n, s.step, s.excess, s.lo, s.hi, work, s.phase)) // a checkpoint does not tell it
         for (size_t c = 0; c < s.n; c++) s.phase[c] = MOE_PHASE_NONE;
     free(mean), free(work);
     return s;
 }
 
 // ---- output ----
+
+// The experts that take most of a label's tokens, best first: top (3), -1 where there is none.
+static void top_experts(const layer *r, size_t label, int top[3], double share[3]) {
+    double sum = 0;
+    for (size_t e = 0; e < r->experts; e++) sum += (double)r->labels[e * r->n_labels + label];
+    for (int k = 0; k < 3; k++) {
+        top[k] = -1, share[k] = 0;
+        for (size_t e = 0; e < r->experts && sum > 0; e++) {
+            double part = (double)r->labels[e * r->n_labels + label] / sum;
+            if (part > share[k] && (int)e != top[0] && !(k > 1 && (int)e == top[1])) top[k] = (int)e, share[k] = part;
+        }
+    }
+}
+static void top_text(const layer *r, size_t label, char out[80]) {
+    int top[3];
+    double share[3];
+    top_experts(r, label, top, share);
+    strcpy(out, top[0] < 0 ? "-" : "");
+    for (int k = 0; k < 3 && top[k] >= 0; k++)
+        snprintf(out + strlen(out), 80 - strlen(out), "%s%d %.0f%%", k ? ", " : "", top[k], 100 * share[k]);
+}
+
+static void write_labels(json *j, const layer *r) {
+    json_real(j, "purity", r->purity);
+    json_list_begin(j, "labels"); // first choices: for each expert a list of its tokens by label
+    for (size_t e = 0; e < r->experts; e++) {
+        json_list_begin(j, NULL);
+        for (size_t c = 0; c < r->n_labels; c++) json_whole(j, NULL, r->labels[e * r->n_labels + c]);
+        json_list_end(j);
+    }
+    json_list_end(j);
+    json_list_begin(j, "label_experts"); // for each label the experts that take most of it
+    for (size_t c = 0; c < r->n_labels; c++) {
+        int top[3];
+        double share[3];
+        top_experts(r, c, top, share);
+        json_list_begin(j, NULL);
+        for (int k = 0; k < 3 && top[k] >= 0; k++) json_whole(j, NULL, (uint64_t)top[k]);
+        json_list_end(j);
+    }
+    json_list_end(j);
+}
 
 static void write_layer(json *j, const layer *r) {
     json_begin(j);
@@ -402,11 +509,14 @@ static void write_layer(json *j, const layer *r) {
     json_real(j, "gini", r->gini);
     json_real(j, "entropy", r->entropy);
     json_real(j, "effective_experts", r->effective);
-    json_whole(j, "dead_absolute", r->dead_absolute);
-    json_whole(j, "dead_relative", r->dead_relative);
+    dead_json(j, &r->dead);
     json_real(j, "gamma_eff", r->gamma);
     json_real(j, "gamma_lo", r->lo);
     json_real(j, "gamma_hi", r->hi);
+    json_real(j, "gamma_null", r->null.gamma_null);
+    json_real(j, "gamma_excess", r->null.gamma_excess);
+    json_real(j, "excess_lo", r->null.excess_lo);
+    json_real(j, "excess_hi", r->null.excess_hi);
     json_real(j, "gamma_ols", r->gamma_ols);
     json_raw(j, "identified", r->identified ? "true" : "false");
     json_real(j, "temperature", r->temperature);
@@ -415,17 +525,20 @@ static void write_layer(json *j, const layer *r) {
     json_real(j, "l1_uniform", r->l1_uniform);
     json_real(j, "l1_types_coupled", r->l1_coupled);
     json_real(j, "l1_types_independent", r->l1_independent);
+    json_whole(j, "masked", r->masked);
+    json_raw(j, "probabilities", r->probabilities ? "true" : "false");
+    if (r->labels) write_labels(j, r);
     json_raw(j, "feasible", r->feasible ? "true" : "false");
     json_real(j, "k_over_m", (double)r->top_k / (double)r->experts);
     json_end(j);
 }
 
 static void write_phases(json *j, const series *s) {
-    static const char *const key[] = {"step", "gamma_eff"};
-    const double *number[] = {s->step, s->gamma};
+    static const char *const key[] = {"step", "gamma_eff", "gamma_excess", "excess_lo", "excess_hi"};
+    const double *number[] = {s->step, s->gamma, s->excess, s->lo, s->hi};
     json_begin(j);
     json_text(j, "event", "phases");
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 5; i++) {
         json_list_begin(j, key[i]);
         for (size_t c = 0; c < s->n; c++) json_real(j, NULL, number[i][c]);
         json_list_end(j);
@@ -445,34 +558,77 @@ static const char *show(char out[16], const char *format, double v) {
     return out;
 }
 
-static void interval_text(char out[40], const layer *r) {
+static void interval_text(char out[40], const layer *r, double value, double lo, double hi) {
     if (!r->has_logits)
         strcpy(out, "-");
-    else if (!r->identified)
+    else if (!isfinite(value))
         strcpy(out, "unidentified");
-    else if (isfinite(r->lo))
-        snprintf(out, 40, "%.2f [%.2f, %.2f]", r->gamma, r->lo, r->hi);
+    else if (isfinite(lo))
+        snprintf(out, 40, "%.2f [%.2f, %.2f]", value, lo, hi);
     else
-        snprintf(out, 40, "%.2f", r->gamma);
+        snprintf(out, 40, "%.2f", value);
+}
+static void gamma_text(char out[2][40], const layer *r) { // gamma_eff, and its excess
+    interval_text(out[0], r, r->gamma, r->lo, r->hi);
+    interval_text(out[1], r, r->null.gamma_excess, r->null.excess_lo, r->null.excess_hi);
+}
+
+// The experts of each label, and what else is to be said of a layer.
+static void print_labels(FILE *f, const table *t) {
+    char text[80];
+    fprintf(f, "\nlayer  label  experts that take most of it\n");
+    for (size_t i = 0; i < t->n; i++)
+        for (size_t c = 0; c < t->row[i].n_labels; c++) {
+            top_text(&t->row[i], c, text);
+            fprintf(f, "%5zu  %5zu  %s\n", t->row[i].layer, c, text);
+        }
+}
+static void warn(const table *t) {
+    size_t masked = 0, probabilities = 0;
+    for (size_t i = 0; i < t->n; i++) masked += t->row[i].masked > 0, probabilities += (size_t)t->row[i].probabilities;
+    if (masked)
+        fprintf(stderr, "inspect: warning: layers with masked experts: %zu; no mean logit, so no gamma_eff\n", masked);
+    if (probabilities)
+        fprintf(stderr, "inspect: warning: layers of probabilities, not logits (each row sums to 1): %zu; "
+                "say --probabilities, or save their log\n", probabilities);
+}
+
+// Under the table the dead experts by number.
+static void print_dead(FILE *f, const table *t) {
+    fprintf(f, "\nDead: under a tenth of an even share of the selections (first: under 1%% of the first choices)\n");
+    for (size_t i = 0; i < t->n; i++) {
+        const layer *r = &t->row[i];
+        if (r->dead.n) fprintf(f, "%5zu ", r->layer);
+        for (size_t k = 0; k < r->dead.n; k++) fprintf(f, " %u", (unsigned)r->dead.expert[k]);
+        if (r->dead.n) fprintf(f, "\n");
+    }
 }
 
 static void print_table(FILE *f, const config *o, const table *t) {
-    char a[7][16], gamma[40];
+    char a[7][16], gamma[2][40];
     const char *path = NULL;
     for (size_t i = 0; i < t->n; i++) {
         const layer *r = &t->row[i];
         if (r->path != path)
             fprintf(f, "%s%s: %zu tokens, %zu experts, top-%zu\n%s\n", path ? "\n" : "", r->path, r->tokens, r->experts,
                     r->top_k,
-                    "layer  MaxVio     CV   Gini  effective  dead abs/rel  gamma_eff [95%]           OLS      T  "
+                    "layer  MaxVio     CV   Gini  effective  dead  (first)  gamma_eff [95%]           OLS      T  "
                     "epsilon");
         path = r->path;
-        interval_text(gamma, r);
-        fprintf(f, "%5zu  %6.3f  %5.3f  %5.3f  %9.2f  %8zu/%-3zu  %-22s  %6s  %5s  %7s\n", r->layer, r->maxvio, r->cv,
-                r->gini, r->effective, r->dead_absolute, r->dead_relative, gamma, show(a[0], "%.2f", r->gamma_ols),
+        gamma_text(gamma, r);
+        fprintf(f, "%5zu  %6.3f  %5.3f  %5.3f  %9.2f  %4zu  %7zu  %-22s  %6s  %5s  %7s\n", r->layer, r->maxvio, r->cv,
+                r->gini, r->effective, r->dead.n, r->dead.first, gamma[0], show(a[0], "%.2f", r->gamma_ols),
                 show(a[1], "%.2f", r->temperature), show(a[2], "%.3f", r->epsilon));
     }
+    print_dead(f, t);
     if (!t->row[0].has_logits) return;
+    fprintf(f, "\nAgainst the noise of the tokens alone (null: each expert's logits shuffled)\n"
+               "layer  gamma_eff [95%%]           null  excess [95%%]\n");
+    for (size_t i = 0; i < t->n; i++) {
+        const layer *r = &t->row[i];
+        gamma_text(gamma, r);
+        fprintf(f, "%5zu  %-22s  %6s  %s\n", r->layer, gamma[0], show(a[0], "%.2f", r->null.gamma_null), gamma[1]);
+    }
     fprintf(f,
             "\nHeld-out L1 of the load (0 to 2): half of the batches predicts the other\n"
             "layer    game  softmax  uniform  types coupled  independent    K/M  feasible  E max m  E max softmax\n");
@@ -508,19 +664,22 @@ static void print_table(FILE *f, const config *o, const table *t) {
             for (int k = MOE_ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10zu", t->row[i].ecology[k]);
         }
         fprintf(f, "\n");
+        print_labels(f, t);
     }
     fprintf(
         f,
         "\ngamma_eff: logits a token gives up for a unit of load share, after arXiv 2604.04230 (docs/gamma.md). It can "
-        "also come from\ndifferences between tokens alone, with either sign.%s\n",
+        "also come from\nnoise of the tokens (null; excess: gamma_eff less that) and from differences between tokens "
+        "alone, with either sign.%s\n",
         t->row[0].top_k == 1 ? " Top-1 routing is outside that paper's scope." : "");
 }
 
 static void print_series(FILE *f, const series *s) {
-    fprintf(f, "\nstep          gamma_eff [95%%]            phase\n");
+    fprintf(f, "\nstep          gamma_eff  excess [95%%]               phase\n");
     for (size_t c = 0; c < s->n; c++) {
         const char *phase = moe_phase_name(s->phase[c]);
-        fprintf(f, "%-12g  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->lo[c], s->hi[c], phase ? phase : "");
+        fprintf(f, "%-12g  %9.2f  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->excess[c], s->lo[c], s->hi[c],
+                phase ? phase : "");
     }
 }
 
@@ -588,13 +747,13 @@ static void draw_series(FILE *f, const series *s) {
     int *group = allocate(s->n, sizeof *group);
     for (int p = 0; p < MOE_PHASE_COUNT; p++) name[p] = moe_phase_name((moe_phase_kind)p);
     for (size_t c = 0; c < s->n; c++) group[c] = (int)s->phase[c];
-    plot_begin(f, 960, 360, "gamma_eff by checkpoint");
+    plot_begin(f, 960, 360, "Excess of gamma_eff by checkpoint");
     plot_points(f, &(plot_point_chart){.box = {0, 0, 960, 360},
-                                       .title = "gamma_eff over training, mean over layers, with its phases",
+                                       .title = "gamma_eff less the null over training, mean over layers, with phases",
                                        .x_label = "step",
                                        .n = s->n,
                                        .x = s->step,
-                                       .y = s->gamma,
+                                       .y = s->excess,
                                        .lo = s->lo,
                                        .hi = s->hi,
                                        .group = group,
@@ -605,8 +764,42 @@ static void draw_series(FILE *f, const series *s) {
     free(group);
 }
 
+// Where the tokens of a label go: a map, and the experts that take most of it.
+static void page_labels(FILE *f, const layer *r) {
+    char text[80];
+    double *share = allocate(r->experts * r->n_labels, sizeof *share);
+    double height = 90 + fmin(22 * (double)r->n_labels, 700);
+    for (size_t c = 0; c < r->n_labels; c++) {
+        double sum = 0;
+        for (size_t e = 0; e < r->experts; e++) sum += (double)r->labels[e * r->n_labels + c];
+        for (size_t e = 0; e < r->experts; e++)
+            share[c * r->experts + e] = sum > 0 ? (double)r->labels[e * r->n_labels + c] / sum : NAN;
+    }
+    snprintf(text, sizeof text, "Layer %zu: share of a label's tokens by expert", r->layer);
+    page_card(f);
+    plot_begin(f, 960, height, text);
+    plot_heat(f, &(plot_map){.box = {0, 0, 960, height},
+                             .title = text,
+                             .x_label = "expert",
+                             .rows = r->n_labels,
+                             .cols = r->experts,
+                             .value = share,
+                             .hi = 1,
+                             .scale_format = "%.2g"});
+    plot_end(f);
+    page_table_begin(f);
+    page_row(f, 1, "label|<experts that take most of it");
+    for (size_t c = 0; c < r->n_labels; c++) {
+        top_text(r, c, text);
+        page_row(f, 0, "%zu|<%s", c, text);
+    }
+    page_table_end(f);
+    page_card_end(f);
+    free(share);
+}
+
 static void write_page(const config *o, const table *t, const series *s, size_t last) {
-    char text[256], gamma[40], a[6][16];
+    char text[256], dead[256], gamma[2][40], a[6][16];
     table shown = {t->row + last, t->n - last}; // of a series the last checkpoint
     FILE *f = open_output(o->out, "inspect.html");
     snprintf(
@@ -629,22 +822,29 @@ static void write_page(const config *o, const table *t, const series *s, size_t 
     page_card_end(f);
     page_card(f);
     page_table_begin(f);
-    page_row(f, 1, "layer|MaxVio|CV|Gini|effective|dead|gamma_eff [95%%]|OLS|T|L1 game|softmax|uniform|types");
+    page_row(f, 1, "layer|MaxVio|CV|Gini|effective|<dead|dead first|gamma_eff [95%%]|null|excess [95%%]|OLS|T|L1 game|"
+                   "softmax|uniform|types");
     for (size_t i = 0; i < shown.n; i++) {
         const layer *r = &shown.row[i];
-        interval_text(gamma, r);
-        page_row(f, 0, "%zu|%.3f|%.3f|%.3f|%.2f|%zu/%zu|%s|%s|%s|%s|%s|%s|%s", r->layer, r->maxvio, r->cv, r->gini,
-                 r->effective, r->dead_absolute, r->dead_relative, gamma, show(a[0], "%.2f", r->gamma_ols),
+        gamma_text(gamma, r);
+        dead_text(&r->dead, dead, sizeof dead);
+        page_row(f, 0, "%zu|%.3f|%.3f|%.3f|%.2f|<%s|%zu|%s|%s|%s|%s|%s|%s|%s|%s|%s", r->layer, r->maxvio, r->cv,
+                 r->gini, r->effective, dead, r->dead.first, gamma[0], show(a[5], "%.2f", r->null.gamma_null), gamma[1],
+                 show(a[0], "%.2f", r->gamma_ols),
                  show(a[1], "%.2f", r->temperature), show(a[2], "%.4f", r->l1_game), show(a[3], "%.4f", r->l1_softmax),
                  show(a[4], "%.4f", r->l1_uniform), show(a[5], "%.4f", r->l1_coupled));
     }
     page_table_end(f);
     page_card_end(f);
+    for (size_t i = 0; i < shown.n; i++)
+        if (shown.row[i].labels) page_labels(f, &shown.row[i]);
     page_pre(
         f,
-        "dead: under 1% of the first choices / under a tenth of an even share of the selections. L1: held out, 0 to 2. "
+        "dead: under a tenth of an even share of the selections, with their numbers; dead first: under 1% of the first "
+        "choices. L1: held out, 0 to 2. "
         "gamma_eff is after arXiv 2604.04230: derived, and moved by differences between tokens alone, in either "
-        "sign.");
+        "sign. null: what the noise of the tokens alone makes, each expert's logits shuffled; excess: gamma_eff less "
+        "that.");
     page_end(f);
     close_output(f, "inspect.html");
 }
@@ -670,10 +870,11 @@ static void parse(config *o, int argc, char **argv) {
         {"logits", ARGS_TEXT, &o->logits, "FILE", "router logits, .npy (as the first file without an option)", 0, 0},
         {"indices", ARGS_TEXT, &o->indices, "FILE", "selected experts, .npy (T, k): the load is theirs", 0, 0},
         {"router", ARGS_TEXT, &o->router, "FILE", "safetensors, or its index: the files are hidden states", 0, 0},
-        {"labels", ARGS_TEXT, &o->labels, "FILE", "a class for each token, .npy int32 or int64", 0, 0},
+        {"labels", ARGS_TEXT, &o->labels, "FILE", "a class for each token, .npy of integers", 0, 0},
         {"top-k", ARGS_SIZE, &o->top_k, "N", "experts a token, where no indices are given", 1, 1 << 20},
         {"experts", ARGS_SIZE, &o->experts, "N", "experts, where only indices are given (0: the largest index + 1)", 0,
          1 << 20},
+        {"probabilities", ARGS_FLAG, &o->probabilities, NULL, "the files hold probabilities: take their log", 0, 0},
         {"bf16", ARGS_FLAG, &o->bf16, NULL, "uint16 files hold bfloat16", 0, 0},
         {"batches", ARGS_SIZE, &o->batches, "N", "batches that the bootstrap draws from", 1, 1 << 20},
         {"bootstrap", ARGS_SIZE, &o->bootstrap, "N", "replicates for the intervals (0: none)", 0, 1 << 24},
@@ -695,7 +896,11 @@ static void parse(config *o, int argc, char **argv) {
     if (o->steps_at && !o->series) args_fail("inspect", "--steps-at: only with --series");
     if (o->logits) o->file[o->n_files++] = o->logits;
     if (o->indices && o->n_files > 1) args_fail("inspect", "--indices: with one file of logits at most");
-    if (!o->n_files && !o->indices) o->file[o->n_files++] = sample_path(argv[0]);
+    if (o->probabilities && o->router) args_fail("inspect", "--probabilities: not of hidden states");
+    if (!o->n_files && !o->indices) {
+        o->file[o->n_files++] = sample_path(argv[0]);
+        if (!o->top_k) o->top_k = 2; // the sample's
+    }
     if (o->router && !o->n_files) args_fail("inspect", "--router: a file of hidden states is needed");
 }
 
@@ -718,7 +923,7 @@ static void inspect_all(config *o, table *t, size_t *end, json *j) {
 }
 
 int main(int argc, char **argv) {
-    config o = {.top_k = 2, .batches = 50, .bootstrap = 1000, .types = 8, .seed = 1, .out = "out"};
+    config o = {.batches = 50, .bootstrap = 1000, .types = 8, .seed = 1, .out = "out"};
     parse(&o, argc, argv);
     FILE *human = o.json ? stderr : stdout;
     json j = {{o.json ? stdout : NULL}, 0};
@@ -727,6 +932,7 @@ int main(int argc, char **argv) {
     size_t *end = allocate(o.n_files + 1, sizeof *end);
     inspect_all(&o, &t, end, &j);
     print_table(human, &o, &t);
+    warn(&t);
     if (o.series) {
         s = make_series(&o, &t, end);
         print_series(human, &s);

@@ -26,6 +26,7 @@
 #include "common/json.h"
 #include "common/plot.h"
 #include "common/progress.h"
+#include "common/rates.h"
 
 enum { L = 8, DISTRACTORS = 3, D = 32, D_FF = 16, POINTS = 25, STAGES = 3, ALL = STAGES * POINTS };
 enum { MAX_CLASSES = 10, MAX_EXPERTS = 64 };
@@ -49,7 +50,7 @@ typedef struct result {
     const plan *plan;
     double loss[ALL], first;                         // on the test sequences; first: before training
     double purity, share[MAX_CLASSES * MAX_EXPERTS]; // after stage I
-    double line[STAGES], line_fit[STAGES], power[STAGES], power_fit[STAGES];
+    verdict rate;                                    // of stage II
     size_t params;
     uint64_t checksum;
 } result;
@@ -233,31 +234,11 @@ static double purity(const net *m, const batch *b, size_t n, size_t classes, dou
     return own;
 }
 
-// The line through (x, y), n points: its slope, and in *fit the share of the variance that it explains.
-static double slope(const double *x, const double *y, size_t n, double *fit) {
-    double mx = 0, my = 0, xx = 0, xy = 0, yy = 0;
-    for (size_t i = 0; i < n; i++) mx += x[i] / (double)n, my += y[i] / (double)n;
-    for (size_t i = 0; i < n; i++) {
-        xx += (x[i] - mx) * (x[i] - mx);
-        xy += (x[i] - mx) * (y[i] - my);
-        yy += (y[i] - my) * (y[i] - my);
-    }
-    *fit = yy > 0 ? xy * xy / (xx * yy) : 1;
-    return xy / xx;
-}
-
-// How the loss falls in each stage: as e^(slope * step), or as step^slope.
-static void fit_rates(result *r, size_t steps) {
-    for (size_t stage = 0; stage < STAGES; stage++) {
-        double step[POINTS], log_step[POINTS], log_loss[POINTS];
-        for (size_t k = 0; k < POINTS; k++) {
-            step[k] = (double)((k + 1) * steps) / POINTS;
-            log_step[k] = log(step[k]);
-            log_loss[k] = log(fmax(r->loss[stage * POINTS + k], 1e-30));
-        }
-        r->line[stage] = slope(step, log_loss, POINTS, &r->line_fit[stage]);
-        r->power[stage] = slope(log_step, log_loss, POINTS, &r->power_fit[stage]);
-    }
+// How the loss of a stage falls: of its steps, the law.
+static verdict stage_rate(const result *r, size_t stage, size_t steps) {
+    double step[POINTS];
+    for (size_t k = 0; k < POINTS; k++) step[k] = (double)((k + 1) * steps) / POINTS;
+    return rate_judge(step, r->loss + stage * POINTS, POINTS);
 }
 
 static void train(result *r, const config *o, const plan *p, json *j, progress *bar, size_t before) {
@@ -292,7 +273,7 @@ static void train(result *r, const config *o, const plan *p, json *j, progress *
     }
     const nn_bank *bank[] = {&m->router, &m->experts, &m->attention};
     for (int k = 0; k < 3; k++) r->checksum = moe_hash(r->checksum, bank[k]->value, bank[k]->count * sizeof(float));
-    fit_rates(r, o->steps);
+    r->rate = stage_rate(r, 1, o->steps);
     free(b.class);
     free(test.class);
     net_free(m);
@@ -332,11 +313,8 @@ static void judge(const result *r, char text[CLAIMS][240], int out[CLAIMS]) {
     double best = fmin(stage_loss(&r[0], 2), stage_loss(&r[0], 1));
     out[0] = r->purity >= 0.95;
     snprintf(text[0], 240, "stage I makes specialists: purity %.1f%% (95%% counts as yes)", 100 * r->purity);
-    out[1] = r->line[1] < 0 && r->line_fit[1] > 0.95 && r->line_fit[1] > r->power_fit[1];
-    snprintf(text[1], 240,
-             "stage II has a linear rate: a line explains %.1f%% of log loss, a power of the step %.1f%% "
-             "(over 95%% and the better of the two counts as yes)",
-             100 * r->line_fit[1], 100 * r->power_fit[1]);
+    out[1] = r->rate.linear;
+    snprintf(text[1], 240, "stage II has a linear rate: %s", r->rate.why);
     out[2] = stage_loss(&r[2], 2) > 2 * best;
     snprintf(text[2], 240,
              "without attention experts there is a floor: %.2g, against %.2g with them (twice counts as yes)",
@@ -446,8 +424,8 @@ static void write_final(json *j, const result *r) {
         snprintf(key, sizeof key, "%s_loss", r[i].plan->key);
         json_real(j, key, stage_loss(&r[i], 2));
     }
-    json_real(j, "stage2_line_fit", r->line_fit[1]);
-    json_real(j, "stage2_power_fit", r->power_fit[1]);
+    json_real(j, "stage2_line_fit", r->rate.line);
+    json_real(j, "stage2_slow_fit", r->rate.slow);
     for (int k = 0; k < CLAIMS; k++) {
         static const char *const key[CLAIMS] = {"specialises", "linear_rate", "floor", "beats_end_to_end"};
         json_raw(j, key[k], out[k] ? "true" : "false");

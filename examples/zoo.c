@@ -10,6 +10,7 @@
 // it, is its visual word. Since position is a part of a token and the mean forgets order, nothing but the mixture can
 // use where in an image something is; the same network without a mixture is printed for comparison.
 #define MOE_IMPLEMENTATION
+#include "common/dead.h"
 #include "common/experiment.h"
 #include "common/game.h"
 
@@ -34,19 +35,17 @@ typedef struct result {
     moe_health health;                                              // on the test images; its arrays are not kept
     double *load; // (experts, WINDOWS): in training, an expert's share of the routes times their number; NaN: none
     double *gamma, *lo, *hi, ecology; // (WINDOWS): gamma_eff with its interval, NaN: not identified; T H / (O + B)
+    dead_note dead; // of the same
     int diverged;
 } result;
 
 // ---- training and testing ----
 
-static void write_health(json *j, const moe_health *h, int measured) {
+static void write_health(json *j, const moe_health *h, const dead_note *dead, int measured) {
     json_real(j, "maxvio", measured ? h->maxvio : NAN);
     json_real(j, "load_cv", measured ? h->load_cv : NAN);
     json_real(j, "load_entropy", measured ? h->load_entropy : NAN);
-    if (measured)
-        json_whole(j, "dead", h->n_dead);
-    else
-        json_raw(j, "dead", "null");
+    dead_json(j, dead);
     json_real(j, "dropped", measured ? h->drop_rate : NAN);
 }
 
@@ -63,8 +62,11 @@ static void note_window(result *r, net *m, game *g, json *j, size_t window, size
     json_text(j, "event", "step");
     json_text(j, "system", r->name);
     json_whole(j, "step", step);
+    json_whole(j, "batches", h.n_batches); // what the loads of this line rest on
     json_real(j, "train_loss", loss);
-    write_health(j, &h, 1);
+    dead_note dead = dead_take(&h);
+    write_health(j, &h, &dead, 1);
+    dead_free(&dead);
     game_json(j, &note);
     json_list_begin(j, "load"); // 1 = an even share
     for (size_t e = 0; e < r->experts; e++) {
@@ -81,7 +83,7 @@ static void train(result *r, config *o, const moe_desc *desc, progress *p, size_
     const net_plan *plan = &o->e.plan;
     const samples *data = &o->e.samples;
     net *m = net_new(plan, desc);
-    size_t count = data->train->count, window = 0, steps = 0;
+    size_t count = data->train->count, steps = 0;
     double loss = 0, accuracy = 0, busy = 0;
     r->experts = desc ? desc->n_experts : 0;
     r->active_params = m->bank.count + (desc ? moe_layer_active_params(m->moe) : 0);
@@ -101,9 +103,9 @@ static void train(result *r, config *o, const moe_desc *desc, progress *p, size_
         loss += batch_loss;
         steps++;
         busy += seconds_now() - begin;
-        if (desc && step + 1 >= (window + 1) * plan->total / WINDOWS) {
+        size_t window = step * WINDOWS / plan->total, next = (step + 1) * WINDOWS / plan->total;
+        if (desc && next > window) { // each step is in one window; below WINDOWS steps some have none
             note_window(r, m, &played, &o->e.lines, window, step + 1, loss / (double)steps);
-            window = (step + 1) * WINDOWS / plan->total;
             loss = 0;
             steps = 0;
         }
@@ -117,6 +119,7 @@ static void train(result *r, config *o, const moe_desc *desc, progress *p, size_
     if (!r->diverged) r->diverged = net_test(m, plan, &data->test, data->test.count, &r->test_loss, &r->test_accuracy);
     if (!r->diverged && desc) {
         nn_must(moe_layer_health(m->moe, &r->health));
+        r->dead = dead_take(&r->health);
         if (r->experts > 1) nn_must(moe_layer_pes(m->moe, data->test.x, few * T, &r->pes));
     }
     if (r->diverged) r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = NAN;
@@ -143,7 +146,7 @@ static void write_final(json *j, const result *r) {
     json_real(j, "test_loss", r->test_loss);
     json_real(j, "test_accuracy", r->test_accuracy);
     json_real(j, "tokens_per_s", r->tokens_per_s);
-    write_health(j, &r->health, !r->diverged);
+    write_health(j, &r->health, &r->dead, !r->diverged);
     json_real(j, "pes", r->pes);
     json_raw(j, "diverged", r->diverged ? "true" : "false");
     json_end(j);
@@ -164,7 +167,7 @@ static const char *const heading[COLUMNS] = {"system",  "test loss", "test accur
                                              "dropped",  "PES",      "source"};
 static const char *const heading_short[COLUMNS] = {"system", "test loss", "accuracy", "train loss", "active",
                                                    "tokens/s", "MaxVio", "CV", "entropy", "dead", "dropped", "PES", ""};
-static const int width[COLUMNS] = {-19, 9, 10, 12, 8, 10, 8, 7, 9, 6, 9, 7, 0};
+static const int width[COLUMNS] = {-19, 9, 10, 12, 8, 10, 8, 7, 9, 17, 9, 7, 0};
 
 static void row_cells(const result *r, char cell[COLUMNS][64]) {
     const moe_health *h = &r->health;
@@ -179,7 +182,7 @@ static void row_cells(const result *r, char cell[COLUMNS][64]) {
     experiment_number(cell[6], "%.2f", h->maxvio + known);
     experiment_number(cell[7], "%.2f", h->load_cv + known);
     experiment_number(cell[8], "%.3f", h->load_entropy + known);
-    experiment_number(cell[9], "%.0f", (double)h->n_dead + known);
+    dead_text(&r->dead, cell[9], 64);
     experiment_number(cell[10], "%.1f%%", 100 * h->drop_rate + known);
     experiment_number(cell[11], "%.3f", r->pes);
     snprintf(cell[12], 64, "%s", r->source);
@@ -334,7 +337,7 @@ static moe_desc layer_desc(const config *o, const moe_system *row) {
     d.sequence = T;
     if (!d.d_ff) d.d_ff = d.n_experts == 1 ? 2 * D_FF : D_FF; // dense: as much as two experts
     if (o->e.experts && d.n_experts != 1) d.n_experts = o->e.experts;
-    if (o->e.top_k && d.n_experts != 1) d.top_k = o->e.top_k;
+    if (o->e.top_k && d.n_experts != 1) nn_top_k(&d, o->e.top_k);
     size_t at = 0;
     if (!s && o->set && (s = moe_desc_parse(&d, o->set, &at)) != MOE_OK)
         args_fail("zoo", "--set: at '%s': %s", o->set + at, moe_status_string(s));
@@ -415,7 +418,7 @@ int main(int argc, char **argv) {
     result without = {.name = "(no mixture)", .source = ""}, *r = allocate(n, sizeof *r);
     run(&o, row, desc, r, n, &without);
     report(&o, r, n, &without);
-    for (size_t i = 0; i < n; i++) free(r[i].load);
+    for (size_t i = 0; i < n; i++) free(r[i].load), dead_free(&r[i].dead);
     free(without.load);
     experiment_free(&o.e);
     free(r);

@@ -2,6 +2,7 @@
  * has no gradient and no part in weights; statistics summed over micro-batches; state that is saved; the same bits. */
 #define MOE_IMPLEMENTATION
 #include "test.h"
+#include "examples/common/loss_cases.h"
 
 /* ---- a task on which a router collapses ----
  * A token is of one of TYPES types, and its target is the token turned round by as many places as its type says: one
@@ -109,7 +110,7 @@ static outcome train(const char *set, teacher who) {
 }
 
 /* ---- from a collapsed start ---- */
-#define COSINE "score=cosine temperature=0.07"
+#define COSINE LOSS_CASES_COSINE
 
 typedef struct case_of {
     const char *name, *set, *field;
@@ -117,35 +118,10 @@ typedef struct case_of {
     int balances; /* MaxVio falls by a factor of three or more; if not, then at no coefficient */
 } case_of;
 
+#define IN_LAYER(KIND, name, reads, set, coefficient, even, about) {name, set, "loss." name, even, even > 0},
+#define NO_LAYER(KIND, name, reads) {name, NULL, "loss." name, 0, 0},
 static const case_of cases[] = { /* in the order of the library's tables */
-    {"switch", "", "loss.switch", 0.1, 1},
-    {"z", "", "loss.z", 0, 0},
-    {"importance", "", "loss.importance", 0.1, 1},
-    {"importance-selected", "top_k=2", "loss.importance-selected", 0.1, 1},
-    {"load", "noise=gaussian", "loss.load", 0.1, 1},
-    {"entropy", "", "loss.entropy", 0, 0},
-    {"certainty", "", "loss.certainty", 0, 0},
-    {"kl-uniform", "", "loss.kl-uniform", 0.4, 1},
-    {"kl-reverse", "", "loss.kl-reverse", 0.4, 1},
-    {"mutual-information", "", "loss.mutual-information", 0.4, 1},
-    {"l2-uniform", "", "loss.l2-uniform", 1, 1},
-    {"sequence", "", "loss.sequence", 0.1, 1},
-    {"rank", "n_ranks=4", "loss.rank", 0.1, 1},
-    {"communication", "n_ranks=4", "loss.communication", 0.1, 1},
-    {"locality", "n_ranks=8", "loss.locality", 1, 1},
-    {"relu-l1", "gate=relu", "loss.relu-l1", 0.1, 1},
-    {"variance", "", "loss.variance", 10, 1},
-    {"oracle", "", "loss.oracle", 1, 1},
-    {"simbal", "", "loss.simbal", 0, 0},
-    {"diverse-simple", "", "loss.diverse-simple", 0, 0},
-    {"prototype-orthogonality", COSINE, "loss.prototype-orthogonality", 0, 0},
-    {"prototype-diversity", COSINE, "loss.prototype-diversity", 0, 0},
-    {"prototype-alignment", COSINE, "loss.prototype-alignment", 0, 0},
-    {"latent-kl", NULL, "loss.latent-kl", 0, 0}, /* no layer can have it */
-    {"redundancy", "", "loss.redundancy", 0, 0},
-    {"output-orthogonality", "top_k=2", "loss.output-orthogonality", 0, 0},
-    {"orthonormal", "expert=orthonormal", "loss.orthonormal", 0, 0},
-    {"codebook", "n_codes=16", "loss.codebook", 0, 0},
+    LOSS_CASES(IN_LAYER, NO_LAYER)
     {"bias", "controller=bias", "controller_rate", 0.02, 1},
     {"quantile", "controller=quantile", NULL, 0, 1},
     {"id", "controller=id", "controller_rate", 0.03, 1},
@@ -160,7 +136,10 @@ static void check_case(const case_of *c) {
     static const double strengths[] = {1, 0.1, 10}; /* of one that cannot */
     for (int i = 0; i < (c->balances || TEST_SANITIZED ? 1 : 3); i++) {
         char set[160];
-        snprintf(set, sizeof set, "%s %s%s", c->set, c->field ? c->field : "", c->field ? "=" : "");
+        const char *more = "";
+        if (!strcmp(c->name, "importance-selected")) more = "top_k=2"; /* or no weight but the winner's is in it */
+        if (!strcmp(c->name, "locality")) more = "n_ranks=8";          /* an expert each */
+        snprintf(set, sizeof set, "%s %s %s%s", c->set, more, c->field ? c->field : "", c->field ? "=" : "");
         if (c->field)
             snprintf(set + strlen(set), sizeof set - strlen(set), "%g", c->balances ? c->coefficient : strengths[i]);
         outcome r = train(set, CLASS_TEACHER);
@@ -186,7 +165,17 @@ static void test_every_row_has_a_case(void) {
     moe_desc d;
     memset(&d, 0, sizeof d);
     d.d_model = D, d.loss[MOE_LOSS_LATENT_KL] = 1;
-    CHECK_STATUS(moe_desc_resolve(&d, &d), MOE_E_LOSS_STAGE);
+    CHECK_STATUS(moe_desc_resolve(&d, &d), MOE_E_LOSS_LATENT_KL);
+    for (int i = 0; i < MOE_LOSS_COUNT; i++) { /* what a bare layer lacks is said by the name of the loss */
+        char field[64];
+        memset(&d, 0, sizeof d);
+        d.d_model = D, d.score = MOE_SCORE_HASH, d.combine = i % 2 ? MOE_COMBINE_ROBUST : MOE_COMBINE_DEFAULT;
+        d.loss[i] = 1, d.n_zero = i % 2 ? 0 : 1;
+        snprintf(field, sizeof field, "loss.%s", moe_loss_name((moe_loss_kind)i));
+        moe_status status = moe_desc_resolve(&d, &d);
+        if (status) CHECK(!strcmp(moe_status_field(status), field));
+        CHECK(status != MOE_E_LOSS_STAGE);
+    }
 }
 
 /* What docs/math.md says of each: "yes" or "no". */
@@ -296,80 +285,181 @@ static void test_bias(void) {
     }
 }
 
-/* ---- statistics of several micro-batches ---- */
-/* Losses whose statistics are loads, and those that look at each token or at the router alone. */
-static const char *const global[] = {
-    "top_k=2 loss.switch=1",
-    "top_k=2 n_ranks=4 loss.rank=1",
-    "gate=relu top_k=2 loss.relu-l1=1",
-    "loss.z=1",
-    "loss.entropy=1",
-    "loss.certainty=1",
-    "loss.sequence=1",
-    "loss.oracle=1",
-    "loss.simbal=1",
-    "loss.diverse-simple=1",
-    COSINE " loss.prototype-alignment=1",
-    COSINE " loss.prototype-diversity=1",
-    COSINE " loss.prototype-orthogonality=1",
-    "top_k=2 expert=relu loss.output-orthogonality=1",
-    "n_codes=16 loss.codebook=1",
-    "expert=orthonormal loss.orthonormal=1",
+/* ---- a batch cut into micro-batches ---- */
+/* Losses whose gradient is that of the whole, however it is cut; `counts`: only with what the side says of it. */
+static const struct { const char *set; int counts; } global[] = {
+    {"top_k=2 loss.switch=1", 1},
+    {"top_k=2 loss.switch=1 switch_load=first", 1},
+    {"top_k=2 loss.switch=1 switch_load=tokens", 1},
+    {"top_k=2 n_ranks=4 loss.rank=1", 1},
+    {"top_k=2 n_ranks=4 loss.communication=1", 1},
+    {"gate=relu top_k=2 loss.relu-l1=1", 1},
+    {"loss.importance=1", 1},
+    {"loss.kl-uniform=1", 1},
+    {"loss.kl-reverse=1", 1},
+    {"loss.mutual-information=1", 1},
+    {"loss.l2-uniform=1", 1},
+    {"loss.variance=1", 1},
+    {"loss.z=1", 0},
+    {"loss.entropy=1", 0},
+    {"loss.certainty=1", 0},
+    {"loss.sequence=1", 0},
+    {"loss.oracle=1", 0},
+    {"loss.simbal=1", 0},
+    {"loss.diverse-simple=1", 0},
+    {COSINE " loss.prototype-alignment=1", 0},
+    {COSINE " loss.prototype-diversity=1", 0},
+    {COSINE " loss.prototype-orthogonality=1", 0},
+    {"top_k=2 expert=relu loss.output-orthogonality=1", 0},
+    {"n_codes=16 loss.codebook=1", 0},
+    {"expert=orthonormal loss.orthonormal=1", 0},
 };
+/* These look at the batch in a way that no number tells: balanced batch by batch. */
+static const char *const local[] = {"loss.redundancy=1", "top_k=2 loss.importance-selected=1",
+                                    "n_ranks=4 loss.locality=1"};
 
-/* Losses by means of the batch: of this micro-batch in a layer, whatever the loads. */
-static const char *const local[] = {"loss.importance=1",         "loss.kl-uniform=1", "loss.kl-reverse=1",
-                                    "loss.mutual-information=1", "loss.l2-uniform=1", "loss.variance=1",
-                                    "loss.redundancy=1"};
+/* Sizes of the parts; the sequences have 16 tokens. */
+static const size_t cuts[][3] = {{48, 16, 64}, {75, 21, 32}, {1, 126, 1}};
+enum { CUTS = sizeof cuts / sizeof *cuts, PARTS = 3 };
 
-/* The largest difference between the gradients of one batch and of two halves, as a share of the largest gradient. */
-static double parts_differ(const char *set, int summed) {
+/* What the side says of the whole: what its parts say, summed; a mean by their sizes. */
+typedef struct whole_of { uint64_t load[E], first[E], rank_tokens[E]; double mean[E]; } whole_of;
+static void add_to_whole(const moe_tape *t, size_t n_ranks, whole_of *w) {
+    double mean[E];
+    uint64_t ranks[E] = {0};
+    CHECK_OK(moe_mean_scores(t->n_tokens, E, t->prob, mean));
+    CHECK_OK(moe_rank_tokens(t->n_tokens, E, t->n_slots, n_ranks, t->index, ranks));
+    for (size_t e = 0; e < E; e++) {
+        w->load[e] += t->routes.load[e], w->first[e] += t->routes.top1[e], w->rank_tokens[e] += ranks[e];
+        w->mean[e] += mean[e] * (double)t->n_tokens / T;
+    }
+}
+
+/* The largest difference between the gradients of one batch and of its parts, as a share of the largest gradient; and
+ * of the losses' values. told: the parts know of the whole. */
+static double parts_differ(const char *set, const size_t cut[PARTS], int told) {
     static float x[T * D], y[T * D], dy[T * D], whole[PARAMS_MAX], parts[PARAMS_MAX];
     static int32_t type[T];
     moe_layer *m = make_layer(set, 1);
-    moe_tape *t[2] = {NULL, NULL};
-    uint64_t load[E];
-    double most = 0, off = 0;
+    moe_tape *t[PARTS] = {NULL};
+    whole_of w;
+    double most = 0, off = 0, value[MOE_LOSS_COUNT], sum[MOE_LOSS_COUNT] = {0};
     if (!m) return 0;
+    memset(&w, 0, sizeof w);
     make_batch(1, T, x, NULL, type);
-    for (size_t i = 0; i < T / 4; i++) /* the first half is unlike the second */
-        for (size_t k = 0; k < D; k++) x[i * D + k] *= -1;
+    CHECK_OK(moe_rand_normal(4, 0, T * D, 0, 0.001f, dy));
+    for (size_t i = 0; i < T / 4 * D; i++) x[i] *= -1; /* the first part is unlike the others */
     moe_layer_side(m)->teacher = type;
     CHECK_OK(moe_forward(m, x, T, y));
     CHECK_OK(moe_backward(m, dy, NULL));
+    CHECK_OK(moe_layer_losses(m, value, NULL));
     size_t n = all_of(m, MOE_PART_GRADS, whole);
     CHECK_OK(moe_layer_scale_grads(m, 0));
-    for (size_t e = 0; e < E; e++) load[e] = 0;
-    for (size_t p = 0; p < 2; p++) {
-        CHECK_OK(moe_tape_new(&t[p], moe_layer_desc(m), T / 2, MOE_ON));
-        if (!t[p]) break;
-        t[p]->side.teacher = type + p * T / 2;
-        CHECK_OK(moe_forward_tape(m, t[p], x + p * T / 2 * D, T / 2, y));
-        for (size_t e = 0; e < E; e++) load[e] += t[p]->routes.load[e];
+    for (size_t p = 0, at = 0; p < PARTS; at += cut[p++]) {
+        CHECK_OK(moe_tape_new(&t[p], moe_layer_desc(m), cut[p], MOE_ON));
+        t[p]->side.teacher = type + at;
+        CHECK_OK(moe_forward_tape(m, t[p], x + at * D, cut[p], y));
+        add_to_whole(t[p], moe_layer_desc(m)->n_ranks, &w);
     }
-    for (size_t p = 0; p < 2 && t[p]; p++) {
-        if (summed) t[p]->side.load = load, t[p]->side.counted = T;
-        CHECK_OK(moe_backward_tape(m, t[p], dy, NULL));
+    for (size_t p = 0, at = 0; p < PARTS; at += cut[p++]) {
+        moe_side *side = &t[p]->side;
+        side->loss_weight = (float)cut[p] / T;
+        if (told) side->load = w.load, side->first = w.first, side->mean = w.mean, side->counted = T;
+        if (told) side->rank_tokens = w.rank_tokens;
+        CHECK_OK(moe_backward_tape(m, t[p], dy + at * D, NULL));
+        for (int l = 0; l < MOE_LOSS_COUNT; l++) sum[l] += t[p]->loss[l] * (double)cut[p] / T;
     }
-    CHECK_OK(moe_layer_scale_grads(m, 0.5f));
     CHECK(all_of(m, MOE_PART_GRADS, parts) == n);
     for (size_t i = 0; i < n; i++) {
         most = fmax(most, fabs((double)whole[i]));
         off = fmax(off, fabs((double)whole[i] - (double)parts[i]));
     }
-    for (size_t p = 0; p < 2; p++) moe_tape_free(t[p]);
+    for (int l = 0; l < MOE_LOSS_COUNT; l++) off = fmax(off, most * fabs(sum[l] - value[l]) / fmax(fabs(value[l]), 1));
+    for (size_t p = 0; p < PARTS; p++) moe_tape_free(t[p]);
     moe_layer_free(m);
     return most > 0 ? off / most : off;
 }
 
 static void test_micro_batches(void) {
-    for (size_t i = 0; i < sizeof global / sizeof *global; i++) {
-        double off = parts_differ(global[i], 1);
-        if (!CHECK(off < 1e-5)) printf("    %s: %.2g\n", global[i], off);
-        if (i < 3 && !CHECK(parts_differ(global[i], 0) > 1e-3)) printf("    %s: without the sums too\n", global[i]);
-    }
+    for (size_t i = 0; i < sizeof global / sizeof *global; i++)
+        for (size_t c = 0; c < CUTS; c++) {
+            const char *set = global[i].set;
+            if (c && strstr(set, "sequence")) continue; /* a cut through one is another sequence */
+            double off = parts_differ(set, cuts[c], 1);
+            if (!CHECK(off < 1e-6)) printf("    %s, cut %zu: %.2g\n", set, c, off);
+            if (global[i].counts && !CHECK(parts_differ(set, cuts[c], 0) > 1e-4)) printf("    %s: untold too\n", set);
+        }
     for (size_t i = 0; i < sizeof local / sizeof *local; i++)
-        if (!CHECK(parts_differ(local[i], 1) > 1e-3)) printf("    %s: sees more than its batch\n", local[i]);
+        if (!CHECK(parts_differ(local[i], cuts[0], 1) > 1e-3)) printf("    %s: sees more than its batch\n", local[i]);
+}
+
+/* The gradient is linear in the weight, 0 is 1, and what the side may not say. */
+static void test_loss_weight(void) {
+    static float x[T * D], y[T * D], dy[T * D], one[PARAMS_MAX], other[PARAMS_MAX];
+    static int32_t type[T];
+    static const float weights[] = {1, 0.25f, 4}; /* powers of 2: exact */
+    moe_layer *m = make_layer("loss.z=0.5 loss.switch=0.125 switch_load=first", 1);
+    if (!m) return;
+    make_batch(1, T, x, NULL, type);
+    moe_side *side = moe_layer_side(m);
+    CHECK_OK(moe_forward(m, x, T, y));
+    CHECK_OK(moe_backward(m, dy, NULL)); /* dy is 0: the losses alone */
+    size_t n = all_of(m, MOE_PART_GRADS, one);
+    for (size_t i = 0; i < 3; i++) {
+        CHECK_OK(moe_layer_scale_grads(m, 0));
+        side->loss_weight = weights[i];
+        CHECK_OK(moe_forward(m, x, T, y));
+        CHECK_OK(moe_backward(m, dy, NULL));
+        CHECK(all_of(m, MOE_PART_GRADS, other) == n);
+        for (size_t k = 0; k < n; k++) other[k] /= weights[i];
+        CHECK_SAME(one, other, n);
+    }
+    static const float bad[] = {-1, NAN, INFINITY};
+    uint64_t load[E] = {1};
+    double mean[E] = {0};
+    CHECK_OK(moe_layer_scale_grads(m, 0));
+    for (size_t i = 0; i < 5; i++) {
+        side->loss_weight = i < 3 ? bad[i] : 1;
+        side->load = i == 3 ? load : NULL; /* without the first choices */
+        mean[1] = i == 4 ? (double)NAN : 0, side->mean = mean;
+        CHECK_OK(moe_forward(m, x, T, y));
+        CHECK_STATUS(moe_backward(m, dy, NULL), i < 3 ? MOE_E_LOSS_WEIGHT : i == 3 ? MOE_E_NULL_LOAD : MOE_E_NAN_MEAN);
+        double norm;
+        CHECK_OK(moe_layer_grad_norm(m, &norm)); /* nothing was added */
+        CHECK(norm == 0);
+    }
+    moe_layer_free(m);
+}
+
+/* f of the loss switch for two choices a token, against sums in double. */
+static void test_switch_load(void) {
+    static const char *const kinds[] = {"all", "first", "tokens"};
+    static float x[T * D], y[T * D], dy[T * D], grad[3][D * E];
+    static int32_t type[T];
+    double value[3];
+    make_batch(1, T, x, NULL, type);
+    for (size_t i = 0; i < T * D; i++) x[i] *= i % (D * 3) < D ? -1 : 0.5f;
+    for (size_t i = 0; i < 3; i++) {
+        char set[80];
+        double want = 0, f[E] = {0};
+        snprintf(set, sizeof set, "top_k=2 loss.switch=1 switch_load=%s", kinds[i]);
+        moe_layer *m = make_layer(set, 1);
+        if (!m) return;
+        CHECK_OK(moe_forward(m, x, T, y));
+        CHECK_OK(moe_backward(m, dy, NULL));
+        const moe_tape *t = moe_layer_tape(m);
+        for (size_t c = 0; c < T * 2; c++)
+            if (i != 1 || c % 2 == 0) f[t->index[c]] += i == 0 ? 0.5 / T : 1.0 / T;
+        for (size_t c = 0; c < T * E; c++) want += f[c % E] * (double)t->prob[c] * E / T;
+        value[i] = t->loss[MOE_LOSS_SWITCH];
+        CHECK_NEAR(value[i], want, 1e-6);
+        CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", grad[i], D * E));
+        moe_layer_free(m);
+    }
+    CHECK_NEAR(value[2], 2 * value[0], 1e-12); /* f sums to k */
+    CHECK(fabs(value[1] - value[0]) > 0.1);
+    for (size_t i = 0; i < D * E; i++)
+        CHECK_WITHIN(grad[2][i], 2 * grad[0][i], 1e-6 * fabs((double)grad[0][i]) + 1e-7);
 }
 
 /* Controllers: one batch; the same in two backward calls; and half of it here, the other half's loads
@@ -486,6 +576,31 @@ static void test_saved(void) {
     }
 }
 
+/* With the optimiser a file promises to go on as if nothing had been: not with gradients in the layer. */
+static void test_saved_between_steps(void) {
+    static float x[T * D], y[T * D], dy[T * D];
+    static int32_t type[T];
+    static char file[1 << 18];
+    moe_layer *m = make_layer("", 1);
+    size_t bytes;
+    if (!m) return;
+    make_batch(1, T, x, NULL, type);
+    CHECK_OK(moe_layer_save_size(m, 1, &bytes));
+    if (!CHECK(bytes <= sizeof file)) return;
+    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes));
+    CHECK_OK(moe_forward(m, x, T, y));
+    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes)); /* a forward alone leaves nothing behind */
+    CHECK_OK(moe_backward(m, dy, NULL));
+    CHECK_STATUS(moe_layer_save_memory(m, 1, file, bytes), MOE_E_UNSTEPPED);
+    CHECK_STATUS(moe_layer_save(m, 1, "build/unstepped.safetensors"), MOE_E_UNSTEPPED);
+    CHECK(fopen("build/unstepped.safetensors", "rb") == NULL);
+    CHECK_OK(moe_layer_save_memory(m, 0, file, bytes)); /* the parameters alone promise nothing */
+    CHECK_OK(moe_layer_save_size(m, 1, &bytes));
+    CHECK_OK(moe_step(m, 0.01f));
+    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes));
+    moe_layer_free(m);
+}
+
 /* Every loss that a layer with these stages can have, and a controller. */
 static const char *const rich[] = {
     "top_k=2 noise=learned n_ranks=4 controller=bias",
@@ -542,6 +657,9 @@ int main(void) {
     RUN(test_depends);
     RUN(test_bias);
     RUN(test_micro_batches);
+    RUN(test_loss_weight);
+    RUN(test_switch_load);
+    RUN(test_saved_between_steps);
     RUN(test_controllers_sum);
     RUN(test_quantile_sees_every_backward);
     RUN(test_saved);

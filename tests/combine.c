@@ -244,6 +244,77 @@ static void test_soft_moe(void) {
     moe_layer_free(m);
 }
 
+/* ---- losses through soft slots ----
+ * An expert's logit is l_e = tau ln sum exp(z_n / tau) over its slots: values in double, of the router's columns. */
+enum { SOFT_T = 9, SOFT_N = 3 * E };
+static double soft_loss(moe_loss_kind kind, const double *R, size_t slots, double tau) {
+    double l[SOFT_T][E], sum[SOFT_T], P[E] = {0}, value = 0;
+    for (size_t t = 0; t < SOFT_T; t++) {
+        double all = 0, lse = 0, entropy = 0;
+        for (size_t e = 0; e < E; e++) {
+            double own = 0;
+            for (size_t n = e * slots; n < (e + 1) * slots; n++) {
+                double logit = 0;
+                for (size_t i = 0; i < D; i++) logit += (double)x[t * D + i] * R[i * E * slots + n];
+                own += exp(logit / tau);
+            }
+            l[t][e] = tau * log(own), all += own, lse += exp(l[t][e]);
+        }
+        sum[t] = all;
+        for (size_t e = 0; e < E; e++) {
+            double p = exp(l[t][e] / tau) / sum[t];
+            P[e] += p / SOFT_T, entropy -= p * log(p);
+        }
+        if (kind == MOE_LOSS_Z) value += log(lse) * log(lse) / SOFT_T;
+        if (kind == MOE_LOSS_ENTROPY) value -= entropy / SOFT_T;
+    }
+    for (size_t e = 0; kind == MOE_LOSS_KL_UNIFORM && e < E; e++) value += P[e] * log(P[e] * E);
+    for (size_t e = 0; kind == MOE_LOSS_REDUNDANCY && e < E; e++)
+        for (size_t j = 0; j < e; j++) {
+            double dot = 0, a = 0, b = 0;
+            for (size_t t = 0; t < SOFT_T; t++)
+                dot += l[t][e] * l[t][j], a += l[t][e] * l[t][e], b += l[t][j] * l[t][j];
+            value += fmax(0, dot / sqrt(a * b)) * 2 / (E * (E - 1));
+        }
+    return value;
+}
+static void check_soft_loss(moe_loss_kind kind, size_t slots, double tau) {
+    char set_[160];
+    double R[D * SOFT_N], top = 0, off = 0;
+    snprintf(set_, sizeof set_, "combine=soft select=all gate=softmax soft_slots=%zu temperature=%g loss.%s=1", slots,
+             tau, moe_loss_name(kind));
+    moe_layer *m = row(NULL, set_);
+    if (!m) return;
+    size_t count = count_of(m, "router");
+    CHECK(count == D * E * slots);
+    tokens(SOFT_T);
+    memset(dy, 0, sizeof dy); /* no task: the loss alone */
+    const moe_tape *t = go(m, SOFT_T, 0);
+    CHECK_OK(moe_backward(m, dy, NULL));
+    float *now = get(m, "router"), *got = test_floats(count);
+    CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", got, count));
+    for (size_t i = 0; i < count; i++) R[i] = (double)now[i];
+    double want = soft_loss(kind, R, slots, tau);
+    CHECK_WITHIN(t->loss[kind], want, 2e-6 * fmax(fabs(want), 0.1));
+    for (size_t i = 0; i < count; i++) {
+        double h = 1e-5, keep = R[i], side[2];
+        for (int k = 0; k < 2; k++) R[i] = keep + (k ? h : -h), side[k] = soft_loss(kind, R, slots, tau);
+        R[i] = keep;
+        double slope = (side[1] - side[0]) / (2 * h);
+        top = fmax(top, fabs(slope)), off = fmax(off, fabs((double)got[i] - slope));
+    }
+    if (!CHECK(top > 1e-3 && off <= 4e-6 * top)) printf("    %s: %.3g of %.3g\n", set_, off, top);
+    free(now), free(got), moe_layer_free(m);
+}
+static void test_soft_losses(void) {
+    static const moe_loss_kind kinds[] = {MOE_LOSS_Z, MOE_LOSS_ENTROPY, MOE_LOSS_KL_UNIFORM, MOE_LOSS_REDUNDANCY};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        check_soft_loss(kinds[i], 1, 1);
+        check_soft_loss(kinds[i], 2, 0.5);
+        check_soft_loss(kinds[i], 3, 2);
+    }
+}
+
 /* ---- SMEAR ---- */
 static void test_smear(void) {
     enum { T = 24 };
@@ -351,6 +422,7 @@ int main(void) {
     RUN(test_robust_breakdown);
     RUN(test_aggregate);
     RUN(test_soft_moe);
+    RUN(test_soft_losses);
     RUN(test_smear);
     RUN(test_robust);
     return test_end();

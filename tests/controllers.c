@@ -49,6 +49,26 @@ static void test_bias(void) {
     free(memory);
 }
 
+/* b = rate sign(mean - load) less its mean: loads 0, 0, 8 move it by (1, 1, -1), mean 1 / 3; zeros change nothing. */
+static void test_bias_recentred(void) {
+    static const uint64_t load[3] = {0, 0, 8}, none[3] = {0, 0, 0};
+    char memory[256];
+    moe_control c;
+    moe_control_input in;
+    memset(&in, 0, sizeof in);
+    CHECK_OK(moe_control_init(&c, MOE_CONTROL_BIAS, 3, memory, sizeof memory));
+    CHECK(!c.recentre); /* the published form does not */
+    c.recentre = 1, c.rate = 0.5f, in.load = load;
+    for (int step = 1; step <= 3; step++) {
+        CHECK_OK(moe_control_step(&c, &in));
+        for (size_t e = 0; e < 3; e++) CHECK_NEAR(c.bias[e], step * (e < 2 ? 1 / 3.0 : -2 / 3.0), 1e-6);
+    }
+    c.bias[0] = 5, in.load = none;
+    CHECK_OK(moe_control_step(&c, &in));
+    CHECK(c.bias[0] == 5);
+    CHECK_OK(moe_control_init(&c, MOE_CONTROL_ID, 3, memory, sizeof memory));
+    CHECK(c.recentre);
+}
 static void test_id(void) {
     void *memory;
     moe_control c = control_new(MOE_CONTROL_ID, 4, &memory);
@@ -442,6 +462,7 @@ static void test_schedules(void) {
 
 int main(void) {
     RUN(test_bias);
+    RUN(test_bias_recentred);
     RUN(test_id);
     RUN(test_usage_boost);
     RUN(test_relu_lambda);

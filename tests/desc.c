@@ -20,6 +20,7 @@ static void test_desc_defaults(void) {
     CHECK(r.d_model == 10 && r.d_ff == 40 && r.n_experts == 8 && r.top_k == 2 && r.n_shared == 0);
     CHECK(r.score == MOE_SCORE_LINEAR && r.gate == MOE_GATE_SOFTMAX && r.select == MOE_SELECT_TOP_K &&
           r.expert == MOE_EXPERT_SWIGLU);
+    CHECK(r.capacity_round == MOE_ROUND_SHARE && r.min_capacity == 1);
     CHECK(r.capacity_order == MOE_ORDER_TOKEN && r.optimizer == MOE_OPTIMIZER_ADAMW && r.training == MOE_ON);
     CHECK(r.normalize == MOE_ON && r.bias == MOE_OFF && r.temperature == 1 && !(r.capacity_factor > 0) &&
           !(r.clip_norm > 0));
@@ -68,7 +69,7 @@ static void test_desc_resolve_is_idempotent(void) {
         d.epsilon = test_below(2) ? 0 : 1e-6f;
         d.seed = test_below(3), d.parallel.n_threads = test_below(4), d.alloc_context = &d;
         moe_status fits = moe_desc_resolve(&d, &once); /* not every choice goes with every other */
-        CHECK(!fits || moe_status_kind(fits) == MOE_KIND_ARGUMENT || fits == MOE_E_LOSS_STAGE);
+        CHECK(!fits || moe_status_kind(fits) == MOE_KIND_ARGUMENT || moe_status_kind(fits) == MOE_KIND_SUPPORT);
         if (fits) continue;
         resolved++;
         CHECK_OK(moe_desc_resolve(&once, &twice));
@@ -124,6 +125,7 @@ static void test_desc_fields(void) {
         BAD(expert, (moe_expert_kind)past[i], MOE_E_EXPERT);
         BAD(optimizer, (moe_optimizer_kind)past[i], MOE_E_OPTIMIZER);
         BAD(capacity_order, (moe_order_kind)past[i], MOE_E_CAPACITY_ORDER);
+        BAD(capacity_round, (moe_round_kind)past[i], MOE_E_CAPACITY_ROUND);
         int odd = i == 0 ? 2 : i == 1 ? -2 : past[i];
         BAD(normalize, odd, MOE_E_NORMALIZE);
         BAD(bias, odd, MOE_E_BIAS);
@@ -135,6 +137,7 @@ static void test_desc_fields(void) {
     BAD(expert, MOE_EXPERT_COUNT, MOE_E_EXPERT);
     BAD(optimizer, MOE_OPTIMIZER_COUNT, MOE_E_OPTIMIZER);
     BAD(capacity_order, MOE_ORDER_COUNT, MOE_E_CAPACITY_ORDER);
+    BAD(capacity_round, MOE_ROUND_COUNT, MOE_E_CAPACITY_ROUND);
     static const float wrong[] = {-0.5f, -2, NAN, INFINITY, -INFINITY, 1, 1.5f};
     for (int i = 0; i < 7; i++) {
         BAD(beta1, wrong[i], MOE_E_BETA1);
@@ -201,10 +204,12 @@ static void test_fields(void) {
         {"gate", "select=sampled", MOE_E_GATE_SELECT},
         {"gate", "gate=sign", MOE_E_GATE_SELECT}, {"select", "combine=soft", MOE_E_SELECT_COMBINE},
         {"select", "combine=merge", MOE_E_SELECT_COMBINE},
-        {"select", "combine=merge select=all gate=sigmoid", MOE_E_SELECT_COMBINE},
-        {"select", "combine=soft select=all score=hash", MOE_E_SELECT_COMBINE},
-        {"select", "combine=soft select=all noise=gaussian", MOE_E_SELECT_COMBINE},
-        {"select", "combine=soft select=all capacity_factor=1", MOE_E_SELECT_COMBINE},
+        {"gate", "combine=merge select=all gate=sigmoid", MOE_E_COMBINE_GATE},
+        {"score", "combine=soft select=all score=hash", MOE_E_COMBINE_SCORE},
+        {"noise", "combine=soft select=all noise=gaussian", MOE_E_COMBINE_NOISE},
+        {"capacity_factor", "combine=soft select=all capacity_factor=1", MOE_E_COMBINE_CAPACITY},
+        {"capacity_factor", "combine=merge select=all capacity_factor=1", MOE_E_COMBINE_CAPACITY},
+        {"capacity_factor", "combine=merge select=all capacity_factor_eval=1", MOE_E_COMBINE_CAPACITY},
         {"route_sequence", "combine=merge select=all route_sequence=false", MOE_E_ROUTE_SEQUENCE},
         {"route_sequence", "combine=soft select=all route_sequence=true", MOE_E_ROUTE_SEQUENCE},
         {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
@@ -223,11 +228,12 @@ static void test_fields(void) {
         {"gate_drop", "gate_drop=0.3 select=sampled gate=sparsemixer", MOE_E_GATE_DROP},
         {"gate_drop", "gate_drop=0.3 select=all combine=soft", MOE_E_GATE_DROP},
         {"gate_drop", "gate_drop=0.3 select=all combine=merge", MOE_E_GATE_DROP},
-        {"top_k", "select=auction top_k=2", MOE_E_TOP_K}, {"controller", "controller=relu-lambda", MOE_E_CONTROLLER},
+        {"top_k", "select=auction top_k=2", MOE_E_ONE_CHOICE},
+        {"controller", "controller=relu-lambda", MOE_E_CONTROLLER},
         {"controller", "controller=relu-lambda gate=relu", MOE_E_CONTROLLER},
         {"controller", "controller=adaptive", MOE_E_CONTROLLER},
-        {"loss", "loss.load=1", MOE_E_LOSS_STAGE}, {"loss", "loss.codebook=1", MOE_E_LOSS_STAGE},
-        {"loss", "loss.orthonormal=1", MOE_E_LOSS_STAGE}};
+        {"loss.load", "loss.load=1", MOE_E_LOSS_LOAD}, {"loss.codebook", "loss.codebook=1", MOE_E_LOSS_CODEBOOK},
+        {"loss.orthonormal", "loss.orthonormal=1", MOE_E_LOSS_ORTHONORMAL}};
     for (size_t i = 0; i < sizeof by_text / sizeof *by_text; i++) {
         moe_desc d = row_desc(NULL, by_text[i].text);
         bad_field(&d, by_text[i].field, by_text[i].status);
@@ -245,6 +251,7 @@ static void test_fields(void) {
         BAD_FIELD(schedule, (moe_schedule_kind)past[i], MOE_E_SCHEDULE);
         BAD_FIELD(router_init, (moe_init_kind)past[i], MOE_E_ROUTER_INIT);
         BAD_FIELD(controller, (moe_control_kind)past[i], MOE_E_CONTROLLER);
+        BAD_FIELD(switch_load, (moe_load_kind)past[i], MOE_E_SWITCH_LOAD);
         int odd = i ? past[i] : 2;
         BAD_FIELD(route_sequence, odd, MOE_E_ROUTE_SEQUENCE);
         BAD_FIELD(freeze_router, odd, MOE_E_FREEZE_ROUTER);
@@ -252,6 +259,8 @@ static void test_fields(void) {
         BAD_FIELD(learn_temperature, odd, MOE_E_LEARN_TEMPERATURE);
         BAD_FIELD(fallback, odd, MOE_E_FALLBACK);
         BAD_FIELD(random_second, odd, MOE_E_RANDOM_SECOND);
+        BAD_FIELD(normalize_late, odd, MOE_E_NORMALIZE_LATE);
+        BAD_FIELD(controller_recentre, odd, MOE_E_CONTROLLER_RECENTRE);
         BAD_FIELD(gate_drop_experts, odd, MOE_E_GATE_DROP_EXPERTS);
         BAD_FIELD(zero_output, odd, MOE_E_ZERO_OUTPUT);
     }
@@ -281,11 +290,37 @@ static void test_fields(void) {
 #undef BAD_FIELD
 }
 
+/* ---- the ecology number T H / (O + B), by hand ---- */
+static void check_ecology(const char *set, double want) {
+    moe_desc d = small_desc();
+    if (!CHECK_OK(moe_desc_parse(&d, set, NULL))) return;
+    double got = moe_desc_ecology(&d);
+    /* the coefficients are floats */
+    if (!CHECK(got == want || fabs(got - want) <= 1e-7 * want)) printf("    %s: %.9g, not %.9g\n", set, got, want);
+}
+static void test_ecology(void) {
+    check_ecology("loss.entropy=0.3 loss.oracle=0.25 loss.switch=0.85 temperature=2", 0.6 / 1.1);
+    check_ecology("loss.entropy=0.3 loss.oracle=0.25 loss.kl-uniform=0.85", 0.3 / 1.1); /* temperature 1 */
+    check_ecology("loss.entropy=0.5 loss.switch=0.1 loss.kl-uniform=0.4", 1.25); /* B: the larger, and no other */
+    check_ecology("loss.entropy=0.5 loss.switch=0.8 loss.kl-uniform=0.4", 0.625);
+    check_ecology("loss.entropy=0.5 loss.oracle=2 loss.importance=5 loss.z=7 loss.certainty=3", 0.25);
+    check_ecology("loss.entropy=off loss.oracle=off loss.switch=off loss.kl-uniform=0.4", 0); /* off is 0 */
+    check_ecology("loss.entropy=0.4 loss.oracle=off loss.switch=0.4 loss.kl-uniform=off temperature=0.5", 0.5);
+    check_ecology("loss.entropy=0.4 loss.oracle=0.4 loss.switch=off loss.kl-uniform=off", 1);
+    check_ecology("loss.entropy=0.4 loss.oracle=off loss.switch=off loss.kl-uniform=off", (double)INFINITY);
+    moe_desc d = small_desc();
+    CHECK_OK(moe_desc_system(&d, "ecology"));
+    CHECK_NEAR(moe_desc_ecology(&d), 0.218 / 0.4, 1e-7); /* as its row says: 0.545 */
+    d.top_k = 1000;
+    CHECK(isnan(moe_desc_ecology(&d)) && isnan(moe_desc_ecology(NULL)));
+}
+
 int main(void) {
     RUN(test_desc_defaults);
     RUN(test_desc_resolve_is_idempotent);
     RUN(test_desc_fields);
     RUN(test_desc_json);
     RUN(test_fields);
+    RUN(test_ecology);
     return test_end();
 }

@@ -68,7 +68,7 @@ static void only(moe_layer *m, size_t a, size_t b) { /* every token of tokens() 
 
 static void test_moepp(void) {
     enum { T = 20, ZERO = 4, COPY = 5, CONSTANT = 6 };
-    moe_layer *m = row("moe++", "");
+    moe_layer *m = row("moe++", "score=linear input_scale=1"); /* its own router and scale: authors.c */
     if (!m) return;
     tokens(T);
     only(m, ZERO, 1);

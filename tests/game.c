@@ -455,6 +455,193 @@ static void test_batches(void) {
     free(a.memory), free(b.memory), free(both.memory);
 }
 
+/* Rows without a choice change no bit of any result, wherever they stand and whatever logits they have. */
+enum { PAD_T = 200, PAD_MORE = 3 * PAD_T, PAD_E = 7, PAD_K = 2 };
+typedef struct padded { float z[PAD_MORE * PAD_E]; int32_t index[PAD_MORE * PAD_K]; size_t n; } padded;
+
+static padded pad_rows(const float *z, const int32_t *index, int where) {
+    padded p = {{0}, {0}, 0};
+    for (size_t t = 0; t < PAD_T; t++) {
+        size_t before = where == 0 ? (t ? 0 : PAD_T) : where == 1 ? 1 : test_below(3);
+        for (size_t i = 0; i < before; i++, p.n++) {
+            for (size_t e = 0; e < PAD_E; e++) p.z[p.n * PAD_E + e] = test_below(4) ? 99 : NAN;
+            for (size_t k = 0; k < PAD_K; k++) p.index[p.n * PAD_K + k] = -1 - (int32_t)test_below(3);
+        }
+        memcpy(p.z + p.n * PAD_E, z + t * PAD_E, PAD_E * sizeof *z);
+        memcpy(p.index + p.n++ * PAD_K, index + t * PAD_K, PAD_K * sizeof *index);
+    }
+    return p;
+}
+
+static void test_padding(void) {
+    enum { T = PAD_T, E = PAD_E, K = PAD_K };
+    float z[T * E];
+    int32_t index[T * K], none[T * K];
+    double plain[E], other[E], load[E], other_load[E], work[PAD_MORE], n, other_n, epsilon, other_epsilon;
+    dump a = dump_new(E, 2), b = dump_new(E, 2);
+    for (int i = 0; i < T * K; i++) none[i] = -1;
+    for (int round = 0; round < 12; round++) {
+        for (int i = 0; i < T * E; i++) z[i] = (float)(normal() + 0.3 * (i % E));
+        CHECK_OK(moe_topk(T, E, K, z, index, NULL));
+        for (int t = 0; t < T; t += 5) index[t * K + 1] = -1; /* one choice makes a token */
+        padded p = pad_rows(z, index, round % 3);
+        CHECK(p.n > T);
+        CHECK_OK(moe_game_reset(&a.g));
+        CHECK_OK(moe_game_reset(&b.g));
+        CHECK_OK(moe_game_add(&a.g, 1, T, K, z, index));
+        CHECK_OK(moe_game_add(&b.g, 1, p.n, K, p.z, p.index));
+        CHECK_OK(moe_game_add(&b.g, 0, T, K, z, none)); /* a batch of nothing else */
+        CHECK(a.g.tokens[1] == T && b.g.tokens[1] == T && b.g.tokens[0] == 0);
+        CHECK(!memcmp(a.g.null_count, b.g.null_count, 2 * E * sizeof *a.g.null_count));
+        CHECK_OK(moe_game_pool(&a.g, NULL, 0, plain, load, &n));
+        CHECK_OK(moe_game_pool(&b.g, NULL, 0, other, other_load, &other_n));
+        CHECK(!memcmp(plain, other, sizeof plain) && !memcmp(load, other_load, sizeof load) && n == other_n);
+        for (int kind = 0; kind < MOE_QUALITY_COUNT; kind++) {
+            CHECK_OK(moe_game_quality((moe_quality_kind)kind, T, E, K, z, index, work, plain));
+            CHECK_OK(moe_game_quality((moe_quality_kind)kind, p.n, E, K, p.z, p.index, work, other));
+            if (!CHECK(!memcmp(plain, other, sizeof plain))) printf("        quality %d\n", kind);
+            CHECK_STATUS(moe_game_quality((moe_quality_kind)kind, T, E, K, z, none, work, plain), MOE_E_NO_TOKENS);
+        }
+        CHECK_OK(moe_game_epsilon(T, E, K, index, E, z, load, 2, 1, work, &epsilon));
+        CHECK_OK(moe_game_epsilon(p.n, E, K, p.index, E, p.z, load, 2, 1, work, &other_epsilon));
+        CHECK(epsilon == other_epsilon && epsilon > 0);
+    }
+    CHECK_STATUS(moe_game_epsilon(T, E, K, none, E, z, load, 2, 1, work, &epsilon), MOE_E_NO_TOKENS);
+    CHECK_OK(moe_game_reset(&a.g));
+    CHECK_OK(moe_game_add(&a.g, 0, T, K, z, none));
+    CHECK_STATUS(moe_game_pool(&a.g, NULL, 0, plain, load, &n), MOE_E_NO_TOKENS);
+    free(a.memory), free(b.memory);
+}
+
+/* ---- the null ---- */
+enum { NULL_T = 5000, NULL_E = 64, NULL_B = 50 };
+static float null_z[NULL_T * NULL_E];
+static int32_t null_index[NULL_T * NULL_E];
+
+static void null_logits(size_t E, double sd, double slope) { /* some experts are better, tokens are alike */
+    CHECK_OK(moe_rand_normal(test_u32(), 0, NULL_T * E, 0, (float)sd, null_z));
+    for (size_t i = 0; i < NULL_T * E; i++) null_z[i] -= (float)(slope * (double)(i % E));
+}
+
+static double null_excess(size_t E, size_t K, moe_game_null *out) { /* of null_z and null_index; returns gamma */
+    dump d = dump_new(E, NULL_B);
+    double q[NULL_E], m[NULL_E], work[2 * NULL_E], g[100], n, lo, hi;
+    size_t each = NULL_T / NULL_B;
+    moe_game_fit fit;
+    for (size_t b = 0; b < NULL_B; b++) {
+        uint64_t data = 0, null = 0;
+        CHECK_OK(moe_game_add(&d.g, b, each, K, null_z + b * each * E, null_index + b * each * K));
+        for (size_t e = 0; e < E; e++) data += d.g.count[b * E + e], null += d.g.null_count[b * E + e];
+        CHECK(data == null);
+    }
+    CHECK_OK(moe_game_pool(&d.g, NULL, 0, q, m, &n));
+    CHECK_OK(moe_game_estimate(E, q, m, n, work, &fit));
+    CHECK_OK(moe_game_bootstrap(&d.g, 100, 1, NULL, g, &lo, &hi));
+    CHECK_OK(moe_game_excess(&d.g, 100, 1, NULL, g, g, out));
+    CHECK(isnan(out->gamma_excess) || out->gamma_excess == fit.gamma - out->gamma_null);
+    free(d.memory);
+    return fit.gamma;
+}
+
+static void test_null_of_noise(void) {
+    static const struct { size_t E, k; double sd, slope, least, most; } row[] = {
+        {8, 1, 1, 0.1, 0, 1},      {16, 2, 3, 0.1, 10, 17}, {16, 4, 3, 0.1, 10, 25},
+        {64, 8, 3, 0.02, 40, 66},  {16, 2, 10, 0.3, 65, 100}};
+    for (size_t r = 0; r < sizeof row / sizeof *row; r++) {
+        size_t seeds = TEST_SANITIZED ? 2 : 20, holds = 0;
+        for (size_t seed = 0; seed < seeds; seed++) {
+            moe_game_null null;
+            null_logits(row[r].E, row[r].sd, row[r].slope);
+            CHECK_OK(moe_topk(NULL_T, row[r].E, row[r].k, null_z, null_index, NULL));
+            double gamma = null_excess(row[r].E, row[r].k, &null);
+            CHECK(gamma >= row[r].least && gamma <= row[r].most); /* what looks like congestion */
+            holds += null.excess_lo <= 0 && null.excess_hi >= 0;
+        }
+        if (!CHECK(holds * 10 >= 9 * seeds)) printf("        row %zu: %zu of %zu\n", r, holds, seeds);
+    }
+}
+
+/* Tokens whose highest z_i - gamma m_i wins, z the quality and Gumbel noise: their load is the game's own equilibrium,
+ * and that of z alone is the softmax of the quality, which has gamma 0. */
+static void test_null_of_congestion(void) {
+    enum { E = 8 };
+    static const double gammas[] = {5, 12, 36};
+    double q[E], m[E];
+    for (int i = 0; i < E; i++) q[i] = 1.5 - 0.4 * i;
+    for (int g = 0; g < 3; g++)
+        for (int seed = 0; seed < (TEST_SANITIZED ? 1 : 5); seed++) {
+            moe_game_null null;
+            CHECK_OK(moe_game_solve(E, q, gammas[g], m, NULL));
+            for (size_t t = 0; t < NULL_T; t++) {
+                int best = 0;
+                float *z = null_z + t * E;
+                for (int i = 0; i < E; i++) z[i] = (float)(q[i] - log(-log((test_u32() + 0.5) / 4294967296.0)));
+                for (int i = 1; i < E; i++)
+                    if ((double)z[i] - gammas[g] * m[i] > (double)z[best] - gammas[g] * m[best]) best = i;
+                null_index[t] = best;
+            }
+            (void)null_excess(E, 1, &null);
+            if (!CHECK(null.gamma_null < 1 && null.excess_lo > gammas[g] / 2 && null.excess_hi < gammas[g] * 2 &&
+                       null.gamma_excess > null.excess_lo && null.gamma_excess < null.excess_hi))
+                printf("        gamma %g: null %g, excess %g [%g, %g]\n", gammas[g], null.gamma_null,
+                       null.gamma_excess, null.excess_lo, null.excess_hi);
+        }
+}
+
+/* Logits that only grow draw a surge of gamma; its excess has no phases. */
+static void test_null_of_growing_logits(void) {
+    enum { N = 8 };
+    double step[N], gamma[N], excess[N], lo[N], hi[N], work[N];
+    moe_phase_kind phase[N];
+    null_logits(16, 1, 0.1);
+    CHECK_OK(moe_topk(NULL_T, 16, 2, null_z, null_index, NULL));
+    for (int i = 0; i < N; i++) {
+        moe_game_null null;
+        gamma[i] = null_excess(16, 2, &null);
+        step[i] = i, excess[i] = null.gamma_excess, lo[i] = null.excess_lo, hi[i] = null.excess_hi;
+        for (size_t j = 0; j < NULL_T * 16; j++) null_z[j] *= 1.3f;
+    }
+    CHECK_OK(moe_game_phases(N, step, excess, lo, hi, work, phase));
+    for (int i = 0; i < N; i++) CHECK(phase[i] == MOE_PHASE_NONE);
+    for (int i = 0; i < N; i++) lo[i] += gamma[i] - excess[i], hi[i] += gamma[i] - excess[i];
+    CHECK_OK(moe_game_phases(N, step, gamma, lo, hi, work, phase));
+    CHECK(gamma[N - 1] > gamma[0] + 10 && phase[0] == MOE_PHASE_SURGE);
+}
+
+static void test_null_by_hand(void) {
+    static const float z[] = {3, 2, 1, 0, 0, 1, 2, 3};
+    static const int32_t index[] = {1, -1, 3, 2};
+    moe_game_null null;
+    double g[4] = {0};
+    dump d = dump_new(4, 2), twice = dump_new(4, 2);
+    CHECK_OK(moe_game_add(&d.g, 0, 1, 2, z, index)); /* one token: there is nothing to permute; it picks one expert */
+    CHECK(d.g.null_count[0] == 1 && d.g.null_count[1] + d.g.null_count[2] + d.g.null_count[3] == 0);
+    CHECK_OK(moe_game_add_null(&d.g, 0, 1, 3, z + 4, NULL)); /* and here three */
+    CHECK(d.g.null_count[0] == 1 && d.g.null_count[1] == 1 && d.g.null_count[2] == 1 && d.g.null_count[3] == 1);
+    CHECK(d.g.tokens[0] == 1 && d.g.count[1] == 1); /* the rest is the caller's */
+    CHECK_OK(moe_game_merge(&twice.g, &d.g));
+    CHECK_OK(moe_game_merge(&twice.g, &d.g));
+    CHECK(twice.g.null_count[0] == 2);
+    CHECK_STATUS(moe_game_excess(&d.g, 4, 1, NULL, g, g, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_excess(&d.g, 4, 1, NULL, NULL, g, &null), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_excess(&d.g, 4, 1, NULL, g, g, &null), MOE_E_N_BATCHES);
+    CHECK_OK(moe_game_excess(&d.g, 0, 1, NULL, NULL, NULL, &null)); /* without an interval one batch will do */
+    CHECK(isnan(null.excess_lo) && isnan(null.excess_hi));
+    CHECK_STATUS(moe_game_add_null(&d.g, 2, 1, 3, z, NULL), MOE_E_BATCH);
+    CHECK_STATUS(moe_game_add_null(&d.g, 0, 1, 5, z, NULL), MOE_E_TOP_K);
+    CHECK_OK(moe_game_add(&d.g, 1, 2, 2, z, index));
+    for (long n = 0; n < 4; n++) { /* each allocation fails once */
+        test_fail_at = n;
+        CHECK_STATUS(moe_game_excess(&d.g, 4, 1, NULL, g, g, &null), MOE_E_NO_MEMORY);
+        test_fail_at = -1;
+    }
+    CHECK(test_live_blocks == 0);
+    CHECK_OK(moe_game_reset(&d.g));
+    CHECK(d.g.null_count[0] == 0);
+    CHECK_STATUS(moe_game_excess(&d.g, 4, 1, NULL, g, g, &null), MOE_E_NO_TOKENS);
+    free(d.memory), free(twice.memory);
+}
+
 static void test_holdout(void) {
     enum { E = 10, B = 20 };
     dump d = dump_new(E, B);
@@ -795,7 +982,7 @@ static void test_bad_arguments(void) {
     e = 1;
     CHECK_STATUS(moe_game_types_solve(4, 1, &e, q, -0.5, m, work, NULL), MOE_E_GAMMA);
     CHECK_STATUS(moe_game_types_solve(4, 1, &e, bad, 1, m, work, NULL), MOE_E_QUALITY);
-    CHECK_STATUS(moe_game_cluster(0, 4, 1, 1, z, type, work, work, work), MOE_E_N_BATCHES);
+    CHECK_STATUS(moe_game_cluster(0, 4, 1, 1, z, type, work, work, work), MOE_E_NO_TOKENS);
     CHECK_STATUS(moe_game_cluster(1, 4, 0, 1, z, type, work, work, work), MOE_E_N_TYPES);
     CHECK_STATUS(moe_game_cluster(1, 4, 1, 1, nan, type, work, work, work), MOE_E_NAN_LOGITS);
     CHECK_STATUS(moe_game_quality((moe_quality_kind)9, 1, 4, 1, z, NULL, work, m), MOE_E_QUALITY_KIND);
@@ -811,7 +998,7 @@ static void test_bad_arguments(void) {
     CHECK_STATUS(moe_game_add(&d.g, 0, 1, 2, z, index), MOE_E_INDEX);
     CHECK_STATUS(moe_game_add(&d.g, 0, 1, 1, nan, index), MOE_E_NAN_LOGITS);
     CHECK(d.g.tokens[0] == 0 && d.g.count[0] == 0);
-    CHECK_STATUS(moe_game_pool(&d.g, NULL, 0, q, m, NULL), MOE_E_N_BATCHES);
+    CHECK_STATUS(moe_game_pool(&d.g, NULL, 0, q, m, NULL), MOE_E_NO_TOKENS);
     CHECK_STATUS(moe_game_holdout(&d.g, 1, &fit), MOE_E_N_BATCHES);
     free(d.memory);
 }
@@ -827,6 +1014,11 @@ int main(void) {
     RUN(test_planted_zero);
     RUN(test_bootstrap);
     RUN(test_batches);
+    RUN(test_padding);
+    RUN(test_null_of_noise);
+    RUN(test_null_of_congestion);
+    RUN(test_null_of_growing_logits);
+    RUN(test_null_by_hand);
     RUN(test_holdout);
     RUN(test_types);
     RUN(test_types_fit);

@@ -81,6 +81,95 @@ static void test_softmax_backward(void) {
 /* ---- systems ---- */
 #include "rows.h"
 
+/* ---- scores that underflow ---- */
+/* One token of the number 1 through a linear router, so that its row is the logits; bias makes the selection 0, 1 (and
+ * what `more` adds). Weights and gradient against the softmax of the chosen, which is what they are there. */
+static void tiny_case(const char *more, const float *logits, const float *bias, double inv_t, double tolerance) {
+    enum { N = 4, K = 2 };
+    moe_desc d;
+    moe_tape *t = NULL;
+    float one = 1, d_weight[K] = {0.75f, -0.5f}, d_router[N + 1] = {0};
+    float router[N + 1] = {logits[0], logits[1], logits[2], logits[3], 0};
+    memset(&d, 0, sizeof d);
+    d.d_model = 1, d.n_experts = N, d.top_k = K, d.normalize = MOE_ON;
+    CHECK_OK(moe_desc_parse(&d, more, NULL));
+    if (!CHECK_OK(moe_tape_new(&t, &d, 1, MOE_ON))) return;
+    t->side.bias = bias;
+    CHECK_OK(moe_route(t, router, &one, 1));
+    CHECK(t->index[0] + t->index[1] == 1); /* 0 and 1, in some order */
+    double w0 = 1 / (1 + exp(((double)logits[1] - (double)logits[0]) * inv_t)), want[K] = {w0, 1 - w0};
+    double g[K] = {0}, mean = 0;
+    for (size_t i = 0; i < K; i++) {
+        size_t e = (size_t)t->index[i], route = t->routes.slot[i];
+        CHECK_WITHIN(t->weight[i], want[e], tolerance);
+        g[e] = (double)d_weight[route];
+        mean += want[e] * g[e];
+    }
+    CHECK_OK(moe_route_backward(t, router, d_weight, d_router, NULL));
+    for (size_t e = 0; e < N; e++) {
+        double slope = e < K ? inv_t * want[e] * (g[e] - mean) : 0;
+        CHECK_WITHIN(d_router[e], slope, tolerance * inv_t);
+    }
+    moe_tape_free(t);
+}
+static void test_tiny_scores(void) {
+    static const float force[4] = {9, 9, 0, 0};
+    static const float far[4] = {-100, -101, -300, -300}, near[4] = {-86, -87, -200, -200}, under[4] = {-87, -89, 0, 3};
+    static const float equal[4] = {-150, -150, 5, 0}, apart[4] = {-100, -250, -90, 0}, cold[4] = {-2, -1.875f, 0, 0};
+    tiny_case("gate=sigmoid", far, force, 1, 1e-6);  /* 0.7311, 0.2689 */
+    tiny_case("gate=sigmoid", near, force, 1, 1e-6); /* only one of them underflows */
+    tiny_case("gate=sigmoid", equal, force, 1, 1e-6);
+    tiny_case("gate=sigmoid", apart, force, 1, 1e-6);
+    tiny_case("gate=sigmoid temperature=0.0078125", cold, force, 128, 1e-6);
+    tiny_case("gate=softmax", under, force, 1, 1e-6); /* 90 below the highest */
+    tiny_case("gate=softmax", equal, force, 1, 1e-6);
+    tiny_case("gate=softmax temperature=0.0078125", cold, force, 128, 1e-6);
+    tiny_case("gate=softmax learn_temperature=true", under, force, 1, 1e-6);
+    /* the first of the chosen is a zero expert's or not: only experts have shares */
+    moe_tape *t = NULL;
+    moe_desc d;
+    float one = 1, router[4] = {-100, -101, -300, -50};
+    static const float last[4] = {9, 0, 0, 9};
+    memset(&d, 0, sizeof d);
+    CHECK_OK(moe_desc_parse(&d, "d_model=1 n_experts=4 top_k=2 n_zero=1 gate=sigmoid normalize=true", NULL));
+    if (!CHECK_OK(moe_tape_new(&t, &d, 1, MOE_ON))) return;
+    t->side.bias = last;
+    CHECK_OK(moe_route(t, router, &one, 1));
+    for (int i = 0; i < 2; i++) CHECK(t->weight[i] == (t->index[i] == 0 ? 1.0f : 0.0f));
+    moe_tape_free(t);
+}
+/* loss.sequence is of shares: a common shift of the logits changes nothing */
+static void test_tiny_shares(void) {
+    enum { N = 4, TOKENS = 3 };
+    static const float shift[] = {0, -20, -40, -69, -75, -86, -95, -300};
+    static const float z[N] = {1, 0.25f, -0.5f, -2};
+    for (size_t i = 0; i < sizeof shift / sizeof *shift; i++) {
+        moe_desc d;
+        moe_tape *t = NULL;
+        float tokens_[TOKENS] = {1, 1, 1}, router[N], d_router[N] = {0};
+        double sum = 0, q[N], c[N] = {2, 2, 0, 0}, along = 0; /* E load / all loads */
+        for (size_t e = 0; e < N; e++) router[e] = z[e] + shift[i];
+        memset(&d, 0, sizeof d);
+        CHECK_OK(moe_desc_parse(&d, "d_model=1 n_experts=4 top_k=2 gate=sigmoid loss.sequence=1", NULL));
+        if (!CHECK_OK(moe_tape_new(&t, &d, TOKENS, MOE_ON))) return;
+        CHECK_OK(moe_route(t, router, tokens_, TOKENS));
+        CHECK_OK(moe_route_backward(t, router, NULL, d_router, NULL));
+        for (size_t e = 0; e < N; e++) sum += q[e] = 1 / (1 + exp(-(double)router[e]));
+        for (size_t e = 0; e < N; e++) along += c[e] * q[e] / sum;
+        if (shift[i] <= -40) { /* there the shares no longer depend on the shift, in double either */
+            sum = along = 0;
+            for (size_t e = 0; e < N; e++) sum += q[e] = exp((double)z[e]);
+            for (size_t e = 0; e < N; e++) along += c[e] * q[e] / sum;
+        }
+        CHECK_NEAR(t->loss[MOE_LOSS_SEQUENCE], along, 2e-6);
+        for (size_t e = 0; e < N; e++) { /* d log s / dz = 1 - s */
+            double s = shift[i] <= -40 ? 0 : q[e];
+            CHECK_WITHIN(d_router[e], (c[e] - along) * q[e] / sum * (1 - s), 2e-6);
+        }
+        moe_tape_free(t);
+    }
+}
+
 static void test_remoe(void) {
     enum { T = 64 };
     moe_layer *m = row("remoe", "");
@@ -168,12 +257,30 @@ static void test_dynmoe(void) {
         CHECK(holds_best(t, i, t->logits + i * E, E, 1));
         CHECK(t->weight[i * E] == 1);
     }
+    /* thresholds that differ and that nobody reaches: still the highest cosine, for many not the one least below */
+    size_t otherwise = 0;
+    G = get(m, "router.threshold");
+    for (size_t e = 0; e < E; e++) G[e] = 1.1f + 0.4f * (float)e;
+    set(m, "router.threshold", G);
+    t = go(m, T, 1);
+    CHECK(t->routes.n_routes == T);
+    for (size_t i = 0; i < T; i++) {
+        const float *z = t->logits + i * E;
+        size_t best = (size_t)t->index[i * E], least = 0;
+        for (size_t e = 1; e < E; e++)
+            if (z[e] - 0.4f * (float)e > z[least] - 0.4f * (float)least) least = e;
+        CHECK(holds_best(t, i, z, E, 1));
+        otherwise += least != best;
+    }
+    CHECK(otherwise > T / 4);
     moe_layer_free(m);
 }
 
 int main(void) {
     RUN(test_softmax);
     RUN(test_softmax_backward);
+    RUN(test_tiny_scores);
+    RUN(test_tiny_shares);
     RUN(test_remoe);
     RUN(test_dynmoe);
     return test_end();

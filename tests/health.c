@@ -35,7 +35,7 @@ static void check_metrics(const moe_health *h) {
     CHECK_NEAR(h->gini, pairs / (2 * (double)E * (double)E * mean), 1e-12);
     CHECK_NEAR(h->min_max, low / top, 1e-12);
     CHECK_NEAR(h->effective_experts, exp(entropy), 1e-12);
-    CHECK(h->n_dead_relative == dead);
+    CHECK(h->n_dead == dead);
 }
 
 static void test_metrics(void) {
@@ -57,18 +57,18 @@ static void test_metrics(void) {
         CHECK(x.h.dead_fraction == (round % 4 == 0 ? 0.5 : 0) && x.h.load[0] == 0);
         CHECK_OK(moe_health_update(&x.h));
         CHECK(x.h.gini == 0 && x.h.minvio == 0 && x.h.min_max == 0 && x.h.effective_experts == 0 &&
-              x.h.n_dead_relative == 0);
+              x.h.n_dead == 0);
         free(x.memory);
     }
     health x = health_new(4); /* the extremes */
     for (int e = 0; e < 4; e++) x.h.load[e] = 7;
     CHECK_OK(moe_health_update(&x.h));
-    CHECK(x.h.gini == 0 && x.h.minvio == 0 && x.h.min_max == 1 && x.h.n_dead_relative == 0);
+    CHECK(x.h.gini == 0 && x.h.minvio == 0 && x.h.min_max == 1 && x.h.n_dead == 0);
     CHECK_NEAR(x.h.effective_experts, 4, 1e-12);
     for (int e = 1; e < 4; e++) x.h.load[e] = 0;
     CHECK_OK(moe_health_update(&x.h));
     CHECK_NEAR(x.h.gini, 0.75, 1e-12);
-    CHECK(x.h.minvio == 1 && x.h.min_max == 0 && x.h.n_dead_relative == 3);
+    CHECK(x.h.minvio == 1 && x.h.min_max == 0 && x.h.n_dead == 3);
     CHECK_NEAR(x.h.effective_experts, 1, 1e-12);
     free(x.memory);
 }
@@ -97,7 +97,7 @@ static void test_merge(void) {
     CHECK(!memcmp(a.h.load, one.h.load, E * sizeof *a.h.load) && !memcmp(a.h.top1, one.h.top1, E * sizeof *a.h.top1));
     CHECK(a.h.gini == one.h.gini && a.h.minvio == one.h.minvio && a.h.min_max == one.h.min_max &&
           a.h.drop_rate == one.h.drop_rate);
-    CHECK(a.h.effective_experts == one.h.effective_experts && a.h.n_dead_relative == one.h.n_dead_relative);
+    CHECK(a.h.effective_experts == one.h.effective_experts && a.h.n_dead == one.h.n_dead);
     free(memory), free(one.memory), free(a.memory), free(b.memory);
 }
 
@@ -109,17 +109,18 @@ static void test_compare(void) {
     memcpy(a.h.top1, top0, sizeof top0), memcpy(b.h.top1, top1, sizeof top1);
     memcpy(a.h.load, load0, sizeof load0), memcpy(b.h.load, load1, sizeof load1);
     CHECK_OK(moe_health_compare(&a.h, &b.h, &d)); /* 3 was dead: 1 of 200 < 1% */
-    CHECK(d.newly_dead == 1 && d.revived == 1 && d.newly_dead_relative == 1 && d.revived_relative == 1);
+    CHECK(d.newly_dead_first == 1 && d.revived_first == 1 && d.newly_dead == 1 && d.revived == 1);
     CHECK_NEAR(d.load_moved, 0.5, 1e-12);
     b.h.dead_fraction = 0.3; /* one of 20 is under 0.3 / 5 */
     CHECK_OK(moe_health_compare(&b.h, &b.h, &d));
-    CHECK(d.newly_dead == 0 && d.revived == 0 && d.newly_dead_relative == 0 && d.revived_relative == 0 &&
+    CHECK(d.newly_dead == 0 && d.revived == 0 && d.newly_dead_first == 0 && d.revived_first == 0 &&
           d.load_moved == 0);
     CHECK_OK(moe_health_update(&b.h));
-    CHECK(b.h.n_dead_relative == 2 && b.h.n_dead == 2);
+    CHECK(b.h.n_dead == 2 && b.h.n_dead_first == 2);
+    CHECK(b.h.dead[0] == 0 && b.h.dead[1] == 1); /* loads 0 1 4 5 10 */
     CHECK_OK(moe_health_reset(&a.h)); /* nothing counted: nobody was dead */
     CHECK_OK(moe_health_compare(&a.h, &b.h, &d));
-    CHECK(d.newly_dead == 2 && d.revived == 0 && d.load_moved == 0);
+    CHECK(d.newly_dead == 2 && d.newly_dead_first == 2 && d.revived == 0 && d.load_moved == 0);
     CHECK_STATUS(moe_health_compare(&a.h, &c.h, &d), MOE_E_MERGE);
     CHECK_STATUS(moe_health_compare(NULL, &c.h, &d), MOE_E_NULL_HEALTH);
     CHECK_STATUS(moe_health_compare(&a.h, &b.h, NULL), MOE_E_NULL_OUT);
@@ -163,7 +164,7 @@ static void check_health(const moe_health *h, size_t E, const uint64_t *load, co
     if (E > 1) CHECK_NEAR(h->load_entropy, load_entropy / log((double)E), 1e-12);
     if (prob) CHECK_NEAR(h->entropy, entropy, 1e-9);
     CHECK_NEAR(h->drop_rate, (double)h->n_dropped / total, 1e-12);
-    CHECK(h->n_dead == dead);
+    CHECK(h->n_dead_first == dead);
 }
 
 enum { HE = 9, HT = 230, HK = 2 };
@@ -231,7 +232,7 @@ static void test_health_extremes(void) {
     CHECK_NEAR(x.h.maxvio, 3, 1e-12);
     CHECK_NEAR(x.h.load_cv, sqrt(3), 1e-12);
     CHECK_NEAR(x.h.load_entropy, 0, 1e-12);
-    CHECK(x.h.n_dead == 3);
+    CHECK(x.h.n_dead == 3 && x.h.n_dead_first == 3 && x.h.dead[0] == 0 && x.h.dead[1] == 1 && x.h.dead[2] == 3);
     routing_free(&g);
     free(x.memory);
 
@@ -246,8 +247,48 @@ static void test_health_extremes(void) {
     free(single.memory);
 }
 
+/* The borders: an expert with exactly a tenth of an even share is alive, with one less it is dead; the same for one of
+ * a hundred first choices. E experts, the mean load a multiple of 10, one expert at the border, another makes up. */
+static void test_dead_borders(void) {
+    for (size_t E = 2; E <= 130; E += 1 + E / 9) {
+        for (uint64_t border = 1; border < 3000; border = border * 3 + 1) {
+            health x = health_new(E);
+            for (size_t e = 0; e < E; e++) x.h.load[e] = x.h.top1[e] = 10 * border;
+            size_t low = E / 2;
+            x.h.load[low] = border, x.h.load[0] = 19 * border;
+            CHECK_OK(moe_health_update(&x.h));
+            CHECK(x.h.n_dead == 0);
+            x.h.load[low]--, x.h.load[0]++;
+            CHECK_OK(moe_health_update(&x.h));
+            CHECK(x.h.n_dead == 1 && x.h.dead[0] == low);
+            CHECK(x.h.n_dead_first == (E > 100 ? E : 0)); /* an even router: dead by the paper's word, not by ours */
+            x.h.top1[low] = border, x.h.top1[0] = 99 * border;
+            for (size_t e = 1; e < E; e++)
+                if (e != low) x.h.top1[e] = 0;
+            CHECK_OK(moe_health_update(&x.h));
+            CHECK(x.h.n_dead_first == E - 2);
+            x.h.top1[low]--, x.h.top1[0]++;
+            CHECK_OK(moe_health_update(&x.h));
+            CHECK(x.h.n_dead_first == E - 1);
+            free(x.memory);
+        }
+    }
+}
+
+/* An expert of second choices only lives: loads 6 6 0, first choices 6 0 0. */
+static void test_dead_second(void) {
+    static const uint64_t load[] = {6, 6, 0}, top1[] = {6, 0, 0};
+    health x = health_new(3);
+    memcpy(x.h.load, load, sizeof load), memcpy(x.h.top1, top1, sizeof top1);
+    CHECK_OK(moe_health_update(&x.h));
+    CHECK(x.h.n_dead == 1 && x.h.dead[0] == 2 && x.h.n_dead_first == 2);
+    free(x.memory);
+}
+
 int main(void) {
     RUN(test_metrics);
+    RUN(test_dead_borders);
+    RUN(test_dead_second);
     RUN(test_merge);
     RUN(test_compare);
     RUN(test_health);

@@ -3,6 +3,7 @@
  * the same bits on every instruction set, and the table in docs/math.md. */
 #include "test.h"
 #include "oracle.h"
+#include "examples/common/loss_cases.h"
 
 /* ---- one batch with everything that a loss can ask for ---- */
 enum { Z, S, STD, THR, W, R, X, LV, O, C, V, VARS }; /* what a gradient can be by */
@@ -281,7 +282,10 @@ static double gram_square(const double *a, size_t rows, size_t cols) {
     return sum;
 }
 static double want_diverse_simple(const batch *b) {
-    double sum = sqrt(gram_square(b->x[R], b->d, b->E));
+    double sum = 0;
+    for (size_t i = 0; i < b->E; i++)
+        for (size_t j = 0; j < b->E; j++) sum += pow(column_cos(b->x[R], b->d, b->E, i, j) - (i == j), 2);
+    sum = sqrt(sum);
     for (size_t e = 0; e < b->E; e++) sum += sqrt(column_dot(b->x[R], b->d, b->E, e, e)) / (double)b->E;
     return sum;
 }
@@ -347,7 +351,7 @@ static double want_codebook(const batch *b) {
         }
         n++;
     }
-    return sum / n;
+    return sum / (n * (double)b->d);
 }
 
 /* ---- the library's function, called alike ---- */
@@ -375,16 +379,19 @@ static moe_loss_args args_of(const loss_case *c, const batch *b, float *const g[
     a.d_logits = c->by & BY(Z) ? g[Z] : NULL, a.d_scores = g[S], a.d_noise_std = g[STD], a.d_threshold = g[THR];
     a.d_weight = g[W], a.d_router = g[R], a.d_latent = a.dx = g[X], a.d_log_var = g[LV], a.d_outputs = g[O];
     a.d_codebook = g[C], a.d_matrix = g[V];
-    switch (c->kind) {
-    case MOE_LOSS_SEQUENCE: a.load = b->sequence_load; break;
-    case MOE_LOSS_RANK: a.load = b->rank_load; break;
-    case MOE_LOSS_COMMUNICATION: a.load = b->rank_tokens, a.counted = b->T; break;
-    case MOE_LOSS_IMPORTANCE_SELECTED: a.mean = b->mean_weights; break;
-    case MOE_LOSS_LOAD: a.mean = b->mean_selection; break;
-    case MOE_LOSS_VARIANCE: a.mean = b->mean_scores; break;
-    case MOE_LOSS_CODEBOOK: a.index = b->code; break;
-    case MOE_LOSS_ORTHONORMAL: a.d_model = b->rows, a.d_ff = b->E; break;
-    default: break;
+    if (c->kind == MOE_LOSS_ORTHONORMAL) a.d_model = b->rows, a.d_ff = b->E;
+    switch (loss_case_reads(c->kind)) {
+    case READS_SEQUENCE_LOAD: a.load = b->sequence_load; break;
+    case READS_RANK_LOAD: a.load = b->rank_load; break;
+    case READS_RANK_TOKENS: a.load = b->rank_tokens, a.counted = b->T; break;
+    case READS_MEAN_WEIGHT: a.mean = b->mean_weights; break;
+    case READS_MEAN_SELECTION: a.mean = b->mean_selection; break;
+    case READS_MEAN_SCORE: a.mean = b->mean_scores; break;
+    case READS_CODE: a.index = b->code; break;
+    case READS_NOTHING:
+    case READS_LOAD:
+    case READS_MEAN_PROB:
+    case READS_RANK_PROB: break;
     }
     return a;
 }
@@ -626,6 +633,10 @@ static void test_closed_forms(void) {
     CHECK(value_of_columns(MOE_LOSS_PROTOTYPE_ORTHOGONALITY, 3, 3, unit) == 0);
     CHECK(value_of_columns(MOE_LOSS_ORTHONORMAL, 3, 3, unit) == 0);
     CHECK_NEAR(value_of_columns(MOE_LOSS_DIVERSE_SIMPLE, 3, 3, unit), 1, 1e-12);
+    static const float twice[4] = {2, 0, 0, 2}, none[4] = {3, 0, 4, 0}; /* 2 I: 0 + 2; (3, 4) and a zero: 1 + 5 / 2 */
+    CHECK_NEAR(value_of_columns(MOE_LOSS_DIVERSE_SIMPLE, 2, 2, twice), 2, 1e-7);
+    CHECK_NEAR(value_of_columns(MOE_LOSS_DIVERSE_SIMPLE, 2, 2, none), 3.5, 1e-7);
+    CHECK_NEAR(value_of_columns(MOE_LOSS_DIVERSE_SIMPLE, 2, 3, pair), sqrt(2.0) + (2 + 2 + 3) / 3.0, 1e-7);
     CHECK(value_of_columns(MOE_LOSS_REDUNDANCY, 3, 3, unit) == 0);
     CHECK_NEAR(value_of_columns(MOE_LOSS_PROTOTYPE_DIVERSITY, 3, 3, unit), exp(-2.0), 1e-6);
     CHECK_NEAR(value_of_columns(MOE_LOSS_SIMBAL, 2, 3, pair), 3 + 3 + 8 + 4 + 4, 1e-6);
@@ -1080,13 +1091,13 @@ static void test_layer(void) {
         float x[T * WIDTH], y[T * WIDTH], dy[T * WIDTH] = {0}, got[WIDTH * E], want[WIDTH * E] = {0};
         memset(&d, 0, sizeof d);
         d.d_model = WIDTH, d.d_ff = 4, d.n_experts = E, d.top_k = K, d.temperature = 0.75f, d.loss[c->kind] = 0.5f;
-        /* these see the weights, the sequences, a teacher, the outputs: test_systems.c has them in layers of their own
-         */
+        /* these see the weights, the sequences, a teacher, the outputs: test_layer_sequences_and_ranks and
+         * tests/systems.c have them in layers of their own */
         if (c->kind == MOE_LOSS_IMPORTANCE_SELECTED || c->kind == MOE_LOSS_SEQUENCE || c->kind == MOE_LOSS_ORACLE ||
             c->kind == MOE_LOSS_OUTPUT_ORTHOGONALITY)
             continue;
         moe_status fits = moe_layer_new(&m, &d);
-        if (fits == MOE_E_LOSS_STAGE) continue;
+        if (moe_status_kind(fits) == MOE_KIND_SUPPORT) continue; /* a layer lacks what it needs */
         if (!CHECK_OK(fits)) continue;
         test_fill(x, T * WIDTH, -1, 1);
         CHECK_OK(moe_forward(m, x, T, y));
@@ -1120,6 +1131,85 @@ static void test_layer(void) {
         grads_free(g), batch_free(&b), moe_layer_free(m);
     }
     CHECK(added >= 15);
+}
+
+/* The same in double for those that see sequences or ranks, at temperatures other than 1: the value of the router's
+ * columns with the choices held, the gradient by central differences. M of communication is at most k. */
+enum { LAYER_T = 11, LAYER_E = 6, LAYER_D = 5 };
+static double layer_share(const moe_desc *d, const double *router, const float *x, size_t t, size_t e) { /* s / sum s */
+    double all = 0, own = 0;
+    for (size_t j = 0; j < LAYER_E; j++) {
+        double z = 0;
+        for (size_t i = 0; i < LAYER_D; i++) z += (double)x[t * LAYER_D + i] * router[i * LAYER_E + j];
+        double s = exp(z / (double)d->temperature);
+        if (d->gate == MOE_GATE_SIGMOID) s /= 1 + s;
+        all += s;
+        if (j == e) own = s;
+    }
+    return own / all;
+}
+static double layer_loss(moe_loss_kind kind, const moe_tape *t, const moe_desc *d, const double *router,
+                         const float *x) {
+    size_t T = LAYER_T, length = kind == MOE_LOSS_SEQUENCE ? d->sequence : T, n = (T + length - 1) / length;
+    size_t groups = kind == MOE_LOSS_SEQUENCE ? LAYER_E : d->n_ranks, width = LAYER_E / groups;
+    double sum = 0;
+    for (size_t begin = 0; begin < T; begin += length) {
+        size_t end = begin + length < T ? begin + length : T;
+        for (size_t g = 0; g < groups; g++) {
+            double tokens = 0, P = 0, whole = (double)((end - begin) * d->top_k); /* tokens: choices, or tokens sent */
+            for (size_t i = begin; i < end; i++) {
+                size_t here = 0;
+                for (size_t c = 0; c < d->top_k; c++) here += (size_t)t->index[i * d->top_k + c] / width == g;
+                tokens += (double)(kind == MOE_LOSS_COMMUNICATION && here ? 1 : here);
+                for (size_t e = g * width; e < (g + 1) * width; e++)
+                    P += layer_share(d, router, x, i, e) / (double)(end - begin);
+            }
+            if (kind == MOE_LOSS_COMMUNICATION) whole = (double)T * fmin((double)groups, (double)d->top_k);
+            sum += (double)groups * tokens / whole * P / (double)n;
+        }
+    }
+    return sum;
+}
+static void check_layer_loss(moe_loss_kind kind, const char *set) {
+    moe_desc d;
+    moe_layer *m = NULL;
+    float x[LAYER_T * LAYER_D], y[LAYER_T * LAYER_D], dy[LAYER_T * LAYER_D] = {0}, got[LAYER_D * LAYER_E];
+    double router[LAYER_D * LAYER_E], top = 0, off = 0;
+    memset(&d, 0, sizeof d);
+    d.d_model = LAYER_D, d.d_ff = 4, d.n_experts = LAYER_E, d.top_k = 2, d.loss[kind] = 1;
+    if (!CHECK_OK(moe_desc_parse(&d, set, NULL)) || !CHECK_OK(moe_layer_new(&m, &d))) return;
+    test_fill(x, LAYER_T * LAYER_D, -2, 2);
+    CHECK_OK(moe_forward(m, x, LAYER_T, y));
+    CHECK_OK(moe_backward(m, dy, NULL));
+    CHECK_OK(moe_layer_get(m, MOE_PART_PARAMS, "router", got, LAYER_D * LAYER_E));
+    for (size_t i = 0; i < LAYER_D * LAYER_E; i++) router[i] = (double)got[i];
+    CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", got, LAYER_D * LAYER_E));
+    const moe_tape *t = moe_layer_tape(m);
+    const moe_desc *full = moe_layer_desc(m);
+    double want = layer_loss(kind, t, full, router, x);
+    if (!CHECK(fabs(t->loss[kind] - want) <= 1e-6 * want)) printf("    %s: %.9g, not %.9g\n", set, t->loss[kind], want);
+    for (size_t i = 0; i < LAYER_D * LAYER_E; i++) {
+        double h = 1e-5, keep = router[i], side[2];
+        for (int k = 0; k < 2; k++) router[i] = keep + (k ? h : -h), side[k] = layer_loss(kind, t, full, router, x);
+        router[i] = keep;
+        double slope = (side[1] - side[0]) / (2 * h);
+        top = fmax(top, fabs(slope)), off = fmax(off, fabs((double)got[i] - slope));
+    }
+    if (!CHECK(top > 1e-3 && off <= GRADIENT_LIMIT * top)) printf("    %s: %.3g of %.3g\n", set, off, top);
+    moe_layer_free(m);
+}
+static void test_layer_sequences_and_ranks(void) {
+    static const char *const sequences[] = {"sequence=4 temperature=0.5", "sequence=11 temperature=3",
+                                            "sequence=3 temperature=0.25 top_k=3 gate=softmax-selected",
+                                            "sequence=4 temperature=0.5 gate=sigmoid",
+                                            "sequence=2 temperature=2 gate=sigmoid top_k=1 normalize=false"};
+    static const char *const ranks[] = {"n_ranks=3 temperature=0.5", "n_ranks=2 top_k=3 temperature=2", "n_ranks=6",
+                                        "n_ranks=3 top_k=1"}; /* k below, above, below and far below the ranks */
+    for (size_t i = 0; i < sizeof sequences / sizeof *sequences; i++) check_layer_loss(MOE_LOSS_SEQUENCE, sequences[i]);
+    for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++) {
+        check_layer_loss(MOE_LOSS_COMMUNICATION, ranks[i]);
+        check_layer_loss(MOE_LOSS_RANK, ranks[i]);
+    }
 }
 
 /* ---- the table in docs/math.md ---- */
@@ -1172,7 +1262,8 @@ static void check_table(const char *head, const moe_info *(*info)(int), int coun
 }
 static void test_document(void) {
     static const int of_loss[3] = {1, 3, 4}, of_control[3] = {1, 2, 3};
-    check_table("| loss | value | gradient | usual coefficient | source |", loss_info, MOE_LOSS_COUNT, 5, of_loss);
+    static const char *const head = "| loss | value | gradient | usual coefficient | source | as whose code |";
+    check_table(head, loss_info, MOE_LOSS_COUNT, 6, of_loss);
     check_table("| controller | update | usual rate | source |", control_info, MOE_CONTROL_COUNT - 1, 4, of_control);
     CHECK(moe_loss_info(MOE_LOSS_COUNT) == NULL && moe_loss_info((moe_loss_kind)-1) == NULL);
     for (int i = 0; i < MOE_LOSS_COUNT; i++) {
@@ -1180,6 +1271,25 @@ static void test_document(void) {
         CHECK(info->name == moe_loss_name((moe_loss_kind)i) && info->formula[0] && info->source[0]);
         CHECK(strlen(info->mark) == 1 && strchr("PCSKD", info->mark[0]) && info->coefficient >= 0);
     }
+}
+
+/* At its declaration each loss has the mark of its row. */
+static void test_marks(void) {
+    char line[256], want[8];
+    int on = 0, rows = 0;
+    FILE *f = fopen("moe.h", "r");
+    if (!f) f = fopen("../moe.h", "r");
+    if (!CHECK(f != NULL)) return;
+    while (fgets(line, sizeof line, f) && strncmp(line, "    MOE_LOSS_COUNT\n", 19)) {
+        on |= !strncmp(line, "typedef enum moe_loss_kind {", 28);
+        if (!on || strncmp(line, "    MOE_LOSS_", 13)) continue;
+        snprintf(want, sizeof want, "[%s] */", rows < MOE_LOSS_COUNT ? loss_info(rows)->mark : "?");
+        const char *mark = strchr(line, '[');
+        if (!CHECK(mark && !strncmp(mark, want, 6))) printf("    %s    has not %s\n", line, want);
+        rows++;
+    }
+    fclose(f);
+    CHECK(rows == MOE_LOSS_COUNT);
 }
 
 /* ---- the two losses of most layers once more, with their statistics made here ---- */
@@ -1308,9 +1418,11 @@ int main(void) {
     RUN(test_arguments);
     RUN(test_other_arguments);
     RUN(test_layer);
+    RUN(test_layer_sequences_and_ranks);
     RUN(test_variance_of_the_softmax);
     RUN(test_switch_and_z_closed_forms);
     RUN(test_switch_and_z_gradients);
     RUN(test_document);
+    RUN(test_marks);
     return test_end();
 }

@@ -4,6 +4,23 @@
 #include "routing.h"
 
 /* ---- measures of index arrays ---- */
+/* By hand: 7 tokens at home on ranks 0 0 0 1 1 2 2; of 6 experts 0, 1 on rank 0, 2, 3 on 1, 4, 5 on 2. */
+static void test_crossing_uneven(void) {
+    static const int32_t home[7] = {0, 1, 0, 2, 3, 4, 5}, third[7] = {0, 0, 0, 0, 0, 0, 0};
+    static const int32_t two[14] = {0, 2, 1, -1, 4, 5, 2, 3, 1, 3, -1, -1, 5, 0}; /* 5 of 11 leave */
+    static const int32_t five[5] = {0, 1, 1, 2, 2};
+    double share;
+    CHECK_OK(moe_crossing(7, 6, 1, 3, home, &share));
+    CHECK(share == 0);
+    CHECK_OK(moe_crossing(7, 6, 1, 3, third, &share));
+    CHECK_NEAR(share, 4 / 7.0, 1e-15);
+    CHECK_OK(moe_crossing(7, 6, 2, 3, two, &share));
+    CHECK_NEAR(share, 5 / 11.0, 1e-15);
+    CHECK_OK(moe_crossing(5, 4, 1, 2, five, &share)); /* ranks 0 0 0 1 1; experts 0, 1 on rank 0 */
+    CHECK(share == 0);
+    CHECK_OK(moe_crossing(2, 3, 1, 3, five, &share)); /* fewer tokens than ranks: on ranks 0 and 1 */
+    CHECK(share == 0);
+}
 static void test_index_measures(void) {
     enum { T = 60, E = 9, K = 3 };
     int32_t index[T * K], after[T * K];
@@ -12,7 +29,7 @@ static void test_index_measures(void) {
     double seu, share;
     for (int round = 0; round < 50; round++) {
         size_t sequence = 1 + test_below(T + 5), ranks = 1 + test_below(4), sequences = 0, crossed = 0, routes = 0,
-               changed = 0;
+               changed = 0, tokens = 0;
         double used = 0;
         random_index(index, T, E, K, round % 2 ? 6 : 0);
         CHECK_OK(moe_seu(T, E, K, sequence, index, work, &seu));
@@ -33,22 +50,25 @@ static void test_index_measures(void) {
                     ref[a * E + b] += (uint64_t)(has_a && has_b);
                 }
         CHECK(!memcmp(count, ref, sizeof ref));
-        CHECK_OK(moe_crossing(T, E, K, ranks, index, &share));
-        for (size_t t = 0; t < T; t++)
+        size_t n = T - test_below(10); /* ranks need not divide the tokens, nor the experts */
+        CHECK_OK(moe_crossing(n, E, K, ranks, index, &share));
+        for (size_t t = 0; t < n; t++)
             for (int i = 0; i < K; i++) {
                 int32_t e = index[t * K + (size_t)i];
                 if (e < 0) continue;
                 routes++;
-                crossed += t * ranks / T != (size_t)e * ranks / E;
+                crossed += t * ranks / n != (size_t)e * ranks / E;
             }
         CHECK_NEAR(share, (double)crossed / (double)routes, 1e-12);
         if (ranks == 1) CHECK(share == 0);
         memcpy(after, index, sizeof index); /* churn: some tokens are shuffled only, some get another set */
         for (size_t t = 0; t < T; t++) {
-            size_t a = t * K + test_below(K), b = t * K + test_below(K);
+            size_t a = t * K + test_below(K), b = t * K + test_below(K), chosen = 0;
             int32_t keep = after[a];
             after[a] = after[b], after[b] = keep;
-            if (test_below(3)) continue;
+            for (size_t i = 0; i < K; i++) chosen |= index[t * K + i] >= 0;
+            tokens += chosen;
+            if (test_below(3) || !chosen) continue;
             int32_t other = (int32_t)test_below(E), known = 0;
             for (size_t i = 0; i < K; i++) known |= after[t * K + i] == other;
             if (known) continue;
@@ -56,9 +76,9 @@ static void test_index_measures(void) {
             changed++;
         }
         CHECK_OK(moe_churn(T, K, index, after, &share));
-        CHECK_NEAR(share, (double)changed / T, 1e-12);
+        CHECK_NEAR(share, (double)changed / (double)tokens, 1e-12);
         CHECK_OK(moe_churn(T, K, after, index, &share));
-        CHECK_NEAR(share, (double)changed / T, 1e-12);
+        CHECK_NEAR(share, (double)changed / (double)tokens, 1e-12);
     }
     static const int32_t full[] = {0, 1}, half[] = {0, -1}; /* one fewer is another set, both ways */
     CHECK_OK(moe_churn(1, 2, full, half, &share));
@@ -80,6 +100,49 @@ static void test_index_measures(void) {
     CHECK_STATUS(moe_seu(T, E, K, 0, after, work, &seu), MOE_E_SEQUENCE);
     CHECK_STATUS(moe_seu(T, E, K, 1, after, NULL, &seu), MOE_E_NULL_WORK);
     CHECK_STATUS(moe_crossing(T, E, K, 0, after, &share), MOE_E_N_RANKS);
+}
+
+/* Rows without a choice are no tokens: the measures are those of the other rows. */
+static void test_padding(void) {
+    enum { T = 90, E = 6, K = 2, S = 3 };
+    int32_t before[T * K], after[T * K], padded[2][2 * T * K], none[T * K];
+    uint32_t label[T], wide[2 * T], work[E];
+    uint64_t count[E * 4], other[E * 4];
+    double plain, with;
+    for (int i = 0; i < T * K; i++) none[i] = -1 - i % 3;
+    for (int round = 0; round < 20; round++) {
+        size_t n = 0;
+        random_index(before, T, E, K, 0);
+        random_index(after, T, E, K, round % 2 ? 5 : 0);
+        memset(count, 0, sizeof count), memset(other, 0, sizeof other);
+        memset(padded, 0xff, sizeof padded);
+        for (size_t t = 0; t < T; t++) {
+            label[t] = (uint32_t)test_below(4);
+            for (; n < T + t && (round < 3 || test_below(2)); n++) wide[n] = (uint32_t)-100; /* padding's usual label */
+            memcpy(padded[0] + n * K, before + t * K, K * sizeof *before);
+            memcpy(padded[1] + n * K, after + t * K, K * sizeof *after);
+            wide[n++] = label[t];
+        }
+        CHECK_OK(moe_churn(T, K, before, after, &plain));
+        CHECK_OK(moe_churn(n, K, padded[0], padded[1], &with));
+        CHECK(n > T && plain == with && plain > 0.5);
+        CHECK_OK(moe_label_by_expert(T, E, K, 4, before, label, count));
+        CHECK_OK(moe_label_by_expert(n, E, K, 4, padded[0], wide, other));
+        CHECK(!memcmp(count, other, sizeof count));
+        /* sequences of S rows keep their places: whole ones of padding do not count */
+        memset(padded[1], 0xff, sizeof padded[1]);
+        for (size_t t = 0; t < T; t++)
+            memcpy(padded[1] + (t / S * 2 * S + t % S) * K, before + t * K, K * sizeof *before);
+        CHECK_OK(moe_seu(T, E, K, S, before, work, &plain));
+        CHECK_OK(moe_seu(2 * T, E, K, S, padded[1], work, &with));
+        CHECK(plain == with);
+    }
+    with = 7;
+    CHECK_STATUS(moe_churn(T, K, none, none, &with), MOE_E_NO_TOKENS);
+    CHECK_STATUS(moe_seu(T, E, K, S, none, work, &with), MOE_E_NO_TOKENS);
+    CHECK(with == 7);
+    CHECK_OK(moe_churn(T, K, none, before, &with)); /* what appears has changed */
+    CHECK(with == 1);
 }
 
 /* ---- tiers, labels, ecology ---- */
@@ -106,6 +169,11 @@ static void test_tiers_and_labels(void) {
     CHECK(most[0] == 2 && most[1] == 1 && most[2] == 0);
     CHECK_STATUS(moe_label_by_expert(6, 4, 2, 2, index, label, count), MOE_E_LABEL);
     CHECK(count[1] == 2); /* nothing was added */
+    static const uint32_t partly[6] = {0, (uint32_t)-100, (uint32_t)-1, 2, (uint32_t)INT32_MIN, 1};
+    uint64_t labelled[12] = {0}, all = 0;
+    CHECK_OK(moe_label_by_expert(6, 4, 2, 3, index, partly, labelled)); /* negative: no label */
+    for (size_t i = 0; i < 12; i++) all += labelled[i];
+    CHECK(labelled[(size_t)index[0] * 3] == 1 && all == (uint64_t)(1 + (index[6] >= 0) + (index[10] >= 0)));
     CHECK_OK(moe_loss_by_expert(6, 4, 2, index, loss, sum));
     CHECK(sum[0] == 1 + 2 + 3 + 4 && sum[1] == 1 + 4 + 5 && sum[2] == 2 + 5 + 6 && sum[3] == 3);
     CHECK_STATUS(moe_loss_by_expert(6, 4, 2, index, NULL, sum), MOE_E_NULL_LABEL);
@@ -262,13 +330,15 @@ static void test_temperature_scan(void) {
             top1[index[t * K]]++;
         }
         CHECK_OK(moe_churn(T, K, plain, index, &changed));
-        size_t dead = 0;
+        size_t dead = 0, dead_first = 0;
         for (int e = 0; e < E; e++) {
             entropy -= mean[e] > 0 ? mean[e] * log(mean[e]) : 0;
             most = fmax(most, load[e]), square += pow(load[e] - T * K / (double)E, 2);
-            dead += top1[e] < 0.01 * T;
+            dead_first += top1[e] < 0.01 * T;
+            dead += 10 * E * load[e] < T * K;
         }
         CHECK(row[n].temperature == (double)temperature[n] && row[n].n_dead == dead);
+        CHECK(row[n].n_dead_first == dead_first);
         CHECK_NEAR(row[n].entropy, entropy, 1e-12);
         CHECK_NEAR(row[n].token_entropy, token, 1e-12);
         CHECK_NEAR(row[n].top_mass, top, 1e-12);
@@ -293,7 +363,9 @@ static void test_temperature_scan(void) {
 }
 
 int main(void) {
+    RUN(test_crossing_uneven);
     RUN(test_index_measures);
+    RUN(test_padding);
     RUN(test_tiers_and_labels);
     RUN(test_ecology);
     RUN(test_pes);

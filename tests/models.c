@@ -1,4 +1,5 @@
 /* Routers by name, in files and in shards. */
+#include <time.h>
 #include "test.h"
 
 /* ---- routers ---- */
@@ -119,9 +120,335 @@ static void test_shards(void) {
     CHECK_STATUS(moe_shards_open(&f, NULL, 2), MOE_E_NULL_BYTES);
 }
 
+/* An index of n names, every 100th a router's, layers descending, the first `twice` names coming again. */
+static char *index_of(size_t n, size_t twice) {
+    char *text = (char *)test_memory(n + twice + 1, 100), *p = text + sprintf(text, "{\"weight_map\":{");
+    for (size_t i = 0; i < n + twice; i++) {
+        size_t k = i % n, layer = (n - 1 - k) / 100;
+        p += sprintf(p, "%s\"model.layers.%zu.mlp.", i ? "," : "", layer);
+        if (k % 100 == 50) p += sprintf(p, "gate.weight");
+        else p += sprintf(p, "experts.%zu.up_proj.weight", k % 100);
+        p += sprintf(p, "\":\"model-%05zu.safetensors\"", k % 163);
+    }
+    strcpy(p, "}}");
+    return text;
+}
+
+/* Open it, ask for all routers, find the file of each name: the processor's time. */
+static double reading(size_t n) {
+    char *text = index_of(n, 0), name[80], file[40], want[40];
+    moe_shards f;
+    size_t layer, routers = 0, right = 0;
+    clock_t start = clock();
+    CHECK_OK(moe_shards_open(&f, text, strlen(text)));
+    CHECK(f.n_tensors == n);
+    for (; moe_shards_router(&f, routers, &layer, name, sizeof name) == MOE_OK; routers++) right += layer == routers;
+    CHECK(routers == n / 100 && right == routers);
+    for (size_t k = right = 0; k < n; k++) {
+        sprintf(name, "model.layers.%zu.mlp.experts.%zu.up_proj.weight", (n - 1 - k) / 100, k % 100);
+        if (k % 100 == 50) sprintf(name, "model.layers.%zu.mlp.gate.weight", (n - 1 - k) / 100);
+        sprintf(want, "model-%05zu.safetensors", k % 163);
+        right += !moe_shards_find(&f, name, file, sizeof file) && !strcmp(file, want);
+    }
+    CHECK(right == n);
+    CHECK_STATUS(moe_shards_find(&f, "model.layers.0.mlp", file, sizeof file), MOE_E_NAME);
+    CHECK(file[0] == 0);
+    moe_shards_close(&f);
+    CHECK_STATUS(moe_shards_find(&f, "x", file, sizeof file), MOE_E_NULL_BYTES);
+    double took = (double)(clock() - start) / CLOCKS_PER_SEC;
+    free(text);
+    return took;
+}
+
+/* Four times the names take about four times as long; walking for each name, or each layer, would take sixteen. */
+static void test_time(void) {
+    double ratio = 1e30;
+    for (int attempt = 0; attempt < 5 && ratio > 8; attempt++) ratio = reading(10000) / reading(2500);
+    if (!CHECK(ratio < 8)) printf("        4 times the names took %.1f times as long\n", ratio);
+}
+
+static void test_shards_twice(void) {
+    static const size_t sizes[] = {5, 512, 513, 3000};
+    moe_shards f;
+    for (size_t i = 0; i < 4; i++) {
+        char *text = index_of(sizes[i], 0);
+        CHECK_OK(moe_shards_open(&f, text, strlen(text)));
+        CHECK((f.index != NULL) == (sizes[i] > 512));
+        moe_shards_close(&f);
+        free(text);
+        text = index_of(sizes[i], 1);
+        CHECK_STATUS(moe_shards_open(&f, text, strlen(text)), MOE_E_FILE_TWICE);
+        CHECK(f.index == NULL && f.n_tensors == 0 && f.offset > strlen(text) / 2 && f.offset < strlen(text));
+        free(text);
+    }
+    static const char escaped[] = "{\"weight_map\":{\"a\":\"x\",\"\\u0061\":\"x\"}}";
+    CHECK_STATUS(moe_shards_open(&f, escaped, sizeof escaped - 1), MOE_E_FILE_TWICE);
+    char *text = index_of(600, 0);
+    test_fail_at = 0;
+    CHECK_STATUS(moe_shards_open(&f, text, strlen(text)), MOE_E_NO_MEMORY);
+    test_fail_at = -1;
+    free(text);
+}
+
+/* ---- the bias of a router ---- */
+#define BIAS "mlp.gate.e_score_correction_bias"
+
+/* A DeepSeek-V3 router from a file: chosen by sigmoid(logit) + bias, weighted by sigmoid(logit) over its sum. */
+static void test_router_bias(void) {
+    static const float data[] = {0.5f, -0.5f, 0, 2, /* layer 3, F32 */ -1, 0, 0, 0}; /* layer 12: ends in a NaN */
+    static const uint16_t halves[] = {0x3f80, 0, 0xc000, 0x3e80};                   /* layer 4, BF16: 1 0 -2 0.25 */
+    unsigned char bytes[1024], all[sizeof data + sizeof halves];
+    moe_file f;
+    float bias[4];
+    uint32_t nan_bits = 0x7fc00000;
+    memcpy(all, data, sizeof data);
+    memcpy(all + 28, &nan_bits, 4);
+    memcpy(all + sizeof data, halves, sizeof halves);
+    size_t size = safetensors(
+        bytes, "{\"model.layers.3." BIAS "\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]},"
+        "\"model.layers.12." BIAS "\":{\"dtype\":\"F32\",\"shape\":[1,4],\"data_offsets\":[16,32]},"
+        "\"model.layers.4.block_sparse_moe.e_score_correction_bias\":"
+        "{\"dtype\":\"BF16\",\"shape\":[4],\"data_offsets\":[32,40]},"
+        "\"model.layers.5." BIAS "\":{\"dtype\":\"I32\",\"shape\":[0],\"data_offsets\":[40,40]},"
+        "\"model.layers.6." BIAS "\":{\"dtype\":\"NEW\",\"shape\":[0],\"data_offsets\":[40,40]}}", all, sizeof all);
+    CHECK_OK(moe_file_open(&f, bytes, size));
+    CHECK_OK(moe_file_router_bias(&f, 4, 4, bias));
+    CHECK(bias[0] == 1 && bias[1] == 0 && bias[2] == -2 && bias[3] == 0.25f);
+    CHECK_STATUS(moe_file_router_bias(&f, 12, 4, bias), MOE_E_FILE_NAN);
+    CHECK_STATUS(moe_file_router_bias(&f, 3, 5, bias), MOE_E_FILE_SHAPE);
+    CHECK_STATUS(moe_file_router_bias(&f, 3, SIZE_MAX, bias), MOE_E_FILE_SHAPE);
+    CHECK_STATUS(moe_file_router_bias(&f, 5, 0, bias), MOE_E_FILE_DTYPE);
+    CHECK_STATUS(moe_file_router_bias(&f, 6, 0, bias), MOE_E_FILE_DTYPE);
+    CHECK_STATUS(moe_file_router_bias(&f, 1, 4, bias), MOE_E_NAME);
+    CHECK_STATUS(moe_file_router_bias(&f, 3, 4, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_file_router_bias(NULL, 3, 4, bias), MOE_E_NULL_BYTES);
+    CHECK_OK(moe_file_router_bias(&f, 3, 4, bias));
+    CHECK(!memcmp(bias, data, 16));
+
+    /* logits 1 2 0 -3: without the bias experts 1, 0; sigmoid + bias = 1.2311 0.3808 0.5 2.0474: experts 3, 0 */
+    static const float router[4] = {1, 2, 0, -3}, x[1] = {1};
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = 1, d.n_experts = 4, d.top_k = 2, d.gate = MOE_GATE_SIGMOID, d.normalize = MOE_ON;
+    moe_tape *t = NULL;
+    moe_layer *m = NULL;
+    if (!CHECK_OK(moe_tape_new(&t, &d, 1, MOE_OFF))) return;
+    double high = 1 / (1 + exp(-1.0)), low = 1 / (1 + exp(3.0));
+    for (int with = 0; with < 2; with++) {
+        t->side.bias = with ? bias : NULL;
+        CHECK_OK(moe_route(t, router, x, 1));
+        CHECK(t->index[0] == (with ? 3 : 1) && t->index[1] == 0);
+        if (with) CHECK(fabs((double)t->weight[0] - low / (low + high)) < 1e-7);
+        if (with) CHECK(fabs((double)t->weight[1] - high / (low + high)) < 1e-7);
+    }
+    d.controller = MOE_CONTROL_BIAS; /* and in a layer */
+    if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+    CHECK_OK(moe_layer_set(m, MOE_PART_PARAMS, "router", router, 4));
+    CHECK_OK(moe_file_router_bias(&f, 3, 4, moe_layer_control(m)->bias));
+    float y[1];
+    CHECK_OK(moe_forward(m, x, 1, y));
+    CHECK(moe_layer_tape(m)->index[0] == 3 && moe_layer_tape(m)->index[1] == 0);
+    moe_layer_free(m);
+    moe_tape_free(t);
+    moe_file_close(&f);
+}
+
+static void test_router_bias_name(void) {
+    char name[80];
+    CHECK_OK(moe_router_bias_name("model.layers.17.mlp.gate.weight", name, sizeof name));
+    CHECK(!strcmp(name, "model.layers.17." BIAS));
+    CHECK_STATUS(moe_router_bias_name("model.layers.17.mlp.gate.weight", name, 15 + sizeof BIAS), MOE_E_SMALL_MEMORY);
+    CHECK(name[0] == 0);
+    CHECK_OK(moe_router_bias_name("model.layers.17.mlp.gate.weight", name, 16 + sizeof BIAS));
+    CHECK_OK(moe_router_bias_name("model.layers.0.block_sparse_moe.gate.weight", name, sizeof name));
+    CHECK(!strcmp(name, "model.layers.0.block_sparse_moe.e_score_correction_bias"));
+    CHECK_STATUS(moe_router_bias_name("model.layers.0.mlp.gate_proj.weight", name, sizeof name), MOE_E_NAME);
+    CHECK(name[0] == 0);
+    CHECK_STATUS(moe_router_bias_name(NULL, name, sizeof name), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_router_bias_name("x", NULL, 4), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_router_bias_name("x", name, 0), MOE_E_SMALL_MEMORY);
+}
+
+/* ---- experts' weights in the layouts of others ---- */
+enum { E = 4, D = 37, F = 45, FROM = 1, N = 2, MOST = N * D * 2 * F }; /* experts 1 and 2 are packed at once */
+
+static float number_of(int tensor, size_t e, size_t r, size_t c) { /* of 7 bits: exact in every type */
+    uint32_t h = (uint32_t)(((size_t)tensor * 31 + e) * 1009 + r) * 2654435761u + (uint32_t)c * 40503u;
+    h ^= h >> 15;
+    return (float)((int)(h * 2246822519u >> 24) - 128) / 128.0f;
+}
+static void put_number(moe_dtype_kind dtype, unsigned char *at, float value) {
+    uint32_t bits = test_bits(value), half;
+    double wide = value;
+    int e = 0;
+    if (dtype == MOE_DTYPE_F64) { memcpy(at, &wide, 8); return; }
+    if (dtype == MOE_DTYPE_F32) { memcpy(at, &value, 4); return; }
+    half = bits >> 16;
+    if (dtype == MOE_DTYPE_F16) { /* 1 sign, 5 exponent, 10 fraction */
+        double m = frexp(fabs(wide), &e);
+        half = m > 0 ? (uint32_t)(e + 14) << 10 | (uint32_t)(m * 2048 - 1024) : 0;
+        half |= bits >> 31 << 15;
+    }
+    at[0] = (unsigned char)half, at[1] = (unsigned char)(half >> 8);
+}
+
+/* The place of element (r, c) of tensor w1 or wu (0, 1) of expert e, as in the header's table, axis by axis. */
+static size_t place_of(const moe_experts_layout *l, int up, size_t e, size_t rows, size_t r, size_t c) {
+    size_t out = c, outs = F;
+    if (l->gate_up == MOE_GATE_UP_FUSED) out = up ? F + c : c, outs = 2 * F;
+    if (l->gate_up == MOE_GATE_UP_INTERLEAVED) out = 2 * c + (size_t)up, outs = 2 * F;
+    return l->out_first ? (e * outs + out) * rows + r : (e * rows + r) * outs + out;
+}
+
+typedef struct foreign { unsigned char *w[6]; moe_experts_arrays arrays; } foreign; /* w1 wu w2 b1 bu b2 */
+
+static void foreign_make(foreign *x, const moe_experts_layout *l, int gated, int bias) {
+    size_t size = moe_dtype_size(l->dtype);
+    memset(x, 0, sizeof *x);
+    for (int i = 0; i < 6; i++) {
+        int is_up = i == 1 || i == 4, is_bias = i >= 3, second = i == 2 || i == 5;
+        size_t rows = second ? F : D, columns = second ? D : F;
+        if (is_bias) rows = 1;
+        if ((is_up && !gated) || (is_bias && !bias)) continue;
+        int to = is_up && l->gate_up ? i - 1 : i;
+        if (!x->w[to]) x->w[to] = (unsigned char *)test_memory(MOST + 1, 8) + 1; /* not aligned */
+        for (size_t e = 0; e < N; e++)
+            for (size_t r = 0; r < rows; r++)
+                for (size_t c = 0; c < columns; c++) {
+                    size_t place = place_of(l, is_up, e, rows, r, c);
+                    if (second) place = (e * rows + r) * columns + c;
+                    if (second && l->out_first) place = (e * columns + c) * rows + r;
+                    put_number(l->dtype, x->w[to] + place * size, number_of(i, e, r, c));
+                }
+    }
+    moe_experts_arrays arrays = {x->w[0], x->w[1], x->w[2], x->w[3], x->w[4], x->w[5]};
+    x->arrays = arrays;
+}
+static void foreign_free(foreign *x) {
+    for (int i = 0; i < 6; i++)
+        if (x->w[i]) free(x->w[i] - 1);
+}
+
+/* The same through moe_expert_pack, from plain arrays of one expert. */
+static void pack_plain(const moe_desc *d, int gated, int bias, float *params) {
+    static float w[6][D * F];
+    for (size_t e = 0; e < N; e++) {
+        for (int i = 0; i < 6; i++) {
+            size_t rows = i == 2 ? F : D, columns = i == 2 || i == 5 ? D : F;
+            for (size_t k = 0; k < (i < 3 ? rows : 1) * columns; k++)
+                w[i][k] = number_of(i, e, k / columns, k % columns);
+        }
+        moe_expert_weights plain = {w[0], gated ? w[1] : NULL, w[2], NULL, NULL, NULL};
+        if (bias) plain.b1 = w[3], plain.bu = gated ? w[4] : NULL, plain.b2 = w[5];
+        CHECK_OK(moe_expert_pack(d, FROM + e, &plain, params));
+    }
+}
+
+/* y of each token through its one expert, in double precision, against the library's from the packed parameters. */
+static void check_forward(const moe_desc *d, int gated, int bias, const float *params) {
+    enum { T = 6 };
+    static float x[T * D], y[T * D];
+    int32_t index[T];
+    float ones[T];
+    moe_tape *t = NULL;
+    test_fill(x, T * D, -1, 1);
+    for (size_t i = 0; i < T; i++) index[i] = (int32_t)(FROM + i % N), ones[i] = 1;
+    if (!CHECK_OK(moe_tape_new(&t, d, T, MOE_OFF))) return;
+    CHECK_OK(moe_tape_tokens(t, x, T));
+    CHECK_OK(moe_routes_fill(&t->routes, T, index, ones, 0, MOE_ORDER_DEFAULT));
+    CHECK_OK(moe_experts_forward(t, params, y));
+    for (size_t i = 0; i < T; i++) {
+        double h[F], worst = 0;
+        size_t e = i % N;
+        for (size_t c = 0; c < F; c++) {
+            double gate = bias ? number_of(3, e, 0, c) : 0, up = bias ? number_of(4, e, 0, c) : 0;
+            for (size_t r = 0; r < D; r++) gate += (double)x[i * D + r] * number_of(0, e, r, c);
+            for (size_t r = 0; r < D; r++) up += (double)x[i * D + r] * number_of(1, e, r, c);
+            h[c] = gated ? gate / (1 + exp(-gate)) * up : gate > 0 ? gate : 0;
+        }
+        for (size_t c = 0; c < D; c++) {
+            double want = bias ? number_of(5, e, 0, c) : 0;
+            for (size_t r = 0; r < F; r++) want += h[r] * number_of(2, e, r, c);
+            if (fabs(want - (double)y[i * D + c]) > worst) worst = fabs(want - (double)y[i * D + c]);
+        }
+        if (!CHECK(worst < 3e-5)) printf("        off by %g\n", worst); /* |y| is up to 40 */
+    }
+    moe_tape_free(t);
+}
+
+static moe_desc pack_desc(int gated, int bias) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D, d.d_ff = F, d.n_experts = E, d.top_k = 1;
+    d.expert = gated ? MOE_EXPERT_SWIGLU : MOE_EXPERT_RELU;
+    d.bias = bias ? MOE_ON : MOE_OFF;
+    d.parallel.n_threads = 1;
+    return d;
+}
+
+static void test_pack_layouts(void) {
+    static const moe_dtype_kind types[] = {MOE_DTYPE_F32, MOE_DTYPE_F16, MOE_DTYPE_BF16, MOE_DTYPE_F64};
+    for (int variant = 0; variant < 4; variant++) {
+        int gated = variant & 1, bias = variant >> 1;
+        moe_desc d = pack_desc(gated, bias);
+        size_t count = 0;
+        CHECK_OK(moe_experts_count(&d, &count));
+        float *want = test_floats(count), *got = test_floats(count);
+        pack_plain(&d, gated, bias, want);
+        check_forward(&d, gated, bias, want);
+        for (int i = 0; i < 4 * 2 * 3; i++) {
+            moe_experts_layout l = {types[i % 4], i / 4 % 2, (moe_gate_up_kind)(i / 8)};
+            foreign x;
+            if (l.gate_up && !gated) continue;
+            foreign_make(&x, &l, gated, bias);
+            memset(got, 0, count * sizeof *got);
+            for (size_t k = 0; k < 2 * (count / E); k++) got[count / E + k] = 99; /* padding is written too */
+            CHECK_OK(moe_experts_pack(&d, FROM, N, &x.arrays, &l, got));
+            if (!CHECK(!memcmp(got, want, count * sizeof *got)))
+                printf("        gated %d bias %d type %d out_first %d gate_up %d\n", gated, bias, (int)l.dtype,
+                       l.out_first, (int)l.gate_up);
+            foreign_free(&x);
+        }
+        free(want), free(got);
+    }
+}
+
+static void test_pack_arguments(void) {
+    moe_desc d = pack_desc(1, 1), relu = pack_desc(0, 0);
+    moe_experts_layout l = {MOE_DTYPE_F32, 1, MOE_GATE_UP_FUSED}, wrong;
+    foreign x;
+    size_t count = 0;
+    CHECK_OK(moe_experts_count(&d, &count));
+    float *params = test_floats(count);
+    foreign_make(&x, &l, 1, 1);
+    moe_experts_arrays both = x.arrays;
+    both.wu = x.w[0];
+    CHECK_OK(moe_experts_pack(&d, 0, 0, &x.arrays, &l, params));
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &both, &l, params), MOE_E_GATE_UP);
+    CHECK_STATUS(moe_experts_pack(&relu, 0, N, &x.arrays, &l, params), MOE_E_GATE_UP);
+    wrong = l, wrong.gate_up = (moe_gate_up_kind)3;
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &wrong, params), MOE_E_GATE_UP);
+    wrong = l, wrong.dtype = MOE_DTYPE_I8;
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &wrong, params), MOE_E_FILE_DTYPE);
+    CHECK_STATUS(moe_experts_pack(&d, E - 1, N, &x.arrays, &l, params), MOE_E_INDEX);
+    CHECK_STATUS(moe_experts_pack(&d, SIZE_MAX, N, &x.arrays, &l, params), MOE_E_INDEX);
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, NULL, &l, params), MOE_E_NULL_WEIGHT);
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &l, NULL), MOE_E_NULL_PARAMS);
+    memset(x.w[0] + 4 * (D * F + 7), 0xff, 4); /* one NaN of the second half: what the gate gates */
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &l, params), MOE_E_NAN_WEIGHT);
+    foreign_free(&x);
+    free(params);
+}
+
 int main(void) {
     RUN(test_router_names);
     RUN(test_file_router);
     RUN(test_shards);
+    RUN(test_shards_twice);
+    RUN(test_time);
+    RUN(test_router_bias);
+    RUN(test_router_bias_name);
+    RUN(test_pack_layouts);
+    RUN(test_pack_arguments);
     return test_end();
 }

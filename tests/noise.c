@@ -28,7 +28,8 @@ static void test_noisy_topk(void) {
             for (size_t e = 0; e < E; e++, n++) {
                 double raw = 0;
                 for (size_t c = 0; c < D; c++) raw += (double)x[i * D + c] * (double)W[c * E + e];
-                double g = ((double)t->logits[i * E + e] - (double)t->clean[i * E + e]) / log(1 + exp(raw));
+                double g = ((double)t->logits[i * E + e] - (double)t->clean[i * E + e]) /
+                    (log(1 + exp(raw)) + 0.01);
                 for (int k = 1; k < 5; k++) moment[k] += pow(g, k);
             }
     }

@@ -56,6 +56,14 @@ static void test_good_headers(void) {
         {"{'descr': '<u2', 'fortran_order': False, 'shape': (12,), }", 1, {12, 0, 0}, 24, MOE_DTYPE_U16},
         {"{'descr': '<i4', 'fortran_order': False, 'shape': (3, 2), }", 2, {3, 2, 0}, 24, MOE_DTYPE_I32},
         {"{'descr': '<i8', 'fortran_order': False, 'shape': (3, 1), }", 2, {3, 1, 0}, 24, MOE_DTYPE_I64},
+        {"{'descr': '|i1', 'fortran_order': False, 'shape': (24,), }", 1, {24, 0, 0}, 24, MOE_DTYPE_I8},
+        {"{'descr': '|u1', 'fortran_order': False, 'shape': (12, 2), }", 2, {12, 2, 0}, 24, MOE_DTYPE_U8},
+        {"{'descr': '<i2', 'fortran_order': False, 'shape': (12,), }", 1, {12, 0, 0}, 24, MOE_DTYPE_I16},
+        {"{'descr': '<u4', 'fortran_order': False, 'shape': (6,), }", 1, {6, 0, 0}, 24, MOE_DTYPE_U32},
+        {"{'descr': '<u8', 'fortran_order': False, 'shape': (3,), }", 1, {3, 0, 0}, 24, MOE_DTYPE_U64},
+        {"{'descr': '<V2', 'fortran_order': False, 'shape': (12,), }", 1, {12, 0, 0}, 24, MOE_DTYPE_BF16},
+        {"{'descr': '|V2', 'fortran_order': False, 'shape': (4, 3), }", 2, {4, 3, 0}, 24, MOE_DTYPE_BF16},
+        {"{'descr': 'bfloat16', 'fortran_order': False, 'shape': (12,), }", 1, {12, 0, 0}, 24, MOE_DTYPE_BF16},
     };
     for (int version = 1; version <= 3; version++)
         for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
@@ -81,6 +89,12 @@ static void test_bad_headers(void) {
         {"{'descr': '<c8', 'fortran_order': False, 'shape': (3,), }", MOE_E_FILE_DTYPE},
         {"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }", MOE_E_FILE_DTYPE},
         {"{'descr': '', 'fortran_order': False, 'shape': (3,), }", MOE_E_FILE_DTYPE},
+        {"{'descr': '|V1', 'fortran_order': False, 'shape': (24,), }", MOE_E_FILE_DTYPE},
+        {"{'descr': '|b1', 'fortran_order': False, 'shape': (24,), }", MOE_E_FILE_DTYPE},
+        {"{'descr': 'float8_e4m3fn', 'fortran_order': False, 'shape': (24,), }", MOE_E_FILE_DTYPE},
+        {"{'descr': 'datetime64[ns] and more than any type is long', 'fortran_order': False, 'shape': (3,), }",
+         MOE_E_FILE_DTYPE},
+        {"{'descr and more than any key is long': '<f4', 'fortran_order': False, 'shape': (2, 3), }", MOE_E_NPY_HEADER},
         {"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (6,), }", MOE_E_FILE_DTYPE},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 4), }", MOE_E_FILE_SHORT},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2), }", MOE_E_NPY_SIZE},
@@ -244,9 +258,66 @@ static void test_conversion(void) {
 
     CHECK(moe_dtype_of("BF16") == MOE_DTYPE_BF16 && moe_dtype_of("F32") == MOE_DTYPE_F32 &&
           moe_dtype_of("I64") == MOE_DTYPE_I64);
-    CHECK(moe_dtype_of("U8") == MOE_DTYPE_NONE && moe_dtype_of(NULL) == MOE_DTYPE_NONE &&
+    CHECK(moe_dtype_of("U8") == MOE_DTYPE_U8 && moe_dtype_of("BOOL") == MOE_DTYPE_NONE &&
+          moe_dtype_of(NULL) == MOE_DTYPE_NONE &&
           moe_dtype_size(MOE_DTYPE_COUNT) == 0);
     CHECK(!strcmp(moe_dtype_name(MOE_DTYPE_F16), "F16") && moe_dtype_name(MOE_DTYPE_COUNT) == NULL);
+}
+
+/* What cannot be read is named. */
+static void test_named_type(void) {
+    static const char *const rows[][2] = {{"'>f4'", ">f4"}, {"'<U12'", "<U12"}, {"'complex128'", "complex128"},
+        {"[('a', '<f4')]", "["}, {"'datetime64[ns, UTC]'", "datetime64[ns, "}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char text[128];
+        moe_npy f;
+        sprintf(text, "{'descr': %s, 'fortran_order': False, 'shape': (6,), }", rows[i][0]);
+        npy file = npy_make(1, text, six, sizeof six);
+        CHECK_STATUS(open_copy(file.bytes, file.size, &f), MOE_E_FILE_DTYPE);
+        if (!CHECK(!strcmp(f.descr, rows[i][1]))) printf("        %s\n", f.descr);
+    }
+}
+
+/* Every integer type at the ends of its range and of 31 bits: from the bytes, one at a time. */
+static void test_index_types(void) {
+    static const struct {
+        moe_dtype_kind dtype;
+        const char *hex; /* little-endian */
+        int fits;
+        int32_t want;
+    } rows[] = {
+        {MOE_DTYPE_I8, "00", 1, 0}, {MOE_DTYPE_I8, "7f", 1, 127}, {MOE_DTYPE_I8, "80", 1, -128},
+        {MOE_DTYPE_I8, "ff", 1, -1}, {MOE_DTYPE_U8, "7f", 1, 127}, {MOE_DTYPE_U8, "80", 1, 128},
+        {MOE_DTYPE_U8, "ff", 1, 255}, {MOE_DTYPE_I16, "ff7f", 1, 32767}, {MOE_DTYPE_I16, "0080", 1, -32768},
+        {MOE_DTYPE_I16, "ffff", 1, -1}, {MOE_DTYPE_I16, "0201", 1, 258}, {MOE_DTYPE_U16, "0080", 1, 32768},
+        {MOE_DTYPE_U16, "ffff", 1, 65535}, {MOE_DTYPE_I32, "ffffff7f", 1, INT32_MAX},
+        {MOE_DTYPE_I32, "00000080", 1, INT32_MIN}, {MOE_DTYPE_U32, "ffffff7f", 1, INT32_MAX},
+        {MOE_DTYPE_U32, "00000080", 0, 0}, {MOE_DTYPE_U32, "ffffffff", 0, 0},
+        {MOE_DTYPE_I64, "ffffff7f00000000", 1, INT32_MAX}, {MOE_DTYPE_I64, "0000008000000000", 0, 0},
+        {MOE_DTYPE_I64, "00000080ffffffff", 1, INT32_MIN}, {MOE_DTYPE_I64, "ffffff7fffffffff", 0, 0},
+        {MOE_DTYPE_I64, "ffffffffffffffff", 1, -1}, {MOE_DTYPE_I64, "0000000000000080", 0, 0},
+        {MOE_DTYPE_U64, "ffffff7f00000000", 1, INT32_MAX}, {MOE_DTYPE_U64, "0000008000000000", 0, 0},
+        {MOE_DTYPE_U64, "ffffffffffffffff", 0, 0}, {MOE_DTYPE_U64, "0000000001000000", 0, 0},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        unsigned char raw[17] = {0}, *two = raw + 1; /* a 0, then the row's; not aligned */
+        size_t size = moe_dtype_size(rows[i].dtype), bad = 99;
+        int32_t out[2] = {77, 77};
+        CHECK(strlen(rows[i].hex) == 2 * size);
+        for (size_t k = 0; k < size; k++) {
+            char pair[3] = {rows[i].hex[2 * k], rows[i].hex[2 * k + 1], 0};
+            two[size + k] = (unsigned char)strtoul(pair, NULL, 16);
+        }
+        moe_status want = rows[i].fits ? MOE_OK : MOE_E_NPY_INDEX;
+        if (!CHECK_STATUS(moe_to_index(rows[i].dtype, 2, two, out, &bad), want)) printf("        row %zu\n", i);
+        CHECK(out[0] == 0 && out[1] == (rows[i].fits ? rows[i].want : 77) && bad == (rows[i].fits ? 99u : 1u));
+    }
+    static const moe_dtype_kind floats[] = {MOE_DTYPE_NONE, MOE_DTYPE_F32, MOE_DTYPE_F16,
+                                            MOE_DTYPE_BF16, MOE_DTYPE_F64, MOE_DTYPE_COUNT};
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) {
+        int32_t out = 0;
+        CHECK_STATUS(moe_to_index(floats[i], 1, six, &out, NULL), MOE_E_FILE_DTYPE);
+    }
 }
 
 int main(void) {
@@ -255,5 +326,7 @@ int main(void) {
     RUN(test_truncated_and_flipped);
     RUN(test_streaming_header);
     RUN(test_conversion);
+    RUN(test_named_type);
+    RUN(test_index_types);
     return test_end();
 }

@@ -209,6 +209,8 @@ static void test_odd_sizes(void) {
                 snprintf(more, sizeof more, "%s %s", stages[i], "n_experts=1 top_k=1 n_codes=1");
             else snprintf(more, sizeof more, "%s %s", stages[i], sizes[k]);
             if (k == 3) strncat(more, " d_ff=1", sizeof more - strlen(more) - 1);
+            if (k == 3 && strstr(more, "robust")) /* one weight of one: nothing to learn */
+                strncat(more, " freeze_router=true", sizeof more - strlen(more) - 1);
             moe_layer *m = row(NULL, more);
             if (!m) continue;
             for (size_t T = 0; T <= 24; T += T < 2 ? 1 : 22)
@@ -227,7 +229,7 @@ static void test_too_many(void) { /* k > E, and what does not fit */
         {"n_experts=4 top_k=5", MOE_E_TOP_K}, {"n_experts=1 top_k=2", MOE_E_TOP_K},
         {"score=slice d_model=17", MOE_E_SLICE},
         {"score=slice d_model=4", MOE_E_SLICE}, {"score=subspace", MOE_E_SUBSPACE},
-        {"select=auction top_k=2", MOE_E_TOP_K},
+        {"select=auction top_k=2", MOE_E_ONE_CHOICE},
         {"select=groups n_groups=3", MOE_E_GROUPS}, {"select=groups n_groups=4 top_groups=1 top_k=3", MOE_E_TOP_GROUPS},
         {"select=groups n_groups=4 top_groups=5", MOE_E_TOP_GROUPS}};
     for (size_t i = 0; i < STAGES; i++) {
@@ -392,11 +394,166 @@ static void test_level_two_statuses(void) {
     moe_layer_free(m);
 }
 
+/* ---- what holds for one forward ---- */
+static moe_desc small_desc(const char *text) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D, d.d_ff = F, d.n_experts = E;
+    if (!CHECK_OK(moe_desc_parse(&d, text, NULL))) printf("        %s\n", text);
+    return d;
+}
+/* The temperature goes linearly from 2 to 0.5 in 10 steps: prob is the softmax of the logits over it. */
+static void test_temperature_by_step(void) {
+    moe_desc d = small_desc("temperature=2 temperature_end=0.5 schedule_steps=10");
+    moe_tape *t = NULL;
+    float router[D * E];
+    tokens(4);
+    test_fill(router, D * E, -1, 1);
+    CHECK_OK(moe_tape_new(&t, &d, 4, MOE_ON));
+    for (uint64_t step = 0; step <= 12; step += 3) {
+        double temperature = 2 - 1.5 * (step < 10 ? (double)step : 10) / 10;
+        t->side.step = step;
+        CHECK_OK(moe_route(t, router, x, 4));
+        for (size_t i = 0; i < 4 * E; i += E) {
+            double sum = 0;
+            for (size_t e = 0; e < E; e++) sum += exp((double)t->logits[i + e] / temperature);
+            for (size_t e = 0; e < E; e++)
+                CHECK_WITHIN(t->prob[i + e], exp((double)t->logits[i + e] / temperature) / sum, 1e-6);
+        }
+    }
+    moe_tape_free(t);
+}
+/* Expert dropout that would leave a token nothing leaves it all. */
+static void test_expert_drop_of_all(void) {
+    moe_layer *m = row(NULL, "expert_drop=0.999999 sequence=1");
+    float keep[24 * 2];
+    if (!m) return;
+    tokens(24);
+    const moe_tape *t = go(m, 24, 1);
+    memcpy(keep, t->weight, sizeof keep);
+    t = go(m, 24, 0);
+    CHECK_SAME(t->weight, keep, 24 * 2);
+    CHECK(t->routes.n_routes == 48);
+    moe_layer_free(m);
+}
+/* SparseMixer samples by softmax(logits / temperature) of those it does not mask: here of 1 and 0.9. */
+static void test_sampling_temperature(void) {
+    static const char *const text[] = {"temperature=0.1", "temperature=1", "temperature=0.05"};
+    for (int i = 0; i < 3; i++) {
+        char more[100];
+        const double temperature[] = {0.1, 1, 0.05}, p = 1 / (1 + exp(-0.1 / temperature[i])), n = MAX_TOKENS;
+        snprintf(more, sizeof more, "gate=sparsemixer select=sampled top_k=1 %s", text[i]);
+        moe_layer *m = row(NULL, more);
+        if (!m) return;
+        tokens(MAX_TOKENS);
+        float *router = get(m, "router");
+        for (size_t j = 0; j < D * E; j++) router[j] = 0;
+        for (size_t e = 0; e < E; e++) router[(D - 1) * E + e] = e == 2 ? 1 : e == 5 ? 0.9f : -1;
+        set(m, "router", router);
+        const moe_tape *t = go(m, MAX_TOKENS, 0);
+        CHECK(fabs((double)t->routes.load[2] - n * p) < 5 * sqrt(n * p * (1 - p)));
+        CHECK(t->routes.load[2] + t->routes.load[5] == MAX_TOKENS);
+        moe_layer_free(m);
+    }
+}
+/* d_previous is added to. */
+static void test_d_previous_is_added_to(void) {
+    static float previous[24 * E], once[24 * E], twice[24 * E];
+    for (int again = 0; again < 2; again++) {
+        moe_layer *m = row(NULL, "residual=true");
+        if (!m) return;
+        if (!again) tokens(24), test_fill(previous, 24 * E, -1, 1);
+        float *matrix = get(m, "router.residual");
+        for (size_t i = 0; i < E * E; i++) matrix[i] = 0.1f * (float)(i % 7);
+        set(m, "router.residual", matrix);
+        for (size_t i = 0; i < 24 * E; i++) twice[i] = 64; /* a sum that is exact to 2^-18 */
+        moe_layer_side(m)->previous = previous, moe_layer_side(m)->d_previous = again ? twice : once;
+        (void)go(m, 24, 0);
+        CHECK_OK(moe_backward(m, dy, NULL));
+        moe_layer_free(m);
+    }
+    double all = 0;
+    for (size_t i = 0; i < 24 * E; i++) {
+        CHECK(fabs((double)twice[i] - 64 - (double)once[i]) < 0x1p-16);
+        all += fabs((double)once[i]);
+    }
+    CHECK(all > 0.1);
+}
+/* An expert of weight 0 takes no part, whatever it gives; and routes that changed since the forward are refused. */
+static void test_weight_zero(void) {
+    static const int32_t both[2] = {0, 1}, first[2] = {0, -1};
+    static const float weight[2] = {1, 0};
+    moe_desc d = small_desc("expert=relu n_experts=2 top_k=2");
+    moe_tape *t = NULL;
+    size_t n = 0;
+    CHECK_OK(moe_experts_count(&d, &n));
+    float *params = test_floats(n), *d_params = test_floats(n), w1[D * F], w2[F * D];
+    for (size_t e = 0; e < 2; e++) {
+        const moe_expert_weights w = {w1, NULL, w2, NULL, NULL, NULL};
+        test_fill(w1, D * F, -1, 1), test_fill(w2, F * D, -1, 1);
+        if (e) w2[3] = NAN;
+        CHECK_OK(moe_expert_pack(&d, e, &w, params));
+    }
+    tokens(1);
+    CHECK_OK(moe_tape_new(&t, &d, 1, MOE_ON));
+    float only[D];
+    CHECK_OK(moe_tape_tokens(t, x, 1));
+    CHECK_OK(moe_routes_fill(&t->routes, 1, first, weight, 0, MOE_ORDER_DEFAULT));
+    CHECK_OK(moe_experts_forward(t, params, only));
+    CHECK_OK(moe_routes_fill(&t->routes, 1, both, weight, 0, MOE_ORDER_DEFAULT));
+    CHECK_STATUS(moe_experts_backward(t, params, dy, 1, d_params, NULL, NULL), MOE_E_NO_FORWARD);
+    CHECK_OK(moe_tape_tokens(t, x, 1));
+    CHECK_OK(moe_routes_fill(&t->routes, 1, both, weight, 0, MOE_ORDER_DEFAULT));
+    CHECK_OK(moe_experts_forward(t, params, y));
+    CHECK_SAME(y, only, D);
+    moe_tape_free(t);
+    free(params), free(d_params);
+}
+/* A forward that is refused for a number names its token, as the caller counts them. */
+static void test_error_names_the_token(void) {
+    static const char *const text[] = {"", "score=hash", "score=slice", "combine=soft select=all", "noise=gaussian",
+                                       "score=mlp", "combine=soft select=all soft_slots=2 score=projected"};
+    static unsigned char mask[200];
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++)
+        for (size_t at = 0; at < 200; at += 66) {
+            moe_layer *m = row(NULL, text[i]);
+            if (!m) return;
+            tokens(200);
+            memset(mask, 1, sizeof mask);
+            (void)go(m, 200, 0);
+            CHECK(moe_layer_tape(m)->bad_token == SIZE_MAX);
+            x[at * D + 3] = i % 2 ? NAN : INFINITY;
+            x[199 * D] = NAN;
+            CHECK_STATUS(moe_forward(m, x, 200, y), MOE_E_NAN_X);
+            CHECK(moe_layer_tape(m)->bad_token == at);
+            moe_layer_side(m)->mask = mask;
+            mask[at] = mask[at / 2] = 0;
+            CHECK_STATUS(moe_forward(m, x, 200, y), MOE_E_NAN_X);
+            CHECK(moe_layer_tape(m)->bad_token == 199);
+            moe_layer_free(m);
+        }
+}
+/* Used by one token: its two experts and the branch's, and the router with codes and branch. */
+static void test_active_params_of_the_branch(void) {
+    moe_desc d = small_desc("expert=relu n_experts=4 n_codes=8");
+    moe_layer *m = NULL;
+    CHECK_OK(moe_layer_new(&m, &d));
+    CHECK(moe_layer_active_params(m) == 3 * (2 * D * F) + D * 4 + 8 * D + D * 2);
+    moe_layer_free(m);
+}
+
 int main(void) {
     RUN(test_level_two);
     RUN(test_own_routing);
     RUN(test_loads_over_micro_batches);
     RUN(test_odd_sizes);
+    RUN(test_temperature_by_step);
+    RUN(test_expert_drop_of_all);
+    RUN(test_sampling_temperature);
+    RUN(test_d_previous_is_added_to);
+    RUN(test_weight_zero);
+    RUN(test_error_names_the_token);
+    RUN(test_active_params_of_the_branch);
     RUN(test_too_many);
     RUN(test_not_finite);
     RUN(test_one_huge_logit);

@@ -90,6 +90,35 @@ static void test_capacity_by_hand(void) {
     routing_free(&g);
 }
 
+/* Three tokens want expert 0: with its second choice, its first, its second. The first choice comes first though its
+ * weight is not the highest, then the second choice whose token is surest of its first, though its weight is the
+ * lowest. */
+static void test_batch_prioritised(void) {
+    routing g = routing_new(3, 2, 3);
+    int32_t index[] = {1, 0, 0, 2, 2, 0};
+    float weight[] = {0.55f, 0.45f, 0.4f, 0.3f, 0.8f, 0.2f};
+    static const struct { moe_order_kind order; size_t capacity; int stays[3]; } want[] = {
+        {MOE_ORDER_WEIGHT, 1, {0, 1, 0}}, {MOE_ORDER_PAIR, 1, {1, 0, 0}}, {MOE_ORDER_CHOICE, 1, {0, 1, 0}},
+        {MOE_ORDER_WEIGHT, 2, {0, 1, 1}}, {MOE_ORDER_PAIR, 2, {1, 1, 0}}, {MOE_ORDER_CHOICE, 2, {1, 1, 0}}};
+    static const size_t wants[] = {1, 2, 5}; /* the pairs of expert 0 */
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        CHECK_OK(moe_routes_fill(&g.r, 3, index, weight, want[i].capacity, want[i].order));
+        for (size_t t = 0; t < 3; t++) CHECK((g.r.slot[wants[t]] != MOE_NONE) == want[i].stays[t]);
+    }
+    /* the last two are both first choices: 0.8 before 0.4 */
+    index[4] = 0, index[5] = 2;
+    CHECK_OK(moe_routes_fill(&g.r, 3, index, weight, 1, MOE_ORDER_WEIGHT));
+    CHECK(g.r.slot[4] != MOE_NONE && g.r.slot[2] == MOE_NONE && g.r.slot[1] == MOE_NONE);
+    /* a token's first choice is the first that it has: 0.6 before 0.55, and what stands beside no choice is not read */
+    index[2] = -1, index[3] = 0, weight[2] = NAN, weight[3] = 0.6f, index[4] = -1, index[5] = -1;
+    CHECK_OK(moe_routes_fill(&g.r, 3, index, weight, 1, MOE_ORDER_WEIGHT));
+    CHECK(g.r.slot[3] != MOE_NONE && g.r.slot[1] == MOE_NONE);
+    /* without weights all weigh the same */
+    CHECK_OK(moe_routes_fill(&g.r, 3, index, NULL, 1, MOE_ORDER_WEIGHT));
+    CHECK(g.r.slot[3] == MOE_NONE && g.r.slot[1] != MOE_NONE);
+    routing_free(&g);
+}
+
 static void test_routes_small_and_reused(void) {
     routing g = routing_new(10, 2, 4);
     g.T = 0;
@@ -138,20 +167,21 @@ static void test_routes_bad_input(void) {
 
 /* ---- Switch: one expert, exact capacity in token order, 0 for what is dropped, jitter ---- */
 static void test_switch(void) {
-    enum { T = 61, CAPACITY = 10 }; /* (size_t)(1.25 * ceil(61 / 8)) */
+    enum { T = 61, CAPACITY = 9 }; /* int(1.25 * 61 / 8): 9.53 */
     moe_layer *m = row("switch", "");
     if (!m) return;
     tokens(T);
     lean(m, 3, 1);
     const moe_tape *t = go(m, T, 1);
-    size_t seen[E] = {0}, dropped = 0;
+    size_t seen[E] = {0}, dropped = 0, answered = 0;
     CHECK(t->n_slots == 1);
     for (size_t i = 0; i < T; i++) {
         size_t e = (size_t)t->index[i];
         int keep = seen[e]++ < CAPACITY;
         CHECK(holds_best(t, i, t->logits + i * E, E, 1));
         CHECK((t->routes.slot[i] != MOE_NONE) == keep);
-        CHECK(keep ? largest(y + i * D, NULL, D) > 0 : largest(y + i * D, NULL, D) == 0);
+        answered += keep && largest(y + i * D, NULL, D) > 0; /* all of a ReLU's arguments may be below 0 */
+        CHECK(keep || largest(y + i * D, NULL, D) == 0);
         if (!keep) { dropped++; continue; }
         float out[D];
         network(m, e, NULL, x + i * D, 1, out);
@@ -159,6 +189,7 @@ static void test_switch(void) {
         for (size_t k = 0; k < E; k++) p += exp((double)t->logits[i * E + k] - (double)t->logits[i * E + e]);
         for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], (double)out[c] / p, 2e-6);
     }
+    CHECK(answered > (T - dropped) / 2);
     CHECK(dropped > 5 && t->routes.n_dropped == dropped && kept(t, 3) == CAPACITY);
     for (size_t e = 0; e < E; e++) CHECK(kept(t, e) == (seen[e] < CAPACITY ? seen[e] : CAPACITY));
     /* jitter: x is times something in [0.99, 1.01) */
@@ -183,6 +214,56 @@ static void test_switch(void) {
     moe_layer_free(m);
 }
 
+/* ---- how many places: every token wants the lowest experts, since a router of zeros makes all equal ---- */
+static void check_places(const char *more, size_t n, int evaluate, size_t want) {
+    moe_layer *m = row(NULL, more);
+    if (!m) return;
+    scale(m, "router", 0);
+    tokens(n);
+    const moe_tape *t = go(m, n, evaluate);
+    for (size_t e = 0; e < moe_layer_desc(m)->top_k; e++)
+        if (!CHECK(kept(t, e) == want)) printf("        %s, %zu tokens: %zu, not %zu\n", more, n, kept(t, e), want);
+    moe_layer_free(m);
+}
+
+static void test_places(void) {
+    static const char *const rounds[] = {"share", "down", "nearest", "up"};
+    static const struct { const char *more; size_t n, want[4]; } cases[] = {
+        {"top_k=1 normalize=false n_experts=4 capacity_factor=1.25", 9, {3, 2, 3, 3}},      /* of 3.75; 2.8125 */
+        {"top_k=1 normalize=false n_experts=4 capacity_factor=1", 9, {3, 2, 2, 3}},         /* of 3; 2.25 */
+        {"top_k=1 normalize=false n_experts=4 capacity_factor=1", 10, {3, 2, 2, 3}},        /* of 3; 2.5, to even */
+        {"top_k=1 normalize=false n_experts=4 capacity_factor=1", 14, {4, 3, 4, 4}},        /* of 4; 3.5, to even */
+        {"top_k=2 n_experts=8 capacity_factor=1.5", 10, {6, 3, 4, 4}},                      /* of 6; 3.75 */
+        {"top_k=1 normalize=false n_experts=2 capacity_factor=1.1", 20, {11, 11, 11, 11}},  /* 1.1f is above 1.1 */
+        {"top_k=1 normalize=false n_experts=2 capacity_factor=0.7", 20, {7, 7, 7, 7}},      /* 0.7f is below 0.7 */
+        {"top_k=1 normalize=false n_experts=8 capacity_factor=0.1", 9, {1, 1, 1, 1}},       /* of 0.2; 0.1125 */
+        {"top_k=1 normalize=false n_experts=8 capacity_factor=1 min_capacity=4", 17, {4, 4, 4, 4}},
+        {"top_k=1 normalize=false n_experts=8 capacity_factor=1 min_capacity=4", 37, {5, 4, 5, 5}}, /* of 5; 4.625 */
+        {"top_k=1 normalize=false n_experts=8 capacity_factor=1 min_capacity=99", 37, {37, 37, 37, 37}}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (size_t r = 0; r < 4; r++) {
+            char more[160];
+            snprintf(more, sizeof more, "%s capacity_round=%s", cases[i].more, rounds[r]);
+            check_places(more, cases[i].n, 0, cases[i].want[r]);
+        }
+    /* without a factor no floor makes a capacity; in each of 3 sequences its own: 2 of 4, at least 3 */
+    check_places("top_k=1 normalize=false min_capacity=2", 37, 0, 37);
+    check_places("top_k=1 normalize=false n_experts=2 sequence=4 capacity_sequence=true capacity_factor=1", 12, 0, 6);
+    check_places("top_k=1 normalize=false n_experts=2 sequence=4 capacity_sequence=true capacity_factor=1 "
+                 "min_capacity=3", 12, 0, 9);
+    /* and in evaluation */
+    check_places("top_k=1 normalize=false n_experts=4 capacity_factor=9 capacity_factor_eval=1 capacity_round=up", 9, 1,
+                 3);
+    /* Switch: never under 4 */
+    moe_layer *m = row("switch", "");
+    if (!m) return;
+    scale(m, "router", 0);
+    tokens(37);
+    CHECK(kept(go(m, 8, 0), 0) == 4 && kept(go(m, 3, 0), 0) == 3 && kept(go(m, 31, 0), 0) == 4);
+    CHECK(kept(go(m, 32, 0), 0) == 5 && kept(go(m, 37, 1), 0) == 5); /* int(5.78), in evaluation too */
+    moe_layer_free(m);
+}
+
 int main(void) {
     RUN(test_routes);
     RUN(test_capacity);
@@ -190,5 +271,7 @@ int main(void) {
     RUN(test_routes_small_and_reused);
     RUN(test_routes_bad_input);
     RUN(test_switch);
+    RUN(test_places);
+    RUN(test_batch_prioritised);
     return test_end();
 }

@@ -327,6 +327,91 @@ static void test_not_finite(void) {
     free(b.p);
 }
 
+/* A layer in the test's own memory, where a number can be put that no setter takes. */
+enum { BLOCK = 1 << 16 };
+static unsigned char block[BLOCK];
+static void put_into_block(uint32_t mark, uint32_t bits) {
+    size_t found = 0;
+    for (size_t i = 0; i + 4 <= BLOCK; i++) {
+        if (memcmp(block + i, &mark, 4)) continue;
+        memcpy(block + i, &bits, 4);
+        found++;
+    }
+    CHECK(found == 1);
+}
+
+/* What cannot be loaded is not saved, and the tensor is named; what is saved is loaded. */
+static void test_saving_not_finite(void) {
+    static const uint32_t values[] = { 0x7fc00000, 0x7f800000, 0xff800000, 0x7f800001 }, mark = 0x42f6e9d5;
+    moe_desc d = small_desc();
+    moe_layer *m = NULL;
+    moe_tensor t;
+    moe_part_kind part = MOE_PART_COUNT;
+    const char *name = "";
+    float marked;
+    d.n_shared = 1;
+    d.controller = MOE_CONTROL_BIAS;
+    memcpy(&marked, &mark, 4);
+    if (!CHECK_OK(moe_layer_init(&m, &d, block, BLOCK))) return;
+    CHECK_OK(moe_layer_check(m, 1, &part, &name));
+    CHECK(name == NULL);
+    for (int p = 0; p < 3; p++)
+        for (size_t i = 0; i <= moe_layer_tensors(m); i++) {
+            static const moe_part_kind parts[] = { MOE_PART_PARAMS, MOE_PART_MOMENT1, MOE_PART_MOMENT2 };
+            static float values_of[64];
+            static unsigned char file[BLOCK];
+            if (moe_layer_tensor(m, i, &t)) t.name = "controller.state", t.count = moe_layer_control(m)->n_state;
+            if (parts[p] != MOE_PART_PARAMS && i == moe_layer_tensors(m)) continue;
+            CHECK_OK(moe_layer_get(m, parts[p], t.name, values_of, t.count));
+            float kept = values_of[t.count / 2];
+            uint32_t kept_bits;
+            memcpy(&kept_bits, &kept, 4);
+            for (size_t v = 0; v < 5; v++) {
+                uint32_t bits = v < 4 ? values[v] : UINT32_C(0xbf800000); /* -1: only as a mean of squares a fault */
+                moe_status want = v < 4 || parts[p] == MOE_PART_MOMENT2 ? MOE_E_SAVE_NAN : MOE_OK;
+                values_of[t.count / 2] = marked;
+                CHECK_OK(moe_layer_set(m, parts[p], t.name, values_of, t.count));
+                put_into_block(mark, bits);
+                CHECK_STATUS(moe_layer_save_memory(m, 1, file, sizeof file), want);
+                CHECK_STATUS(moe_layer_check(m, 1, &part, &name), want);
+                CHECK(want ? part == parts[p] && name && !strcmp(name, t.name) : name == NULL);
+                CHECK_STATUS(moe_layer_check(m, 0, &part, &name), parts[p] == MOE_PART_PARAMS ? want : MOE_OK);
+                values_of[t.count / 2] = kept;
+                CHECK_OK(moe_layer_set(m, parts[p], t.name, values_of, t.count));
+            }
+        }
+    bytes b = save(m, 1);
+    CHECK_OK(load_status(b));
+    free(b.p);
+    CHECK_STATUS(moe_layer_check(NULL, 0, &part, &name), MOE_E_NULL_LAYER);
+    CHECK_STATUS(moe_layer_check(m, 0, &part, NULL), MOE_E_NULL_OUT);
+    moe_layer_free(m);
+}
+
+/* Which tensor of a file is at fault. */
+static void test_fault(void) {
+    bytes b = small_file(1);
+    moe_layer *m = NULL;
+    moe_file f;
+    moe_file_tensor t;
+    CHECK_OK(moe_file_open(&f, b.p, b.n));
+    CHECK_OK(moe_layer_load_file(&m, &f, NULL));
+    CHECK(f.fault.name == NULL);
+    moe_layer_free(m);
+    CHECK_OK(moe_file_find(&f, "moment1.experts.wu", &t));
+    memset(b.p + (t.data - b.p), 0xff, 4);
+    CHECK_STATUS(moe_layer_load_file(&m, &f, NULL), MOE_E_FILE_NAN);
+    CHECK(m == NULL && f.fault.name == t.name && f.fault.name_length == 18 && f.fault.bytes == t.bytes);
+    CHECK_OK(moe_file_find(&f, "experts.w1", &t));
+    b.p[t.name - (const char *)b.p] = 'E';
+    CHECK_STATUS(moe_layer_load_file(&m, &f, NULL), MOE_E_FILE_TENSOR);
+    CHECK(f.fault.name_length == 10 && !memcmp(f.fault.name, "experts.w1", 10) && f.fault.data == NULL);
+    CHECK_STATUS(moe_layer_load_file(&m, NULL, NULL), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_layer_load_file(NULL, &f, NULL), MOE_E_NULL_OUT);
+    moe_file_close(&f);
+    free(b.p);
+}
+
 /* A desc far larger than the file is refused before anything is allocated. */
 static void test_huge_desc(void) {
     static const char *const sizes[] = { "1000000", "1000000000000", "4611686018427387904", "18446744073709551615",
@@ -523,7 +608,7 @@ static void test_unwritable(void) {
     CHECK_OK(moe_layer_load_memory(&m, b.p, b.n, NULL));
     CHECK_OK(moe_layer_save(m, 1, path));
     CHECK(!mkdir(part_path, 0700)); /* the place of the new file is taken */
-    CHECK_STATUS(moe_layer_save(m, 0, path), MOE_E_OPEN);
+    CHECK_STATUS(moe_layer_save(m, 0, path), MOE_E_FOLDER);
     CHECK(!rmdir(part_path));
     if (!access("/dev/full", W_OK) && CHECK(!symlink("/dev/full", part_path))) { /* the disk is full */
         CHECK_STATUS(moe_layer_save(m, 0, path), MOE_E_WRITE);
@@ -533,8 +618,8 @@ static void test_unwritable(void) {
     CHECK(disk.n == b.n && !memcmp(disk.p, b.p, b.n));
     free(disk.p);
     CHECK(!mkdir(other_path, 0700)); /* a directory: neither a file nor to be replaced by one */
-    CHECK_STATUS(load_path_action(other_path), MOE_E_READ);
-    CHECK_STATUS(moe_layer_save(m, 0, other_path), MOE_E_WRITE);
+    CHECK_STATUS(load_path_action(other_path), MOE_E_FOLDER);
+    CHECK_STATUS(moe_layer_save(m, 0, other_path), MOE_E_FOLDER);
     CHECK(!rmdir(other_path)); /* also shows that it is empty */
     strcat(other_path, ".part");
     CHECK(!file_exists(other_path));
@@ -598,6 +683,8 @@ int main(void) {
     RUN(test_truncation);
     RUN(test_lying_layers);
     RUN(test_not_finite);
+    RUN(test_saving_not_finite);
+    RUN(test_fault);
     RUN(test_huge_desc);
     RUN(test_mutation);
     RUN(test_no_memory_load);

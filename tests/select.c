@@ -86,20 +86,28 @@ static void test_topk_nan(void) {
 }
 
 /* ---- groups ---- */
-static void groups_case(size_t rows, size_t cols, size_t k, size_t n_groups, size_t top_groups, int levels) {
+static void groups_case(size_t rows, size_t cols, size_t k, size_t n_groups, size_t top_groups, size_t best,
+                        int levels) {
     size_t width = cols / n_groups;
     float *s = test_floats(rows * cols), *group = test_floats(n_groups);
     int32_t *index = test_ints(rows * k), *want = test_ints(k), *chosen = test_ints(top_groups);
     char *may = (char *)test_memory(cols, 1);
     fill_scores(s, rows * cols, levels);
-    CHECK_OK(moe_topk_groups(rows, cols, k, n_groups, top_groups, s, index));
+    CHECK_OK(moe_topk_groups_best(rows, cols, k, n_groups, top_groups, best, s, index));
+    if (best == 2) {
+        int32_t *two = test_ints(rows * k);
+        CHECK_OK(moe_topk_groups(rows, cols, k, n_groups, top_groups, s, two));
+        CHECK(same_ints(index, two, rows * k));
+        free(two);
+    }
     for (size_t r = 0; r < rows; r++) {
         const float *row = s + r * cols;
         for (size_t g = 0; g < n_groups; g++) {
-            int32_t two[2];
-            naive_topk(width, width < 2 ? 1 : 2, row + g * width, NULL, two);
-            group[g] = row[g * width + (size_t)two[0]];
-            if (width > 1) group[g] += row[g * width + (size_t)two[1]];
+            int32_t first[256];
+            size_t most = best < width ? best : width;
+            naive_topk(width, most, row + g * width, NULL, first);
+            group[g] = row[g * width + (size_t)first[0]];
+            for (size_t i = 1; i < most; i++) group[g] += row[g * width + (size_t)first[i]];
         }
         naive_topk(n_groups, top_groups, group, NULL, chosen);
         memset(may, 0, cols);
@@ -114,19 +122,26 @@ static void groups_case(size_t rows, size_t cols, size_t k, size_t n_groups, siz
 
 static void test_groups(void) {
     for (int levels = 0; levels <= 4; levels += 4) {
-        groups_case(20, 256, 8, 8, 4, levels); /* DeepSeek-V3 */
-        groups_case(50, 12, 3, 4, 2, levels);
-        groups_case(50, 12, 6, 4, 2, levels); /* all of them */
-        groups_case(50, 6, 2, 6, 3, levels);  /* groups of one */
-        groups_case(50, 6, 2, 1, 1, levels);
-        groups_case(5, 512, 4, 256, 9, levels);
-        groups_case(3, 1, 1, 1, 1, levels);
-        groups_case(0, 4, 1, 2, 1, levels);
+        groups_case(20, 256, 8, 8, 4, 2, levels); /* DeepSeek-V3 */
+        groups_case(50, 12, 3, 4, 2, 2, levels);
+        groups_case(50, 12, 6, 4, 2, 2, levels); /* all of them */
+        groups_case(50, 6, 2, 6, 3, 2, levels);  /* groups of one */
+        groups_case(50, 6, 2, 1, 1, 2, levels);
+        groups_case(5, 512, 4, 256, 9, 2, levels);
+        groups_case(3, 1, 1, 1, 1, 2, levels);
+        groups_case(0, 4, 1, 2, 1, 2, levels);
+        groups_case(20, 160, 6, 8, 3, 1, levels); /* DeepSeek-V2 */
+        groups_case(50, 12, 3, 4, 2, 1, levels);
+        groups_case(50, 40, 6, 5, 3, 3, levels);
+        groups_case(50, 12, 3, 4, 2, 256, levels); /* more than a group has */
+        groups_case(9, 512, 8, 2, 1, 256, levels);
     }
     float s[4] = {0, 1, 2, 3};
     int32_t index[4];
     CHECK_STATUS(moe_topk_groups(1, 4, 1, 3, 1, s, index), MOE_E_GROUPS);
     CHECK_STATUS(moe_topk_groups(1, 4, 1, 0, 1, s, index), MOE_E_GROUPS);
+    CHECK_STATUS(moe_topk_groups_best(1, 4, 1, 2, 1, 0, s, index), MOE_E_GROUP_BEST);
+    CHECK_STATUS(moe_topk_groups_best(1, 4, 1, 2, 1, 257, s, index), MOE_E_GROUP_BEST);
     CHECK_STATUS(moe_topk_groups(1, 514, 1, 257, 1, s, index), MOE_E_GROUPS);
     CHECK_STATUS(moe_topk_groups(1, 4, 1, 2, 0, s, index), MOE_E_TOP_GROUPS);
     CHECK_STATUS(moe_topk_groups(1, 4, 1, 2, 3, s, index), MOE_E_TOP_GROUPS);
@@ -163,7 +178,7 @@ static void threshold_case(size_t rows, size_t cols, size_t k, float threshold, 
             any |= may[e];
         }
         naive_topk(cols, k, margin, may, want);
-        if (!any && fallback) naive_topk(cols, 1, margin, NULL, want);
+        if (!any && fallback) naive_topk(cols, 1, s + r * cols, NULL, want);
         CHECK(same_ints(index + r * k, want, k));
         if (fallback) CHECK(index[r * k] >= 0);
     }
@@ -177,6 +192,12 @@ static void test_threshold(void) {
     }
     threshold_case(9, 6, 6, 100, 1, 1, 4); /* none is above */
     threshold_case(9, 6, 6, -100, 0, 0, 4);
+    /* none is above its own threshold: the highest score, though in the first and the last row column 1 is
+     * the least below (0.1) */
+    float below[9] = {0.7f, 0.4f, 0.1f, -0.9f, -0.2f, -0.6f, 0.1f, 0.4f, 0.7f}, own[3] = {0.9f, 0.5f, 0.9f};
+    int32_t taken[6];
+    CHECK_OK(moe_topk_threshold(3, 3, 2, 0, own, 1, below, taken));
+    CHECK(taken[0] == 0 && taken[1] == -1 && taken[2] == 1 && taken[3] == -1 && taken[4] == 2 && taken[5] == -1);
     float s[3] = {-INFINITY, -INFINITY, -INFINITY}, col[3] = {0, 0, NAN};
     int32_t index[3];
     CHECK_OK(moe_topk_threshold(1, 3, 2, 0, NULL, 1, s, index));

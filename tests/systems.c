@@ -137,6 +137,7 @@ static void test_gradients(void) {
     for (size_t i = 0; i < moe_systems_count(); i++) {
         const char *name = moe_system_at(i)->name;
         moe_desc d = system_desc(name);
+        test_seed = i + 1; /* a row's numbers do not depend on the rows before */
         for (int l = 0; l < MOE_LOSS_COUNT; l++) /* weights that show */
             if (d.loss[l] > 0) d.loss[l] = l == MOE_LOSS_SIMBAL ? 0.05f : 0.3f;
         d.controller = MOE_CONTROL_NONE;
@@ -181,12 +182,42 @@ static void test_more_gradients(void) {
         "gate=relu select=threshold loss.sequence=0.5",
         "loss.oracle=0.4",
         "capacity_factor=0.5 capacity_order=weight random_second=true top_k=3",
+        "random_second=true top_k=3 normalize_late=true", "random_second=true top_k=3 gate=softmax-selected",
+        "random_second=true top_k=3 gate=sigmoid n_zero=1",
         "gate=sparsemixer select=sampled top_k=3 mask_jitter=0.5 n_shared=1",
         "select=sinkhorn top_k=2 gate=sigmoid",
         "n_ranks=4 gate_drop=1 top_k=2",
         "n_ranks=4 gate_drop=1 gate_drop_experts=true n_shared=1",
         "random_steps=5",
-        "expert_drop=0.3 combine=merge select=all"};
+        "expert_drop=0.3 combine=merge select=all",
+        "router_bias=true gate=softmax-selected expert=relu loss.z=0.1",
+        "router_bias=true score=cosine combine=soft select=all soft_slots=2",
+        "router_bias=false score=mlp",
+        "shared_gate=true n_shared=1 bias=true expert=gelu",
+        "shared_gate=true n_shared=2 n_constant=2 n_zero=1 top_k=3",
+        "shared_gate=true n_shared=1 loss.output-orthogonality=0.2 bias=true",
+        "shared_gate=true n_shared=1 combine=merge select=all",
+        "shared_gate=true n_shared=2 combine=soft select=all",
+        "shared_gate=true n_shared=2 n_codes=9 loss.codebook=0.3 bias=true",
+        "shared_gate=true n_shared=1 combine=robust top_k=3",
+        "expert=gelu-tanh bias=true n_shared=1",
+        "expert=geglu-tanh",
+        "expert=swiglu-clamped bias=true router_bias=true gate=softmax-selected",
+        "expert=swiglu-clamped combine=merge select=all",
+        "score=tanh bias=true",
+        "capacity_factor=0.5 capacity_sequence=true capacity_order=weight top_k=3",
+        "capacity_factor=0.6 capacity_round=nearest min_capacity=3 capacity_order=pair top_k=3",
+        "select=gumbel top_k=3 gate=softmax loss.switch=0.3",
+        "score=half-cosine loss.switch=0.3 router_bias=true",
+        "score=half-cosine d_router=3 gate=sigmoid learn_temperature=true",
+        "score=half-cosine combine=soft select=all soft_slots=2 route_sequence=false",
+        "score=tanh d_router=5 router_bias=true gate=sigmoid jitter=0.1",
+        "input_scale=0.5 n_copy=1 n_constant=2 n_shared=1 top_k=3 shared_gate=true",
+        "input_scale=3 combine=soft select=all soft_slots=2 n_shared=1",
+        "input_scale=3 route_sequence=true",
+        "expert_norm=true bias=true n_shared=1 expert=relu",
+        "expert_norm=true input_scale=2 combine=merge select=all",
+        "expert_norm=true combine=robust top_k=3 n_zero=0 noise=gaussian"};
     for (size_t i = 0; i < sizeof mixes / sizeof *mixes; i++) {
         moe_desc d;
         size_t at;
@@ -195,6 +226,7 @@ static void test_more_gradients(void) {
         memset(&d, 0, sizeof d);
         memset(&side, 0, sizeof side);
         d.d_model = D, d.d_ff = F, d.n_experts = 8, d.sequence = 5, d.seed = i + 1;
+        test_seed = i + 100;
         for (size_t t = 0; t < T; t++) teacher[t] = (int32_t)test_below(8);
         side.teacher = teacher;
         if (!CHECK_OK(moe_desc_parse(&d, mixes[i], &at))) printf("        %s at %zu\n", mixes[i], at);

@@ -29,16 +29,23 @@ static void test_softmax_topk(void) {
 }
 
 /* ---- GShard: the second choice at random, first choices before it ---- */
-static void test_gshard(void) {
+/* late: weights over those that stay, as in torchscale; else the first keeps g1 / (g1 + g2), and that of the second is
+ * what is tested. */
+static void check_random_second(const char *more, int late) {
     enum { T = 2000 };
-    moe_layer *m = row("gshard", "capacity_factor=off");
+    moe_layer *m = row("gshard", more);
     if (!m) return;
     tokens(T);
     scale(m, "router", 4);
     const moe_tape *t = go(m, T, 1);
     for (size_t i = 0; i < T; i++) CHECK(t->index[i * 2] >= 0 && t->index[i * 2 + 1] >= 0);
-    float second[T];
-    for (size_t i = 0; i < T; i++) second[i] = t->prob[i * E + (size_t)t->index[i * 2 + 1]];
+    float second[T], first[T];
+    for (size_t i = 0; i < T; i++) {
+        double g[2];
+        for (size_t k = 0; k < 2; k++) g[k] = (double)t->prob[i * E + (size_t)t->index[i * 2 + k]];
+        second[i] = (float)(late ? g[1] : g[1] / (g[0] + g[1]));
+        first[i] = (float)(g[0] / (g[0] + g[1]));
+    }
     uint64_t before = 0;
     for (int round = 0; round < 3; round++) {
         double n[2] = {0}, expected[2] = {0}, variance[2] = {0};
@@ -48,8 +55,8 @@ static void test_gshard(void) {
             int large = second[i] > 0.25f, stays = t->index[i * 2 + 1] >= 0;
             n[large] += stays, expected[large] += q, variance[large] += q * (1 - q);
             CHECK(t->index[i * 2] >= 0);
-            /* renormalised over what stays */
-            CHECK_NEAR(t->weight[i * 2] + (stays ? t->weight[i * 2 + 1] : 0), 1, 1e-6);
+            CHECK_NEAR(t->weight[i * 2], late && !stays ? 1 : (double)first[i], 1e-6);
+            CHECK_WITHIN(t->weight[i * 2 + 1], stays ? 1 - (double)first[i] : 0, 1e-6);
         }
         CHECK(variance[0] > 20 && variance[1] > 20);
         for (int large = 0; large < 2; large++) CHECK(fabs(n[large] - expected[large]) < 4.5 * sqrt(variance[large]));
@@ -58,12 +65,18 @@ static void test_gshard(void) {
         before = hash;
     }
     moe_layer_free(m);
-    m = row("gshard", "random_second=false");
+}
+static void test_gshard(void) {
+    check_random_second("capacity_factor=off", 0);
+    check_random_second("capacity_factor=off gate=softmax-selected", 0);
+    check_random_second("capacity_factor=off normalize_late=true", 1);
+    moe_layer *m = row("gshard", "random_second=false");
     if (!m) return;
     enum { N = 64, CAPACITY = 16 }; /* 2 * ceil(64 / 8) */
+    tokens(N);
     scale(m, "router", 2);
     lean(m, 2, 1);
-    t = go(m, N, 0);
+    const moe_tape *t = go(m, N, 0);
     size_t overtaken = 0;
     for (size_t e = 0; e < E; e++) {
         size_t have[2] = {0}, refused[2] = {0}, last_first = 0, first_refused = N;
@@ -571,6 +584,53 @@ static void test_equal_logits(void) {
     moe_layer_free(m);
 }
 
+/* With one expert a token, weights that sum to 1 are 1: no gradient of the task would reach the router, and these rows
+ * are refused until that is resolved as the examples' --top-k 1 does; then it does reach it. Not what cannot learn. */
+static double router_gradient(const moe_desc *d) {
+    moe_layer *m = NULL;
+    double sum = 0;
+    if (!CHECK_OK(moe_layer_new(&m, d))) return 0;
+    size_t count = count_of(m, "router"); /* ermoe has none: its score is the experts' own */
+    float *g = test_floats(count + 1);
+    moe_layer_side(m)->evaluate = 1; /* no noise; the backward is the same */
+    CHECK_OK(moe_forward(m, x, 24, y));
+    CHECK_OK(moe_backward(m, dy, NULL));
+    if (count) CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", g, count));
+    for (size_t i = 0; i < count; i++) sum += fabs((double)g[i]);
+    moe_layer_free(m);
+    free(g);
+    return count ? sum : 1;
+}
+static void test_one_weight(void) {
+    static const char *const rows[] = {"mixtral", "gshard", "noisy-topk", "deepseek-v3", "moe++", "simbal", "ermoe",
+                                       "robust", "ecology", "growth", "vqmoe"};
+    moe_desc out;
+    tokens(24);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_desc d = row_desc(rows[i], "top_k=1");
+        CHECK_STATUS(moe_desc_resolve(&d, &out), MOE_E_ONE_WEIGHT);
+        d.freeze_router = MOE_ON;
+        CHECK_OK(moe_desc_resolve(&d, &out));
+        d.freeze_router = MOE_OFF, d.training = MOE_OFF;
+        CHECK_OK(moe_desc_resolve(&d, &out));
+        d.training = MOE_ON;
+        for (int l = 0; l < MOE_LOSS_COUNT; l++) d.loss[l] = MOE_OFF; /* of the task alone */
+        CHECK_STATUS(moe_desc_resolve(&d, &out), MOE_E_ONE_WEIGHT);
+        d.normalize = MOE_OFF;
+        if (d.gate == MOE_GATE_SOFTMAX_SELECTED) d.gate = MOE_GATE_SOFTMAX;
+        if (d.combine == MOE_COMBINE_ROBUST) d.combine = MOE_COMBINE_SUM;
+        if (!CHECK(router_gradient(&d) > 1e-3)) printf("        %s\n", rows[i]);
+    }
+    CHECK(!strcmp(moe_status_field(MOE_E_ONE_WEIGHT), "normalize"));
+    static const char *const fine[] = {"n_experts=1", "score=hash top_k=1 normalize=true", "top_k=1",
+                                       "select=expert-choice top_k=1 normalize=true", "select=sampled gate=sparsemixer",
+                                       "select=all top_k=1 normalize=true", "top_k=2 top_k_min=1 schedule_steps=9"};
+    for (size_t i = 0; i < sizeof fine / sizeof *fine; i++) {
+        moe_desc d = row_desc(NULL, fine[i]);
+        if (!CHECK_OK(moe_desc_resolve(&d, &out))) printf("        %s\n", fine[i]);
+    }
+}
+
 static void test_nothing_is_left(void) { CHECK(test_live_blocks == 0); }
 
 int main(void) {
@@ -587,6 +647,7 @@ int main(void) {
     RUN(test_equal_logits);
     RUN(test_ecology);
     RUN(test_growth);
+    RUN(test_one_weight);
     RUN(test_nothing_is_left);
     return test_end();
 }

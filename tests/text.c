@@ -64,8 +64,9 @@ static void test_integers(void) {
         CHECK(!strcmp(text, other) && moe__parse_u64(text, &back) && back == value);
     }
     static const char *const bad[] = {
-        "", "-1", "+1", "01", "1a", " 1", "18446744073709551616", "100000000000000000000"};
-    for (size_t i = 0; i < 8; i++) CHECK(!moe__parse_u64(bad[i], &back));
+        "", "-1", "+1", "01", "1a", " 1", "18446744073709551616", "18446744073709551620", "99999999999999999999",
+        "100000000000000000000"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) CHECK(!moe__parse_u64(bad[i], &back));
 }
 
 static void test_cut(void) { /* as snprintf: what fits, a zero at the end, and how much there was */

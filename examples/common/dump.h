@@ -7,7 +7,12 @@
 
 #include "platform.h"
 
+#include <math.h>
+
 #include "moe.h"
+
+#include <float.h>
+#include <math.h>
 
 #define DUMP_PIECE ((size_t)256 << 10) // bytes that are read at once: they stay in the second-level cache
 
@@ -43,7 +48,7 @@ EX_FUNC dump_file dump_open(const char *path) {
         s = moe_npy_header(&d.npy, head, have, length);
         want = d.npy.offset;
     } while (s == MOE_E_FILE_SHORT && want > have && got);
-    if (ferror(f)) dump_fail(path, have, "%s", strerror(errno)); // a folder
+    if (ferror(f)) dump_fail(path, have, "%s", strerror(errno)); // a folder, say
     fclose(f);
     free(head);
     if (s) dump_fail(path, d.npy.offset, "%s", moe_status_string(s));
@@ -56,14 +61,18 @@ EX_FUNC dump_file dump_open(const char *path) {
     return d;
 }
 
-EX_FUNC int dump_is_index(const dump_file *d) { return d->npy.dtype == MOE_DTYPE_I32 || d->npy.dtype == MOE_DTYPE_I64; }
+// Integers; uint16 may be bfloat16 as well, and is an index where one is asked for.
+EX_FUNC int dump_is_index(const dump_file *d) { return d->npy.dtype >= MOE_DTYPE_I32; }
+EX_FUNC int dump_can_index(const dump_file *d) { return dump_is_index(d) || d->npy.dtype == MOE_DTYPE_U16; }
 
 // One layer of a dump. Batch b is tokens b T / B .. (b + 1) T / B - 1; of all tokens an even sample is kept.
 typedef struct dump_layer {
     const dump_file *logits, *indices, *labels; // any may be NULL, but not both of the first
     size_t layer, experts, top_k, n_labels;
+    int probabilities;   // the logits are probabilities: their logarithm is taken
     const float *router; // (experts, width of logits): the logits are hidden states, and these the router's weights
     moe_game *game;
+    int null;           // also what plain top-k of shuffled logits picks (moe_game_excess)
     uint64_t *first;    // (B, experts): first choices
     uint64_t *labelled; // (workers, experts, n_labels): first choices by label
     size_t n_sample;
@@ -71,12 +80,13 @@ typedef struct dump_layer {
     int32_t *sample_index;  // (n_sample, top_k)
     uint32_t *sample_batch; // (n_sample)
     const moe_parallel *parallel;
+    const float *bias; // (experts) with a router: the choices are the highest sigmoid(logit) + bias; indices = logits
 } dump_layer;
 
 typedef struct dump_worker {
     FILE *file[3]; // logits, indices, labels
     unsigned char *raw;
-    float *values, *logits;
+    float *values, *logits, *scores;
     int32_t *index, *label;
     uint32_t *class;
     void *work;
@@ -87,6 +97,8 @@ typedef struct dump_worker {
 typedef struct dump_error {
     const char *path, *text;
     uint64_t offset;
+    size_t layer, token, number; // where text is about one number: numbers from 1, 0 = no such place
+    const char *what;            // that is numbered: "expert"
 } dump_error;
 
 typedef struct dump_job {
@@ -109,7 +121,7 @@ EX_FUNC int dump_rows(dump_worker *w, int which, const dump_file *d, size_t laye
         if (w->file[which]) setvbuf(w->file[which], NULL, _IONBF, 0); // pieces are large
     }
     if (w->file[which] && file_seek(w->file[which], at) && fread(out, row, n, w->file[which]) == n) return 1;
-    *e = (dump_error){d->path, "cannot be read", at};
+    *e = (dump_error){.path = d->path, .text = "cannot be read", .offset = at};
     return 0;
 }
 
@@ -129,22 +141,71 @@ EX_FUNC int dump_read_logits(dump_job *j, dump_worker *w, size_t first, size_t n
     if (!dump_rows(w, 0, d, l->layer < d->layers ? l->layer : 0, first, n, direct ? (void *)values : w->raw, e))
         return 0;
     if (!direct) moe_to_float(d->npy.dtype, n * d->width, w->raw, values);
+    for (size_t i = 0; l->probabilities && i < n * d->width; i++) values[i] = logf(values[i]); // 0: a masked expert
     if (!l->router) return 1;
     const moe_parallel alone = {.n_threads = 1};
     moe_gemm_args g = {.m = n, .n = l->experts, .k = d->width, .a = values, .b = l->router, .tb = 1, .c = w->logits};
     g.parallel = &alone;
     moe_status s = moe_gemm(&g);
-    if (s) *e = (dump_error){d->path, moe_status_string(s), 0};
+    if (s) *e = (dump_error){.path = d->path, .text = moe_status_string(s)};
     return !s;
 }
 
-EX_FUNC void dump_find_nan(const dump_layer *l, const dump_worker *w, size_t first, size_t n, dump_error *e) {
+// -infinity is a masked expert, which is never chosen: of all numbers the lowest. 0: a number is NaN or infinite, or a
+// token has fewer experts left than it chooses; the error names the first such number. n tokens from row `row` of those
+// that begin at `first`.
+#define DUMP_MASKED (-FLT_MAX)
+EX_FUNC int dump_mask(const dump_layer *l, const dump_worker *w, size_t first, size_t row, size_t n, dump_error *e) {
     const dump_file *d = l->logits;
-    const float *values = l->router ? w->values : w->logits;
-    size_t i = 0, count = n * d->width, layer = l->layer < d->layers ? l->layer : 0;
-    while (i < count && values[i] - values[i] == 0) i++;
-    uint64_t at = ((uint64_t)layer * d->tokens + first) * d->width + (i < count ? i : 0);
-    *e = (dump_error){d->path, "NaN or infinite", d->npy.data + at * moe_dtype_size(d->npy.dtype)};
+    float *values = (l->router ? w->values : w->logits) + row * d->width;
+    const char *text = NULL;
+    size_t i = 0, count = n * d->width, layer = l->layer < d->layers ? l->layer : 0, left = 0;
+    for (; i < count && !text; i++) {
+        if (i % d->width == 0) left = d->width;
+        if (!l->router && values[i] < -FLT_MAX) values[i] = DUMP_MASKED;
+        if (!l->router && values[i] <= DUMP_MASKED && --left < l->top_k)
+            text = "fewer experts are left unmasked than top-k";
+        if (values[i] - values[i] != 0) text = "NaN or infinite";
+    }
+    if (!text && !l->router) return 1;
+    if (!text) text = "NaN or infinite", i = 1; // a product of hidden states and router
+    uint64_t at = ((uint64_t)layer * d->tokens + first + row) * d->width + --i;
+    *e = (dump_error){.path = d->path, .text = text, .offset = d->npy.data + at * moe_dtype_size(d->npy.dtype)};
+    e->layer = layer + 1, e->token = first + row + i / d->width + 1, e->number = i % d->width + 1;
+    e->what = l->router ? "number of the hidden state" : "expert";
+    return 0;
+}
+
+// Experts that are masked in any token: without a mean logit. (Also those of models that mask by a lowest number.)
+EX_FUNC size_t dump_masked(const dump_layer *l) {
+    size_t masked = 0;
+    for (size_t e = 0; l->logits && e < l->experts; e++) {
+        int low = 0;
+        for (size_t b = 0; b < l->game->n_batches; b++) low |= l->game->logit[b * l->experts + e] < -1e30;
+        masked += (size_t)low;
+    }
+    return masked;
+}
+
+// Do the sampled rows look like probabilities: none below 0, and the sum 1 as nearly as 8 bits say?
+EX_FUNC int dump_are_probabilities(const dump_layer *l) {
+    for (size_t s = 0; s < l->n_sample; s++) {
+        double sum = 0;
+        for (size_t e = 0; e < l->experts; e++) {
+            if (l->sample[s * l->experts + e] < 0) return 0;
+            sum += (double)l->sample[s * l->experts + e];
+        }
+        if (fabs(sum - 1) > 0.004) return 0;
+    }
+    return l->logits && l->experts > 1;
+}
+
+// As DeepSeek-V3's router chooses, its groups left out. Logits that are not finite are found where they are counted.
+EX_FUNC void dump_choose(const dump_layer *l, dump_worker *w, size_t n) {
+    size_t E = l->experts, k = l->top_k;
+    for (size_t i = 0; i < n * E; i++) w->scores[i] = 1 / (1 + expf(-w->logits[i])) + l->bias[i % E];
+    if (!moe_topk(n, E, k, w->scores, w->index, NULL)) return;
+    for (size_t p = 0; p < n * k; p++) w->index[p] = (int32_t)(p % k);
 }
 
 // The choices of n tokens into w->index, counted; the error names the first that cannot be.
@@ -154,8 +215,10 @@ EX_FUNC int dump_read_indices(dump_job *j, dump_worker *w, size_t batch, size_t 
     size_t k = l->top_k, layer = l->layer < d->layers ? l->layer : 0, bad = 0;
     uint64_t at = ((uint64_t)layer * d->tokens + first) * k;
     const char *text = NULL;
-    if (!dump_rows(w, 1, d, layer, first, n, w->raw, e)) return 0;
-    if (moe_to_index(d->npy.dtype, n * k, w->raw, w->index, &bad)) text = moe_status_string(MOE_E_NPY_INDEX);
+    if (l->bias) dump_choose(l, w, n);
+    else if (!dump_rows(w, 1, d, layer, first, n, w->raw, e)) return 0;
+    moe_status s = l->bias ? MOE_OK : moe_to_index(d->npy.dtype, n * k, w->raw, w->index, &bad);
+    if (s) text = moe_status_string(MOE_E_NPY_INDEX);
     for (size_t p = 0; p < n * k && !text; p++) {
         if (w->index[p] < 0) continue;
         bad = p;
@@ -166,8 +229,17 @@ EX_FUNC int dump_read_indices(dump_job *j, dump_worker *w, size_t batch, size_t 
         l->game->count[batch * l->experts + (size_t)w->index[p]]++;
         if (p % k == 0) l->first[batch * l->experts + (size_t)w->index[p]]++;
     }
-    if (text) *e = (dump_error){d->path, text, d->npy.data + (at + bad) * moe_dtype_size(d->npy.dtype)};
+    at = d->npy.data + (at + bad) * moe_dtype_size(d->npy.dtype);
+    if (text) *e = (dump_error){.path = d->path, .text = text, .offset = at};
     return !text;
+}
+
+// A row without a choice is no token: padding, as a rule.
+EX_FUNC int dump_is_token(const dump_layer *l, const int32_t *index) {
+    if (!l->indices) return 1;
+    for (size_t k = 0; k < l->top_k; k++)
+        if (index[k] >= 0) return 1;
+    return 0;
 }
 
 EX_FUNC int dump_read_labels(dump_job *j, dump_worker *w, size_t worker, size_t first, size_t n, dump_error *e) {
@@ -177,17 +249,27 @@ EX_FUNC int dump_read_labels(dump_job *j, dump_worker *w, size_t worker, size_t 
     if (!dump_rows(w, 2, d, 0, first, n, w->raw, e)) return 0;
     moe_status s = moe_to_index(d->npy.dtype, n, w->raw, w->label, &bad);
     for (size_t t = 0; t < n && !s; t++) {
-        if (w->label[t] < 0 || (size_t)w->label[t] >= l->n_labels) s = MOE_E_LABEL, bad = t;
+        if (!dump_is_token(l, w->index + t * l->top_k)) w->label[t] = -1; // whatever it was
+        if (w->label[t] >= 0 && (size_t)w->label[t] >= l->n_labels) s = MOE_E_LABEL, bad = t;
         w->class[t] = (uint32_t)w->label[t];
     }
     uint64_t *count = l->labelled + worker * l->experts * l->n_labels;
     if (!s && !l->indices) moe_topk(n, l->experts, 1, w->logits, w->index, NULL);
     if (!s) moe_label_by_expert(n, l->experts, l->indices ? l->top_k : 1, l->n_labels, w->index, w->class, count);
-    if (s) *e = (dump_error){d->path, moe_status_string(s), d->npy.data + (first + bad) * moe_dtype_size(d->npy.dtype)};
+    uint64_t at = d->npy.data + (first + bad) * moe_dtype_size(d->npy.dtype);
+    if (s) *e = (dump_error){.path = d->path, .text = moe_status_string(s), .offset = at};
     return !s;
 }
 
-// Sample s is token s T / S.
+// How many tokens follow each other from row *t of n on, which moves to the first of them.
+EX_FUNC size_t dump_run(const dump_layer *l, const dump_worker *w, size_t n, size_t *t) {
+    while (*t < n && !dump_is_token(l, w->index + *t * l->top_k)) ++*t;
+    size_t end = *t;
+    while (end < n && dump_is_token(l, w->index + end * l->top_k)) end++;
+    return end - *t;
+}
+
+// Sample s is row s T / S, a token or not.
 EX_FUNC void dump_keep_sample(const dump_layer *l, const dump_worker *w, size_t batch, size_t first, size_t n) {
     uint64_t T = dump_tokens(l), S = l->n_sample;
     for (uint64_t s = (first * S + T - 1) / T; s < S && s * T / S < first + n; s++) {
@@ -209,18 +291,31 @@ EX_FUNC void dump_task(void *arg, size_t i, size_t worker) {
         n = end - first < j->piece ? end - first : j->piece;
         if (l->logits && !dump_read_logits(j, w, first, n, e)) return;
         if (l->indices && !dump_read_indices(j, w, batch, first, n, e)) return;
-        if (l->logits) { // with indices the load is theirs, and of the logits only the sums count
-            uint64_t *load = l->indices ? NULL : l->game->count + batch * E;
-            if (moe_topk_count(n, E, l->top_k, w->logits, load, l->first + batch * E, l->game->logit + batch * E,
-                               w->work, w->work_bytes)) {
-                dump_find_nan(l, w, first, n, e);
+        // with indices the load is theirs, and of the logits only the sums count
+        uint64_t *load = l->indices ? NULL : l->game->count + batch * E, *top1 = l->first + batch * E;
+        double *sum = l->game->logit + batch * E;
+        for (size_t t = 0, run; (run = dump_run(l, w, n, &t)) != 0; t += run) {
+            const float *z = w->logits + t * E;
+            l->game->tokens[batch] += run;
+            if (l->logits && moe_topk_count(run, E, l->top_k, z, load, top1, sum, w->work, w->work_bytes) &&
+                (!dump_mask(l, w, first, t, run, e) ||
+                 moe_topk_count(run, E, l->top_k, z, load, top1, sum, w->work, w->work_bytes)))
                 return;
-            }
         }
-        l->game->tokens[batch] += n;
+        const int32_t *index = l->indices ? w->index : NULL;
+        if (l->null && moe_game_add_null(l->game, batch, n, l->top_k, w->logits, index)) {
+            *e = (dump_error){.path = l->logits->path, .text = "the null"}; // not after what was checked above
+            return;
+        }
         if (l->labels && !dump_read_labels(j, w, worker, first, n, e)) return;
         dump_keep_sample(l, w, batch, first, n);
     }
+}
+
+EX_FUNC void dump_report(const dump_error *e) {
+    if (!e->what) dump_fail(e->path, e->offset, "%s", e->text);
+    dump_fail(e->path, e->offset, "%s: layer %zu, token %zu, %s %zu", e->text, e->layer - 1, e->token - 1, e->what,
+              e->number - 1);
 }
 
 // Reads one layer. tick (may be NULL) is called between rounds with the tokens that are done.
@@ -237,6 +332,7 @@ EX_FUNC void dump_read(dump_layer *l, void (*tick)(void *user, size_t done), voi
         w->raw = allocate(j.piece, row);
         w->logits = allocate(j.piece, l->experts * sizeof(float));
         if (l->router) w->values = allocate(j.piece, l->logits->width * sizeof(float));
+        if (l->bias) w->scores = allocate(j.piece, l->experts * sizeof(float));
         w->index = allocate(j.piece, l->top_k * sizeof(int32_t));
         w->label = allocate(j.piece, sizeof(int32_t));
         w->class = allocate(j.piece, sizeof(uint32_t));
@@ -246,13 +342,14 @@ EX_FUNC void dump_read(dump_layer *l, void (*tick)(void *user, size_t done), voi
         size_t round = B - j.begin < 4 * workers ? B - j.begin : 4 * workers;
         moe_run(l->parallel, round, dump_task, &j);
         for (size_t b = j.begin; b < j.begin + round; b++)
-            if (j.error[b].path) dump_fail(j.error[b].path, j.error[b].offset, "%s", j.error[b].text);
+            if (j.error[b].path) dump_report(&j.error[b]);
         if (tick) tick(user, (size_t)((uint64_t)(j.begin + round) * dump_tokens(l) / B));
     }
     for (size_t i = 0; i < workers; i++) {
         dump_worker *w = &j.worker[i];
         for (int k = 0; k < 3; k++)
             if (w->file[k]) fclose(w->file[k]);
+        free(w->scores);
         free(w->raw), free(w->values), free(w->logits), free(w->index), free(w->label), free(w->class), free(w->work);
     }
     free(j.worker);

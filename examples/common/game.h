@@ -21,6 +21,7 @@ typedef struct game {
 
 typedef struct game_note {
     double gamma, lo, hi; // NaN where the data do not tell
+    moe_game_null null;   // the same of what the noise of the tokens alone makes, and the difference
     double ecology;       // T H / (O + B) of the layer's description; infinite without an oracle and a balance loss
 } game_note;
 
@@ -44,7 +45,7 @@ EX_FUNC game_note game_end(game *g, const moe_layer *layer, const moe_parallel *
     size_t E = g->counts.n_experts, used = g->taken < g->counts.n_batches ? g->taken : g->counts.n_batches;
     double *quality = allocate(4 * E, sizeof *quality), *replicate = allocate(GAME_REPLICATES, sizeof *replicate), n;
     moe_game_fit fit;
-    game_note note = {NAN, NAN, NAN, moe_desc_ecology(moe_layer_desc(layer))};
+    game_note note = {NAN, NAN, NAN, {NAN, NAN, NAN, NAN}, moe_desc_ecology(moe_layer_desc(layer))};
     nn_must(moe_game_pool(&g->counts, NULL, 0, quality, quality + E, &n));
     nn_must(moe_game_estimate(E, quality, quality + E, n, quality + 2 * E, &fit));
     if (fit.identified) {
@@ -53,6 +54,7 @@ EX_FUNC game_note game_end(game *g, const moe_layer *layer, const moe_parallel *
         note.gamma = fit.gamma;
         moe_status s = moe_game_bootstrap(&view, GAME_REPLICATES, 1, parallel, replicate, &note.lo, &note.hi);
         if (s != MOE_E_N_BATCHES) nn_must(s); // one batch gives no interval
+        nn_must(moe_game_excess(&view, s ? 0 : GAME_REPLICATES, 1, parallel, replicate, replicate, &note.null));
     }
     free(quality);
     free(replicate);
@@ -61,12 +63,15 @@ EX_FUNC game_note game_end(game *g, const moe_layer *layer, const moe_parallel *
     return note;
 }
 
-// "E 0.55  gamma_eff 12.30 [10.10, 14.20]" or "... unidentified"
+// "E 0.55  gamma_eff 12.30 [10.10, 14.20]  excess 1.20 [-0.90, 3.10]"; "unidentified" in place of what is
 EX_FUNC void game_text(const game_note *n, char *out, size_t size) {
-    if (isnan(n->gamma))
-        snprintf(out, size, "E %.3g  gamma_eff unidentified", n->ecology);
-    else
-        snprintf(out, size, "E %.3g  gamma_eff %.2f [%.2f, %.2f]", n->ecology, n->gamma, n->lo, n->hi);
+    char gamma[48] = "unidentified", excess[48] = "unidentified";
+    if (!isnan(n->gamma)) snprintf(gamma, sizeof gamma, "%.2f [%.2f, %.2f]", n->gamma, n->lo, n->hi);
+    if (!isnan(n->null.gamma_excess))
+        snprintf(excess, sizeof excess, "%.2f [%.2f, %.2f]", n->null.gamma_excess, n->null.excess_lo,
+                 n->null.excess_hi);
+    if (isnan(n->gamma)) snprintf(out, size, "E %.3g  gamma_eff %s", n->ecology, gamma);
+    else snprintf(out, size, "E %.3g  gamma_eff %s  excess %s", n->ecology, gamma, excess);
 }
 
 EX_FUNC void game_json(json *j, const game_note *n) {
@@ -74,6 +79,10 @@ EX_FUNC void game_json(json *j, const game_note *n) {
     json_real(j, "gamma_eff", n->gamma);
     json_real(j, "gamma_lo", n->lo);
     json_real(j, "gamma_hi", n->hi);
+    json_real(j, "gamma_null", n->null.gamma_null);
+    json_real(j, "gamma_excess", n->null.gamma_excess);
+    json_real(j, "excess_lo", n->null.excess_lo);
+    json_real(j, "excess_hi", n->null.excess_hi);
 }
 
 #endif

@@ -62,7 +62,19 @@ EX_FUNC float *nn_scratch(nn *s, size_t count) {
 }
 
 EX_FUNC void nn_must(moe_status status) {
-    if (status != MOE_OK) die("%s", moe_status_string(status));
+    const char *hint = "";
+    if (moe_status_kind(status) == MOE_KIND_NUMBER) hint = "; if the training diverges, try a smaller --lr";
+    if (status != MOE_OK) die("%s%s", moe_status_string(status), hint);
+}
+
+// --top-k: k experts a token. With one the weight is its score, not 1 as its share of one: a router whose weight is
+// always 1 would learn nothing from the task. (DeepSeek's gate normalises for top_k > 1 alone.)
+EX_FUNC void nn_top_k(moe_desc *desc, size_t k) {
+    desc->top_k = k;
+    if (k != 1 || desc->select == MOE_SELECT_EXPERT_CHOICE) return;
+    desc->normalize = MOE_OFF;
+    if (desc->gate == MOE_GATE_SOFTMAX_SELECTED) desc->gate = MOE_GATE_SOFTMAX;
+    if (desc->combine == MOE_COMBINE_ROBUST) desc->combine = MOE_COMBINE_SUM;
 }
 
 // Arrays of (rows, c) are cut into blocks of whole rows, about 64 KiB each. The cut depends on the shape alone.

@@ -122,7 +122,10 @@ EX_FUNC const void *file_view(const char *path, size_t *size) {
     int file = open(path, O_RDONLY);
     if (file < 0) return NULL;
     void *p = NULL;
-    if (fstat(file, &info) == 0 && S_ISREG(info.st_mode)) {
+    errno = 0;
+    int known = fstat(file, &info) == 0;
+    if (known && S_ISDIR(info.st_mode)) errno = EISDIR;
+    if (known && S_ISREG(info.st_mode)) {
         p = info.st_size ? mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0) : (void *)"";
         if (p == MAP_FAILED) p = NULL;
         if (p) *size = (size_t)info.st_size;

@@ -29,6 +29,7 @@ static void test_names(void) {
     NAME_CHECK(moe_gate_name, moe_gate_kind, 1, MOE_GATE_COUNT)
     NAME_CHECK(moe_select_name, moe_select_kind, 1, MOE_SELECT_COUNT)
     NAME_CHECK(moe_order_name, moe_order_kind, 1, MOE_ORDER_COUNT)
+    NAME_CHECK(moe_round_name, moe_round_kind, 1, MOE_ROUND_COUNT)
     NAME_CHECK(moe_noise_name, moe_noise_kind, 1, MOE_NOISE_COUNT)
     NAME_CHECK(moe_combine_name, moe_combine_kind, 1, MOE_COMBINE_COUNT)
     NAME_CHECK(moe_schedule_name, moe_schedule_kind, 1, MOE_SCHEDULE_COUNT)

@@ -33,7 +33,8 @@ check "each once" [ "$n" -eq "$(finals all | sed 's/.*"method":"\([^"]*\)".*/\1/
 number='-\{0,1\}[0-9][0-9.e+-]*'
 keys='{"event":"final","method":"[^"]*","kind":"[a-z-]*","coef":\(null\|'$number'\)'
 for key in test_loss test_accuracy maxvio load_cv; do keys="$keys,\"$key\":$number"; done
-check "exactly these keys, and numbers" [ "$n" -eq "$(finals all | grep -c "^$keys,\"dead\":[0-9]*}\$")" ]
+keys="$keys,\"dead\":[0-9]*,\"dead_experts\":\[[0-9,]*\],\"dead_first\":[0-9]*"
+check "exactly these keys, and numbers" [ "$n" -eq "$(finals all | grep -c "^$keys}\$")" ]
 check "a layer of the configuration for each" [ "$(head -n 1 "$tmp/all.out" | grep -o '"d_model":' | wc -l)" -eq "$n" ]
 
 # the files

@@ -49,9 +49,10 @@ check "help" sh -c "'$dir/inspect' --help | grep -q -- --series"
 keys() {
     inspect --json 2>/dev/null | head -n 1 | tr ',' '\n' | sed -n 's/.*"\([a-z0-9_]*\)":.*/\1/p' >"$dir/keys"
     printf '%s\n' layer tokens experts top_k load maxvio cv \
-        gini entropy effective_experts dead_absolute dead_relative gamma_eff \
-        gamma_lo gamma_hi gamma_ols identified temperature l1_game l1_softmax l1_uniform l1_types_coupled \
-        l1_types_independent feasible k_over_m | diff - "$dir/keys"
+        gini entropy effective_experts dead dead_experts dead_first gamma_eff \
+        gamma_lo gamma_hi gamma_null gamma_excess excess_lo excess_hi \
+        gamma_ols identified temperature l1_game l1_softmax l1_uniform l1_types_coupled \
+        l1_types_independent masked probabilities feasible k_over_m | diff - "$dir/keys"
 }
 check "JSON keys, exactly" keys
 number() { sed -n "$2p" "$1" | sed -n "s/.*\"$3\":\([-0-9.e+]*\|true\|false\|null\).*/\1/p"; }
@@ -72,10 +73,35 @@ covers() { # FILE VALUE SLACK: gamma_lo <= VALUE <= gamma_hi, and both within SL
         'BEGIN { exit !(lo <= v && v <= hi && v - lo < s && hi - v < s) }'
 }
 check "the interval covers it" covers "$dir/planted.json" 12 4
+check "the null of the planted dump" near "$dir/planted.json" 1 gamma_null 0 0.5
+check "its excess" near "$dir/planted.json" 1 gamma_excess 12 1.5
+above() { awk -v v="$(number "$1" 1 "$2")" -v least="$3" 'BEGIN { exit !(v > least) }'; }
+check "which is above 0" above "$dir/planted.json" excess_lo 8
+check "tokens alike, nothing but noise" run noise.json --top-k 2 "$dir/noise.npy"
+check "look like congestion" above "$dir/noise.json" gamma_lo 5
+within() { # FILE: the interval of the excess holds 0
+    awk -v lo="$(number "$1" 1 excess_lo)" -v hi="$(number "$1" 1 excess_hi)" 'BEGIN { exit !(lo <= 0 && hi >= 0) }'
+}
+check "and have no excess" within "$dir/noise.json"
 check "top-k of indices" near "$dir/planted.json" 1 top_k 1 0
 check "planted dump, one thread" run planted1.json --threads 1 --logits "$dir/planted.npy" --indices \
     "$dir/planted_index.npy"
 check "the same for any number of threads" cmp "$dir/planted.json" "$dir/planted1.json"
+
+bad() { # FILE BYTE TEXT ARGUMENTS...: status 2, and one line with all three
+    file=$1 byte=$2 text=$3
+    shift 3
+    $limit "$dir/inspect" --quiet --bootstrap 5 "$@" >"$dir/out" 2>"$dir/err"
+    code=$?
+    [ $code -eq 2 ] || { echo "status $code"; cat "$dir/err"; return 1; }
+    [ "$(wc -l <"$dir/err")" -eq 1 ] || { cat "$dir/err"; return 1; }
+    grep -F "$file" "$dir/err" | grep -F "byte $byte:" | grep -q "$text" || { cat "$dir/err"; return 1; }
+}
+
+check "the same dump, half of it padding" run half.json --logits "$dir/half.npy" --indices "$dir/half_index.npy"
+for key in tokens gamma_eff gamma_lo gamma_hi gamma_null gamma_excess gamma_ols temperature maxvio l1_game; do
+    check "$key knows no padding" near "$dir/half.json" 1 $key "$(number "$dir/planted.json" 1 $key)" 1e-6
+done
 
 check "hand-made indices" run hand.json "$dir/hand_index.npy" --experts 4
 check "tokens" near "$dir/hand.json" 1 tokens 6 0
@@ -85,7 +111,15 @@ check "CV" near "$dir/hand.json" 1 cv 0.62360956 1e-8
 check "Gini" near "$dir/hand.json" 1 gini 0.33333333 1e-8
 check "entropy" near "$dir/hand.json" 1 entropy 1.19884931 1e-8
 check "effective experts" near "$dir/hand.json" 1 effective_experts 3.31629870 1e-7
-check "dead, absolute" near "$dir/hand.json" 1 dead_absolute 2 0 # first choices 4 2 0 0
+check "dead: none" near "$dir/hand.json" 1 dead 0 0              # 1 of 12 is over a tenth of 3
+check "dead by first choices" near "$dir/hand.json" 1 dead_first 2 0 # 4 2 0 0
+check "an expert that nobody chose" run unused.json "$dir/hand_index.npy" --experts 6
+check "is dead" sh -c "grep -q '\"dead\":2,\"dead_experts\":\[4,5\],\"dead_first\":4,' '$dir/unused.json'"
+check "and in the table" sh -c "'$dir/inspect' --quiet '$dir/hand_index.npy' --experts 6 | grep -q '^    0  4 5\$'"
+check "indices with rows that have no choice" run padded.json "$dir/padded_index.npy" --experts 4
+check "are the same as without them" cmp "$dir/hand.json" "$dir/padded.json"
+check "no tokens" bad none_index.npy 0 "no tokens" "$dir/none_index.npy"
+check "no tokens of as many experts" bad none_index.npy 0 "no tokens" --experts 4 "$dir/none_index.npy"
 check "no gamma without logits" sh -c "grep -q '\"gamma_eff\":null.*\"identified\":false' '$dir/hand.json'"
 check "indices alone, experts from the largest" run hand2.json "$dir/hand_index.npy"
 check "they are the same" cmp "$dir/hand.json" "$dir/hand2.json"
@@ -111,6 +145,41 @@ check "is unidentified" sh -c "grep -q '\"identified\":false' '$dir/flat.json'"
 check "labels" sh -c \
     "'$dir/inspect' --quiet --bootstrap 20 --top-k 1 --labels '$dir/labels.npy' '$dir/small_f4.npy' >'$dir/labels.txt'"
 check "and what they say" grep -q PURE_CORE "$dir/labels.txt"
+# labels are the first choices but in every tenth token, where they are 0
+check "the experts of a label" grep -q '^    0      3  3 100%$' "$dir/labels.txt"
+check "labels in JSON" run labels.json --top-k 1 --labels "$dir/labels.npy" "$dir/small_f4.npy"
+labelled() { # of each expert the tokens by label: only its own number and 0; they sum to the 300 tokens
+    sed 's/.*"labels":\[\[\(.*\)\]\],"label_experts".*/\1/; s/\],\[/\n/g' "$dir/labels.json" | awk -F , '
+        { for (i = 1; i <= NF; i++) { sum += $i; if ($i && i != 1 && i != NR) bad = 1 } }
+        END { exit bad || NR != 6 || sum != 300 }'
+}
+check "the map of labels" labelled
+check "the experts of each label" sh -c \
+    "grep -q '\"label_experts\":\[\[0,[0-9],[0-9]\],\[1\],\[2\],\[3\],\[4\],\[5\]\]' '$dir/labels.json'"
+check "labels in HTML" inspect --html --out "$dir/html" --top-k 1 --labels "$dir/labels.npy" "$dir/small_f4.npy"
+check "with a map and the experts of a label" sh -c "grep -q 'share of a label' '$dir/html/inspect.html' &&
+    grep -q '3 100%' '$dir/html/inspect.html'"
+
+# masked experts, probabilities
+loads() { sed 's/.*"load":\(\[[^]]*\]\).*/\1/' "$dir/$1.json"; }
+same_loads() { [ -n "$(loads "$1")" ] && [ "$(loads "$1")" = "$(loads "$2")" ]; }
+check "a masked expert" run masked.json --top-k 2 "$dir/masked.npy"
+check "a low logit" run low.json --top-k 2 "$dir/low.npy"
+check "are never chosen: the same loads" same_loads masked low
+check "the masked one is dead, and has no quality" sh -c "grep -q \
+    '\"dead_experts\":\[5\].*\"gamma_eff\":null.*\"identified\":false.*\"masked\":1,' '$dir/masked.json'"
+check "and so says a warning" sh -c \
+    "'$dir/inspect' --quiet --bootstrap 5 --top-k 2 '$dir/masked.npy' 2>&1 >/dev/null | grep -q 'masked experts: 1'"
+check "logits are no probabilities" sh -c "grep -q '\"masked\":0,\"probabilities\":false' '$dir/low.json'"
+check "probabilities" run probabilities.json --top-k 2 "$dir/probabilities.npy"
+check "are recognised" grep -q '"probabilities":true' "$dir/probabilities.json"
+check "with a warning" sh -c "'$dir/inspect' --quiet --bootstrap 5 --top-k 2 '$dir/probabilities.npy' 2>&1 >/dev/null |
+    grep -q 'sums to 1): 1; say --probabilities'"
+check "their log" run log.json --top-k 2 --probabilities "$dir/probabilities.npy"
+check "is as good as logits" sh -c "grep -q '\"probabilities\":false' '$dir/log.json'"
+check "with their loads" same_loads log f4
+check "one row that does not sum to 1" run not_quite.json --top-k 2 "$dir/not_quite.npy"
+check "and they are none" grep -q '"probabilities":false' "$dir/not_quite.json"
 
 for model in olmoe mixtral sharded; do # the same weights and hidden states in three layouts
     file=$dir/$model.safetensors
@@ -121,13 +190,21 @@ for model in olmoe mixtral sharded; do # the same weights and hidden states in t
         "sed 's/.*\"load\":\(\[[^]]*\]\).*/\1/' '$dir/$model.json' | cmp - '$dir/router_loads.txt'"
 done
 
+check "a router's bias" run biased.json --top-k 2 --router "$dir/biased.safetensors" "$dir/hidden.npy"
+check "chooses" grep -q '"layer":1,.*"load":\[0,0.5,0,0.5\]' "$dir/biased.json"
+check "but a bias of zeros changes nothing" sh -c "sed -n 2p '$dir/olmoe.json' >'$dir/olmoe_3.json'
+    sed -n 2p '$dir/biased.json' | cmp - '$dir/olmoe_3.json'"
+check "its bias is in another shard" run shard_bias.json --top-k 2 --router "$dir/biased.safetensors.index.json" \
+    "$dir/hidden.npy"
+check "and chooses the same" sh -c "head -n 1 '$dir/biased.json' | cmp - '$dir/shard_bias.json'"
+
 check "a series" run series.json --series --steps-at 1000,2000,4000,8000,16000,32000,64000 --top-k 1 --batches 20 \
     "$dir/step0.npy" "$dir/step1.npy" "$dir/step2.npy" "$dir/step3.npy" "$dir/step4.npy" \
     "$dir/step5.npy" "$dir/step6.npy"
 phases() {
-    steps='\[1000,2000,4000,8000,16000,32000,64000\]'
+    steps='\[1000,2000,4000,8000,16000,32000,64000\]' gammas='"gamma_eff":\[.*\],"gamma_excess":\[.*\]'
     tail -n 1 "$dir/series.json" |
-        grep -q "^{\"event\":\"phases\",\"step\":$steps,\"gamma_eff\":\[.*\],\"phase\":\[\"[a-z]*\",.*\]}\$"
+        grep -q "^{\"event\":\"phases\",\"step\":$steps,$gammas,\"excess_lo\":.*,\"phase\":\[\"[a-z]*\",.*\]}\$"
 }
 check "has an object of phases last" phases
 check "and one for each checkpoint" sh -c "[ \$(wc -l <'$dir/series.json') = 8 ]"
@@ -143,15 +220,6 @@ check "html of a series" inspect --html --out "$dir/html" --series --top-k 1 --b
 check "shows the checkpoints" grep -q "over training" "$dir/html/inspect.html"
 
 # ---- bad files ----
-bad() { # FILE BYTE TEXT ARGUMENTS...: status 2, and one line with all three
-    file=$1 byte=$2 text=$3
-    shift 3
-    $limit "$dir/inspect" --quiet --bootstrap 5 "$@" >"$dir/out" 2>"$dir/err"
-    code=$?
-    [ $code -eq 2 ] || { echo "status $code"; cat "$dir/err"; return 1; }
-    [ "$(wc -l <"$dir/err")" -eq 1 ] || { cat "$dir/err"; return 1; }
-    grep -F "$file" "$dir/err" | grep -F "byte $byte:" | grep -q "$text" || { cat "$dir/err"; return 1; }
-}
 for file in order dtype nan inf zero overflow long magic version records nohdr; do
     read -r byte text <"$dir/bad_$file.want"
     check "bad: $file" bad "bad_$file.npy" "$byte" "$text" --top-k 2 "$dir/bad_$file.npy"
@@ -163,6 +231,13 @@ while [ $n -lt "$size" ]; do # truncated at every length of the header, and here
     n=$((n < 136 ? n + 1 : n + 97))
 done
 check "truncated files" test $wrong -eq 0
+check "bad: too few experts left" bad one_left.npy 1996 "fewer experts .* layer 0, token 77, expert 5" --top-k 2 \
+    "$dir/one_left.npy"
+check "bad: NaN names its place" bad bad_nan.npy 1732 "layer 0, token 66, expert 5" --top-k 2 "$dir/bad_nan.npy"
+check "bad: NaN of a hidden state" bad bad_nan.npy 1732 "token 66, number of the hidden state 5" --top-k 1 \
+    --router "$dir/six.safetensors" "$dir/bad_nan.npy"
+check "bad: a folder as router" bad "$dir" 0 "a folder: give its .safetensors" --top-k 2 --router "$dir" \
+    "$dir/hidden.npy"
 check "bad: no such file" bad none.npy 0 "No such file" "$dir/none.npy"
 check "bad: a folder" bad "$dir" 0 "" "$dir"
 check "bad: uint16 without --bf16" bad small_bf16.npy 0 "say --bf16" "$dir/small_bf16.npy"
@@ -172,17 +247,18 @@ check "bad: an expert twice" bad twice_index.npy 132 "twice" "$dir/twice_index.n
 check "bad: an index over 31 bits" bad wide_index.npy 136 "31 bits" "$dir/wide_index.npy"
 check "bad: another number of tokens" bad hand_index.npy 0 "tokens" --logits "$dir/small_f4.npy" --indices \
     "$dir/hand_index.npy"
-check "bad: floats as indices" bad small_f4.npy 0 "int32 or int64" --indices "$dir/small_f4.npy"
-check "bad: too few labels" bad hand_index.npy 0 "one for each token" --labels "$dir/hand_index.npy" "$dir/small_f4.npy"
-check "bad: negative label" bad negative_labels.npy 136 "label" --top-k 1 --labels "$dir/negative_labels.npy" \
+check "bad: floats as indices" bad small_f4.npy 0 "indices are integers" --indices "$dir/small_f4.npy"
+check "bad: too few labels" bad hand_index.npy 0 "one for each token" --top-k 2 \
+    --labels "$dir/hand_index.npy" "$dir/small_f4.npy"
+check "a negative label is none" "$dir/inspect" --quiet --bootstrap 20 --top-k 1 --labels "$dir/negative_labels.npy" \
     "$dir/small_f4.npy"
-check "bad: safetensors" bad small_f4.npy 0 "" --router "$dir/small_f4.npy" "$dir/hidden.npy"
+check "bad: safetensors" bad small_f4.npy 0 "" --top-k 2 --router "$dir/small_f4.npy" "$dir/hidden.npy"
 check "bad: no router" bad none.safetensors 0 "no router" --router "$dir/none.safetensors" "$dir/hidden.npy"
 check "bad: NaN in a router" bad nan.safetensors 96 "NaN" --router "$dir/nan.safetensors" "$dir/hidden.npy"
 check "bad: a shard is missing" bad "" 0 "No such file" --router "$dir/missing.safetensors.index.json" "$dir/hidden.npy"
 check "bad: an index with a path" bad escape.safetensors.index.json 49 "weight_map" \
     --router "$dir/escape.safetensors.index.json" "$dir/hidden.npy"
-check "bad: hidden states of another width" bad small_f4.npy 0 "width" --router "$dir/olmoe.safetensors" \
+check "bad: hidden states of another width" bad small_f4.npy 0 "width" --top-k 2 --router "$dir/olmoe.safetensors" \
     "$dir/small_f4.npy"
 
 # ---- bad options ----
@@ -192,4 +268,6 @@ check "option: steps without a series" option --steps-at 1,2 "$dir/small_f4.npy"
 check "option: too few steps" option --series --top-k 1 --steps-at 1 "$dir/step0.npy" "$dir/step1.npy"
 check "option: steps that fall" option --series --top-k 1 --steps-at 2,1 "$dir/step0.npy" "$dir/step1.npy"
 check "option: top-k 0" option --top-k 0
+check "option: logits need --top-k" option "$dir/small_f4.npy"
+check "with a hint" grep -q "small_f4.npy: say --top-k N" "$dir/err"
 finish

@@ -96,6 +96,12 @@ static void write_indices(void) {
     f = npy("hand_index64.npy", 1, "'<i8'", "False", "(6, 2)");
     for (int i = 0; i < 12; i++) put(f, (uint64_t)(int64_t)hand[i], 8);
     fclose(f);
+    f = npy("padded_index.npy", 1, "'<i4'", "False", "(18, 2)"); /* each row between two without a choice */
+    for (int i = 0; i < 36; i++) put(f, (uint64_t)(int64_t)(i / 2 % 3 == 1 ? hand[i / 6 * 2 + i % 2] : -1), 4);
+    fclose(f);
+    f = npy("none_index.npy", 1, "'<i4'", "False", "(6, 2)");
+    for (int i = 0; i < 12; i++) put(f, (uint64_t)(int64_t)-1, 4);
+    fclose(f);
     f = npy("twice_index.npy", 1, "'<i4'", "False", "(2, 2)");
     put(f, 1, 4), put(f, 1, 4), put(f, 0, 4), put(f, 1, 4);
     fclose(f);
@@ -104,16 +110,17 @@ static void write_indices(void) {
     fclose(f);
 }
 
-/* Tokens that pick by the congestion game with a known gamma; their logits are the quality and noise. */
-static void write_planted(const char *logits, const char *indices, size_t tokens, double gamma, double spread,
-                          uint64_t seed) {
+/* Tokens that pick by the congestion game with a known gamma; their logits are the quality and noise. padding: rows
+ * without a choice after each, whose logits are NaN. */
+static void write_planted(const char *logits, const char *indices, size_t tokens, size_t padding, double gamma,
+                          double spread, uint64_t seed) {
     enum { M = 8 };
     char shape[32];
     double q[M], m[M];
     float noise[M];
-    snprintf(shape, sizeof shape, "(%zu, %d)", tokens, M);
+    snprintf(shape, sizeof shape, "(%zu, %d)", tokens * (1 + padding), M);
     FILE *z = npy(logits, 1, "'<f4'", "False", shape), *i = NULL;
-    snprintf(shape, sizeof shape, "(%zu, 1)", tokens);
+    snprintf(shape, sizeof shape, "(%zu, 1)", tokens * (1 + padding));
     if (indices) i = npy(indices, 1, "'<i4'", "False", shape);
     for (int e = 0; e < M; e++) q[e] = spread * (1.5 - 0.4 * e);
     if (moe_game_solve(M, q, gamma, m, NULL)) exit(1);
@@ -128,9 +135,21 @@ static void write_planted(const char *logits, const char *indices, size_t tokens
             put_float(z, (float)q[e] + (i           ? noise[e]
                                         : e == pick ? 8.0f
                                                     : -8.0f * (float)m[e] / (float)(1 - m[e] + 1e-9)));
+        for (size_t p = 0; i && p < padding * M; p++) put_float(z, NAN);
+        for (size_t p = 0; i && p < padding; p++) put(i, UINT64_MAX, 4);
     }
     fclose(z);
     if (i) fclose(i);
+}
+
+/* Tokens that differ by nothing but noise. */
+static void write_noise(void) {
+    enum { TOKENS = 4000, M = 16 };
+    static float z[TOKENS * M];
+    if (moe_rand_normal(9, 0, TOKENS * M, 0, 3, z)) exit(1);
+    FILE *f = npy("noise.npy", 1, "'<f4'", "False", "(4000, 16)");
+    for (int i = 0; i < TOKENS * M; i++) put_float(f, z[i] - 0.1f * (float)(i % M));
+    fclose(f);
 }
 
 static void want(const char *name, const char *text) {
@@ -171,6 +190,26 @@ static void write_bad(void) {
     fclose(f), want("bad_nohdr.want", "8 header");
 }
 
+/* Expert 5 masked in all tokens, and the same with a low number; a token with one expert left; probabilities. */
+static void write_masked(void) {
+    static const char *const name[] = {"masked.npy", "low.npy", "one_left.npy", "probabilities.npy", "not_quite.npy"};
+    for (int i = 0; i < 5; i++) {
+        FILE *f = npy(name[i], 1, "'<f4'", "False", "(300, 6)");
+        for (size_t t = 0; t < T; t++) {
+            double sum = 0;
+            for (size_t e = 0; e < E; e++) sum += exp((double)small(0, t, e));
+            for (size_t e = 0; e < E; e++) {
+                float z = small(0, t, e), p = (float)(exp((double)z) / sum);
+                if (i < 3 && e == 5) z = i == 1 ? -100.0f : -INFINITY;
+                if (i == 2 && t == 77 && e > 0) z = -INFINITY;
+                if (i >= 3) z = i == 4 && t == 299 ? p * 1.01f : p; /* one row that sums to 1.01 */
+                put_float(f, z);
+            }
+        }
+        fclose(f);
+    }
+}
+
 /* ---- routers: two layers (1 and 3) of 4 experts over 2-dimensional hidden states ---- */
 enum { D = 2, R = 4, H = 40 };
 static const float weight[2][R][D] = {{{1, 0}, {-1, 0}, {0, 1}, {0, -1}}, {{1, 1}, {-1, 1}, {1, -1}, {-2, -2}}};
@@ -204,8 +243,33 @@ static void write_routers(void) {
     safetensors("model-00002-of-00002.safetensors",
                 "{\"model.layers.3.mlp.gate.weight\":{\"dtype\":\"F32\",\"shape\":[4,2],\"data_offsets\":[0,32]}}", 1,
                 1, "f4");
+    /* layer 1 has a bias that moves every token to experts 3 and 1, layer 3 one of zeros: sigmoid keeps the order */
+    static const float bias[2][R] = {{0, 2, 1, 3}, {0, 0, 0, 0}};
+    FILE *b = create("biased.safetensors");
+    const char *biased =
+        "{\"model.layers.3.mlp.gate.weight\":{\"dtype\":\"F32\",\"shape\":[4,2],\"data_offsets\":[32,64]},"
+        "\"model.layers.1.mlp.gate.weight\":{\"dtype\":\"F32\",\"shape\":[4,2],\"data_offsets\":[0,32]},"
+        "\"model.layers.1.mlp.gate.e_score_correction_bias\":"
+        "{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[64,80]},"
+        "\"model.layers.3.mlp.gate.e_score_correction_bias\":"
+        "{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[80,96]}}";
+    put(b, strlen(biased), 8);
+    fputs(biased, b);
+    for (int i = 0; i < 2 * R * D; i++) put_as(b, "f4", weight[i / (R * D)][i / D % R][i % D]);
+    for (int i = 0; i < 2 * R; i++) put_as(b, "f4", bias[i / R][i % R]);
+    fclose(b);
+    want("biased.safetensors.index.json",
+         "{\"weight_map\":{\"model.layers.1.mlp.gate.weight\":\"model-00001-of-00002.safetensors\","
+         "\"model.layers.1.mlp.gate.e_score_correction_bias\":\"biased.safetensors\"}}");
     safetensors("none.safetensors", "{\"lm_head.weight\":{\"dtype\":\"F32\",\"shape\":[4,2],\"data_offsets\":[0,32]}}",
                 1, 1, "f4");
+    FILE *six = create("six.safetensors"); /* one router of two experts over hidden states of 6 numbers */
+    const char *of_six =
+        "{\"model.layers.1.mlp.gate.weight\":{\"dtype\":\"F32\",\"shape\":[2,6],\"data_offsets\":[0,48]}}";
+    put(six, strlen(of_six), 8);
+    fputs(of_six, six);
+    for (int i = 0; i < 12; i++) put_float(six, 1);
+    fclose(six);
     FILE *f = create("nan.safetensors");
     const char *header =
         "{\"model.layers.1.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[1,2],\"data_offsets\":[0,4]}}";
@@ -249,14 +313,17 @@ int main(void) {
     static const double gamma[] = {2, 8, 20, 22, 20, 10, 4};
     write_small();
     write_indices();
-    write_planted("planted.npy", "planted_index.npy", 20000, 12, 1, 3);
-    write_planted("flat.npy", "flat_index.npy", 4000, 5, 0, 4);
+    write_noise();
+    write_planted("planted.npy", "planted_index.npy", 20000, 0, 12, 1, 3);
+    write_planted("half.npy", "half_index.npy", 20000, 1, 12, 1, 3);
+    write_planted("flat.npy", "flat_index.npy", 4000, 0, 5, 0, 4);
     for (int s = 0; s < 7; s++) {
         char name[32];
         snprintf(name, sizeof name, "step%d.npy", s);
-        write_planted(name, NULL, 2000, gamma[s], 1, 10 + (uint64_t)s);
+        write_planted(name, NULL, 2000, 0, gamma[s], 1, 10 + (uint64_t)s);
     }
     write_bad();
+    write_masked();
     write_routers();
     return 0;
 }

@@ -12,7 +12,7 @@ less() { awk "BEGIN { exit !($1 < $2) }"; }
 run one 0 --steps 150 --batch 32 --test 128 --classes 2 --threads 1 --json
 keys='{"event":"final"' number='-\{0,1\}[0-9][0-9.e+-]*'
 for key in stage1_loss stage2_loss stage3_loss purity end_to_end_loss no_attention_loss one_transformer_loss \
-    stage2_line_fit stage2_power_fit; do
+    stage2_line_fit stage2_slow_fit; do
     keys="$keys,\"$key\":$number"
 done
 for key in specialises linear_rate floor beats_end_to_end; do keys="$keys,\"$key\":\(true\|false\)"; done
@@ -31,6 +31,8 @@ for name in three_stages end_to_end no_attention one_transformer; do
 done
 check "the table goes to standard error" grep -q '^three stages ' "$tmp/one.err"
 check "four claims are judged" [ "$(grep -c '^\(NOT \)\{0,1\}borne out: ' "$tmp/one.err")" -eq 4 ]
+check "the verdict on the rate names both laws and what decided" grep -q \
+    'linear rate: \(yes\|no\|not told\): .*e^(-c step) explains [0-9.]*%, 1 / (t0 + step) [0-9.]*%$' "$tmp/one.err"
 check "mot.html and mot.svg are whole" \
     [ "$(tail -n 1 "$tmp/one/mot.html") $(tail -n 1 "$tmp/one/mot.svg")" = "</main></body></html> </svg>" ]
 # the attention that is frozen in stage I is the same as none

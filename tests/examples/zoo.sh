@@ -17,8 +17,10 @@ check "a result for every layer of the configuration" \
     [ "$n" -eq "$(head -n 1 "$tmp/all.out" | grep -o '"d_model":' | wc -l)" ]
 check "a result for each name" [ "$n" -eq "$(finals all | sed 's/.*"system":"\([^"]*\)".*/\1/' | sort -u | wc -l)" ]
 number='\(null\|-\{0,1\}[0-9][0-9.e+-]*\)' keys='{"event":"final","system":"[^"]*","source":"[^"]*"'
-for key in train_loss test_loss test_accuracy tokens_per_s maxvio load_cv load_entropy dead dropped pes; do
+for key in train_loss test_loss test_accuracy tokens_per_s maxvio load_cv load_entropy dead dead_experts dead_first \
+    dropped pes; do
     keys="$keys,\"$key\":$number"
+    [ $key = dead_experts ] && keys="${keys%"$number"}\[[0-9,]*\]"
 done
 check "exactly these keys" [ "$n" -eq "$(finals all | grep -c "^$keys,\"diverged\":\(true\|false\)}\$")" ]
 check "two steps, and nothing diverges" [ "$(finals all | grep -c '"diverged":false}$')" -eq "$n" ]
@@ -48,6 +50,22 @@ done
 check "every system in the tables and pictures:$missing" [ -z "$missing" ]
 check "zoo.html and zoo.svg are whole" \
     [ "$(tail -n 1 "$tmp/all/zoo.html") $(tail -n 1 "$tmp/all/zoo.svg")" = "</main></body></html> </svg>" ]
+
+# the windows of a training: 24 lines, each of its share of the steps and of all of their batches
+windows() { # NAME SYSTEM TOTAL
+    grep "\"event\":\"step\",\"system\":\"$2\"" "$tmp/$1.out" |
+        sed 's/.*"step":\([0-9]*\),"batches":\([0-9]*\),.*/\1 \2/' | awk -v total="$3" '
+        { share = $1 - last; last = $1; n++
+          if ($2 != share || share < int(total / 24) || share > int((total + 23) / 24)) { print; bad = 1 } }
+        END { exit bad || n != (total < 24 ? total : 24) || last != total }'
+}
+run windows 0 --system dense,switch --steps 100 --epochs 50 --images 100 --batch 5 --json
+check "24 windows in 100 steps" windows windows switch 100
+check "of one expert too" windows windows dense 100
+run even 0 --system switch --steps 48 --epochs 50 --images 100 --batch 5 --json
+check "24 windows in 48 steps" windows even switch 48
+run short 0 --system switch --steps 7 --images 100 --batch 5 --json
+check "7 windows in 7 steps" windows short switch 7
 
 # the same numbers
 run threads 0 --steps 2 --images 100 --threads 3 --json

@@ -44,7 +44,8 @@ static inline bytes with_header(const char *header, size_t n_data) {
 static inline moe_status open_status(bytes b) {
     moe_file f;
     moe_status s = moe_file_open(&f, b.p, b.n);
-    CHECK(s == MOE_OK || (f.n_tensors == 0 && f.offset <= b.n));
+    CHECK(s == MOE_OK || (f.n_tensors == 0 && f.offset <= b.n && f.index == NULL));
+    moe_file_close(&f);
     return s;
 }
 

@@ -84,6 +84,15 @@ static inline double oracle_act(moe_expert_kind kind, double z, double *slope) {
         phi = 0.5 * (1 + erf(z * sqrt(0.5)));
         *slope = phi + z * exp(-z * z / 2) * 0.39894228040143267794; /* 1 / sqrt(2 pi) */
         return z * phi;
+    case MOE_EXPERT_GELU_TANH:
+    case MOE_EXPERT_GEGLU_TANH:
+        s = tanh(sqrt(2 / acos(-1)) * (z + 0.044715 * z * z * z));
+        *slope = 0.5 * (1 + s) + 0.5 * z * (1 - s * s) * sqrt(2 / acos(-1)) * (1 + 3 * 0.044715 * z * z);
+        return 0.5 * z * (1 + s);
+    case MOE_EXPERT_SWIGLU_CLAMPED: /* the gate's half */
+        s = oracle_sigmoid(1.702 * fmin(z, 7));
+        *slope = z > 7 ? 0 : s + 1.702 * z * s * (1 - s);
+        return fmin(z, 7) * s;
     default: /* SiLU and SwiGLU */
         s = oracle_sigmoid(z);
         *slope = s + z * s * (1 - s);
@@ -124,6 +133,9 @@ static inline size_t oracle_capacity(size_t T, size_t k, size_t E, const int32_t
     size_t n = T * k, dropped = 0;
     size_t *used = (size_t *)test_memory(E, sizeof *used);
     char *seen = (char *)test_memory(n, 1);
+    double *first = test_doubles(T); /* each token's weight of its first choice */
+    for (size_t i = n; i-- > 0;)
+        if (index[i] >= 0) first[i / k] = weight[i];
     for (size_t round = 0; round < n; round++) {
         size_t best = n;
         for (size_t i = 0; i < n; i++) { /* the first pair, by rank, that has not been seen */
@@ -131,7 +143,9 @@ static inline size_t oracle_capacity(size_t T, size_t k, size_t E, const int32_t
             int before = best == n;
             if (!before && order == MOE_ORDER_TOKEN) before = i / k < best / k;
             if (!before && order == MOE_ORDER_CHOICE) before = i % k < best % k;
-            if (!before && order == MOE_ORDER_WEIGHT) before = weight[i] > weight[best];
+            if (!before && order == MOE_ORDER_PAIR) before = weight[i] > weight[best];
+            if (!before && order == MOE_ORDER_WEIGHT && i % k != best % k) before = i % k < best % k;
+            else if (!before && order == MOE_ORDER_WEIGHT) before = first[i / k] > first[best / k];
             if (before) best = i;
         }
         seen[best] = 1;
@@ -140,7 +154,7 @@ static inline size_t oracle_capacity(size_t T, size_t k, size_t E, const int32_t
         kept[best] = capacity == 0 || used[index[best]]++ < capacity;
         dropped += !kept[best];
     }
-    free(used), free(seen);
+    free(used), free(seen), free(first);
     return dropped;
 }
 

@@ -110,12 +110,14 @@ static inline void pl_score(const pipeline *o, size_t t, const double *xr, doubl
             pl_ln(d, in);
             for (size_t i = 0; i < d; i++) in[i] *= oracle_sigmoid(in[i]);
         }
-        if (kind == MOE_SCORE_MLP || kind == MOE_SCORE_PROJECTED || kind == MOE_SCORE_PROTOTYPE) {
+        if (kind == MOE_SCORE_MLP || kind == MOE_SCORE_TANH || kind == MOE_SCORE_PROJECTED ||
+            kind == MOE_SCORE_PROTOTYPE || kind == MOE_SCORE_HALF_COSINE) {
             L = h;
             for (size_t k = 0; k < h; k++) {
                 u[k] = b ? b[k] : 0;
                 for (size_t i = 0; i < d; i++) u[k] += in[i] * W[i * h + k];
                 if (kind == MOE_SCORE_MLP && u[k] < 0) u[k] = 0;
+                if (kind == MOE_SCORE_TANH) u[k] = tanh(u[k]);
             }
         } else memcpy(u, in, d * sizeof *u);
         if (kind == MOE_SCORE_COSINE || kind == MOE_SCORE_PROJECTED || kind == MOE_SCORE_PROTOTYPE) pl_unit(L, u);
@@ -123,13 +125,25 @@ static inline void pl_score(const pipeline *o, size_t t, const double *xr, doubl
         for (size_t e = 0; e < N; e++) {
             for (size_t i = 0; i < L; i++) col[i] = R[i * N + e];
             if (kind == MOE_SCORE_NORMED) pl_ln(L, col);
-            else if (kind != MOE_SCORE_LINEAR && kind != MOE_SCORE_MLP) pl_unit(L, col);
+            else if (kind != MOE_SCORE_LINEAR && kind != MOE_SCORE_MLP && kind != MOE_SCORE_TANH) pl_unit(L, col);
             z[e] = pl_dot(L, u, col) + (c ? c[e] : 0);
         }
     }
     free(u), free(col), free(in);
 }
 
+/* what the experts see of x (d) */
+static inline const double *pl_view(const pipeline *o, const double *x) {
+    static double seen[4][256];
+    static int at;
+    size_t d = o->d.d_model;
+    double mean = 0, square = 0, *v = seen[at++ % 4];
+    for (size_t i = 0; i < d; i++) mean += o->d.expert_norm == MOE_ON ? x[i] / (double)d : 0;
+    for (size_t i = 0; i < d; i++) square += (x[i] - mean) * (x[i] - mean) / (double)d;
+    double scale = o->d.expert_norm == MOE_ON ? 1 / sqrt(square + 1e-5) : 1;
+    for (size_t i = 0; i < d; i++) v[i] = (x[i] - mean) * scale * (double)o->d.input_scale;
+    return v;
+}
 /* out (d) = expert `e` with parameters at the given tensors (one expert's) */
 static inline void pl_network(const pipeline *o, const double *w1, const double *wu, const double *w2, const double *b1,
                               const double *bu, const double *b2, const double *x, double *out) {
@@ -140,6 +154,7 @@ static inline void pl_network(const pipeline *o, const double *w1, const double 
         for (size_t i = 0; i < d; i++) z += x[i] * w1[i * f + k];
         for (size_t i = 0; wu && i < d; i++) u += x[i] * wu[i * f + k];
         h = o->d.expert == MOE_EXPERT_ORTHONORMAL ? z : oracle_act(o->d.expert, z, &slope);
+        if (o->d.expert == MOE_EXPERT_SWIGLU_CLAMPED) u = 1 + fmax(-7, fmin(7, u));
         if (wu) h *= u;
         for (size_t i = 0; i < d; i++) out[i] += h * w2[k * d + i];
     }
@@ -218,7 +233,13 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
     double entropy = 0;
     for (size_t i = 0; i < T * E; i++) entropy -= b->prob[i] * log(b->prob[i]) / (double)T;
     switch (kind) {
-    case MOE_LOSS_SWITCH: v = pl_shares(o, 0, T, b->prob, f); break;
+    case MOE_LOSS_SWITCH:
+        for (size_t p = 0; o->d.switch_load == MOE_LOAD_FIRST && p < E; p++) f[p] = 0;
+        for (size_t p = 0; o->d.switch_load == MOE_LOAD_FIRST && p < T * S; p += S)
+            if (index[p] >= 0) f[index[p]] += 1.0 / (double)T;
+        for (size_t e = 0; o->d.switch_load == MOE_LOAD_TOKENS && e < E; e++) f[e] = n[e] / (double)T;
+        v = pl_shares(o, 0, T, b->prob, f);
+        break;
     case MOE_LOSS_Z:
         for (size_t t = 0; t < T; t++) {
             double lse = oracle_softmax(E, b->z + t * E, 1, n);
@@ -232,12 +253,12 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
             for (size_t p = 0; p < T * S; p++) mean[index[p] < 0 ? 0 : (size_t)index[p]] += index[p] < 0 ? 0 : b->w[p];
         else
             for (size_t t = 0; t < T; t++)
-                /* the threshold: the k-th highest noisy logit of the others, constant */
+                /* the threshold: the k-th highest noisy logit of the others, which moves with it */
                 for (size_t e = 0; e < E; e++) {
                     double *other = test_doubles(E);
                     size_t m = 0;
                     for (size_t i = 0; i < E; i++)
-                        if (i != e) other[m++] = o->t->logits[t * E + i];
+                        if (i != e) other[m++] = b->z[t * E + i];
                     qsort(other, m, sizeof *other, pl_compare);
                     mean[e] += 0.5 * erfc(-(b->clean[t * E + e] - other[m - k]) / b->std[t * E + e] / sqrt(2));
                     free(other);
@@ -336,7 +357,7 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
             CHECK_OK(moe_layer_get(o->m, MOE_PART_PARAMS, "router.codebook", before, o->d.n_codes * d));
             for (size_t i = 0; i < d; i++) {
                 double to_x = C[j * d + i] - (double)code[i], to_c = (double)before[j * d + i] - o->x[t * d + i];
-                v += (to_x * to_x + 0.25 * to_c * to_c) / (double)T;
+                v += (to_x * to_x + 0.25 * to_c * to_c) / (double)(T * d);
             }
             free(before);
         }
@@ -357,7 +378,7 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
                 if (kind == MOE_LOSS_SIMBAL) v += fabs(off);
                 if (kind == MOE_LOSS_PROTOTYPE_ORTHOGONALITY) v += (angle - (i == j)) * (angle - (i == j));
                 if (kind == MOE_LOSS_PROTOTYPE_DIVERSITY && i != j) v += exp(2 * angle - 2) / (double)(E * (E - 1));
-                squares += off * off;
+                squares += (angle - (i == j)) * (angle - (i == j));
                 if (i == j) norms += sqrt(ii) / (double)E;
             }
         if (kind == MOE_LOSS_DIVERSE_SIMPLE) v = sqrt(squares) + norms;
@@ -400,7 +421,7 @@ static inline double pipeline_objective(pipeline *o) {
             std[i * E + e] = o->d.noise == MOE_NOISE_NONE ? 0 : (double)o->d.noise_std;
             if (Wn) {
                 for (size_t c = 0; c < d; c++) raw += xr[i * d + c] * Wn[c * E + e];
-                std[i * E + e] = log(1 + exp(raw));
+                std[i * E + e] = log(1 + exp(raw)) + 0.01;
             }
             if (o->d.noise != MOE_NOISE_NONE && training)
                 *v += std[i * E + e] * (double)t->memory->noise.draw[i * E + e];
@@ -414,7 +435,10 @@ static inline double pipeline_objective(pipeline *o) {
         else if (o->d.gate == MOE_GATE_SIGMOID || o->d.gate == MOE_GATE_SIGN)
             for (size_t e = 0; e < E; e++) score[i * E + e] = oracle_sigmoid(score[i * E + e]);
         /* the weights of the choices */
-        const int32_t *index = t->index + i * S;
+        int normal = o->d.normalize == MOE_ON && o->d.gate != MOE_GATE_SOFTMAX_SELECTED && o->d.gate != MOE_GATE_SIGN &&
+                     o->d.gate != MOE_GATE_SPARSEMIXER;
+        int second = training && o->d.random_second == MOE_ON && !(normal && o->d.normalize_late == MOE_ON);
+        const int32_t *index = (second ? t->memory->gate.before : t->index) + i * S; /* those that share the weight */
         double *wi = w + i * S, sum = 0, n = 0;
         for (size_t s = 0; s < S; s++) n += index[s] >= 0;
         for (size_t s = 0; s < S; s++) {
@@ -454,16 +478,17 @@ static inline double pipeline_objective(pipeline *o) {
             if (e >= o->F && e < o->F + o->d.n_zero) wi[s] = 0;
             sum += wi[s];
         }
-        int normal = o->d.normalize == MOE_ON && o->d.gate != MOE_GATE_SOFTMAX_SELECTED && o->d.gate != MOE_GATE_SIGN &&
-                     o->d.gate != MOE_GATE_SPARSEMIXER;
         for (size_t s = 0; s < S; s++) wi[s] = (normal && sum > 0 ? wi[s] / sum : wi[s]) * (double)o->d.weight_scale;
+        for (size_t s = 0; s < S; s++) wi[s] *= t->index[i * S + s] >= 0; /* some were taken away */
     }
     memset(o->y, 0, T * d * sizeof(double));
     size_t shared = o->d.n_shared;
     for (size_t i = 0; i < T; i++)
         for (size_t g = 0; g < shared; g++) {
-            pl_expert(o, E + g, o->x + i * d, one);
-            for (size_t c = 0; c < d; c++) o->y[i * d + c] += one[c];
+            const double *gate = pipeline_tensor(o, "experts.shared_gate");
+            double weight = gate ? oracle_sigmoid(pl_dot(d, pl_view(o, o->x + i * d), gate)) : 1;
+            pl_expert(o, E + g, pl_view(o, o->x + i * d), one);
+            for (size_t c = 0; c < d; c++) o->y[i * d + c] += weight * one[c];
         }
     if (soft) {
         size_t slots = N / E;
@@ -481,7 +506,8 @@ static inline double pipeline_objective(pipeline *o) {
                 double all = 0, *in = test_doubles(d);
                 for (size_t i = t0; i < t1; i++) all += exp(z[i * N + n] * inv_t);
                 for (size_t i = t0; i < t1; i++)
-                    for (size_t c = 0; c < d; c++) in[c] += exp(z[i * N + n] * inv_t) / all * o->x[i * d + c];
+                    for (size_t c = 0; c < d; c++)
+                        in[c] += exp(z[i * N + n] * inv_t) / all * pl_view(o, o->x + i * d)[c];
                 pl_expert(o, n / slots, in, one);
                 for (size_t i = t0; i < t1; i++) {
                     double row = 0;
@@ -503,7 +529,7 @@ static inline double pipeline_objective(pipeline *o) {
                         p[k][c] += w[t0 * S + s] * from[(size_t)t->index[t0 * S + s] * pl_size(o, k) + c];
             }
             for (size_t i = t0; i < T && i < t0 + o->seq; i++) {
-                pl_network(o, p[0], p[1], p[2], p[3], p[4], p[5], o->x + i * d, one);
+                pl_network(o, p[0], p[1], p[2], p[3], p[4], p[5], pl_view(o, o->x + i * d), one);
                 for (size_t c = 0; c < d; c++) o->y[i * d + c] += one[c];
             }
             for (int k = 0; k < 6; k++) free(p[k]);
@@ -514,7 +540,7 @@ static inline double pipeline_objective(pipeline *o) {
             size_t n = 0;
             for (size_t s = 0; s < S; s++) {
                 if (t->index[i * S + s] < 0) continue;
-                pl_expert(o, (size_t)t->index[i * S + s], o->x + i * d, out + (i * S + s) * d);
+                pl_expert(o, (size_t)t->index[i * S + s], pl_view(o, o->x + i * d), out + (i * S + s) * d);
                 if (t->routes.slot[i * S + s] != MOE_NONE)
                     memcpy(kept + n++ * d, out + (i * S + s) * d, d * sizeof(double));
             }
@@ -533,7 +559,7 @@ static inline double pipeline_objective(pipeline *o) {
             }
             free(r), free(kept);
         }
-    if (o->d.n_codes) { /* y = g_0 y + g_1 LN(f(LN(code + x - sg x))), the code constant */
+    if (o->d.n_codes) { /* y = g_0 y + g_1 LN(f(LN(in))), in = q + x - sg x or (1 - c) x + c sg(q - x), q constant */
         const double *gate = pipeline_tensor(o, "router.branch");
         float *codes = test_floats(o->d.n_codes * d);
         double *q = test_doubles(d);
@@ -543,7 +569,9 @@ static inline double pipeline_objective(pipeline *o) {
             double zg[2] = {0, 0}, g[2];
             for (size_t c = 0; c < d; c++) {
                 if (!o->recorded) o->stop_x[i * d + c] = o->x[i * d + c];
-                q[c] = (double)codes[j * d + c] + o->x[i * d + c] - o->stop_x[i * d + c];
+                double share = (double)o->d.code_share, code = (double)codes[j * d + c], stop = o->stop_x[i * d + c];
+                q[c] = code + o->x[i * d + c] - stop;
+                if (share > 0) q[c] = (1 - share) * o->x[i * d + c] + share * (code - stop);
                 zg[0] += o->x[i * d + c] * gate[c * 2], zg[1] += o->x[i * d + c] * gate[c * 2 + 1];
             }
             pl_ln(d, q);

@@ -75,6 +75,7 @@ static inline void network(const moe_layer *m, size_t e, const float *weights, c
     moe_layer *one = NULL;
     memset(&d, 0, sizeof d);
     d.d_model = from->d_model, d.d_ff = from->d_ff, d.expert = from->expert, d.bias = from->bias, d.n_experts = 1;
+    d.expert_norm = from->expert_norm, d.input_scale = from->input_scale;
     if (!CHECK_OK(moe_layer_new(&one, &d))) return;
     for (size_t i = 0; i < 6; i++) {
         size_t c = count_of(one, names[i]);
@@ -131,6 +132,9 @@ static const char *const stages[] = {"score=linear",
                                      "score=unit",
                                      "score=mlp",
                                      "score=mlp d_router=1",
+                                     "score=tanh input_scale=2",
+                                     "score=half-cosine",
+                                     "expert_norm=true",
                                      "score=cosine",
                                      "score=projected",
                                      "score=normed",
@@ -150,6 +154,7 @@ static const char *const stages[] = {"score=linear",
                                      "select=auction gate=sigmoid",
                                      "select=sampled gate=sparsemixer",
                                      "select=all",
+                                     "select=gumbel",
                                      "select=all gate=softmax-selected",
                                      "combine=soft select=all score=cosine",
                                      "combine=soft select=all",

@@ -6,7 +6,7 @@
  *
  * It is linked with the library as tests/lib/moe.c compiles it, once for all suites. A suite that reads private parts
  * defines MOE_IMPLEMENTATION first and has the library in itself. Either way the library allocates through a counting
- * allocator that fills memory with NaN and fails when told to.
+ * allocator that fills memory with several patterns and fails when told to.
  *
  * Every CHECK has the value of its condition, so `if (!CHECK(p != NULL)) return;` leaves a test early. */
 #ifndef TEST_H
@@ -45,6 +45,7 @@ static long test_live_blocks;         /* allocated and not freed */
 static long test_allocations;         /* since the program began */
 static long test_fail_at = -1;        /* n >= 0: n more succeed, then every one fails */
 static const void *test_last_context; /* the ctx of the last call */
+static int test_pattern = -1;         /* the byte that fills fresh memory; -1: several in turn */
 
 static inline void *test_malloc(size_t bytes, const void *context) {
     test_last_context = context;
@@ -52,7 +53,8 @@ static inline void *test_malloc(size_t bytes, const void *context) {
     if (test_fail_at > 0) test_fail_at--;
     void *p = malloc(bytes ? bytes : 1);
     if (p == NULL) return NULL;
-    memset(p, 0xff, bytes); /* NaN: memory that is used before it is written shows */
+    static const int patterns[] = {0xff, 0x00, 0xaa, 0xbe}; /* memory that is used before it is written shows */
+    memset(p, test_pattern >= 0 ? test_pattern : patterns[test_allocations % 4], bytes);
     test_live_blocks++;
     test_allocations++;
     return p;

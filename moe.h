@@ -4134,7 +4134,7 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
     X(T_B2, "experts.b2", "Gd", 0, OUTPUT, 'f', 6, F32, plan->bias)
 #define MOE__CONSTANT_TENSORS(X)                                                                                       \
     X(T_CONSTANT_GATE, "experts.constant_gate", "n2d", 1, ZERO, 'd', 11, F32, desc->n_constant)                        \
-    X(T_CONSTANT, "experts.constant", "nd", 1, UNIFORM, 'd', 10, F32, desc->n_constant)                        \
+    X(T_CONSTANT, "experts.constant", "nd", 1, UNIFORM, 'd', 10, F32, desc->n_constant)                                \
     X(T_SHARED_GATE, "experts.shared_gate", "d", 1, UNIFORM, 'd', 12, F32, desc->shared_gate == MOE_ON)
 
 #define MOE__ID(id, name, axes, decay, start, axis, stream, format, there) MOE__##id,

@@ -128,18 +128,6 @@ static void test_compare(void) {
 }
 
 /* ---- counters ---- */
-typedef struct counters { moe_health h; void *memory; } counters;
-
-static counters counters_new(size_t E) {
-    counters x;
-    size_t bytes = 0;
-    memset(&x, 0, sizeof x);
-    CHECK_OK(moe_health_size(E, &bytes));
-    x.memory = test_memory(bytes + 1, 1);
-    CHECK_OK(moe_health_init(&x.h, E, (char *)x.memory + 1, bytes));
-    return x;
-}
-
 static void check_health(const moe_health *h, size_t E, const uint64_t *load, const uint64_t *top1,
                          const double *prob) {
     double total = 0, top = 0, first = 0, square = 0, load_entropy = 0, entropy = 0, psum = 0;
@@ -170,7 +158,7 @@ static void check_health(const moe_health *h, size_t E, const uint64_t *load, co
 enum { HE = 9, HT = 230, HK = 2 };
 
 static void test_health(void) {
-    counters one = counters_new(HE), first = counters_new(HE), second = counters_new(HE);
+    health one = health_new(HE), first = health_new(HE), second = health_new(HE);
     uint64_t load[HE] = {0}, top1[HE] = {0}, n_dropped = 0;
     double prob[HE] = {0};
     static float p[HT * HE];
@@ -211,7 +199,7 @@ static void test_health(void) {
 }
 
 static void test_health_extremes(void) {
-    counters x = counters_new(4);
+    health x = health_new(4);
     routing g = routing_new(8, 1, 4);
     float even[32];
     for (int i = 0; i < 32; i++) even[i] = 0.25f;
@@ -236,7 +224,7 @@ static void test_health_extremes(void) {
     routing_free(&g);
     free(x.memory);
 
-    counters single = counters_new(1); /* one expert is even, and alive */
+    health single = health_new(1); /* one expert is even, and alive */
     routing alone = routing_new(5, 1, 1);
     CHECK_OK(moe_routes_fill(&alone.r, 5, alone.index, NULL, 0, MOE_ORDER_TOKEN));
     CHECK_OK(moe_health_add(&single.h, &alone.r, NULL));

@@ -58,5 +58,4 @@ for name in $(sed 's/^[0-9]* //; s/:.*//' "$tmp/steps" | sort -u); do
 done
 for name in gate score loss tensor format; do check "an exercise for $name" [ -d "$tmp/$name" ]; done
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish

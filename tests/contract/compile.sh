@@ -8,20 +8,10 @@
 # scope. What is not to be compiled starts with ```text.
 cd "$(dirname "$0")/../.." || exit 1
 root=$PWD
-dir=${BUILD:-build}/compile
-mkdir -p "$dir" || exit 1
-rm -rf "${dir:?}"/*
-passed=0 failed=0 skipped=0
-
-check() { # NAME COMMAND...
-    name=$1
-    shift
-    if "$@" >"$dir/log" 2>&1; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        echo "FAILED $name: $*"
-        head -n 12 "$dir/log"
-    fi
-}
+suite=compile
+. tests/lib/check.sh
+dir=$tmp
+skipped=0
 skip() {
     skipped=$((skipped + 1))
     echo "skipped $1: $2"

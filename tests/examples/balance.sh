@@ -94,5 +94,4 @@ check "what does not fit names the method" says uneven '^balance: rank: '
 run isa 2 --isa mmx
 check "nothing is written then" [ ! -e "$tmp/unknown" ]
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish

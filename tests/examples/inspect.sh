@@ -4,29 +4,11 @@
 # the file's name and the byte. Everything under the address and undefined-behaviour sanitizers.
 # The last line is "N passed, N failed".
 cd "$(dirname "$0")/../.." || exit 1
-build=${BUILD:-build}
-dir=$build/inspect_test
-mkdir -p "$dir" || exit 1
-rm -rf "${dir:?}"/*
-passed=0 failed=0
+suite=inspect
+. tests/lib/check.sh
+dir=$tmp
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
-check() { # NAME COMMAND...
-    name=$1
-    shift
-    if "$@" >"$dir/log" 2>&1; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        echo "FAILED $name: $*"
-        head -n 12 "$dir/log"
-    fi
-}
-finish() {
-    echo "$passed passed, $failed failed"
-    [ "$failed" -eq 0 ]
-    exit
-}
-
-cc=${CC:-cc}
 $cc -fopenmp -x c - -o "$dir/none" 2>/dev/null <<END && openmp=-fopenmp
 int main(void) { return 0; }
 END

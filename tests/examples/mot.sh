@@ -54,5 +54,4 @@ run isa 2 --isa mmx
 run diverges 1 --steps 25 --test 16 --lr 1e10
 check "a loss that is no number says so" grep -q 'try a smaller --lr' "$tmp/diverges.err"
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish

@@ -1,5 +1,5 @@
 # What scripts share that count checks; to be sourced from the repository's folder with their name in $suite. A folder
-# of their own is $tmp, the compiler $cc.
+# of their own is $tmp, the compiler $cc. The last line is finish's.
 cc=${CC:-cc}
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-$suite.XXXXXX") || exit 1
 trap 'rm -rf "$tmp"' EXIT
@@ -10,7 +10,12 @@ check() { # check WHAT COMMAND...
     shift
     if "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); else
         failed=$((failed + 1))
-        echo "FAILED: $what"
+        echo "FAILED: $what: $*"
         head -n 12 "$tmp/log"
     fi
+}
+finish() {
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
 }

@@ -2,16 +2,8 @@
 # program if it is not there; results go under $tmp.
 program=${BUILD:-build}/$example
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-$example.XXXXXX") || exit 1
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
-
-check() { # check WHAT COMMAND...
-    what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $what"; fi
-}
+suite=$example
+. tests/lib/check.sh
 # run NAME EXPECTED_STATUS ARGUMENTS...: results in $tmp/NAME, output in $tmp/NAME.out, messages in $tmp/NAME.err
 run() {
     name=$1 want=$2

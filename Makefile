@@ -19,7 +19,7 @@ EXAMPLES = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
 BENCHES = $(patsubst bench/%.c,$(BUILD)/bench_%,$(wildcard bench/*.c))
 # a suite is a .c file: tests/gate.c -> build/test/gate, tests/contract/bits.c -> build/test/contract/bits;
 # sanitized: build/sanitized/...
-NO_SUITE = tests/contract/golden.c tests/examples/inspect_files.c
+NO_SUITE = tests/contract/golden.c tests/examples/inspect_files.c tests/examples/npy_near.c
 SUITES = $(filter-out $(NO_SUITE),$(wildcard tests/*.c tests/contract/*.c tests/examples/*.c))
 TESTS = $(SUITES:tests/%.c=$(BUILD)/test/%)
 SANITIZED = $(SUITES:tests/%.c=$(BUILD)/sanitized/%)
@@ -73,6 +73,7 @@ bench: $(BENCHES)
 	$(BUILD)/bench_layer $(if $(PEERS),--peers all) $(ARGS)
 	$(BUILD)/bench_routing
 	$(BUILD)/bench_losses $(ARGS)
+	$(BUILD)/bench_growth --quick
 
 data:
 	sh examples/data/fetch.sh data

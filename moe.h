@@ -65,6 +65,7 @@
  *     >>tape         moe__tape_         -                     a tape's memory
  *     >>passes       moe__pass_         -                     forward and backward of router and experts
  *     >>layer        moe__layer_        -                     parameters, gradients, optimiser
+ *     >>growth       moe__growth_       moe__growth_actions   experts that split, merge, die and come back
  *     >>json         moe__json_         -                     reading JSON
  *     >>safetensors  moe__file_         moe__file_dtypes      reading safetensors
  *     >>npy          moe__npy_          -                     reading .npy
@@ -134,8 +135,8 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.2.1"
-#define MOE_VERSION_NUMBER 201 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.3.0"
+#define MOE_VERSION_NUMBER 300 /* major * 10000 + minor * 100 + patch */
 
 /* ==== status ==================================================================================
  * Every code has a kind, the argument or field that it is about, and a sentence. */
@@ -243,7 +244,7 @@ typedef enum moe_error_kind {
     X(MOE_E_GATE_DROP_EXPERTS, 84, ARGUMENT, "gate_drop_experts", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")          \
     X(MOE_E_ZERO_OUTPUT, 85, ARGUMENT, "zero_output", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")                      \
     X(MOE_E_SPECIAL_EXPERTS, 86, ARGUMENT, "n_zero",                                                                 \
-      "with n_copy and n_constant at most n_experts - 1, and none with combine = soft, merge or robust")             \
+      "with n_copy and n_constant at most n_experts - 1, and none with combine = soft, merge, robust or input")      \
     X(MOE_E_D_FF, 87, ARGUMENT, "d_ff", "must be at least 1; for expert = orthonormal below d_model")                \
     X(MOE_E_N_RANKS, 88, ARGUMENT, "n_ranks", "must be at least 1, in a desc at most n_experts")                     \
     X(MOE_E_SLICE, 89, ARGUMENT, "d_model", "must be a multiple of n_experts for score = slice")                     \
@@ -389,7 +390,7 @@ typedef enum moe_error_kind {
     X(MOE_E_CONTROLLER_RECENTRE, 210, ARGUMENT, "controller_recentre", "must be MOE_DEFAULT, MOE_ON or MOE_OFF")     \
     X(MOE_E_SEQUENCE_BEGIN, 211, ARGUMENT, "sequence_begin", "must ascend from 0 to at most the number of tokens")   \
     X(MOE_E_N_SEQUENCES, 212, ARGUMENT, "n_sequences",                                                               \
-      "more than the tape has room for: desc.sequence must be at most the sequences' mean length")                   \
+      "more than the tape has room for: set desc.sequence, from 1 to the sequences' mean length (0: room for one)")  \
     X(MOE_E_ONE_WEIGHT, 213, ARGUMENT, "normalize",                                                                  \
       "one expert's weight would always be 1, and the task teach the router nothing: with top_k = 1 take normalize " \
       "off, gate = softmax for softmax-selected, combine = sum for robust (or freeze_router, or training off)")      \
@@ -438,7 +439,64 @@ typedef enum moe_error_kind {
     X(MOE_E_EXPERT_NORM, 238, ARGUMENT, "expert_norm",                                                               \
       "not a flag, or on with copy or constant experts, combine = soft or n_codes")                                  \
     X(MOE_E_CAPACITY_SEQUENCE, 239, ARGUMENT, "capacity_sequence", "not a flag")                                     \
-    X(MOE_E_CAPACITY_ROUND, 240, ARGUMENT, "capacity_round", "not a moe_round_kind")
+    X(MOE_E_CAPACITY_ROUND, 240, ARGUMENT, "capacity_round", "not a moe_round_kind")                                 \
+    X(MOE_E_N_BOUND, 241, ARGUMENT, "n_bound",                                                                       \
+      "must be at most the experts that are networks, and 0 with combine = soft and merge, with n_codes, and with "   \
+      "a score that has no tensor \"router\"")                                                                        \
+    X(MOE_E_GROWTH_FLAG, 242, ARGUMENT, "growth", "not a flag")                                                      \
+    X(MOE_E_PAIR, 243, NUMBER, "router.pair_parent",                                                                 \
+      "not the number of an expert that is a network, or twice the same")                                            \
+    X(MOE_E_GROWTH_EXPERT, 244, ARGUMENT, "expert", "must be below n_experts")                                       \
+    X(MOE_E_GROWTH_SPECIAL, 245, ARGUMENT, "expert",                                                                 \
+      "is a zero, copy or constant expert, which has no network: take one before them")                              \
+    X(MOE_E_GROWTH_LAST, 246, ARGUMENT, "expert", "the last expert that is a network must stay")                     \
+    X(MOE_E_GROWTH_TWICE, 247, ARGUMENT, "experts", "the same expert twice")                                         \
+    X(MOE_E_GROWTH_GRADS, 248, STATE, "layer",                                                                       \
+      "has gradients that no moe_step has used: step first, or moe_layer_scale_grads by 0")                          \
+    X(MOE_E_GROWTH_PAIRED, 249, STATE, "expert", "is half of a bound pair: moe_layer_release first")                 \
+    X(MOE_E_GROWTH_NO_PAIR, 250, STATE, "layer", "has no bound pair to release")                                     \
+    X(MOE_E_GROWTH_SCORE, 251, SUPPORT, "score",                                                                     \
+      "has no column that a new expert could have: slice, subspace, hash and random do not grow or shrink")          \
+    X(MOE_E_GROWTH_CODES, 252, SUPPORT, "n_codes", "its codes' experts follow from n_experts: it does not grow")     \
+    X(MOE_E_GROWTH_GAP, 253, ARGUMENT, "gap", "must be finite and not negative")                                     \
+    X(MOE_E_GROWTH_NOISE, 254, ARGUMENT, "noise", "must be finite and not negative")                                 \
+    X(MOE_E_GROWTH_SHARE, 255, ARGUMENT, "share", "must be 0 to 1")                                                  \
+    X(MOE_E_GROWTH_DIRECTION, 256, NUMBER, "direction", "has no length, or is not finite")                           \
+    X(MOE_E_GROWTH_DONOR, 257, ARGUMENT, "donor", "has not the shape or the tensors of the layer")                   \
+    X(MOE_E_GROWTH_N_EXPERTS, 258, ARGUMENT, "n_experts", "must be at least 1 and at most what the layer has")       \
+    X(MOE_E_GROWTH_USAGE, 259, ARGUMENT, "usage", "must be finite and not negative")                                 \
+    X(MOE_E_GROWTH_UPCYCLE, 260, SUPPORT, "desc",                                                                    \
+      "its weights do not sum to a known number at step 0: take gate = softmax, softmax-selected, sigmoid or sign, "  \
+      "combine = sum, no special experts")                                                                           \
+    X(MOE_E_GROWTH_DENSE_FF, 261, ARGUMENT, "dense_ff",                                                              \
+      "must be a multiple of d_ff, and the quotient divide n_experts and top_k")                                     \
+    X(MOE_E_GROWTH_WORTH, 262, ARGUMENT, "kind", "not a moe_worth_kind")                                             \
+    X(MOE_E_GROWTH_SETTING, 263, ARGUMENT, "growth",                                                                 \
+      "a setting of moe_growth is not what its comment allows")                                                      \
+    X(MOE_E_GROWTH_METRIC, 264, NUMBER, "metric", "NaN or infinite, or worth is NaN, infinite or missing")           \
+    X(MOE_E_GROWTH_STATE, 265, NUMBER, "growth.state", "holds numbers that no moe_growth has")                        \
+    X(MOE_E_JSON, 266, FILE, "file", "not valid JSON, or more than 16 values deep")                                  \
+    X(MOE_E_CONFIG_KEY, 267, FILE, "config", "a key that this family of models needs is missing, or null")           \
+    X(MOE_E_CONFIG_VALUE, 268, FILE, "config", "a value of the wrong type or out of range")                          \
+    X(MOE_E_CONFIG_REQUIRE, 269, SUPPORT, "config", "a value that stands for mathematics which is not there")        \
+    X(MOE_E_MODEL_FAMILY, 270, SUPPORT, "model_type",                                                                \
+      "no such family of models; moe_model_source.family takes its names and fields as text")                        \
+    X(MOE_E_MODEL_TEXT, 271, ARGUMENT, "family", "not a text of key=value pairs as moe_model_source.family takes")   \
+    X(MOE_E_MODEL_LAYER, 272, ARGUMENT, "layer", "not below n_layers, or not a mixture")                             \
+    X(MOE_E_MODEL_TENSOR, 273, FILE, "tensor", "missing")                                                            \
+    X(MOE_E_MODEL_SHAPE, 274, FILE, "tensor", "its shape is not the one that config.json asks for")                  \
+    X(MOE_E_MODEL_DTYPE, 275, FILE, "tensor", "its element type is not read here, or its scales are missing")        \
+    X(MOE_E_MODEL_NAN, 276, NUMBER, "tensor", "NaN or infinite")                                                     \
+    X(MOE_E_MODEL_RANGE, 277, ARGUMENT, "first", "reaches past the tensor's last element")                           \
+    X(MOE_E_NULL_MODEL, 278, ARGUMENT, "model", "must not be NULL, and its source must have a file function")         \
+    X(MOE_E_FORMAT, 279, ARGUMENT, "format", "not a moe_format_kind")                                                \
+    X(MOE_E_FORMAT_DESC, 280, SUPPORT, "format",                                                                     \
+      "score = subspace, combine = merge and the loss orthonormal read the experts as floats")                       \
+    X(MOE_E_QUANTISED, 281, SUPPORT, "format",                                                                       \
+      "experts in a weight format are frozen and do not grow: moe_layer_pack fills them, train_router trains the "    \
+      "router alone")                                                                                                \
+    X(MOE_E_FILE_QUANTISED, 282, FILE, "file",                                                                       \
+      "a quantised tensor has its lowest integer, or a scale that is negative, not finite or too large")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -465,10 +523,10 @@ typedef enum moe_score_kind { /* x (T, d) -> logits (T, E); h = d_router */
     MOE_SCORE_UNIT,      /* x R with the columns of R scaled to length 1: the scale constraint of SimBal alone */
     MOE_SCORE_MLP,       /* relu(x W + b) R + c, W (d, h), R (h, E): the ecology paper's router [S], its ReLU [D] */
     MOE_SCORE_COSINE,    /* cos(x, R_e), as in DynMoE [C] */
-    MOE_SCORE_PROJECTED, /* cos(x W, R_e), W (d, h), as in X-MoE [P] */
+    MOE_SCORE_PROJECTED, /* cos(x W, R_e), W (d, h), as in X-MoE [P+C] */
     MOE_SCORE_NORMED,    /* LN(x) . LN(R_e) + c, LN = minus the mean, over the standard deviation; as in SMEAR [C] */
     MOE_SCORE_PROTOTYPE, /* cos(silu(LN(x)) W + b, R_e), after latent prototype routing [S] */
-    MOE_SCORE_SLICE,     /* relu(mean of slice e of x), d % E == 0, as in LocMoE [P]; no parameters */
+    MOE_SCORE_SLICE,     /* relu(mean of slice e of x), d % E == 0, after LocMoE [P]; no parameters */
     MOE_SCORE_SUBSPACE,  /* |V_e^T x| / |x|, V_e = w1 of expert e, after ERMoE [S]; needs expert = orthonormal */
     MOE_SCORE_HASH,      /* by side.id alone (NULL: the token's position in its sequence); no parameters, no gradient */
     MOE_SCORE_RANDOM,    /* uniform numbers, new ones for each training forward; no parameters, no gradient */
@@ -527,6 +585,7 @@ typedef enum moe_combine_kind { /* expert outputs -> y */
     MOE_COMBINE_MERGE,  /* one expert a sequence, its parameters the weighted mean of all, as in SMEAR [C] */
     MOE_COMBINE_ROBUST, /* weights times reliability exp(-distance from the median output / (robust_tau MAD)),
                            renormalised [D] */
+    MOE_COMBINE_INPUT,  /* sum of expert(weight * token), as in Llama 4 [C]: a weight acts before the activation */
     MOE_COMBINE_COUNT
 } moe_combine_kind;
 
@@ -580,6 +639,13 @@ typedef enum moe_expert_kind { /* what one expert computes; W1 (d, f), W2 (f, d)
                                   GPT-OSS [C] */
     MOE_EXPERT_COUNT
 } moe_expert_kind;
+typedef enum moe_format_kind { /* how an expert's weights are stored */
+    MOE_FORMAT_F32,
+    MOE_FORMAT_BF16, /* bfloat16, rounded to nearest */
+    MOE_FORMAT_INT8, /* symmetric, 8.5 bits a weight: 32 weights of a column (one output, 32 inputs) share a scale */
+    MOE_FORMAT_INT4, /* the same, 4.5 bits */
+    MOE_FORMAT_COUNT
+} moe_format_kind;
 
 typedef enum moe_loss_kind { /* auxiliary losses; desc.loss[kind] is the coefficient, 0 = not used; moe_loss_info says
                                 more, docs/math.md too; the mark is that of the value's form */
@@ -636,7 +702,7 @@ typedef enum moe_control_kind { /* balancing without a gradient */
 typedef enum moe_optimizer_kind {
     MOE_OPTIMIZER_DEFAULT,
     MOE_OPTIMIZER_ADAMW, /* decoupled weight decay, bias-corrected moments */
-    MOE_OPTIMIZER_SGD,   /* momentum (v = mu v + g; p -= lr v), weight decay decoupled as in AdamW */
+    MOE_OPTIMIZER_SGD,   /* momentum (v = mu v + g; p -= lr v), weight decay decoupled: AdamW's */
     MOE_OPTIMIZER_COUNT
 } moe_optimizer_kind;
 
@@ -671,6 +737,8 @@ typedef struct moe_desc {
     size_t sequence;  /* tokens of a sequence, in order; the last may be shorter; 0 = the whole batch is one */
     size_t n_ranks;   /* ranks of gating dropout and locality: token t lives on rank t P / T, expert e on e P / E; 0 =
                          1 */
+    size_t n_bound;   /* networks beside the n_experts that have no column in the router: each shares the place of one
+                         that has (moe_layer_split makes them, moe_layer_release ends it); 0 = none */
     /* score */
     moe_score_kind score; /* default linear */
     size_t d_router;      /* hidden or latent width of the router; 0 = d_model / 2 (mlp, prototype), n_experts / 2
@@ -713,7 +781,7 @@ typedef struct moe_desc {
     int random_second;            /* in training a second or later choice stays if top_k w > U(0, 1), w its weight,
                                      normalised over all choices, as in GShard [C]; default off */
     int normalize_late;           /* with random_second: w is not normalised yet, and weights are over those that stay,
-                                     as in torchscale; default off */
+                                     as in torchscale [C]; default off */
     float sinkhorn_epsilon;       /* 0 = 1 */
     size_t sinkhorn_iterations;   /* 0 = 20 */
     float gate_drop;              /* probability, one draw a step, that all tokens stay on their rank (gating dropout
@@ -741,7 +809,7 @@ typedef struct moe_desc {
     float robust_tau;       /* 0 = 1 */
     size_t n_codes;         /* > 0: y = g_0 y + g_1 LN(f_e(LN(q))), q the nearest of n_codes codes, e = code % E, g =
                                softmax(x G): VQMoE [C] */
-    float code_share;       /* c: in place of q, (1 - c) x + c (q - x), as in VQMoE's code; 0 or MOE_OFF = q */
+    float code_share;       /* c: in place of q, (1 - c) x + c (q - x), as in VQMoE [C]; 0 or MOE_OFF = q */
     /* balance */
     float loss[MOE_LOSS_COUNT];  /* coefficients; 0 or MOE_OFF = not used */
     moe_load_kind switch_load;   /* default all */
@@ -749,6 +817,7 @@ typedef struct moe_desc {
                                     step */
     float controller_rate, controller_damping; /* of moe_control; 0 = the published ones */
     int controller_recentre;     /* its bias has the mean 0 after each step; default off, on for id */
+    int growth;                  /* the layer keeps a moe_growth (moe_layer_growth), saved with it; default off */
     /* training */
     int training; /* MOE_OFF: no gradients, no optimiser state; default on */
     moe_optimizer_kind optimizer; /* default AdamW */
@@ -791,6 +860,7 @@ MOE_API const char *moe_gate_name(moe_gate_kind kind);
 MOE_API const char *moe_select_name(moe_select_kind kind);
 MOE_API const char *moe_order_name(moe_order_kind kind);
 MOE_API const char *moe_expert_name(moe_expert_kind kind);
+MOE_API const char *moe_format_name(moe_format_kind kind);
 MOE_API const char *moe_loss_name(moe_loss_kind kind);
 MOE_API const char *moe_optimizer_name(moe_optimizer_kind kind);
 /* A row of the tables of losses and of controllers in docs/math.md. */
@@ -840,7 +910,7 @@ MOE_API moe_status moe_log(size_t n, const float *x, float *y);
 MOE_API moe_status moe_tanh(size_t n, const float *x, float *y);
 MOE_API moe_status moe_erf(size_t n, const float *x, float *y);
 
-/* Counter-based random numbers: Philox4x32-10, as in Salmon et al. 2011. Number i of (seed, stream) is always
+/* Counter-based random numbers: Philox4x32-10, whose published answers it gives. Number i of (seed, stream) is always
  * the same, whoever asks and in whatever order. */
 MOE_API void moe_philox(uint64_t key, uint64_t counter_lo, uint64_t counter_hi, uint32_t out[4]);
 MOE_API uint32_t moe_rand_u32(uint64_t seed, uint64_t stream, uint64_t i);
@@ -865,6 +935,7 @@ typedef struct moe_gemm_args {
     size_t m, n, k;
     const float *a; size_t lda; int ta; /* ld 0 = the row's length */
     const float *b; size_t ldb; int tb;
+    const float *b_panels; /* instead of b: packed by moe_gemm_pack */
     float *c; size_t ldc;
     int accumulate;
     void (*a_fill)(void *user, size_t row, size_t rows, size_t col, size_t cols, float *dst);
@@ -875,6 +946,9 @@ typedef struct moe_gemm_args {
 } moe_gemm_args;
 MOE_API moe_status moe_gemm(const moe_gemm_args *args);
 MOE_API moe_status moe_gemm_scratch(const moe_gemm_args *args, size_t *bytes);
+/* op(b) packed once for many products with the same bits: panels (ceil(n / 32), k, 32), the last filled up with zeros.
+ * Reads n, k, b, ldb, tb and parallel. */
+MOE_API moe_status moe_gemm_pack(const moe_gemm_args *args, float *panels);
 
 /* scores = softmax(logits / temperature), each row of (rows, cols). In place allowed. Logits must be finite. */
 MOE_API moe_status moe_softmax(size_t rows, size_t cols, float temperature, const float *logits, float *scores);
@@ -1087,6 +1161,7 @@ typedef struct moe_routes {
     size_t n_slots;   /* the most experts that one token can have (top_k) */
     size_t n_routes;  /* kept pairs (token, expert) */
     size_t n_dropped; /* pairs that capacity refused */
+    size_t n_chosen;  /* tokens with a choice, before capacity: the others are padding, or nobody wanted them */
     uint32_t *begin;  /* (n_experts + 1): routes of expert e are begin[e] .. begin[e + 1] - 1 */
     uint32_t *token;  /* (n_routes): ascending within an expert */
     float *weight;    /* (n_routes) */
@@ -1155,6 +1230,8 @@ typedef struct moe_tape {
     float *weight;  /* (T, S) */
     int dropped;    /* gating dropout: this forward's tokens stayed on their ranks */
     moe_routes routes;
+    uint32_t *bound; /* (n_bound): routes of the pair that went to its bound half; they count for the other in routes,
+                        where they are the last of its routes */
     double loss[MOE_LOSS_COUNT]; /* values of the last backward, unweighted */
     /* private from here on */
     struct moe__run_memory *memory;
@@ -1217,6 +1294,7 @@ typedef struct moe_health {
     size_t n_experts;
     /* counters */
     uint64_t n_batches, n_tokens, n_selected, n_dropped;
+    uint64_t n_chosen; /* tokens with a choice, whether or not capacity then refused it */
     uint64_t *load; /* (E): selections, before capacity */
     uint64_t *top1; /* (E): first choices */
     double *prob;   /* (E): sum over tokens of the gate's softmax */
@@ -1242,7 +1320,8 @@ MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes);
 MOE_API moe_status moe_health_init(moe_health *health, size_t n_experts, void *memory, size_t bytes);
 /* memory stays yours */
 MOE_API moe_status moe_health_reset(moe_health *health);
-/* Adds one routed batch. prob (T, E) may be NULL. */
+/* Adds one routed batch. prob (T, E) may be NULL. Rows without a choice count as tokens, in prob too (an expert-choice
+ * router leaves such): where they are padding, let prob be 0 there and read n_chosen, not n_tokens. */
 MOE_API moe_status moe_health_add(moe_health *health, const moe_routes *routes, const float *prob);
 MOE_API moe_status moe_health_merge(moe_health *health, const moe_health *other); /* h += other */
 MOE_API moe_status moe_health_update(moe_health *health);                         /* counters -> metrics */
@@ -1493,6 +1572,25 @@ MOE_API void moe_layer_free(moe_layer *layer); /* NULL allowed */
 MOE_API moe_status moe_layer_size(const moe_desc *desc, size_t *bytes);
 MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *memory, size_t bytes);
 
+/* A layer whose experts lie in weight formats, half to a seventh of float32's bytes; tokens, outputs, biases and
+ * all other tensors stay float32. Its outputs have the bits of a float32 layer with the same weights (as moe_layer_get
+ * gives them). Experts in a format are frozen: without train_router the layer has no backward (MOE_E_QUANTISED), with
+ * it backward gives dx and trains router and constants beside them. Not for score = subspace, combine = merge and the
+ * loss orthonormal, which read the experts as floats: MOE_E_FORMAT_DESC. */
+typedef struct moe_layer_formats {
+    moe_format_kind format;            /* of all experts, */
+    const moe_format_kind *by_expert;  /* or of each: (n_experts that are networks, then the shared), or NULL */
+    int train_router;                  /* MOE_ON, else off, whatever desc.training says */
+} moe_layer_formats;
+/* From a float32 layer, which stays as it is and is yours; the new one begins with a fresh optimiser. Of its experts
+ * moe_layer_get gives the weights as they now are; moe_layer_set takes biases, not matrices. */
+MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_formats *formats, moe_layer **out);
+/* Initial router, and experts that are zero until moe_layer_pack fills them. */
+MOE_API moe_status moe_layer_new_formats(moe_layer **out, const moe_desc *desc, const moe_layer_formats *formats);
+/* An expert's format (MOE_FORMAT_COUNT past the last), and the bytes that its weights and biases take. */
+MOE_API moe_format_kind moe_layer_format(const moe_layer *layer, size_t expert);
+MOE_API size_t moe_layer_expert_bytes(const moe_layer *layer, size_t expert);
+
 /* y (n, d) = the layer's output for tokens x (n, d); n = 0 is allowed. Keeps what backward needs in the layer's own
  * tape, which grows as needed. x need not stay. Add the residual yourself. */
 MOE_API moe_status moe_forward(moe_layer *layer, const float *x, size_t n_tokens, float *y);
@@ -1544,10 +1642,12 @@ MOE_API moe_status moe_layer_scale_grads(moe_layer *layer, float factor);
 /* Tensors by name, row-major. The router's, as far as the desc has them (h = d_router): "router" (d, E), or (h, E)
  * behind a projection, or (d, E soft_slots); "router.bias" (E); "router.proj" (d, h); "router.proj_bias" (h);
  * "router.noise" (d, E); "router.threshold" (E); "router.log_scale" (1); "router.residual" (E, E); "router.codebook"
- * (n_codes, d); "router.branch" (d, 2); with a controller also "controller.state", which has no gradient and is not
- * counted by moe_layer_tensors; "experts.constant_gate" (n_constant, 2, d); "experts.constant" (n_constant, d). The
- * experts': "experts.w1", "experts.wu" (G, d, f); "experts.w2" (G, f, d); "experts.b1", "experts.bu" (G, f);
- * "experts.b2" (G, d); G = n_experts + n_shared, the shared ones last. */
+ * (n_codes, d); "router.branch" (d, 2); with n_bound "router.pair" (n_bound, d or h), "router.pair_offset",
+ * "router.pair_parent" (n_bound), which have no gradient; with a controller also "controller.state" and with growth
+ * "growth.state", which have no gradient and are not counted by moe_layer_tensors; "experts.constant_gate" (n_constant,
+ * 2, d); "experts.constant" (n_constant, d). The experts': "experts.w1", "experts.wu" (G, d, f); "experts.w2" (G, f,
+ * d); "experts.b1", "experts.bu" (G, f); "experts.b2" (G, d); G = n_experts - the special ones + n_bound + n_shared: in
+ * this order those of the router's experts, the bound, the shared. */
 typedef struct moe_tensor { const char *name; size_t n_dims, dim[3], count; } moe_tensor;
 MOE_API size_t moe_layer_tensors(const moe_layer *layer); /* how many */
 MOE_API moe_status moe_desc_tensor(const moe_desc *desc, size_t index, moe_tensor *out);
@@ -1559,6 +1659,170 @@ typedef enum moe_part_kind {
 MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, const char *name, float *out,
                                  size_t count);
 MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const char *name, const float *in, size_t count);
+
+/* ==== growth =============================================================================
+ * Experts that split, settle, merge, die and come back. Every operation makes a NEW layer, *out, by the layer's own
+ * allocator, and leaves `layer` as it is (free it yourself): what fails, fails with the old layer whole and *out NULL.
+ * They work between two steps: a layer with gradients that no step has used is refused, MOE_E_GROWTH_GRADS. Step and
+ * draw counts go on; the new layer's health and moe_layer_side begin anew. What becomes of moments, controllers, biases
+ * and the rest, and why: docs/math.md. An expert is a number below n_experts that is a network (not zero, copy or
+ * constant). The desc that the new number of experts makes must be valid: n_groups that does not divide it is
+ * MOE_E_GROUPS, and so on.
+ *
+ * Numbers: a new expert takes the number after the last network, F (the special experts move up by one); a removed one
+ * leaves no hole: those after it move down by one.
+ *
+ * Data for those that look at tokens. The score's latent row is what the router's columns meet: for score = linear the
+ * token itself; L is its width (d_model, or d_router behind a projection). */
+typedef struct moe_growth_data {
+    const float *x; size_t n_tokens; /* (n, d) tokens as moe_forward sees them: a few hundred are enough */
+    const float *loss;               /* (n) each token's loss, where the worst-served are looked for; NULL = those that
+                                        no expert took, in a training forward */
+    const float *direction;          /* (L) the new column itself, in place of x; NULL = from x */
+    uint64_t seed;                   /* of what is drawn: directions without x, initial values, noise; 0 = 1 */
+} moe_growth_data;
+
+/* SPLIT expert `expert` into two equal ones. The layer's outputs for any batch, in training too, are the same bits
+ * before and after.
+ *     The pair is bound: n_bound is one more, n_experts as before. The router knows the parent alone: logits, noise,
+ * selection, capacity, losses, controller and health are those of the parent, in which the pair's tokens count
+ * together. Behind the routes the pair gate divides them: a token whose latent row is on the upper side of the
+ * hyperplane "router.pair" . row > "router.pair_offset" goes to the child, the others to the parent, so that the two
+ * become different by what they see, without noise. The gate does not learn. With data->x it is the principal direction
+ * of the rows that select the expert (the direction in which two halves differ most) through their median, scaled so
+ * that the mean distance from the plane is 1; with data->direction that, through 0; else (data may be NULL) a random
+ * one. tape->bound counts the child's routes.
+ *     Where every expert takes part and a softmax weighs them (select = all with gate = softmax; combine = soft and
+ * merge with it) no place is to be shared: the child gets a column at once, both logits are lowered by T ln 2 (T the
+ * temperature now; router_bias comes on), and the columns lean by gap = 0.001 to the two sides as in moe_layer_release:
+ * the output is the same to about 1e-6, where nothing is drawn (a draw depends on the number of experts). */
+MOE_API moe_status moe_layer_split(moe_layer **out, const moe_layer *layer, size_t expert,
+                                   const moe_growth_data *data);
+/* RELEASE all bound pairs, at the end of a cooldown: each child gets a column of its own, n_bound becomes 0, n_experts
+ * that many more; child i has the number F + i, as "router.pair_parent" lists them. With m = pair . row - offset (mean
+ * |m| = 1 over the tokens that made it) the child's logit is the parent's old one + gap / 2 (m - 1), the parent's own
+ * + gap / 2 (-m - 1) (router_bias comes on): so the winner of the two is the one on whose side the token is, its logit
+ * is the old one + gap / 2 (|m| - 1), in the mean unchanged, and the other's is lower by gap in the mean. Outputs
+ * change: a token may now select both halves, or neither. Scores that scale their columns (cosine, ...) keep the sides,
+ * with other numbers. gap 0 = 1; MOE_OFF: equal columns. */
+MOE_API moe_status moe_layer_release(moe_layer **out, const moe_layer *layer, float gap);
+/* CLONE with noise, after orthogonal growth [S]: the child copies the parent, column and all, then every weight of its
+ * matrices and its column moves by +noise, the parent's by -noise, times the tensor's root mean square times a normal
+ * number; `share` of the child's hidden units are drawn anew from a normal distribution with mean and deviation of the
+ * replaced weights, as in Drop-Upcycling [C]. It has its own place at once: outputs change. */
+MOE_API moe_status moe_layer_clone(moe_layer **out, const moe_layer *layer, size_t expert, float noise, float share,
+                                   uint64_t seed);
+/* ADD an expert with initial values and the column R / |R| (other router values 0), as in DynMoE [C]: R = the sum of
+ * the latent rows of data->x that no expert took, with data->loss of all, each by how far its loss is above the mean;
+ * or data->direction. donor: not initial values but expert `donor_expert` of `donor`, a layer of the same shape (but
+ * for n_experts): parameters, column, moments and controller's state; then data may be NULL. at: its number, at most F,
+ * those from there on move up; MOE_GROWTH_END = F. */
+#define MOE_GROWTH_END SIZE_MAX
+typedef struct moe_growth_donor { const moe_layer *layer; size_t expert; } moe_growth_donor;
+MOE_API moe_status moe_layer_add(moe_layer **out, const moe_layer *layer, size_t at, const moe_growth_data *data,
+                                 const moe_growth_donor *donor);
+/* MERGE experts a and b into the lower number: b's hidden units in the order in which they are most like a's (greedy
+ * assignment by the cosine of their weights), then the mean weighted by usage (E), as in M-SMoE [C]; usage NULL = 1
+ * each. Columns are averaged likewise. */
+MOE_API moe_status moe_layer_merge(moe_layer **out, const moe_layer *layer, size_t a, size_t b, const double *usage);
+/* MERGE down to n_experts networks by clustering the experts' mean outputs over x (n, d), average linkage, after
+ * HC-SMoE [S]; usage as above, NULL = the selections of x. */
+MOE_API moe_status moe_layer_merge_to(moe_layer **out, const moe_layer *layer, size_t n_experts, const float *x,
+                                      size_t n_tokens, const double *usage);
+/* PRUNE these experts. Which: moe_layer_worth, moe_health. */
+MOE_API moe_status moe_layer_prune(moe_layer **out, const moe_layer *layer, size_t n, const size_t *experts);
+/* REVIVE a dead expert. busy: expert number; it becomes its copy, and their columns lean to the two sides of a pair
+ * gate (as moe_layer_split with data, then moe_layer_release with gap 1). MOE_GROWTH_END: it begins anew with a column
+ * from data, as in moe_layer_add. The number of experts stays. */
+MOE_API moe_status moe_layer_revive(moe_layer **out, const moe_layer *layer, size_t dead, size_t busy,
+                                    const moe_growth_data *data);
+/* UPCYCLE a dense feed-forward network of dense_ff hidden units (arrays as moe_expert_pack's, w1 (d, dense_ff) ...)
+ * into a layer of desc. g = dense_ff / d_ff: expert e gets part e % g of the hidden units, and g experts in a row one
+ * column. w2 is multiplied by g / W and b2 by 1 / W, W = what a token's weights sum to at step 0: weight_scale where
+ * they are normalised, else (take router_init = zero) k / E of it for softmax, k / 2 for sigmoid: so that y is the
+ * dense network's. Shared experts begin at 0 output. share: of each expert's hidden units drawn anew as in
+ * moe_layer_clone: then y is not. */
+MOE_API moe_status moe_layer_upcycle(moe_layer **out, const moe_desc *desc, const moe_expert_weights *dense,
+                                     size_t dense_ff, float share, uint64_t seed);
+
+typedef enum moe_worth_kind { /* of an expert: what speaks for keeping it, or for splitting it */
+    MOE_WORTH_USAGE,    /* share of the tokens that select it */
+    MOE_WORTH_GATE,     /* mean weight over the tokens that select it */
+    MOE_WORTH_SALIENCY, /* mean over the tokens that select it of weight times the length of its output, as in REAP [S]
+                         */
+    MOE_WORTH_GRADIENT, /* length of the gradient of its parameters, as accumulated now; needs no x; after the gradient
+                           utility of expert upcycling [S] */
+    MOE_WORTH_COUNT
+} moe_worth_kind;
+MOE_API const char *moe_worth_name(moe_worth_kind kind);
+/* worth (E) over the tokens x (n, d), in evaluation; of special experts 0 but for usage and gate. A bound pair's is
+ * that of both. */
+MOE_API moe_status moe_layer_worth(const moe_layer *layer, moe_worth_kind kind, const float *x, size_t n_tokens,
+                                   double *worth);
+
+/* DynMoE's window [C]: after each training forward sum (L) += the latent rows of the tape's tokens that no expert took,
+ * *count += their number; and at its end: every expert that the window's health never saw selected is removed, and one
+ * is added with the column sum / |sum| if *count > 0 (not above max_experts, 0 = no cap). Nothing to do: *out is a
+ * copy. */
+MOE_API moe_status moe_growth_unserved(const moe_tape *tape, float *sum, uint64_t *count);
+MOE_API moe_status moe_layer_dynmoe(moe_layer **out, const moe_layer *layer, const moe_health *health,
+                                    const float *sum, uint64_t count, size_t max_experts, uint64_t seed);
+
+/* moe_growth decides, once an epoch, whether to grow or shrink, and says why. It needs no layer and no memory: zero it
+ * and set what you want. It does nothing itself: you call the operation, and moe_layer_release where `release` says so.
+ *
+ *     grow:   no gain above delta for `window` epochs, the cooldown over, the target not met, room below both caps
+ *     prune, revive: an expert is dead (moe_health), the cooldown over */
+typedef enum moe_growth_action {
+    MOE_GROWTH_DEFAULT, MOE_GROWTH_NONE, MOE_GROWTH_SPLIT, MOE_GROWTH_ADD, MOE_GROWTH_PRUNE, MOE_GROWTH_REVIVE,
+    MOE_GROWTH_ACTION_COUNT
+} moe_growth_action;
+typedef enum moe_growth_which { /* the expert to split, or whose copy revives another */
+    MOE_GROWTH_HIGHEST_LOAD, MOE_GROWTH_HIGHEST_LOSS, MOE_GROWTH_HIGHEST_UTILITY, /* the two by `worth` */
+    MOE_GROWTH_WHICH_COUNT
+} moe_growth_which;
+typedef enum moe_growth_metric {
+    MOE_GROWTH_ACCURACY, /* your metric: higher is better */
+    MOE_GROWTH_LOSS,     /* your metric: lower is better */
+    MOE_GROWTH_ENTROPY,  /* health->entropy: higher is better */
+    MOE_GROWTH_MAXVIO,   /* health->maxvio: lower is better */
+    MOE_GROWTH_METRIC_COUNT
+} moe_growth_metric;
+enum { MOE_GROWTH_RECORD = 16 }; /* epochs that births are kept of */
+typedef struct moe_growth {
+    /* yours to set: 0 = the default, MOE_OFF = this brake is off */
+    moe_growth_action action; /* default split */
+    moe_growth_which which;
+    moe_growth_metric metric;
+    float target;        /* no growth when the metric is there or better; 0 or MOE_OFF = none */
+    float delta;         /* a gain must be above it; 0 = 0.001, MOE_OFF = any gain */
+    int window;          /* epochs without a gain that make a plateau; 0 = 3; MOE_OFF: every epoch is one */
+    int cooldown;        /* epochs after an event in which none follows; 0 = 5; MOE_OFF: none */
+    int max_experts;     /* 0 = 64 */
+    float newborn_share; /* of the experts may be newborn; 0 = 1/3 */
+    int young;           /* epochs that an expert is newborn, at most MOE_GROWTH_RECORD; 0 = 10 */
+    int n_special;       /* the last so many are zero, copy or constant experts (moe_layer_growth sets it) */
+    /* state, saved with a layer */
+    int epoch, events;           /* steps made; decisions that were not none */
+    int since_gain, since_event; /* epochs */
+    int bound;                   /* pairs not yet released */
+    float best;                  /* the best metric so far */
+    int births[MOE_GROWTH_RECORD]; /* [i]: i epochs ago */
+    /* the answer of the last step */
+    moe_growth_action decision;
+    int release;   /* first release the pairs: their cooldown is over */
+    size_t expert; /* split: this; prune, revive: the dead one; else MOE_GROWTH_END */
+    size_t other;  /* revive: the busy one; else MOE_GROWTH_END */
+    char reason[160]; /* "plateau for 3 epochs, cooldown over: split expert 0 (load 0.84)" */
+} moe_growth;
+/* metric: of this epoch, for accuracy and loss. health: of this epoch, updated. worth (E): mean loss of each expert's
+ * tokens, or MOE_WORTH_GRADIENT; NULL where `which` is the load. An error changes nothing. load is the share of the
+ * tokens that select the expert. */
+MOE_API moe_status moe_growth_step(moe_growth *growth, double metric, const moe_health *health, const double *worth);
+MOE_API const char *moe_growth_action_name(moe_growth_action action); /* "none", "split", ... */
+/* The layer's own (desc.growth on): goes along with every operation and is saved as tensor "growth.state". NULL: it has
+ * none. */
+MOE_API moe_growth *moe_layer_growth(moe_layer *layer);
 
 /* ==== files =============================================================================
  * safetensors and .npy, read defensively: header cap, checked arithmetic, contiguous offsets. */
@@ -1665,6 +1929,104 @@ typedef struct moe_experts_arrays { const void *w1, *wu, *w2, *b1, *bu, *b2; } m
 /* Experts first ... first + n - 1 of the layer (routed first, then shared). */
 MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
                                     const moe_experts_layout *layout, float *params);
+/* The same into a layer, in its experts' formats: expert by expert through floats of one expert a thread, so that a
+ * checkpoint need not fit in memory as float32. What is packed is a copy (a panel's order is no file's), even of
+ * bfloat16 to bfloat16, which keeps every bit. After an error the experts from `first` on are not to be used. */
+MOE_API moe_status moe_layer_pack(moe_layer *layer, size_t first, size_t n, const moe_experts_arrays *arrays,
+                                  const moe_experts_layout *layout);
+
+/* JSON, read in place: nothing is copied or allocated. A value is a view into the bytes, which stay yours. */
+typedef enum moe_json_kind {
+    MOE_JSON_NONE, MOE_JSON_NULL, MOE_JSON_FALSE, MOE_JSON_TRUE, MOE_JSON_NUMBER, MOE_JSON_TEXT, MOE_JSON_LIST,
+    MOE_JSON_OBJECT
+} moe_json_kind;
+typedef struct moe_json {
+    moe_json_kind kind;
+    const unsigned char *bytes;
+    size_t begin, end; /* where it stands in them, quotes and brackets included */
+} moe_json;
+/* A whole text, all of it checked, at most 16 values deep; after an error json->begin is where it was found. */
+MOE_API moe_status moe_json_open(moe_json *json, const void *bytes, size_t size);
+/* The value at a path of keys and numbers, "rope_scaling.factor" or "layer_types.3": MOE_E_NAME if there is none. */
+MOE_API moe_status moe_json_find(const moe_json *json, const char *path, moe_json *out);
+/* Another kind of value, or a number that no double holds: MOE_E_CONFIG_VALUE. */
+MOE_API moe_status moe_json_number(const moe_json *json, double *out);
+/* Unescaped, NUL-terminated: never longer than end - begin. What is no text as it stands: "32", "true", "null". */
+MOE_API moe_status moe_json_text(const moe_json *json, char *buffer, size_t size);
+/* The members of an object or the items of a list, one after the other: begin with item->kind = MOE_JSON_NONE; 0 past
+ * the last. key: of a member, else of no kind; NULL = not wanted. */
+MOE_API int moe_json_next(const moe_json *json, moe_json *key, moe_json *item);
+
+/* A checkpoint as it is published: a folder with config.json and model.safetensors, or the shards of
+ * model.safetensors.index.json. Families by config's model_type: olmoe, mixtral, qwen2_moe, qwen3_moe, deepseek_v2,
+ * deepseek_v3, gpt_oss, granitemoe, phimoe, dbrx, jamba, llama4 and others (moe_model_family; docs/models.md).
+ *
+ *     moe_model model;
+ *     status = moe_model_open(&model, &source);                   the config and the names are read
+ *     for (l = 0; !status && l < model.n_layers; l++)
+ *         if (moe_model_mixture(&model, l)) status = moe_model_layer(&model, l, NULL, NULL, &layer[l]);
+ *     if (!status) status = moe_model_read(&model, "model.norm.weight", 0, d, norm);
+ *     if (status) printf("%s: %s\n", model.about, moe_status_string(status));
+ *     moe_model_close(&model);                                    the layers stay
+ */
+typedef struct moe_model_source {
+    /* The bytes of a file of the folder, by its name ("config.json"): mapped, read or your own; they stay yours and
+     * must outlive the model. Asked once for each file that is needed, when it is. MOE_E_OPEN: there is none. */
+    moe_status (*file)(void *user, const char *name, const void **bytes, size_t *size);
+    void *user;
+    const char *family; /* NULL: by model_type; else the name of a family, or the text of one of yours (see below) */
+    void *alloc_context;
+} moe_model_source;
+typedef struct moe_model {
+    moe_json config;      /* or its text_config, where it has one (Llama 4); moe_json_find(&model.config, "vocab_size",
+                             &value) */
+    moe_json config_file; /* all of it */
+    size_t n_layers;
+    char family[32];     /* "olmoe"; "" for a text of yours */
+    char about[320];     /* after an error: the file, and the key or tensor in it: "config.json: num_experts" */
+    moe_model_source source;
+    struct moe__model_memory *memory; /* private */
+} moe_model;
+MOE_API moe_status moe_model_open(moe_model *model, const moe_model_source *source);
+MOE_API void moe_model_close(moe_model *model); /* NULL allowed; never wrong, after a failed open too */
+/* Is this layer a mixture: does the checkpoint have its router or its experts? */
+MOE_API int moe_model_mixture(const moe_model *model, size_t layer);
+/* What the layer is, training off. From the config alone. */
+MOE_API moe_status moe_model_desc(moe_model *model, size_t layer, moe_desc *desc);
+/* The layer with its parameters. Everything is checked before it is given out: the shapes, and that all numbers are
+ * finite. surroundings (may be NULL): parallel and alloc_context; training = MOE_ON for a layer to be trained. formats:
+ * the experts go straight into these, one at a time, as with moe_layer_new_formats; NULL: floats. */
+MOE_API moe_status moe_model_layer(moe_model *model, size_t layer, const moe_desc *surroundings,
+                                   const moe_layer_formats *formats, moe_layer **out);
+/* Any tensor: its type, shape and bytes where they lie. Of one in MXFP4 blocks ("X_blocks", "X_scales") X is the name,
+ * and the shape (E, out, in). MOE_E_MODEL_TENSOR: there is none. One of a type that is not read here is found too. */
+MOE_API moe_status moe_model_tensor(moe_model *model, const char *name, moe_file_tensor *out);
+/* Elements first ... first + n - 1 of a tensor, in its order, as floats: from F32, F16, BF16 or F64; from F8_E4M3 and
+ * MXFP4 times their scales. NaN and infinity are given as they are. */
+MOE_API moe_status moe_model_read(moe_model *model, const char *name, size_t first, size_t n, float *out);
+
+/* A family is a text, "key=value key=value ...". Values that begin with @ are keys of config.json, of which the first
+ * that is there counts, with a literal as the last: n_experts=@num_experts|num_local_experts|=8. The keys:
+ *
+ *     any field of moe_desc       d_model=@hidden_size gate=softmax normalize=@norm_topk_prob|=false
+ *     n_layers                    n_layers=@num_hidden_layers
+ *     shared_width                of all shared experts together: n_shared follows (the last is filled up with zeros)
+ *     layer                       how the names of a layer's tensors begin, # its number; alternatives with |
+ *     router, router_bias, choice_bias, w1, wu, w2, b1, bu, b2, shared_gate, shared_w1, shared_wu, shared_w2
+ *                                 the rest of the names, * an expert's number; without * one tensor holds them all.
+ *                                 After the name, :in = stored (in, out), not (out, in) as torch's nn.Linear;
+ *                                 :fused and :interleaved = w1 holds wu too (moe_gate_up_kind)
+ *     require.KEY                 the only value that config.json may have there, if it has one: require.swiglu_limit=7
+ *
+ * choice_bias is added to what the selection sees (e_score_correction_bias) and needs controller=bias, which holds it.
+ * Words of configs stand for ours: silu = swiglu, gelu = geglu, greedy = top-k, group_limited_greedy = groups ... */
+typedef struct moe_model_row {
+    const char *name;   /* model_type */
+    const char *text;
+    const char *mark;   /* as moe_system's */
+    const char *source; /* where its names and mathematics were read */
+} moe_model_row;
+MOE_API const moe_model_row *moe_model_family(size_t index); /* NULL past the end */
 
 /* A layer as safetensors: parameters, desc, and with_optimizer the moments and the step count: between two steps alone,
  * MOE_E_UNSTEPPED while it has gradients, which a file does not hold. Little-endian
@@ -1974,6 +2336,7 @@ static float *moe__take_floats(moe__arena *arena, size_t rows, size_t cols) {
 }
 /* What a size function answers: the arena's bytes and room to align the caller's memory. */
 static moe_status moe__arena_bytes(const moe__arena *arena, size_t *bytes) {
+    if (!bytes) return MOE_E_NULL_OUT;
     if (arena->overflow || !moe__add_size(arena->used, 64, bytes)) return MOE_E_OVERFLOW;
     return MOE_OK;
 }
@@ -2247,7 +2610,7 @@ static int moe__parse_u64(const char *text, uint64_t *out) {
     return 1;
 }
 
-static int moe__parse_float(const char *text, float *out) {
+static int moe__parse_double(const char *text, double *out) {
     uint64_t mantissa = 0, power = 0;
     int negative = *text == '-', digits = 0, point = 0, exponent = 0;
     for (text += negative; (*text >= '0' && *text <= '9') || (*text == '.' && !point); text++) {
@@ -2262,15 +2625,24 @@ static int moe__parse_float(const char *text, float *out) {
         } else exponent += !point;
     }
     if (!digits) return 0;
-    if (*text == 'e') {
+    if (*text == 'e' || *text == 'E') {
         int down = *++text == '-';
-        if (!moe__parse_u64(text + down, &power) || power > 999) return 0;
+        if (down || *text == '+') text++;
+        while (*text == '0' && text[1]) text++; /* 1e-05 */
+        if (!moe__parse_u64(text, &power) || power > 999) return 0;
         exponent += down ? -(int)power : (int)power;
     } else if (*text) return 0;
     double value = 0;
     if (mantissa) value = moe__scale10((double)mantissa, exponent);
-    if (!(value < 3.4028235677973366e38)) return 0; /* from here on it rounds to infinity */
-    *out = (float)(negative ? -value : value);
+    if (!(value <= DBL_MAX)) return 0;
+    *out = negative ? -value : value;
+    return 1;
+}
+static int moe__parse_float(const char *text, float *out) {
+    double value;
+    if (!moe__parse_double(text, &value)) return 0;
+    if (!(fabs(value) < 3.4028235677973366e38)) return 0; /* from here on it rounds to infinity */
+    *out = (float)value;
     return 1;
 }
 
@@ -2332,7 +2704,9 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
  *               returns 0 at a NaN
  *   count, count8   how many of 16, of 32 tokens have an expert among their k highest
  *   sum_rows    sum[c] += row r of x, one row after the other
- *   half, bfloat    n numbers of two bytes, little-endian, of any alignment */
+ *   half, bfloat    n numbers of two bytes, little-endian, of any alignment
+ *   fetch_...   rows of a panel in a weight format (room formats) -> 32 floats each; room for a multiple of 4 rows
+ *   row_...     one row of a product: c (32) = fma(a, the panel's row, c), row after row; a in panels */
 #define MOE__KERNEL_LIST(X)                                                                                            \
     X(void, transpose, (const float *from, size_t ld, float *to))                                                      \
     X(void, exp, (size_t n, const float *x, float *y))                                                                 \
@@ -2352,7 +2726,14 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, sum_rows, (size_t rows, size_t cols, const float *x, double *sum))                                         \
     X(int, all_finite, (size_t n, const float *x))                                                                     \
     X(void, half, (size_t n, const unsigned char *from, float *to))                                                    \
-    X(void, bfloat, (size_t n, const unsigned char *from, float *to))
+    X(void, bfloat, (size_t n, const unsigned char *from, float *to))                                                  \
+    X(void, fetch_bf16, (size_t rows, const void *panel, float *to))                                                   \
+    X(void, fetch_int8, (size_t rows, const void *panel, float *to))                                                   \
+    X(void, fetch_int4, (size_t rows, const void *panel, float *to))                                                   \
+    X(void, row_f32, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                       \
+    X(void, row_bf16, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                      \
+    X(void, row_int8, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                      \
+    X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))
 
 typedef struct moe__kernels {
     moe_isa_kind isa;
@@ -2570,6 +2951,71 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
         memcpy(to, last, n * sizeof *to);                                                                \
     }
 
+/* Weights in a format (the words are drawn in room formats): what stands before 32 rows of a panel, and the rows of one
+ * line of 16 words, each as `low` and `high`, 16 columns of them, to which `use` is done. */
+#define MOE__BFLOATS(low, high)                                                                          \
+    moe__v low, high;                                                                                    \
+    MOE__EACH_V(low.v[i] = MOE__F_LOWER(words + i * MOE__VL); high.v[i] = MOE__F_UPPER(words + i * MOE__VL);)
+#define MOE__FIELDS(use, first, second, right)                                                           \
+    {                                                                                                    \
+        moe__v low, high;                                                                                \
+        MOE__EACH_V(low.v[i] = MOE__F_MUL(MOE__F_FIELD(words + i * MOE__VL, first, right), scale_low.v[i]);   \
+                    high.v[i] = MOE__F_MUL(MOE__F_FIELD(words + i * MOE__VL, second, right), scale_high.v[i]);) \
+        use                                                                                              \
+    }
+#define MOE__BEFORE_f32
+#define MOE__BEFORE_bf16
+#define MOE__BEFORE_int8 MOE__BFLOATS(scale_low, scale_high) words += 16;
+#define MOE__BEFORE_int4 MOE__BEFORE_int8
+#define MOE__LINE_f32(use)                                                                               \
+    {                                                                                                    \
+        moe__v low = moe__v_load((const float *)(const void *)words);                                    \
+        moe__v high = moe__v_load((const float *)(const void *)(words + 16));                            \
+        words += 16;                                                                                     \
+        use                                                                                              \
+    }
+#define MOE__LINE_bf16(use) { MOE__BFLOATS(low, high) use }
+#define MOE__LINE_int8(use) { MOE__FIELDS(use, 24, 16, 24) MOE__FIELDS(use, 8, 0, 24) }
+#define MOE__LINE_int4(use)                                                                              \
+    {                                                                                                    \
+        MOE__FIELDS(use, 28, 24, 28) MOE__FIELDS(use, 20, 16, 28)                                        \
+        MOE__FIELDS(use, 12, 8, 28) MOE__FIELDS(use, 4, 0, 28)                                           \
+    }
+#define MOE__FETCH(name, line)                                                                           \
+    MOE__FN void MOE__K(fetch_##name)(size_t rows, const void *panel, float *to) {                       \
+        const uint32_t *words = (const uint32_t *)panel;                                                 \
+        for (size_t count; rows; rows -= count) {                                                        \
+            count = moe__min(rows, 32);                                                                  \
+            MOE__BEFORE_##name                                                                           \
+            for (size_t r = 0; r < count; r += line, words += 16)                                        \
+                MOE__LINE_##name(moe__v_store(to, low); moe__v_store(to + 16, high); to += 32;)          \
+        }                                                                                                \
+    }
+#define MOE__ROW_USE                                                                                     \
+    moe__v x = moe__v_set1(*a++);                                                                        \
+    c0 = moe__v_fma(x, low, c0);                                                                         \
+    c1 = moe__v_fma(x, high, c1);
+#define MOE__ONE_ROW(name, line, ahead)                                                                  \
+    MOE__FN void MOE__K(row_##name)(size_t rows, const float *a, size_t a_panel, const void *panel, float *c) { \
+        const uint32_t *words = (const uint32_t *)panel;                                                 \
+        moe__v c0 = moe__v_load(c), c1 = moe__v_load(c + 16);                                            \
+        for (; rows >= 32; rows -= 32, a += a_panel - 32) {                                              \
+            MOE__BEFORE_##name                                                                           \
+            for (int r = 0; r < 32; r += line, words += 16) {                                            \
+                MOE__PREFETCH_L1((const float *)(const void *)words + (ahead));                          \
+                MOE__LINE_##name(MOE__ROW_USE)                                                           \
+            }                                                                                            \
+        }                                                                                                \
+        MOE__ALIGN64 float rest[32 * 32];                                                                \
+        if (rows) MOE__K(fetch_##name)(rows, words, rest);                                               \
+        for (size_t r = 0; r < rows; r++) {                                                              \
+            moe__v low = moe__v_load(rest + r * 32), high = moe__v_load(rest + r * 32 + 16);             \
+            MOE__ROW_USE                                                                                 \
+        }                                                                                                \
+        moe__v_store(c, c0);                                                                             \
+        moe__v_store(c + 16, c1);                                                                        \
+    }
+
 #ifndef MOE_FILENAME
 #define MOE_FILENAME "moe.h"
 #endif
@@ -2646,6 +3092,10 @@ typedef float moe__f;
 #define MOE__F_OR(a, b) moe__float_of(moe__bits_of(a) | moe__bits_of(b))
 #define MOE__F_POW2(n) moe__float_of((uint32_t)((int32_t)(n) + 127) << 23)
 #define MOE__F_EXPONENT(x) ((float)(int32_t)(moe__bits_of(x) >> 23))
+#define MOE__F_LOWER(w) moe__float_of(*(w) << 16) /* bfloat16 in half a word */
+#define MOE__F_UPPER(w) moe__float_of(*(w) & 0xffff0000u)
+#define MOE__F_FIELD(w, left, right) /* a signed field of a word: what is left after these shifts */ \
+    ((float)((int32_t)(*(w) << (left) >> (right) ^ 1u << (31 - (right))) - (int32_t)(1u << (31 - (right)))))
 typedef int moe__fmask_scalar;
 #define MOE__FMASK moe__fmask_scalar
 #elif MOE__PASS == 2
@@ -2678,6 +3128,11 @@ typedef __m256 moe__f;
 #define MOE__F_POW2(n) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
 #define MOE__F_EXPONENT(x) _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_castps_si256(x), 23))
+#define MOE__F_WORDS(w) _mm256_loadu_si256((const __m256i *)(const void *)(w))
+#define MOE__F_LOWER(w) _mm256_castsi256_ps(_mm256_slli_epi32(MOE__F_WORDS(w), 16))
+#define MOE__F_UPPER(w) _mm256_castsi256_ps(_mm256_and_si256(MOE__F_WORDS(w), _mm256_set1_epi32(-65536)))
+#define MOE__F_FIELD(w, left, right) \
+    _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(MOE__F_WORDS(w), left), right))
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0 and 4 */ \
     _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps((p) + 4 * (ld)), 1)
 #define MOE__F_LOW(a, b) _mm256_unpacklo_ps(a, b)
@@ -2714,6 +3169,11 @@ typedef __m512 moe__f;
 #define MOE__F_POW2(n) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
 #define MOE__F_EXPONENT(x) _mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_castps_si512(x), 23))
+#define MOE__F_WORDS(w) _mm512_loadu_si512((const void *)(w))
+#define MOE__F_LOWER(w) _mm512_castsi512_ps(_mm512_slli_epi32(MOE__F_WORDS(w), 16))
+#define MOE__F_UPPER(w) _mm512_castsi512_ps(_mm512_and_si512(MOE__F_WORDS(w), _mm512_set1_epi32(-65536)))
+#define MOE__F_FIELD(w, left, right) \
+    _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(MOE__F_WORDS(w), left), right))
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0, 4, 8 and 12 */ \
     _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), \
         _mm_loadu_ps((p) + 4 * (ld)), 1), _mm_loadu_ps((p) + 8 * (ld)), 2), _mm_loadu_ps((p) + 12 * (ld)), 3)
@@ -2752,6 +3212,10 @@ typedef float32x4_t moe__f;
 #define MOE__F_OR(a, b) vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
 #define MOE__F_POW2(n) vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23))
 #define MOE__F_EXPONENT(x) vcvtq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(x), 23))
+#define MOE__F_LOWER(w) vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(w), 16))
+#define MOE__F_UPPER(w) vreinterpretq_f32_u32(vandq_u32(vld1q_u32(w), vdupq_n_u32(0xffff0000u)))
+#define MOE__F_FIELD(w, left, right) \
+    vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(vld1q_u32(w)), left), right))
 #define MOE__FMASK uint32x4_t
 #endif
 
@@ -3447,6 +3911,16 @@ MOE__FI void MOE__K(bfloat16)(const unsigned char *from, float *to) {
 }
 MOE__WIDEN(half)
 MOE__WIDEN(bfloat)
+MOE__FETCH(bf16, 1)
+MOE__FETCH(int8, 2)
+MOE__FETCH(int4, 4)
+MOE__FN void MOE__K(fetch_f32)(size_t rows, const void *panel, float *to) {
+    memcpy(to, panel, rows * 32 * sizeof(float));
+}
+MOE__ONE_ROW(f32, 1, 1024)
+MOE__ONE_ROW(bf16, 1, 1024)
+MOE__ONE_ROW(int8, 2, 512)
+MOE__ONE_ROW(int4, 4, 512)
 /* sum[c] += row r of x, one row after the other */
 MOE__FN void MOE__K(sum_rows)(size_t rows, size_t cols, const float *x, double *sum) {
     for (size_t c = 0; c < cols; c += 16) {
@@ -3499,6 +3973,10 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_OR
 #undef MOE__F_POW2
 #undef MOE__F_EXPONENT
+#undef MOE__F_WORDS
+#undef MOE__F_LOWER
+#undef MOE__F_UPPER
+#undef MOE__F_FIELD
 #undef MOE__F_QUADS
 #undef MOE__F_LOW
 #undef MOE__F_HIGH
@@ -3654,28 +4132,41 @@ static void moe__threads_run(const moe_parallel *parallel, size_t rows, size_t e
 /* ==== >>formats ===============================================================================
  * The formats in which a matrix of weights can lie in memory. After this room a product knows only "these rows of that
  * panel, as floats". A matrix of k rows and n columns is cut into panels of 32 columns (MOE__W), the last one filled up
- * with zeros; a panel's rows follow each other, row_bytes apart, and panels are `stride` bytes apart:
+ * with zeros; a panel's rows follow each other in blocks of 32, and panels are `stride` bytes apart. A block:
  *
- *           columns 0 .. 31      32 .. 63      64 .. n, 0, 0
- *     row 0 +--------------+  +-----------+  +--------------+        memory: panel 0, row 0 | row 1 | ... | row k - 1
- *     row 1 |   panel 0    |  |  panel 1  |  |   panel 2    |                panel 1, row 0 | row 1 | ...
- *       ... |              |  |           |  |              |
- * row k - 1 +--------------+  +-----------+  +--------------+
+ *     f32     32 rows of 32 floats (the last block of a panel is as short as its rows)
+ *     bf16    32 lines                      a line is 16 words of 32 bits; word i has columns i and 16 + i of its
+ *     int8    a line of scales, 16 lines    rows, from the lowest bits on: one row of bfloat16 (scales too), two of
+ *     int4    a line of scales, 8 lines     8 bits, four of 4 bits
  *
- * A format of its own is three things: a name in moe__format_kind, its row in moe__format_table, and beside them its
+ *              bits 31                         0
+ *     bf16     | row 0, 16 + i |  row 0, i     |
+ *     int8     |r1,16+i| r1, i |r0,16+i| r0, i |
+ *     int4     |r3 |r3 |r2 |r2 |r1 |r1 |r0 |r0 |
+ *
+ * A weight of int8 and int4 is w = scale * q, q of two's complement; its scale, a bfloat16, is that of 32 weights of a
+ * column. 8 bits times 8 bits: the product is exact in a float, so w is defined without any rounding, and a format's
+ * product is that of floats, bit for bit.
+ *
+ * A format of its own is three things: a name in moe_format_kind, its row in moe__format_table, and beside them its
  * kernel, `fetch`, with `pack`, which is fetch the other way round. */
 typedef struct moe__format {
     const char *name;
-    size_t row_bytes; /* of a panel's row: 32 weights, and whatever scale the format keeps with them */
-    /* `cols` <= 32 columns of row-major floats -> rows of a panel, missing columns 0; scale: the panel's, or NULL */
-    void (*pack)(const float *src, size_t ld, size_t rows, size_t cols, void *panel, float *scale);
-    /* rows of a panel -> 32 floats each, aligned to 64 bytes; NULL: the rows are floats and are read where they lie */
-    void (*fetch)(const moe__kernels *kernels, const void *panel, const float *scale, size_t rows, float *dst);
+    moe_dtype_kind dtype; /* of its elements in a file */
+    unsigned bits;        /* of an element */
+    size_t block;         /* bytes of 32 rows of a panel */
+    int scaled;           /* a block begins with its scales */
+    /* `cols` <= 32 columns of row-major finite floats -> rows of a panel, the missing ones 0 */
+    void (*pack)(const float *src, size_t ld, size_t rows, size_t cols, void *panel);
+    /* rows of a panel, from the beginning of a block -> 32 floats each, aligned to 64 bytes, with room for up to 3 rows
+     * more; NULL: the rows are floats and are read where they lie */
+    void (*fetch)(const moe__kernels *kernels, const void *panel, size_t rows, float *dst);
+    /* c (32) = fma(a, row, c) over the rows of a panel, in order; a (rows) in panels; NULL: by fetch */
+    void (*row)(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel, const void *panel, float *c);
 } moe__format;
 
-static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel, float *scale) {
+static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
     float *dst = (float *)panel;
-    (void)scale;
     if (cols == MOE__W) { /* copies of a size that the compiler knows */
         for (size_t r = 0; r < rows; r++) memcpy(dst + r * MOE__W, src + r * ld, MOE__W * sizeof(float));
         return;
@@ -3685,46 +4176,173 @@ static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_
         memset(dst + cols, 0, (MOE__W - cols) * sizeof(float));
     }
 }
+/* The bfloat16 nearest to a float, ties to even; never infinite. And the lowest that is not below x >= 0. */
+static uint32_t moe__format_bfloat(float x) {
+    uint32_t bits = moe__bits_of(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    if ((rounded & 0x7f80u) == 0x7f80u) return bits >> 16;
+    return rounded;
+}
+static uint32_t moe__format_bfloat_up(float x) { return (moe__bits_of(x) + 0xffffu) >> 16; }
 
-typedef enum moe__format_kind {
-    MOE__FORMAT_F32,
-    MOE__FORMAT_COUNT
-} moe__format_kind;
-static const moe__format moe__format_table[MOE__FORMAT_COUNT] = {
-    {"f32", MOE__W * sizeof(float), moe__format_f32_pack, NULL},
+/* Where a block has the field of an element: its word, and how far it is shifted. */
+static size_t moe__format_word(const moe__format *format, size_t row, size_t column, unsigned *shift) {
+    size_t per = 16 / format->bits; /* rows of a line */
+    *shift = (unsigned)(row % per * 2 + column / 16) * format->bits;
+    return ((size_t)format->scaled + row / per) * 16 + column % 16;
+}
+/* Lines of a block |= the fields of `rows` rows, 32 apart; the words were 0. */
+static void moe__format_lines(unsigned bits, const uint32_t *field, size_t rows, uint32_t *words) {
+    uint32_t mask = 0xffffffffu >> (32 - bits);
+    size_t per = 16 / bits;
+    for (size_t r = 0; r < rows; r++, field += MOE__W) {
+        unsigned shift = (unsigned)(r % per) * 2 * bits;
+        uint32_t *line = words + r / per * 16;
+        for (size_t c = 0; c < 16; c++)
+            line[c] |= (field[c] & mask) << shift | (field[c + 16] & mask) << (shift + bits);
+    }
+}
+static void moe__format_bf16_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
+    uint32_t field[MOE__W] = {0};
+    memset(panel, 0, moe__ceil_div(rows, MOE__W) * MOE__W * MOE__W * 2);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c++) field[c] = moe__format_bfloat(src[r * ld + c]);
+        moe__format_lines(16, field, 1, (uint32_t *)panel + r * 16);
+    }
+}
+/* The scale of up to 32 weights whose highest magnitude this is: it over `most`, rounded up, so that no q is beyond
+ * it; a step less where that would make infinity. */
+static uint32_t moe__format_scale(float high, float most) {
+    uint32_t scale = moe__format_bfloat_up(high / most);
+    if (!moe__finite(moe__float_of(scale << 16) * most)) scale--;
+    return scale;
+}
+/* q = the integer nearest to w / scale, ties to even, at most `most`: |w - scale q| <= scale / 2. */
+static void moe__format_int_block(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits,
+                                  uint32_t *words) {
+    uint32_t scale[MOE__W] = {0}, field[MOE__W * MOE__W] = {0};
+    float high[MOE__W] = {0}, most = (float)((1 << (bits - 1)) - 1);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) high[c] = fabsf(src[r * ld + c]) > high[c] ? fabsf(src[r * ld + c]) : high[c];
+    for (size_t c = 0; c < cols; c++) {
+        scale[c] = moe__format_scale(high[c], most);
+        high[c] = scale[c] ? moe__float_of(scale[c] << 16) : 1.0f; /* of zeros */
+    }
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) {
+            float q = src[r * ld + c] / high[c] + 12582912.0f - 12582912.0f; /* 1.5 2^23: rounds */
+            q = q > most ? most : q;
+            field[r * MOE__W + c] = (uint32_t)(int32_t)(q < -most ? -most : q);
+        }
+    moe__format_lines(16, scale, 1, words);
+    moe__format_lines(bits, field, rows, words + 16);
+}
+static void moe__format_int_pack(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits, void *panel) {
+    unsigned char *block = (unsigned char *)panel;
+    size_t bytes = MOE__W * 2 + MOE__W * MOE__W * bits / 8;
+    memset(panel, 0, moe__ceil_div(rows, MOE__W) * bytes);
+    for (size_t at = 0; at < rows; at += MOE__W, block += bytes)
+        moe__format_int_block(src + at * ld, ld, moe__min(MOE__W, rows - at), cols, bits, (uint32_t *)(void *)block);
+}
+static void moe__format_int8_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
+    moe__format_int_pack(src, ld, rows, cols, 8, panel);
+}
+static void moe__format_int4_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
+    moe__format_int_pack(src, ld, rows, cols, 4, panel);
+}
+#define MOE__FORMAT_ROW(name)                                                                                          \
+    static void moe__format_##name##_row(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel,     \
+                                         const void *panel, float *c) {                                                \
+        kernels->row_##name(rows, a, a_panel, panel, c);                                                               \
+    }
+#define MOE__FORMAT_KERNELS(name)                                                                                      \
+    static void moe__format_##name##_fetch(const moe__kernels *kernels, const void *panel, size_t rows, float *dst) {  \
+        kernels->fetch_##name(rows, panel, dst);                                                                       \
+    }                                                                                                                  \
+    MOE__FORMAT_ROW(name)
+MOE__FORMAT_ROW(f32)
+MOE__FORMAT_KERNELS(bf16)
+MOE__FORMAT_KERNELS(int8)
+MOE__FORMAT_KERNELS(int4)
+static const moe__format moe__format_table[MOE_FORMAT_COUNT] = {
+    {"f32", MOE_DTYPE_F32, 32, 4096, 0, moe__format_f32_pack, NULL, moe__format_f32_row},
+    {"bf16", MOE_DTYPE_BF16, 16, 2048, 0, moe__format_bf16_pack, moe__format_bf16_fetch, moe__format_bf16_row},
+    {"int8", MOE_DTYPE_I8, 8, 1088, 1, moe__format_int8_pack, moe__format_int8_fetch, moe__format_int8_row},
+    {"int4", MOE_DTYPE_U8, 4, 576, 1, moe__format_int4_pack, moe__format_int4_fetch, moe__format_int4_row},
 };
+MOE__NAME_API(format, moe__format_table, MOE_FORMAT_COUNT)
 
 /* Where a matrix of weights lies, and in which format. */
 typedef struct moe__weights {
     const void *data; /* row 0 of panel 0 */
     const moe__format *format;
-    const float *scale; /* 32 floats a panel, one for each column; NULL where the format has none of them */
-    size_t stride;      /* bytes from one panel to the next */
+    size_t stride; /* bytes from one panel to the next */
 } moe__weights;
 
-/* Float panels of `rows` rows each, panel after panel. */
-static moe__weights moe__format_f32(const float *data, size_t rows) {
-    moe__weights weights = {data, &moe__format_table[MOE__FORMAT_F32], NULL, rows * MOE__W * sizeof(float)};
+/* Bytes of a panel of so many rows. */
+static size_t moe__format_panel(const moe__format *format, size_t rows) {
+    if (!format->fetch) return rows * MOE__W * sizeof(float);
+    return moe__ceil_div(rows, MOE__W) * format->block;
+}
+/* Panels of `rows` rows each, panel after panel. */
+static moe__weights moe__format_over(const void *data, moe_format_kind kind, size_t rows) {
+    moe__weights weights = {data, &moe__format_table[kind], moe__format_panel(&moe__format_table[kind], rows)};
     return weights;
 }
+static moe__weights moe__format_f32(const float *data, size_t rows) {
+    return moe__format_over(data, MOE_FORMAT_F32, rows);
+}
+/* row: of a panel, the first of a block */
 MOE__INLINE const void *moe__format_at(const moe__weights *weights, size_t panel, size_t row) {
-    return (const unsigned char *)weights->data + panel * weights->stride + row * weights->format->row_bytes;
+    return (const unsigned char *)weights->data + panel * weights->stride + row / MOE__W * weights->format->block;
 }
 /* The same matrix from a panel on. */
 MOE__INLINE moe__weights moe__format_from(moe__weights weights, size_t panel) {
     weights.data = moe__format_at(&weights, panel, 0);
-    if (weights.scale) weights.scale += panel * MOE__W;
     return weights;
 }
-/* Rows of a panel as floats, 32 apart: where they lie, or fetched into the buffer. */
+/* Rows of a panel, from the first of a block, as floats, 32 apart: where they lie, or fetched into the buffer. */
 MOE__INLINE const float *moe__format_rows(const moe__kernels *kernels, const moe__weights *weights, size_t panel,
                                           size_t row, size_t rows, float *buffer) {
     const void *at = moe__format_at(weights, panel, row);
-    const float *scale = weights->scale;
     if (!weights->format->fetch) return (const float *)at;
-    if (scale) scale += panel * MOE__W;
-    weights->format->fetch(kernels, at, scale, rows, buffer);
+    weights->format->fetch(kernels, at, rows, buffer);
     return buffer;
+}
+
+/* One field of an element, from the lowest bits, and its scale as a bfloat16; 1 where the format has none. */
+static uint32_t moe__format_field(const moe__weights *weights, size_t row, size_t column, uint32_t *scale) {
+    const uint32_t *words = (const uint32_t *)moe__format_at(weights, column / MOE__W, row);
+    unsigned shift = 0;
+    *scale = 0x3f80u;
+    if (!weights->format->fetch) return words[row % MOE__W * MOE__W + column % MOE__W];
+    size_t word = moe__format_word(weights->format, row % MOE__W, column % MOE__W, &shift);
+    if (weights->format->scaled) *scale = words[column % 16] >> (column % MOE__W / 16 * 16) & 0xffffu;
+    return words[word] >> shift & (0xffffffffu >> (32 - weights->format->bits));
+}
+/* The same way back, into words that were 0: an element, or the scale of its block. 0: no weight may be that. */
+static int moe__format_set(const moe__weights *weights, size_t row, size_t column, int is_scale, uint32_t field) {
+    uint32_t *words = (uint32_t *)(uintptr_t)moe__format_at(weights, column / MOE__W, row);
+    const moe__format *format = weights->format;
+    uint32_t lowest = 1u << (format->bits - 1);
+    unsigned shift = 0;
+    if (!format->fetch) {
+        words[row % MOE__W * MOE__W + column % MOE__W] = field;
+        return moe__finite(moe__float_of(field));
+    }
+    if (is_scale) {
+        words[column % 16] |= field << (column % MOE__W / 16 * 16);
+        return field < 0x8000u && moe__finite(moe__float_of(field << 16) * (float)(lowest - 1));
+    }
+    size_t word = moe__format_word(format, row % MOE__W, column % MOE__W, &shift);
+    words[word] |= field << shift;
+    return format->scaled ? field != lowest : (field & 0x7f80u) != 0x7f80u;
+}
+static float moe__format_value(const moe__weights *weights, size_t row, size_t column) {
+    uint32_t scale, field = moe__format_field(weights, row, column, &scale);
+    uint32_t sign = 1u << (weights->format->bits - 1);
+    if (weights->format->bits == 32) return moe__float_of(field);
+    if (!weights->format->scaled) return moe__float_of(field << 16);
+    return moe__float_of(scale << 16) * (float)((int32_t)(field ^ sign) - (int32_t)sign);
 }
 
 /* ==== >>products ==============================================================================
@@ -3810,11 +4428,28 @@ static const float *moe__product_next(const moe__weights *weights, size_t k, siz
     return (const float *)next;
 }
 
+/* One row of c: panels are read once, from top to bottom. */
+static void moe__product_row(const moe__kernels *kernels, size_t k, const float *a, size_t a_panel,
+                             const moe__weights *b, const moe__product_target *to, int fresh) {
+    MOE__ALIGN64 float sum[MOE__W] = {0};
+    for (size_t panel = 0; panel * MOE__W < to->cols; panel++) {
+        size_t bytes = moe__min(MOE__W, to->cols - panel * MOE__W) * sizeof(float);
+        float *c = to->c + panel * to->panel;
+        const float *from = fresh ? to->init + panel * to->init_panel : c;
+        memcpy(sum, from, bytes);
+        b->format->row(kernels, k, a, a_panel, moe__format_at(b, panel, 0), sum);
+        memcpy(c, sum, bytes);
+    }
+}
 /* c (rows, cols) = or += a (rows, k) b (k, cols); after: read next, or NULL */
 static void moe__product_weights(const moe__kernels *kernels, size_t rows, size_t k, const float *a, size_t a_panel,
                                  const moe__weights *b, const moe__product_target *to, int fresh, const void *after) {
     MOE__ALIGN64 float buffer[MOE__KC * MOE__W];
     size_t panels = moe__ceil_div(to->cols, MOE__W);
+    if (rows == 1 && b->format->row) {
+        moe__product_row(kernels, k, a, a_panel, b, to, fresh);
+        return;
+    }
     for (size_t group = 0; group < k; group += MOE__KG) {
         size_t end = moe__min(k, group + MOE__KG);
         for (size_t panel = 0; panel < panels; panel++)
@@ -3892,7 +4527,7 @@ static void moe__product_outer(const moe__kernels *kernels, size_t rows, size_t 
 /* Rows [row, row + rows), columns [col, col + cols) of a row-major matrix into part of a panel, missing columns 0. */
 static void moe__product_fill(const float *src, size_t ld, size_t row, size_t rows, size_t col, size_t cols,
                               float *dst) {
-    moe__format_f32_pack(src + row * ld + col, ld, rows, cols, dst, NULL);
+    moe__format_f32_pack(src + row * ld + col, ld, rows, cols, dst);
 }
 /* The same of the transpose: element (r, c) of the panel is src[(col + c) * ld + row + r]. */
 static void moe__product_fill_t(const moe__kernels *kernels, const float *src, size_t ld, size_t row, size_t rows,
@@ -3911,7 +4546,7 @@ typedef struct moe__product_gemm {
     moe_gemm_args args; /* with the leading dimensions that it leaves open */
     const moe__kernels *kernels;
     size_t block_rows, blocks, group_panels, groups;
-    float *b_panels;              /* plain: all of b, packed; nothing for ta */
+    float *b_panels;              /* plain: room for all of b, packed, unless it is given so; nothing for ta */
     float *a_scratch, *b_scratch; /* a worker's share */
     size_t a_share, b_share;
 } moe__product_gemm;
@@ -3951,7 +4586,7 @@ static moe_status moe__product_gemm_plan(moe__product_gemm *plan, const moe_gemm
         if (plan->blocks < want) plan->group_panels = moe__max(1, moe__ceil_div(panels * plan->blocks, want));
         if (!moe__mul(plan->block_rows, moe__ceil_div(args->k, MOE__W) * MOE__W, &plan->a_share)) return MOE_E_OVERFLOW;
         if (!moe__mul(panels * MOE__W, args->k, &total)) return MOE_E_OVERFLOW;
-        plan->b_panels = (float *)moe__take(arena, total, sizeof(float));
+        if (!args->b_panels) plan->b_panels = (float *)moe__take(arena, total, sizeof(float));
     }
     plan->groups = moe__ceil_div(panels, plan->group_panels);
     plan->a_scratch = moe__take_floats(arena, workers, plan->a_share);
@@ -3967,7 +4602,9 @@ static void moe__product_gemm_fill_a(const moe_gemm_args *args, size_t row, size
 static void moe__product_gemm_fill_b(const moe__product_gemm *plan, size_t row, size_t rows, size_t col, size_t cols,
                                      float *dst) {
     const moe_gemm_args *args = &plan->args;
-    if (args->tb) moe__product_fill_t(plan->kernels, args->b, args->ldb, row, rows, col, cols, dst);
+    size_t at = col * args->k + row * MOE__W; /* in panels */
+    if (args->b_panels) memcpy(dst, args->b_panels + at, rows * MOE__W * sizeof(float));
+    else if (args->tb) moe__product_fill_t(plan->kernels, args->b, args->ldb, row, rows, col, cols, dst);
     else moe__product_fill(args->b, args->ldb, row, rows, col, cols, dst);
 }
 
@@ -4004,8 +4641,9 @@ static void moe__product_gemm_task(void *arg, size_t i, size_t worker) {
                                      moe__min(MOE__W, args->k - k), share.a + k * share.rows + r * MOE__W);
     moe__product_target to = {args->c + share.row * args->ldc + share.begin, args->ldc, MOE__W, share.end - share.begin,
                               moe__product_zeros, 0};
-    moe__product(plan->kernels, share.rows, args->k, share.a, share.rows * MOE__W,
-                 plan->b_panels + share.begin * args->k, &to, !args->accumulate, NULL);
+    const float *panels = args->b_panels ? args->b_panels : plan->b_panels;
+    moe__product(plan->kernels, share.rows, args->k, share.a, share.rows * MOE__W, panels + share.begin * args->k, &to,
+                 !args->accumulate, NULL);
 }
 
 static void moe__product_gemm_task_ta(void *arg, size_t i, size_t worker) {
@@ -4013,7 +4651,7 @@ static void moe__product_gemm_task_ta(void *arg, size_t i, size_t worker) {
     const moe_gemm_args *args = &plan->args;
     moe__product_share share = moe__product_gemm_share(plan, i, worker);
     /* b's rows as they are, unless they alias in L1 */
-    int direct = !args->tb && args->n % MOE__W == 0 && args->ldb % 1024 != 0;
+    int direct = !args->tb && !args->b_panels && args->n % MOE__W == 0 && args->ldb % 1024 != 0;
     for (size_t k = 0; k < args->k; k += MOE__KC) {
         size_t count = moe__min(MOE__KC, args->k - k);
         for (size_t m = 0; m < share.rows; m += MOE__W)
@@ -4044,7 +4682,8 @@ MOE_API moe_status moe_gemm_scratch(const moe_gemm_args *args, size_t *bytes) {
 #ifdef MOE_USE_CBLAS
 static int moe__product_gemm_cblas(const moe_gemm_args *args) { /* 0: not a product for CBLAS */
     size_t longest = moe__max(args->lda, moe__max(args->ldb, args->ldc));
-    if (args->a_fill || moe__max(moe__max(args->m, args->n), moe__max(args->k, longest)) > MOE__MAX_INDEX) return 0;
+    if (args->a_fill || args->b_panels) return 0;
+    if (moe__max(moe__max(args->m, args->n), moe__max(args->k, longest)) > MOE__MAX_INDEX) return 0;
     cblas_sgemm(CblasRowMajor, args->ta ? CblasTrans : CblasNoTrans,
                 args->tb ? CblasTrans : CblasNoTrans, (int)args->m, (int)args->n, (int)args->k, 1.0f,
                 args->a, (int)args->lda, args->b, (int)args->ldb, (float)(args->accumulate != 0), args->c,
@@ -4062,7 +4701,7 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
     if (status) return status;
     if (!args->m || !args->n) return MOE_OK;
     if (args->k && !args->a && !args->a_fill) return MOE_E_NULL_A;
-    if (args->k && !args->b) return MOE_E_NULL_B;
+    if (args->k && !args->b && !args->b_panels) return MOE_E_NULL_B;
     if (!args->c) return MOE_E_NULL_C;
     if (!args->k) {
         if (args->accumulate) return MOE_OK;
@@ -4083,11 +4722,26 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
     if (!status) status = moe__product_gemm_plan(&plan, args, &arena);
     if (!status && args->ta) moe_run(args->parallel, plan.blocks * plan.groups, moe__product_gemm_task_ta, &plan);
     if (!status && !args->ta) {
-        moe_run(args->parallel, moe__ceil_div(args->n, MOE__W), moe__product_gemm_pack_b, &plan);
+        if (plan.b_panels)
+            moe_run(args->parallel, moe__ceil_div(args->n, MOE__W), moe__product_gemm_pack_b, &plan);
         moe_run(args->parallel, plan.blocks * plan.groups, moe__product_gemm_task, &plan);
     }
     moe__free(args->alloc_context, own);
     return status;
+}
+
+MOE_API moe_status moe_gemm_pack(const moe_gemm_args *args, float *panels) {
+    moe__product_gemm plan;
+    moe__arena arena = {NULL, 0, 0};
+    moe_status status = moe__product_gemm_plan(&plan, args, &arena);
+    if (status) return status;
+    if (!args->n || !args->k) return MOE_OK;
+    if (!args->b) return MOE_E_NULL_B;
+    if (!panels) return MOE_E_NULL_OUT;
+    plan.args.b_panels = NULL;
+    plan.b_panels = panels;
+    moe_run(args->parallel, moe__ceil_div(args->n, MOE__W), moe__product_gemm_pack_b, &plan);
+    return MOE_OK;
 }
 
 /* ==== >>plan ==================================================================================
@@ -4124,7 +4778,10 @@ MOE_API moe_status moe_gemm(const moe_gemm_args *args) {
     X(R_SCALE, "router.log_scale", "1", 0, LOG_SCALE, '1', 6, F32, desc->learn_temperature == MOE_ON)                  \
     X(R_RESIDUAL, "router.residual", "EE", 1, UNIFORM, 'E', 7, F32, desc->residual == MOE_ON)                          \
     X(R_CODEBOOK, "router.codebook", "cd", 0, SHARE, 'c', 8, F32, desc->n_codes)                                       \
-    X(R_BRANCH, "router.branch", "d2", 1, ZERO, 'd', 9, F32, desc->n_codes)
+    X(R_BRANCH, "router.branch", "d2", 1, ZERO, 'd', 9, F32, desc->n_codes)                                            \
+    X(R_PAIR, "router.pair", "BL", 0, ZERO, 'L', 13, F32, desc->n_bound)                                               \
+    X(R_PAIR_OFFSET, "router.pair_offset", "B", 0, ZERO, 'L', 14, F32, desc->n_bound)                                  \
+    X(R_PAIR_PARENT, "router.pair_parent", "B", 0, ZERO, 'L', 15, F32, desc->n_bound)
 #define MOE__EXPERT_TENSORS(X)                                                                                         \
     X(T_W1, "experts.w1", "Gdf", 1, UNIFORM, 'd', 1, F32, 1)                                                           \
     X(T_WU, "experts.wu", "Gdf", 1, UNIFORM, 'd', 2, F32, plan->gated)                                                 \
@@ -4177,7 +4834,9 @@ static const moe__plan_tensor_row moe__plan_tensors[MOE__T_COUNT] = {
 
 typedef struct moe__plan {
     moe_desc desc;
-    size_t d, f, E, F, G, S;       /* F: routed experts with parameters; G: with the shared; S: slots of a token */
+    size_t d, f, E, F, G, S;       /* F: routed experts with parameters; G: with bound and shared; S: slots of a token
+                                      */
+    size_t networks;               /* F and the bound: the experts to which routes lead */
     size_t L, N;                   /* the score's last product: from L numbers a token to N = E times soft_slots */
     size_t dp, hp, zp, ep, np, lp; /* panels of d, the hidden values, the values before the activation, E, N, L */
     size_t gated, bias;
@@ -4197,6 +4856,7 @@ static size_t moe__plan_extent(const moe__plan *plan, char axis) {
     case 'd': return plan->d;
     case 'E': return plan->E;
     case 'G': return plan->G;
+    case 'B': return plan->desc.n_bound;
     case 'f': return plan->f;
     case 'c': return plan->desc.n_codes;
     case 'n': return plan->desc.n_constant;
@@ -4209,7 +4869,7 @@ static size_t moe__plan_columns(const moe__plan *plan, int id) {
     return moe__plan_extent(plan, axes[strlen(axes) - 1]);
 }
 static size_t moe__plan_rows(const moe__plan *plan, int id) {
-    size_t rows = plan->count[id] / moe__plan_columns(plan, id);
+    size_t rows = plan->count[id] / moe__max(1, moe__plan_columns(plan, id)); /* no pairs: no columns */
     if (moe__plan_tensors[id].region == MOE__IN_EXPERTS) rows /= plan->G;
     return rows;
 }
@@ -4220,15 +4880,18 @@ static size_t moe__plan_parameters(const moe__plan *plan, moe__plan_region regio
         if (moe__plan_tensors[id].region == region) total += plan->count[id];
     return total;
 }
+static void moe__plan_describe(const moe__plan *plan, int id, moe_tensor *out) {
+    memset(out, 0, sizeof *out);
+    out->name = moe__plan_tensors[id].name;
+    out->count = plan->count[id];
+    for (const char *axis = moe__plan_tensors[id].axes; *axis; axis++)
+        out->dim[out->n_dims++] = moe__plan_extent(plan, *axis);
+}
 /* The id of the i-th tensor that is there, described in *out; -1 past the last. */
 static int moe__plan_tensor_at(const moe__plan *plan, size_t i, moe_tensor *out) {
     for (int id = 0; id < MOE__T_COUNT; id++) {
         if (!plan->count[id] || i--) continue;
-        memset(out, 0, sizeof *out);
-        out->name = moe__plan_tensors[id].name;
-        out->count = plan->count[id];
-        for (const char *axis = moe__plan_tensors[id].axes; *axis; axis++)
-            out->dim[out->n_dims++] = moe__plan_extent(plan, *axis);
+        moe__plan_describe(plan, id, out);
         return id;
     }
     return -1;
@@ -4257,13 +4920,23 @@ static size_t moe__plan_offset(const moe__plan *plan, int id) {
     return at;
 }
 
+/* How many columns from `column` on stand one after the other. */
+static size_t moe__plan_adjacent(const moe__plan *plan, int id, size_t column, size_t count) {
+    size_t wide = MOE__W;
+    if (id == MOE__T_B2) return count;
+    if (plan->gated && id != MOE__T_W2) wide = 16;
+    return moe__min(count, wide - column % wide);
+}
 /* n elements of a row of a tensor, from `column` on; the rows of all experts are counted as one list. */
 static void moe__plan_get(const moe__plan *plan, int id, const float *params, size_t row, size_t column, size_t count,
                           float *out) {
     size_t rows = moe__plan_rows(plan, id), columns = moe__plan_columns(plan, id);
     if (moe__plan_tensors[id].region == MOE__IN_EXPERTS) {
         const float *block = params + row / rows * plan->expert;
-        for (size_t i = 0; i < count; i++) out[i] = block[moe__plan_in_block(plan, id, row % rows, column + i)];
+        for (size_t i = 0, n; i < count; i += n) {
+            n = moe__plan_adjacent(plan, id, column + i, count - i);
+            memcpy(out + i, block + moe__plan_in_block(plan, id, row % rows, column + i), n * sizeof(float));
+        }
     } else memcpy(out, params + moe__plan_offset(plan, id) + row * columns + column, count * sizeof(float));
 }
 static void moe__plan_set(const moe__plan *plan, int id, float *params, size_t row, size_t column, size_t count,
@@ -4271,7 +4944,10 @@ static void moe__plan_set(const moe__plan *plan, int id, float *params, size_t r
     size_t rows = moe__plan_rows(plan, id), columns = moe__plan_columns(plan, id);
     if (moe__plan_tensors[id].region == MOE__IN_EXPERTS) {
         float *block = params + row / rows * plan->expert;
-        for (size_t i = 0; i < count; i++) block[moe__plan_in_block(plan, id, row % rows, column + i)] = in[i];
+        for (size_t i = 0, n; i < count; i += n) {
+            n = moe__plan_adjacent(plan, id, column + i, count - i);
+            memcpy(block + moe__plan_in_block(plan, id, row % rows, column + i), in + i, n * sizeof(float));
+        }
     } else memcpy(params + moe__plan_offset(plan, id) + row * columns + column, in, count * sizeof(float));
 }
 /* The same for n whole rows. */
@@ -4282,6 +4958,87 @@ static void moe__plan_read(const moe__plan *plan, int id, const float *params, s
 static void moe__plan_write(const moe__plan *plan, int id, float *params, size_t row, size_t count, const float *in) {
     size_t columns = moe__plan_columns(plan, id);
     for (size_t i = 0; i < count; i++) moe__plan_set(plan, id, params, row + i, 0, columns, in + i * columns);
+}
+
+/* -- the experts' matrices, wherever they lie -- */
+typedef struct moe__plan_block { moe__weights w1, w2; const float *b1, *b2; } moe__plan_block;
+static moe__plan_block moe__plan_block_of(const moe__plan *plan, const float *params) {
+    moe__plan_block block = {moe__format_f32(params, plan->d), moe__format_f32(params + plan->w2, plan->f),
+                             params + plan->b1, params + plan->b2};
+    return block;
+}
+/* Experts in formats: they stand in bytes of their own instead of the parameters, where `special` is 0 then. Expert e
+ * from at[e] on: panels of w1 (with wu) | of w2 | b1, bu | b2 */
+typedef struct moe__plan_stock {
+    moe_format_kind *kind;  /* (G); NULL: the experts are floats */
+    size_t *at;             /* (G + 1) */
+    unsigned char *data;
+} moe__plan_stock;
+static moe__plan_block moe__plan_stock_block(const moe__plan *plan, const moe__plan_stock *stock, size_t e) {
+    const unsigned char *at = stock->data + stock->at[e];
+    moe__plan_block block;
+    block.w1 = moe__format_over(at, stock->kind[e], plan->d);
+    at += plan->zp * block.w1.stride;
+    block.w2 = moe__format_over(at, stock->kind[e], plan->f);
+    at += plan->dp * block.w2.stride;
+    block.b1 = (const float *)(const void *)at;
+    block.b2 = block.b1 + (plan->w2 - plan->b1);
+    return block;
+}
+/* Bytes of an expert, a multiple of 64. */
+static size_t moe__plan_stock_bytes(const moe__plan *plan, moe_format_kind kind) {
+    const moe__format *format = &moe__format_table[kind];
+    size_t floats = plan->w2 - plan->b1 + plan->expert - plan->b2;
+    size_t matrices = plan->zp * moe__format_panel(format, plan->d) + plan->dp * moe__format_panel(format, plan->f);
+    return moe__ceil_div(matrices + floats * sizeof(float), 64) * 64;
+}
+/* An expert's block of floats into its format. */
+static void moe__plan_stock_pack(const moe__plan *plan, const moe__plan_stock *stock, size_t e, const float *from) {
+    const moe__format *format = &moe__format_table[stock->kind[e]];
+    unsigned char *to = stock->data + stock->at[e];
+    for (size_t p = 0; p < plan->zp; p++, to += moe__format_panel(format, plan->d))
+        format->pack(from + p * plan->d * MOE__W, MOE__W, plan->d, MOE__W, to);
+    for (size_t p = 0; p < plan->dp; p++, to += moe__format_panel(format, plan->f))
+        format->pack(from + plan->w2 + p * plan->f * MOE__W, MOE__W, plan->f, MOE__W, to);
+    memcpy(to, from + plan->b1, (plan->w2 - plan->b1) * sizeof(float));
+    memcpy(to + (plan->w2 - plan->b1) * sizeof(float), from + plan->b2, (plan->expert - plan->b2) * sizeof(float));
+}
+/* The matrix of tensor id, and its element's row and column in it; NULL for a bias, whose place goes to *row. */
+static const moe__weights *moe__plan_stock_matrix(const moe__plan *plan, const moe__plan_block *block, int id,
+                                                  size_t *row, size_t *column) {
+    size_t at = moe__plan_in_block(plan, id, *row, *column), first = 0, rows = plan->d;
+    const moe__weights *matrix = &block->w1;
+    if (id == MOE__T_B1 || id == MOE__T_BU || id == MOE__T_B2) {
+        *row = at - (id == MOE__T_B2 ? plan->b2 : plan->b1);
+        return NULL;
+    }
+    if (id == MOE__T_W2) matrix = &block->w2, first = plan->w2, rows = plan->f;
+    at -= first;
+    *column = at / (rows * MOE__W) * MOE__W + at % MOE__W;
+    return matrix;
+}
+/* As moe__plan_get, of an expert's tensor. */
+static void moe__plan_stock_get(const moe__plan *plan, const moe__plan_stock *stock, int id, size_t row, size_t column,
+                           size_t count, float *out) {
+    size_t rows = moe__plan_rows(plan, id);
+    moe__plan_block block = moe__plan_stock_block(plan, stock, row / rows);
+    for (size_t i = 0; i < count; i++) {
+        size_t r = row % rows, c = column + i;
+        const moe__weights *matrix = moe__plan_stock_matrix(plan, &block, id, &r, &c);
+        if (matrix) out[i] = moe__format_value(matrix, r, c);
+        else out[i] = id == MOE__T_B2 ? block.b2[r] : block.b1[r];
+    }
+}
+
+static void moe__plan_stock_set_bias(const moe__plan *plan, const moe__plan_stock *stock, int id, const float *in) {
+    size_t columns = moe__plan_columns(plan, id), at = plan->b1;
+    if (id == MOE__T_B2) at = plan->b2;
+    for (size_t e = 0; e < plan->G; e++) {
+        moe__plan_block block = moe__plan_stock_block(plan, stock, e);
+        const float *bias = id == MOE__T_B2 ? block.b2 : block.b1;
+        float *to = (float *)(void *)(stock->data + ((const unsigned char *)bias - stock->data));
+        for (size_t c = 0; c < columns; c++) to[moe__plan_in_block(plan, id, 0, c) - at] = *in++;
+    }
 }
 
 /* -- how they begin -- */
@@ -4377,8 +5134,8 @@ typedef struct moe__run_group { /* rows that one set of an expert's parameters c
     const float *weight;        /* NULL: 1 */
     const float *x;             /* the rows' inputs as panels, x_panel floats apart */
     size_t x_panel;
-    const float *params;
-    float *d_params;
+    moe__plan_block block;      /* the parameters */
+    float *d_params;            /* NULL: frozen */
     int fresh; /* the gradient is set, not added to */
 } moe__run_group;
 
@@ -4448,6 +5205,10 @@ typedef struct moe__run_losses {
     double output_loss, *block_loss;
     float *outputs;                  /* (blocks, 2, S, d) */
 } moe__run_losses;
+typedef struct moe__run_pairs { /* of each bound pair: the parent, the child's first route */
+    uint32_t *parent, *middle;
+    uint32_t *token; float *weight; /* (T) room for the child's */
+} moe__run_pairs;
 typedef struct moe__run_memory {
     moe__plan plan;
     size_t max_tokens, n_rows, n_routed; /* room: tokens, rows of all experts, of the routed ones */
@@ -4465,6 +5226,7 @@ typedef struct moe__run_memory {
     moe__run_noise noise;
     moe__run_gate gate;
     moe__run_select select;
+    moe__run_pairs pairs;
     moe__run_experts experts;
     moe__run_combine combine;
     moe__run_losses losses;
@@ -4487,6 +5249,7 @@ typedef struct moe__run {
     moe__run_memory *memory;
     moe__run_given given;
     const float *x, *router, *params, *dy;
+    const moe__plan_stock *stock;  /* the experts' matrices, if they are in formats; else NULL */
     const float *weight;      /* (n_routes): what the combination uses */
     const float *weight_grad; /* (n_routes) or NULL: gradient by the routes' weights, given to the router's backward */
     const double *mean;       /* (E): of tape.prob, for the losses */
@@ -5890,7 +6653,6 @@ static moe_status moe__select_take(size_t rows, size_t cols, const moe__select_n
 static moe_status moe__select_bytes(size_t rows, size_t cols, const moe__select_need *need, size_t *bytes) {
     moe__select_memory memory;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__select_take(rows, cols, need, &memory, &arena);
     return status ? status : moe__arena_bytes(&arena, bytes);
 }
@@ -5991,7 +6753,7 @@ MOE_API moe_status moe_sinkhorn(size_t rows, size_t cols, float epsilon, size_t 
  *     its bids, above eps:                       2 1           makes that row worth no more than the next, 7
  *
  * The highest bid wins the row, whose cost rises by it. When every row has a bid, the winners are the assignment. -- */
-#define MOE__AUCTION_EXACT 100 /* rounds in which a winner holds what it won, as in the authors' code */
+#define MOE__AUCTION_EXACT 100 /* rounds in which a winner holds what it won, as in BASE [C] */
 #define MOE__AUCTION_ROUNDS 1000
 typedef struct moe__select_auction_state {
     size_t rows, cols, share;
@@ -6309,7 +7071,8 @@ static void moe__select_filter(const moe__run *run, size_t t0, size_t t1) {
  *                   token 1: 0 -     slot (T, S)  2 0   1 -   3 -              (a choice's route, or MOE_NONE)
  *                   token 2: 2 -
  *
- * A pair is a choice of a token: token * S + choice. Uses only memory.
+ * A pair is a choice of a token: token * S + choice. Last, the routes of a bound pair of experts are divided between
+ * the two. Uses memory, and for that the score's latent rows.
  */
 static moe_status moe__routes_take(moe_routes *routes, size_t n_tokens, size_t n_experts, size_t n_slots,
                                    moe__arena *arena) {
@@ -6333,7 +7096,6 @@ static moe_status moe__routes_take(moe_routes *routes, size_t n_tokens, size_t n
 MOE_API moe_status moe_routes_size(size_t n_tokens, size_t n_experts, size_t n_slots, size_t *bytes) {
     moe_routes routes;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__routes_take(&routes, n_tokens, n_experts, n_slots, &arena);
     return status ? status : moe__arena_bytes(&arena, bytes);
 }
@@ -6397,15 +7159,18 @@ static void moe__routes_rewind(moe_routes *routes) {
     memmove(routes->begin + 1, routes->begin, routes->n_experts * sizeof(uint32_t));
     routes->begin[0] = 0;
 }
-/* Counting sort of the pairs by expert, in token order, into routes->token; loads; no pair has a route yet. */
+/* Counting sort of the pairs by expert, in token order, into routes->token; loads and tokens with a choice; no pair has
+ * a route yet. */
 static void moe__routes_sort(moe_routes *routes, size_t pairs, const int32_t *index) {
-    size_t total = 0;
+    size_t total = 0, last = pairs; /* last: a token, the last that was counted */
     memset(routes->load, 0, routes->n_experts * sizeof(uint64_t));
     memset(routes->top1, 0, routes->n_experts * sizeof(uint64_t));
     for (size_t p = 0; p < pairs; p++) {
         if (index[p] < 0) continue;
         routes->load[index[p]]++;
         if (p % routes->n_slots == 0) routes->top1[index[p]]++;
+        if (p / routes->n_slots != last) routes->n_chosen++;
+        last = p / routes->n_slots;
     }
     for (size_t e = 0; e < routes->n_experts; e++) {
         routes->begin[e] = (uint32_t)total;
@@ -6430,7 +7195,7 @@ static moe_status moe__routes_fill(moe_routes *routes, size_t n_tokens, const in
                                    size_t capacity, const uint32_t *sequence_of, moe_order_kind order) {
     size_t E = routes->n_experts, pairs = n_tokens * routes->n_slots;
     moe__routes_queue queue = {index, weight, routes->n_slots, order};
-    routes->n_dropped = 0;
+    routes->n_dropped = routes->n_chosen = 0;
     moe__routes_sort(routes, pairs, index);
     for (size_t e = 0; e < E; e++) { /* who stays is marked in slot */
         for (size_t at = routes->begin[e], count; at < routes->begin[e + 1]; at += count) {
@@ -6465,7 +7230,7 @@ MOE_API moe_status moe_routes_fill(moe_routes *routes, size_t n_tokens, const in
                                    size_t capacity, moe_order_kind order) {
     if (!routes || !routes->begin) return MOE_E_NULL_ROUTES;
     size_t slots = routes->n_slots, pairs = n_tokens * slots;
-    routes->n_tokens = routes->n_routes = routes->n_dropped = 0;
+    routes->n_tokens = routes->n_routes = routes->n_dropped = routes->n_chosen = 0;
     if (n_tokens > routes->max_tokens) return MOE_E_N_TOKENS;
     if ((unsigned)order >= MOE_ORDER_COUNT) return MOE_E_CAPACITY_ORDER;
     if (pairs && !index) return MOE_E_NULL_INDEX;
@@ -6493,6 +7258,82 @@ static size_t moe__routes_expert(const moe_routes *routes, uint32_t route) {
         else high = middle;
     }
     return low;
+}
+
+/* -- bound pairs (growth): the router knows the parent alone. Behind the routes, which count for it, its tokens are
+ * divided by the side of a plane on which their latent row is:
+ *
+ *     routes of the parent, before   0 2 3 5 6 8        tokens 2, 5, 6 above the plane
+ *                            after   0 3 8 | 2 5 6      the child computes those from `middle` on -- */
+static moe_status moe__routes_pairs_layout(const moe__plan *plan, size_t n_tokens, moe__arena *arena, moe_tape *tape,
+                                           moe__run_pairs *pairs) {
+    size_t n_bound = plan->desc.n_bound;
+    if (!n_bound) return MOE_OK;
+    tape->bound = (uint32_t *)moe__take(arena, n_bound, sizeof(uint32_t));
+    pairs->parent = (uint32_t *)moe__take(arena, n_bound, sizeof(uint32_t));
+    pairs->middle = (uint32_t *)moe__take(arena, n_bound, sizeof(uint32_t));
+    pairs->token = (uint32_t *)moe__take(arena, n_tokens, sizeof(uint32_t));
+    pairs->weight = moe__take_floats(arena, n_tokens, 1);
+    return MOE_OK;
+}
+static void moe__routes_undivided(const moe__run *run) { /* all are the parents' */
+    for (size_t i = 0; i < run->desc->n_bound; i++) {
+        run->memory->pairs.parent[i] = run->tape->bound[i] = 0;
+        run->memory->pairs.middle[i] = MOE_NONE;
+    }
+}
+/* The parents as "router.pair_parent" has them; every byte of a file may stand there. */
+static moe_status moe__routes_parents(size_t n_bound, size_t n_networks, const float *value, uint32_t *parent) {
+    for (size_t i = 0; i < n_bound; i++) {
+        if (!(value[i] >= 0.0f && value[i] < (float)n_networks)) return MOE_E_PAIR;
+        parent[i] = (uint32_t)value[i];
+        if ((float)parent[i] != value[i]) return MOE_E_PAIR;
+        for (size_t before = 0; before < i; before++)
+            if (parent[before] == parent[i]) return MOE_E_PAIR;
+    }
+    return MOE_OK;
+}
+/* plane . row of token t. */
+static float moe__routes_side(const moe__run *run, const float *plane, size_t t) {
+    const float *row = moe__score_last_product(run).in + t * MOE__W;
+    float sum = 0.0f;
+    for (size_t i = 0; i < run->plan->L; i += MOE__W)
+        sum += run->kernels->dot(moe__min(MOE__W, run->plan->L - i), row + moe__score_at(run, i), plane + i);
+    return sum;
+}
+/* The token's one route of expert e becomes route `to` of it. */
+static void moe__routes_move(moe_routes *routes, size_t e, uint32_t token, float weight, uint32_t to) {
+    uint32_t *slot = routes->slot + (size_t)token * routes->n_slots;
+    while (*slot < routes->begin[e] || *slot >= routes->begin[e + 1]) slot++;
+    *slot = to;
+    routes->token[to] = token;
+    routes->weight[to] = weight;
+}
+static void moe__routes_divide_pair(const moe__run *run, size_t i) {
+    moe_routes *routes = &run->tape->routes;
+    const moe__run_pairs *pairs = &run->memory->pairs;
+    const float *plane = moe__run_tensor(run, MOE__R_PAIR) + i * run->plan->L;
+    float offset = moe__run_tensor(run, MOE__R_PAIR_OFFSET)[i];
+    size_t parent = pairs->parent[i], moved = 0;
+    uint32_t at = routes->begin[parent];
+    for (uint32_t route = at; route < routes->begin[parent + 1]; route++) {
+        uint32_t token = routes->token[route];
+        float weight = routes->weight[route];
+        if (moe__routes_side(run, plane, token) > offset) {
+            pairs->token[moved] = token;
+            pairs->weight[moved++] = weight;
+        } else moe__routes_move(routes, parent, token, weight, at++);
+    }
+    pairs->middle[i] = at;
+    run->tape->bound[i] = (uint32_t)moved;
+    for (size_t k = 0; k < moved; k++) moe__routes_move(routes, parent, pairs->token[k], pairs->weight[k], at++);
+}
+static moe_status moe__routes_divide(const moe__run *run) {
+    const moe__run_pairs *pairs = &run->memory->pairs;
+    moe_status status = moe__routes_parents(run->desc->n_bound, run->plan->F,
+                                            moe__run_tensor(run, MOE__R_PAIR_PARENT), pairs->parent);
+    for (size_t i = 0; i < run->desc->n_bound && !status; i++) moe__routes_divide_pair(run, i);
+    return status;
 }
 
 /* ==== >>experts ===============================================================================
@@ -6574,8 +7415,8 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
                                       moe__arena *arena) {
     const moe__plan *plan = &memory->plan;
     moe__run_experts *experts = &memory->experts;
-    size_t shared, slots, groups = n_own + plan->G - plan->F;
-    if (!moe__mul(n, plan->G - plan->F, &shared) || !moe__add_size(n_routed, shared, &memory->n_rows))
+    size_t shared, slots, groups = n_own + plan->G - plan->networks;
+    if (!moe__mul(n, plan->G - plan->networks, &shared) || !moe__add_size(n_routed, shared, &memory->n_rows))
         return MOE_E_OVERFLOW;
     if (!moe__mul(n, plan->S, &slots) || memory->n_rows > MOE__MAX_INDEX || slots > MOE__MAX_INDEX)
         return MOE_E_OVERFLOW;
@@ -6687,7 +7528,7 @@ static void moe__experts_phase(const moe__run *run, size_t units, size_t most, s
         tasks += moe__experts_blocks(experts->group[g].rows, most) * call.chunks;
     }
     experts->first_task[experts->n_groups] = tasks;
-    size_t rows = experts->shared_row + (plan->G - plan->F) * run->tape->n_tokens;
+    size_t rows = experts->shared_row + (plan->G - plan->networks) * run->tape->n_tokens;
     moe__threads_run(&run->desc->parallel, rows, plan->expert, tasks, moe__experts_task, &call);
 }
 
@@ -6722,11 +7563,11 @@ static void moe__experts_up(const moe__run *run, const moe__experts_share *share
     const moe__plan *plan = run->plan;
     const moe__run_group *group = share->group;
     const float *x = group->x + share->row * MOE__W;
-    size_t panels = plan->gated + 1, step = panels * MOE__W * plan->d;
+    size_t panels = plan->gated + 1;
     MOE__ALIGN64 float scratch[2 * MOE__MB * MOE__W];
     for (size_t unit = share->unit; unit < share->end; unit++)
         for (size_t row = 0; row < share->rows; row += MOE__MB) {
-            const float *w1 = group->params + unit * step;
+            moe__weights w1 = moe__format_from(group->block.w1, unit * panels);
             size_t rows = moe__min(MOE__MB, share->rows - row), at = share->row + row;
             moe__product_target z = {scratch, MOE__W, MOE__MB * MOE__W, panels * MOE__W, moe__product_zeros, 0};
             if (run->memory->training) {
@@ -6734,10 +7575,11 @@ static void moe__experts_up(const moe__run *run, const moe__experts_share *share
                 z.panel = group->rows * MOE__W;
             }
             if (plan->bias) {
-                z.init = group->params + plan->b1 + unit * panels * MOE__W;
+                z.init = group->block.b1 + unit * panels * MOE__W;
                 z.init_panel = MOE__W;
             }
-            moe__product(run->kernels, rows, plan->d, x + row * MOE__W, group->x_panel, w1, &z, 1, w1 + step);
+            moe__product_weights(run->kernels, rows, plan->d, x + row * MOE__W, group->x_panel, &w1, &z, 1,
+                                 moe__format_at(&w1, panels, 0));
             float *h = moe__experts_panel(run->memory->experts.h, plan->hp, group, unit, at);
             run->kernels->act[run->desc->expert](rows, z.c, z.c + z.panel, h);
         }
@@ -6746,15 +7588,14 @@ static void moe__experts_down(const moe__run *run, const moe__experts_share *sha
     const moe__plan *plan = run->plan;
     const moe__run_group *group = share->group;
     const float *h = moe__experts_panel(run->memory->experts.h, plan->hp, group, 0, share->row);
-    const float *w2 = group->params + plan->w2;
-    size_t step = MOE__W * plan->f;
+    moe__weights w2 = moe__format_from(group->block.w2, share->unit);
     moe__product_target to = moe__experts_out(run, share);
     if (plan->bias) {
-        to.init = group->params + plan->b2 + share->unit * MOE__W;
+        to.init = group->block.b2 + share->unit * MOE__W;
         to.init_panel = MOE__W;
     }
-    moe__product(run->kernels, share->rows, plan->f, h, group->rows * MOE__W, w2 + share->unit * step, &to, 1,
-                 w2 + share->end * step);
+    moe__product_weights(run->kernels, share->rows, plan->f, h, group->rows * MOE__W, &w2, &to, 1,
+                         moe__format_at(&w2, share->end - share->unit, 0));
 }
 static void moe__experts_forward(const moe__run *run) {
     const moe__plan *plan = run->plan;
@@ -6787,7 +7628,7 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
     const moe__plan *plan = run->plan;
     const moe__run_group *group = share->group;
     moe__run_experts *experts = &run->memory->experts;
-    const float *dy = moe__experts_panel(experts->out, plan->dp, group, 0, share->row), *w2 = group->params + plan->w2;
+    const float *dy = moe__experts_panel(experts->out, plan->dp, group, 0, share->row);
     size_t panels = plan->gated + 1, panel = group->rows * MOE__W;
     MOE__ALIGN64 float dh[MOE__MB * MOE__W];
     moe__product_target to = {dh, MOE__W, MOE__W, MOE__W, moe__product_zeros, 0};
@@ -6798,7 +7639,8 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
             float *z = moe__experts_panel(experts->z, plan->zp, group, unit * panels, at);
             float *h = moe__experts_panel(experts->h, plan->hp, group, unit, at);
             float *part = experts->part + (group->begin + at) * plan->hp + unit;
-            moe__product_t(run->kernels, rows, plan->d, dy + row * MOE__W, panel, w2, plan->f, unit * MOE__W, &to);
+            moe__product_weights_t(run->kernels, rows, plan->d, dy + row * MOE__W, panel, &group->block.w2, plan->f,
+                                   unit * MOE__W, &to);
             run->kernels->act_back[run->desc->expert](rows, weight, z, z + panel, h, dh, part, plan->hp);
         }
 }
@@ -6808,7 +7650,7 @@ static float moe__experts_weight_back(const moe__run *run, const moe__run_group 
     float sum = 0.0f;
     for (size_t unit = 0; unit < plan->hp; unit++)
         sum += run->memory->experts.part[(group->begin + row) * plan->hp + unit];
-    if (plan->bias) sum += run->kernels->dot(plan->d, group->params + plan->b2, dy);
+    if (plan->bias) sum += run->kernels->dot(plan->d, group->block.b2, dy);
     return sum;
 }
 static void moe__experts_weights_back(const moe__run *run, const moe__experts_share *share) {
@@ -6848,8 +7690,8 @@ static void moe__experts_x_back(const moe__run *run, const moe__experts_share *s
     const moe__run_group *group = share->group;
     const float *dz = moe__experts_panel(run->memory->experts.z, plan->zp, group, 0, share->row);
     moe__product_target to = moe__experts_out(run, share);
-    moe__product_t(run->kernels, share->rows, plan->zp * MOE__W, dz, group->rows * MOE__W, group->params, plan->d,
-                   share->unit * MOE__W, &to);
+    moe__product_weights_t(run->kernels, share->rows, plan->zp * MOE__W, dz, group->rows * MOE__W, &group->block.w1,
+                           plan->d, share->unit * MOE__W, &to);
 }
 /* Gradients of an expert's biases; all of them where no token came and the gradient is fresh. g: a group */
 static void moe__experts_biases_back(const moe__run *run, size_t g) {
@@ -6880,6 +7722,7 @@ static void moe__experts_params_back(const moe__run *run, int fresh) {
     moe__experts_phase(run, plan->hp, moe__experts_block_rows(plan->d), 0, moe__experts_down_back);
     if (run->d_weight && !run->memory->losses.d_out)
         moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__experts_weights_back);
+    if (run->stock) return; /* frozen */
     if (fresh || plan->bias) moe__run_over(run, run->memory->experts.n_groups, plan->expert, moe__experts_biases_back);
     moe__experts_phase(run, plan->hp, SIZE_MAX, 8, moe__experts_w2_back);
     moe__experts_phase(run, plan->dp, SIZE_MAX, 8, moe__experts_w1_back);
@@ -6898,6 +7741,7 @@ static void moe__experts_rows_back(const moe__run *run) {
  *   soft    group = an expert's slots      slot = mix of all tokens of a sequence; y_t = mix of all slots
  *   merge   group = a sequence             parameters = mix of all experts'; y_t = its one output
  *   robust  as sum, with weights that leave out outputs far from the others
+ *   input   as sum, with the weights on what the experts read, in place of their outputs
  */
 /* -- outputs some of which may be wrong -- */
 /* 16 columns of n rows, each sorted upwards by a network of neighbours' exchanges: the same steps whatever the numbers.
@@ -6957,7 +7801,6 @@ static moe_status moe__combine_work_layout(size_t count, size_t d, moe__combine_
 MOE_API moe_status moe_robust_weights_scratch(size_t k, size_t d, size_t *bytes) {
     moe__arena arena = {NULL, 0, 0};
     moe__combine_work work;
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__combine_work_layout(k, d, &work, &arena);
     if (!status) status = moe__arena_bytes(&arena, bytes);
     return status;
@@ -7151,8 +7994,9 @@ static void moe__combine_special_back(const moe__run *run, size_t index) {
 static moe__run_group *moe__combine_group(const moe__run *run, size_t g, size_t expert, size_t begin, size_t rows) {
     moe__run_group *group = &run->memory->experts.group[g];
     memset(group, 0, sizeof *group);
-    group->params = run->params + expert * run->plan->expert;
-    if (run->d_params) group->d_params = run->d_params + expert * run->plan->expert;
+    if (run->stock) group->block = moe__plan_stock_block(run->plan, run->stock, expert);
+    else group->block = moe__plan_block_of(run->plan, run->params + expert * run->plan->expert);
+    if (run->d_params && !run->stock) group->d_params = run->d_params + expert * run->plan->expert;
     group->fresh = run->fresh;
     group->begin = begin;
     group->rows = rows;
@@ -7179,16 +8023,23 @@ static int moe__combine_sum_rows(const moe__plan *plan, size_t n_tokens, size_t 
     if (!moe__mul(n_tokens, plan->desc.top_k, rows)) return 0; /* what an expert chooses is rounded up */
     return !n_tokens || moe__add_size(*rows, plan->E, rows);
 }
+static void moe__combine_sum_group(const moe__run *run, size_t expert, size_t begin, size_t end) {
+    moe__run_group *group = moe__combine_group(run, expert, expert, begin, end - begin);
+    group->token = run->tape->routes.token + begin;
+    group->weight = run->weight + begin;
+    moe__combine_group_gathered(run, group);
+}
 static void moe__combine_sum_groups(const moe__run *run) {
     const moe_routes *routes = &run->tape->routes;
-    run->memory->experts.n_own = run->plan->F;
+    const moe__run_pairs *pairs = &run->memory->pairs;
+    run->memory->experts.n_own = run->plan->networks;
     run->memory->experts.shared_row = routes->n_routes;
-    for (size_t expert = 0; expert < run->plan->F; expert++) {
-        size_t begin = routes->begin[expert];
-        moe__run_group *group = moe__combine_group(run, expert, expert, begin, routes->begin[expert + 1] - begin);
-        group->token = routes->token + begin;
-        group->weight = run->weight + begin;
-        moe__combine_group_gathered(run, group);
+    for (size_t expert = 0; expert < run->plan->F; expert++)
+        moe__combine_sum_group(run, expert, routes->begin[expert], routes->begin[expert + 1]);
+    for (size_t i = 0; i < run->desc->n_bound; i++) {
+        size_t parent = pairs->parent[i], end = routes->begin[parent + 1], middle = moe__min(pairs->middle[i], end);
+        moe__combine_sum_group(run, parent, routes->begin[parent], middle);
+        moe__combine_sum_group(run, run->plan->F + i, middle, end);
     }
 }
 static void moe__combine_sum_gather(const moe__run *run) {
@@ -7456,7 +8307,7 @@ static void moe__combine_merge_groups(const moe__run *run) {
         moe__run_group *group = moe__combine_group(run, sequence, 0, first, rows);
         group->first = first;
         group->x = moe__run_token(run, 0, first);
-        group->params = combine->merged + sequence * run->plan->expert;
+        group->block = moe__plan_block_of(run->plan, combine->merged + sequence * run->plan->expert);
         if (combine->d_merged) group->d_params = combine->d_merged + sequence * run->plan->expert;
         group->fresh = 1;
     }
@@ -7564,6 +8415,54 @@ static void moe__combine_robust_back(const moe__run *run) {
     if (run->d_weight) moe__run_over_blocks(run, moe__combine_robust_block_back);
 }
 
+/* -- input: y_t = sum of o(w x) -- */
+static moe_status moe__combine_input_fits(const moe_desc *desc) {
+    if (moe__combine_special_experts(desc)) return MOE_E_SPECIAL_EXPERTS;
+    return moe__combine_sum_fits(desc);
+}
+static void moe__combine_input_groups(const moe__run *run) {
+    moe__combine_sum_groups(run);
+    for (size_t g = 0; g < run->plan->F; g++) run->memory->experts.group[g].weight = NULL;
+}
+static void moe__combine_input_weigh(const moe__run *run, const moe__experts_share *share) {
+    const float *weight = run->weight + share->group->begin + share->row;
+    if (!share->group->token) return; /* a shared expert */
+    moe__experts_gather(run, share);
+    for (size_t unit = 0; unit < run->plan->dp; unit++) {
+        float *x = moe__experts_panel(run->memory->experts.x, run->plan->dp, share->group, unit, share->row);
+        for (size_t i = 0; i < share->rows * MOE__W; i++) x[i] *= weight[i / MOE__W];
+    }
+}
+static void moe__combine_input_gather(const moe__run *run) {
+    moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__combine_input_weigh);
+}
+static void moe__combine_input_mix(const moe__run *run, size_t token, float *y) {
+    for (size_t s = 0; s < run->plan->S; s++) {
+        uint32_t route = run->tape->routes.slot[token * run->plan->S + s];
+        if (route != MOE_NONE)
+            run->kernels->axpy(run->plan->d, 1.0f, run->memory->experts.out + route * run->plan->ldo, y);
+    }
+}
+static void moe__combine_input_weights(const moe__run *run, size_t t0, size_t t1) { /* of the rows' dx: <dx, x> */
+    for (size_t token = t0; token < t1; token++)
+        for (size_t s = 0; s < run->plan->S; s++) {
+            uint32_t route = run->tape->routes.slot[token * run->plan->S + s];
+            if (route == MOE_NONE) continue;
+            const float *d_row = run->memory->experts.out + route * run->plan->ldo;
+            run->d_weight[route] = moe__combine_token_dot(run, d_row, token);
+        }
+}
+static void moe__combine_input_rows_back(const moe__run *run) {
+    if (run->d_weight) moe__run_over_blocks(run, moe__combine_input_weights);
+}
+static void moe__combine_input_mix_back(const moe__run *run, size_t token, float *dx) {
+    for (size_t s = 0; s < run->plan->S; s++) {
+        uint32_t route = run->tape->routes.slot[token * run->plan->S + s];
+        if (route == MOE_NONE) continue;
+        run->kernels->axpy(run->plan->d, run->weight[route], run->memory->experts.out + route * run->plan->ldo, dx);
+    }
+}
+
 /* -- the table -- */
 typedef struct moe__combine_row {
     const char *name;
@@ -7594,6 +8493,9 @@ static const moe__combine_row moe__combine_table[MOE_COMBINE_COUNT] = {
     {"robust", 0, moe__combine_robust_fits, moe__combine_sum_rows, moe__combine_robust_layout,
      moe__combine_sum_groups, moe__combine_sum_gather, moe__combine_robust_weigh, moe__combine_sum_mix,
      moe__combine_sum_gather_dy, moe__combine_robust_back, NULL, moe__combine_sum_mix_back},
+    {"input", 0, moe__combine_input_fits, moe__combine_sum_rows, NULL,
+     moe__combine_input_groups, moe__combine_input_gather, NULL, moe__combine_input_mix,
+     moe__combine_sum_gather_dy, NULL, moe__combine_input_rows_back, moe__combine_input_mix_back},
 };
 MOE__NAME_API(combine, moe__combine_table, MOE_COMBINE_COUNT)
 static const moe__combine_row *moe__combine_of(const moe__run *run) { return &moe__combine_table[run->desc->combine]; }
@@ -7607,7 +8509,7 @@ static size_t moe__combine_used(const moe__plan *plan) {
 /* The experts' memory, and that of the combination. */
 static moe_status moe__combine_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
     const moe__combine_row *row = &moe__combine_table[memory->plan.desc.combine];
-    size_t n_routed, n_own = memory->plan.F, gathered;
+    size_t n_routed, n_own = memory->plan.networks, gathered;
     if (!row->rows(&memory->plan, n_tokens, &n_routed)) return MOE_E_OVERFLOW;
     gathered = n_routed;
     if (row->by_sequence) n_own = moe__run_most_sequences(&memory->plan, n_tokens), gathered = 0;
@@ -7627,9 +8529,9 @@ static void moe__combine_groups(moe__run *run) {
     run->weight = run->tape->routes.weight;
     if (memory->combine.robust_weight) run->weight = memory->combine.robust_weight;
     moe__combine_of(run)->groups(run);
-    size_t n_own = memory->experts.n_own, n_shared = run->plan->G - run->plan->F, T = run->tape->n_tokens;
+    size_t n_own = memory->experts.n_own, n_shared = run->plan->G - run->plan->networks, T = run->tape->n_tokens;
     for (size_t s = 0; s < n_shared; s++)
-        moe__combine_group(run, n_own + s, run->plan->F + s, memory->experts.shared_row + s * T, T)->weight =
+        moe__combine_group(run, n_own + s, run->plan->networks + s, memory->experts.shared_row + s * T, T)->weight =
             memory->combine.shared_gate;
     memory->experts.n_groups = n_own + n_shared;
 }
@@ -7718,7 +8620,7 @@ static void moe__combine_backward(moe__run *run) {
  * The discrete branch of VQMoE [C]: y = g_0 y + g_1 LN(f_e(LN(C_j))), j = the nearest code, e = j mod E, g = softmax(x
  * G). It runs the same experts over the codes' rows, by a tape of its own that has nothing but routes and experts. The
  * gradient by the code goes straight on to x [D]; the codes learn from the codebook loss alone. With a code_share c the
- * expert reads LN((1 - c) x + c (q - x)) for LN(q), and x gets 1 - c of the gradient, as in the authors' code.
+ * expert reads LN((1 - c) x + c (q - x)) for LN(q), and x gets 1 - c of the gradient, as in VQMoE [C].
  *
  *     x --nearest--> C_j --LN--> in --expert e--> o --LN--> out --* g_1--+
  *     x --------- router, experts, combine ------> other -------* g_0--+--> y
@@ -7775,6 +8677,7 @@ static moe__run moe__codes_run(const moe__run *run) {
     moe__run inner;
     moe__run_begin(&inner, &codes->memory.plan, &codes->tape);
     inner.params = run->params;
+    inner.stock = run->stock;
     return inner;
 }
 
@@ -8899,6 +9802,7 @@ typedef struct moe__balance_row {
     double (*value)(const moe_loss_args *args, float coefficient);
     moe__balance_when when;
     int (*fits)(const moe_desc *desc); /* whether a layer with these choices has what it needs; NULL: every layer has */
+    moe_status lacks;                  /* what it says of one that has not */
     moe__balance_adds *add; /* what a layer does instead of moe_loss on moe__balance_args; it may change args */
 } moe__balance_row;
 
@@ -9161,7 +10065,7 @@ static moe_status moe__balance_add_orthonormal(const moe__run *run, moe_loss_arg
     args->d_ff = f;
     args->matrix = v;
     args->d_matrix = dv;
-    for (size_t e = 0; e < plan->F && !status; e++) {
+    for (size_t e = 0; e < plan->networks && !status; e++) {
         const float *w = run->given.experts + e * plan->expert;
         float *g = run->given.d_experts;
         for (size_t i = 0; i < d; i++) moe__plan_get(plan, MOE__T_W1, w, i, 0, f, v + i * f);
@@ -9225,75 +10129,79 @@ static int moe__balance_fits_outputs(const moe_desc *desc) {
 /* In the order of moe_loss_kind. docs/math.md has the same rows, with their gradients. */
 #define MOE__R(input) MOE__READS(input)
 #define MOE__LOSS(name, reads) reads, moe__loss_##name, MOE__LOSS_ON_LOGITS
+#define MOE__ANY NULL, MOE_OK
+#define MOE__FITS(name, NAME) moe__balance_fits_##name, MOE_E_LOSS_##NAME
 static const moe__balance_row moe__balance_losses[MOE_LOSS_COUNT] = {
     {{"switch", "E sum_e f_e P_e, f_e = c_e / sum_j c_j", "GShard, Switch", "C", 0.01f},
-     MOE__LOSS(switch, MOE__R(PROB) | MOE__R(LOAD)), NULL, moe__balance_add_switch},
+     MOE__LOSS(switch, MOE__R(PROB) | MOE__R(LOAD)), MOE__ANY, moe__balance_add_switch},
     {{"z", "mean_t (logsumexp z_t)^2", "ST-MoE", "C", 0.001f},
-     MOE__LOSS(z, MOE__R(LOGITS)), NULL, NULL},
+     MOE__LOSS(z, MOE__R(LOGITS)), MOE__ANY, NULL},
     {{"importance", "Var(P) / Mean(P)^2", "V-MoE, after Shazeer 2017", "K", 0.005f},
-     MOE__LOSS(importance, MOE__R(PROB) | MOE__R(MEAN)), NULL, NULL},
+     MOE__LOSS(importance, MOE__R(PROB) | MOE__R(MEAN)), MOE__ANY, NULL},
     {{"importance-selected", "Var(I) / Mean(I)^2, I_e = sum of the selected w_te", "Shazeer 2017", "K", 0.1f},
      MOE__R(INDEX) | MOE__R(MEAN), moe__loss_importance_selected, MOE__LOSS_ON_WEIGHTS,
-     moe__balance_fits_choices, moe__balance_add_importance_selected},
+     MOE__FITS(choices, IMPORTANCE_SELECTED), moe__balance_add_importance_selected},
     {{"load", "Var(I) / Mean(I)^2, I_e = sum_t Phi((z_te - thr_te) / sigma_te)", "Shazeer 2017, V-MoE", "C", 0.005f},
      MOE__R(LOGITS) | MOE__R(NOISE_STD) | MOE__R(THRESHOLD) | MOE__R(MEAN), moe__loss_load, MOE__LOSS_ON_NOISE,
-     moe__balance_fits_noise, moe__balance_add_load},
+     MOE__FITS(noise, LOAD), moe__balance_add_load},
     {{"entropy", "-mean_t S_t, S_t = -sum_e p_te ln p_te", "ecology paper; the sign is a choice", "D", 0.0f},
-     MOE__LOSS(entropy, MOE__R(PROB)), NULL, NULL},
+     MOE__LOSS(entropy, MOE__R(PROB)), MOE__ANY, NULL},
     {{"certainty", "mean_t S_t", "top-p routing", "K", 1e-4f},
-     MOE__LOSS(certainty, MOE__R(PROB)), NULL, NULL},
+     MOE__LOSS(certainty, MOE__R(PROB)), MOE__ANY, NULL},
     {{"kl-uniform", "sum_e P_e ln P_e + ln E", "ecology paper, part of its B", "S", 0.4f},
-     MOE__LOSS(kl_uniform, MOE__R(PROB) | MOE__R(MEAN)), NULL, NULL},
+     MOE__LOSS(kl_uniform, MOE__R(PROB) | MOE__R(MEAN)), MOE__ANY, NULL},
     {{"kl-reverse", "-ln E - (1/E) sum_e ln P_e", "this library", "D", 0.0f},
-     MOE__LOSS(kl_reverse, MOE__R(PROB) | MOE__R(MEAN)), NULL, NULL},
+     MOE__LOSS(kl_reverse, MOE__R(PROB) | MOE__R(MEAN)), MOE__ANY, NULL},
     {{"mutual-information", "-(H(P) - mean_t S_t), H(P) = -sum_e P_e ln P_e", "Mod-Squad, ModuleFormer", "C", 5e-4f},
-     MOE__LOSS(mutual_information, MOE__R(PROB) | MOE__R(MEAN)), NULL, NULL},
+     MOE__LOSS(mutual_information, MOE__R(PROB) | MOE__R(MEAN)), MOE__ANY, NULL},
     {{"l2-uniform", "sum_e (P_e - 1/E)^2", "public code", "C", 0.05f},
-     MOE__LOSS(l2_uniform, MOE__R(PROB) | MOE__R(MEAN)), NULL, NULL},
+     MOE__LOSS(l2_uniform, MOE__R(PROB) | MOE__R(MEAN)), MOE__ANY, NULL},
     {{"sequence", "mean over sequences of E sum_e f_e Q_e, Q_e = mean of s_te / sum_j s_tj", "DeepSeek-V3", "K", 1e-4f},
-     MOE__LOSS(sequence, MOE__R(SHARES) | MOE__R(LOAD) | MOE__R(SEQUENCE)), NULL, moe__balance_add_sequence},
+     MOE__LOSS(sequence, MOE__R(SHARES) | MOE__R(LOAD) | MOE__R(SEQUENCE)), MOE__ANY, moe__balance_add_sequence},
     {{"rank", "sum_d F_d P_d, F_d = mean of E f_e in d, P_d = sum of P_e in d", "DeepSeekMoE", "K", 0.05f},
-     MOE__LOSS(rank, MOE__R(PROB) | MOE__R(LOAD) | MOE__R(RANKS)), moe__balance_fits_ranks, moe__balance_add_rank},
+     MOE__LOSS(rank, MOE__R(PROB) | MOE__R(LOAD) | MOE__R(RANKS)), MOE__FITS(ranks, RANK), moe__balance_add_rank},
     {{"communication", "sum_d F_d P_d, F_d = D / (M T) times the tokens sent to d", "DeepSeek-V2", "K", 0.02f},
      MOE__LOSS(communication, MOE__R(PROB) | MOE__R(LOAD) | MOE__R(RANKS) | MOE__R(RANK_LIMIT)),
-     moe__balance_fits_ranks, moe__balance_add_communication},
+     MOE__FITS(ranks, COMMUNICATION), moe__balance_add_communication},
     {{"locality", "sum_d P_d ln(P_d / L_d), L = 1 - s at home, s / (D - 1) elsewhere", "LocMoE (2401.13920)", "K",
       0.0f},
      MOE__LOSS(locality, MOE__R(PROB) | MOE__R(RANK_PROB) | MOE__R(RANKS) | MOE__R(HOME)),
-     moe__balance_fits_ranks, moe__balance_add_locality},
+     MOE__FITS(ranks, LOCALITY), moe__balance_add_locality},
     {{"relu-l1", "E sum_e f_e mean_t max(0, s_te), f_e = c_e / (k T)", "ReMoE", "C", 1e-8f},
      MOE__LOSS(relu_l1, MOE__R(SCORES) | MOE__R(LOAD) | MOE__R(TOP_K)),
-     moe__balance_fits_relu, moe__balance_add_relu_l1},
+     MOE__FITS(relu, RELU_L1), moe__balance_add_relu_l1},
     {{"variance", "-mean_t sum_e (s_te - mean_t s_te)^2", "2505.22323", "K", 0.0f},
-     MOE__LOSS(variance, MOE__R(SCORES) | MOE__R(ANY_MEAN) | MOE__R(TEMPERATURE)), NULL, moe__balance_add_variance},
+     MOE__LOSS(variance, MOE__R(SCORES) | MOE__R(ANY_MEAN) | MOE__R(TEMPERATURE)), MOE__ANY, moe__balance_add_variance},
     {{"oracle", "-mean_t ln p_te, e = teacher of t", "ecology paper; the teacher is a choice", "S", 0.0f},
-     MOE__LOSS(oracle, MOE__R(PROB) | MOE__R(TEACHER)), NULL, NULL},
+     MOE__LOSS(oracle, MOE__R(PROB) | MOE__R(TEACHER)), MOE__ANY, NULL},
     {{"simbal", "sum_ij abs((R^T R - I)_ij)", "SimBal (2506.14038)", "P", 0.1f},
-     MOE__LOSS(simbal, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
+     MOE__LOSS(simbal, MOE__R(ROUTER)), MOE__FITS(latent, SIMBAL), NULL},
     {{"diverse-simple", "norm(C^T C - I) + mean_e norm(R_e), C_e = R_e / norm(R_e)", "DynMoE", "C", 0.0f},
-     MOE__LOSS(diverse_simple, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
+     MOE__LOSS(diverse_simple, MOE__R(ROUTER)), MOE__FITS(latent, DIVERSE_SIMPLE), NULL},
     {{"prototype-orthogonality", "sum_ij ((C^T C - I)_ij)^2, C_e = R_e / norm(R_e)", "ecology paper; form", "D", 0.05f},
-     MOE__LOSS(prototype_orthogonality, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
+     MOE__LOSS(prototype_orthogonality, MOE__R(ROUTER)), MOE__FITS(latent, PROTOTYPE_ORTHOGONALITY), NULL},
     {{"prototype-diversity", "mean over i != j of exp(2 cos_ij - 2), cos of R_i and R_j", "2506.21328; form", "D",
       0.0f},
-     MOE__LOSS(prototype_diversity, MOE__R(ROUTER)), moe__balance_fits_latent, NULL},
+     MOE__LOSS(prototype_diversity, MOE__R(ROUTER)), MOE__FITS(latent, PROTOTYPE_DIVERSITY), NULL},
     {{"prototype-alignment", "mean over choices of 1 - cos(x_t, R_e)", "2506.21328; form", "D", 0.0f},
      MOE__LOSS(prototype_alignment, MOE__R(LATENT) | MOE__R(ROUTER) | MOE__R(INDEX)),
-     moe__balance_fits_cosine, moe__balance_add_prototype_alignment},
+     MOE__FITS(cosine, PROTOTYPE_ALIGNMENT), moe__balance_add_prototype_alignment},
     {{"latent-kl", "mean_t (1/2) sum_i (m_ti^2 + v_ti - ln v_ti - 1)", "2506.21328; form", "D", 0.0f},
-     MOE__LOSS(latent_kl, MOE__R(LATENT) | MOE__R(LOG_VAR)), moe__balance_fits_never, NULL},
+     MOE__LOSS(latent_kl, MOE__R(LATENT) | MOE__R(LOG_VAR)), MOE__FITS(never, LATENT_KL), NULL},
     {{"redundancy", "mean over i < j of max(0, cos(z_i, z_j))", "public code", "C", 0.1f},
-     MOE__LOSS(redundancy, MOE__R(LOGITS)), NULL, NULL},
+     MOE__LOSS(redundancy, MOE__R(LOGITS)), MOE__ANY, NULL},
     {{"output-orthogonality", "mean_t sum over j != l of (o_j . o_l)^2 / (o_l . o_l)", "2505.22323", "K", 0.0f},
      MOE__LOSS(output_orthogonality, MOE__R(OUTPUTS)),
-     moe__balance_fits_outputs, moe__balance_add_output_orthogonality},
+     MOE__FITS(outputs, OUTPUT_ORTHOGONALITY), moe__balance_add_output_orthogonality},
     {{"orthonormal", "sum_ij ((V^T V - I)_ij)^2", "ERMoE", "S", 0.001f},
-     MOE__LOSS(orthonormal, MOE__R(MATRIX)), moe__balance_fits_orthonormal, moe__balance_add_orthonormal},
+     MOE__LOSS(orthonormal, MOE__R(MATRIX)), MOE__FITS(orthonormal, ORTHONORMAL), moe__balance_add_orthonormal},
     {{"codebook", "mean_t (norm(C_j - sg x_t)^2 + 0.25 norm(sg C_j - x_t)^2) / d", "VQMoE", "C", 0.08f},
      MOE__LOSS(codebook, MOE__R(X) | MOE__R(CODEBOOK) | MOE__R(CODE) | MOE__R(COMMITMENT)),
-     moe__balance_fits_codes, moe__balance_add_codebook},
+     MOE__FITS(codes, CODEBOOK), moe__balance_add_codebook},
 };
 #undef MOE__LOSS
+#undef MOE__ANY
+#undef MOE__FITS
 #undef MOE__R
 
 MOE_API const moe_info *moe_loss_info(moe_loss_kind kind) {
@@ -9318,31 +10226,10 @@ MOE_API moe_status moe_loss(moe_loss_kind kind, const moe_loss_args *args, float
     return MOE_OK;
 }
 
-/* What a layer that a loss does not fit lacks. */
-static moe_status moe__balance_lacks(int kind) {
-    switch (kind) {
-    case MOE_LOSS_IMPORTANCE_SELECTED: return MOE_E_LOSS_IMPORTANCE_SELECTED;
-    case MOE_LOSS_LOAD: return MOE_E_LOSS_LOAD;
-    case MOE_LOSS_RANK: return MOE_E_LOSS_RANK;
-    case MOE_LOSS_COMMUNICATION: return MOE_E_LOSS_COMMUNICATION;
-    case MOE_LOSS_LOCALITY: return MOE_E_LOSS_LOCALITY;
-    case MOE_LOSS_RELU_L1: return MOE_E_LOSS_RELU_L1;
-    case MOE_LOSS_SIMBAL: return MOE_E_LOSS_SIMBAL;
-    case MOE_LOSS_DIVERSE_SIMPLE: return MOE_E_LOSS_DIVERSE_SIMPLE;
-    case MOE_LOSS_PROTOTYPE_ORTHOGONALITY: return MOE_E_LOSS_PROTOTYPE_ORTHOGONALITY;
-    case MOE_LOSS_PROTOTYPE_DIVERSITY: return MOE_E_LOSS_PROTOTYPE_DIVERSITY;
-    case MOE_LOSS_PROTOTYPE_ALIGNMENT: return MOE_E_LOSS_PROTOTYPE_ALIGNMENT;
-    case MOE_LOSS_LATENT_KL: return MOE_E_LOSS_LATENT_KL;
-    case MOE_LOSS_OUTPUT_ORTHOGONALITY: return MOE_E_LOSS_OUTPUT_ORTHOGONALITY;
-    case MOE_LOSS_ORTHONORMAL: return MOE_E_LOSS_ORTHONORMAL;
-    case MOE_LOSS_CODEBOOK: return MOE_E_LOSS_CODEBOOK;
-    default: return MOE_E_LOSS_STAGE;
-    }
-}
 static moe_status moe__balance_check(const moe_desc *desc) {
     for (int i = 0; i < MOE_LOSS_COUNT; i++) {
         const moe__balance_row *row = &moe__balance_losses[i];
-        if (desc->loss[i] > 0.0f && row->fits && !row->fits(desc)) return moe__balance_lacks(i);
+        if (desc->loss[i] > 0.0f && row->fits && !row->fits(desc)) return row->lacks;
     }
     return MOE_OK;
 }
@@ -9421,8 +10308,8 @@ static moe_status moe__control_bias(moe_control *control, const moe_control_inpu
     return MOE_OK;
 }
 
-/* e = (mean - load) / mean; b += Ki e + Kd [e_prev de > 0] de, de = e - e_prev; then mean b = 0: as in ID balancing
- * [P]. */
+/* e = (mean - load) / mean; b += Ki e + Kd [e_prev de > 0] de, de = e - e_prev; then mean b = 0: after ID
+ * balancing [P]. */
 static moe_status moe__control_id(moe_control *control, const moe_control_input *in) {
     double mean = moe__control_mean(control, in);
     if (!(mean > 0.0)) return MOE_OK;
@@ -9612,7 +10499,6 @@ static moe_status moe__control_layout(moe_control *control, moe_control_kind kin
 MOE_API moe_status moe_control_size(moe_control_kind kind, size_t n_experts, size_t *bytes) {
     moe_control control;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__control_layout(&control, kind, n_experts, &arena);
     if (!status) status = moe__arena_bytes(&arena, bytes);
     return status;
@@ -9884,7 +10770,6 @@ static moe_status moe__health_layout(moe_health *health, size_t n_experts, moe__
 MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes) {
     moe_health health;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__health_layout(&health, n_experts, &arena);
     return status ? status : moe__arena_bytes(&arena, bytes);
 }
@@ -9901,7 +10786,7 @@ MOE_API moe_status moe_health_init(moe_health *health, size_t n_experts, void *m
 
 MOE_API moe_status moe_health_reset(moe_health *health) {
     if (!health || !health->load) return MOE_E_NULL_HEALTH;
-    health->n_batches = health->n_tokens = health->n_selected = health->n_dropped = 0;
+    health->n_batches = health->n_tokens = health->n_selected = health->n_dropped = health->n_chosen = 0;
     memset(health->load, 0, health->n_experts * sizeof(uint64_t));
     memset(health->top1, 0, health->n_experts * sizeof(uint64_t));
     moe__health_zero(health->n_experts, health->prob);
@@ -9916,6 +10801,7 @@ MOE_API moe_status moe_health_add(moe_health *health, const moe_routes *routes, 
     health->n_tokens += routes->n_tokens;
     health->n_selected += routes->n_routes + routes->n_dropped;
     health->n_dropped += routes->n_dropped;
+    health->n_chosen += routes->n_chosen;
     for (size_t e = 0; e < health->n_experts; e++) {
         health->load[e] += routes->load[e];
         health->top1[e] += routes->top1[e];
@@ -9933,6 +10819,7 @@ MOE_API moe_status moe_health_merge(moe_health *health, const moe_health *other)
     health->n_tokens += other->n_tokens;
     health->n_selected += other->n_selected;
     health->n_dropped += other->n_dropped;
+    health->n_chosen += other->n_chosen;
     for (size_t e = 0; e < health->n_experts; e++) {
         health->load[e] += other->load[e];
         health->top1[e] += other->top1[e];
@@ -10283,9 +11170,9 @@ MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const fl
 /* -- passes over logits, in memory that the caller gives -- */
 typedef struct moe__measure_work {
     float *pad, *panel, *list, *selected, *first; /* of a count */
+    double *mean;                                 /* sums of logits, by expert */
     float *score;                                 /* of a scan */
-    double *mean;                                 /* sums of logits or of scores, by expert */
-    uint64_t *load, *top1;
+    moe_health health;
     int32_t *index, *plain;
 } moe__measure_work;
 typedef void moe__measure_layout(moe__measure_work *work, size_t n_experts, size_t top_k, moe__arena *arena);
@@ -10293,7 +11180,6 @@ typedef void moe__measure_layout(moe__measure_work *work, size_t n_experts, size
 static moe_status moe__measure_bytes(moe__measure_layout *layout, size_t n_experts, size_t top_k, size_t *bytes) {
     moe__measure_work work;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__measure_sizes_ok(n_experts, top_k);
     if (status) return status;
     layout(&work, n_experts, top_k, &arena);
@@ -10404,9 +11290,7 @@ MOE_API moe_status moe_topk_count(size_t n_tokens, size_t n_experts, size_t top_
 /* -- the temperature scan -- */
 static void moe__measure_scan_layout(moe__measure_work *work, size_t n_experts, size_t top_k, moe__arena *arena) {
     work->score = moe__take_floats(arena, 1, n_experts);
-    work->mean = (double *)moe__take(arena, n_experts, sizeof(double));
-    work->load = (uint64_t *)moe__take(arena, n_experts, sizeof(uint64_t));
-    work->top1 = (uint64_t *)moe__take(arena, n_experts, sizeof(uint64_t));
+    (void)moe__health_layout(&work->health, n_experts, arena);
     work->plain = (int32_t *)moe__take(arena, top_k, sizeof(int32_t));
     work->index = (int32_t *)moe__take(arena, top_k, sizeof(int32_t));
 }
@@ -10415,44 +11299,37 @@ MOE_API moe_status moe_temperature_scan_scratch(size_t n_experts, size_t top_k, 
     return moe__measure_bytes(moe__measure_scan_layout, n_experts, top_k, bytes);
 }
 
-static void moe__measure_scan_row(const moe__measure_work *work, size_t n_tokens, size_t n_experts, size_t top_k,
+static void moe__measure_scan_row(moe__measure_work *work, size_t n_tokens, size_t n_experts, size_t top_k,
                                   const float *logits, float temperature, moe_temperature_row *row) {
     const moe__kernels *kernels = moe__dispatched();
-    double tokens = (double)moe__max(n_tokens, 1), changed = 0.0, most = 0.0, square = 0.0;
+    moe_health *health = &work->health;
+    double tokens = (double)moe__max(n_tokens, 1), changed = 0.0;
     memset(row, 0, sizeof *row);
-    memset(work->load, 0, n_experts * sizeof *work->load);
-    memset(work->top1, 0, n_experts * sizeof *work->top1);
-    moe__health_zero(n_experts, work->mean);
-    row->temperature = (double)temperature;
+    (void)moe_health_reset(health);
     for (size_t t = 0; t < n_tokens; t++, logits += n_experts) {
         kernels->softmax(n_experts, 1.0f / temperature, logits, work->score);
         kernels->topk(1, n_experts, top_k, logits, work->plain, NULL);
         kernels->topk(1, n_experts, top_k, work->score, work->index, NULL);
         for (size_t e = 0; e < n_experts; e++) {
-            work->mean[e] += (double)work->score[e];
+            health->prob[e] += (double)work->score[e];
             row->token_entropy += moe__health_entropy((double)work->score[e]) / tokens;
         }
         for (size_t k = 0; k < top_k; k++) {
-            work->load[work->index[k]]++;
+            health->load[work->index[k]]++;
             row->top_mass += (double)work->score[work->index[k]] / tokens;
         }
-        work->top1[work->index[0]]++;
+        health->top1[work->index[0]]++;
         row->first_mass += (double)work->score[work->index[0]] / tokens;
         (void)moe_churn(1, top_k, work->plain, work->index, &changed);
         row->changed += changed / tokens;
     }
-    if (!n_tokens) return;
-    double mean = tokens * (double)top_k / (double)n_experts;
-    for (size_t e = 0; e < n_experts; e++) {
-        double load = (double)work->load[e];
-        row->entropy += moe__health_entropy(work->mean[e] / tokens);
-        most = moe__larger(most, load);
-        square += (load - mean) * (load - mean);
-        row->n_dead += (size_t)moe__health_dead(n_experts, 0.0, tokens * (double)top_k, work->load[e]);
-        row->n_dead_first += (size_t)moe__health_dead_first(n_experts, tokens, work->top1[e]);
-    }
-    row->maxvio = most / mean - 1.0;
-    row->load_cv = sqrt(square / (double)n_experts) / mean;
+    (void)moe_health_update(health);
+    row->temperature = (double)temperature;
+    for (size_t e = 0; e < n_experts; e++) row->entropy += moe__health_entropy(health->prob[e] / tokens);
+    row->maxvio = health->maxvio;
+    row->load_cv = health->load_cv;
+    row->n_dead = health->n_dead;
+    row->n_dead_first = health->n_dead_first;
 }
 
 MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_t top_k, const float *logits,
@@ -10845,12 +11722,6 @@ static void moe__game_centre(size_t n, const float *logits, double *row) {
     for (size_t i = 0; i < n; i++) row[i] = (double)logits[i] - mean;
 }
 
-static double moe__game_distance(size_t n, const double *a, const double *b) {
-    double sum = 0.0;
-    for (size_t i = 0; i < n; i++) sum += (a[i] - b[i]) * (a[i] - b[i]);
-    return sum;
-}
-
 /* A clustering under way. nearest (T): squared distances to the nearest centre; row (E): one token's logits. */
 typedef struct moe__game_clusters {
     size_t n_tokens, n_experts, n_types;
@@ -10862,8 +11733,12 @@ typedef struct moe__game_clusters {
 static void moe__game_cluster_row(const moe__game_clusters *clusters, size_t token) {
     moe__game_centre(clusters->n_experts, clusters->logits + token * clusters->n_experts, clusters->row);
 }
-static double moe__game_cluster_distance(const moe__game_clusters *clusters, size_t type) { /* of the row */
-    return moe__game_distance(clusters->n_experts, clusters->row, clusters->centre + type * clusters->n_experts);
+/* Its squared distance to a centre. */
+static double moe__game_cluster_distance(const moe__game_clusters *clusters, size_t type) {
+    const double *row = clusters->row, *centre = clusters->centre + type * clusters->n_experts;
+    double sum = 0.0;
+    for (size_t i = 0; i < clusters->n_experts; i++) sum += (row[i] - centre[i]) * (row[i] - centre[i]);
+    return sum;
 }
 
 /* k-means++: a token with probability as its squared distance; n_tokens if each is a centre already. */
@@ -11313,7 +12188,6 @@ static moe_status moe__game_layout(moe_game *game, size_t n_experts, size_t n_ba
 MOE_API moe_status moe_game_size(size_t n_experts, size_t n_batches, size_t *bytes) {
     moe_game game;
     moe__arena arena = {NULL, 0, 0};
-    if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__game_layout(&game, n_experts, n_batches, &arena);
     return status ? status : moe__arena_bytes(&arena, bytes);
 }
@@ -11860,6 +12734,7 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__SIZE(n_constant, 0, 0, MOE__ANY, MOE_OK, 1),
     MOE__SIZE(sequence, 0, 0, MOE__ANY, MOE_OK, 1),
     MOE__SIZE(n_ranks, 1, 1, MOE__ANY, MOE_OK, 1),
+    MOE__SIZE(n_bound, 0, 0, MOE__ANY, MOE_OK, 1),
     MOE__ENUM(score, score, MOE_SCORE_LINEAR, MOE_SCORE_COUNT, MOE_E_SCORE, 1),
     MOE__SIZE(d_router, 0, 0, MOE__ANY, MOE_OK, 0), /* by L, of the scores that use it */
     MOE__FLAG(router_bias, MOE_DEFAULT, MOE_E_ROUTER_BIAS, 1),
@@ -11917,6 +12792,7 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__FLOAT(controller_rate, 0.0f, 0.0f, FLT_MAX, 0, MOE_E_CONTROLLER_RATE),
     MOE__FLOAT(controller_damping, 0.0f, 0.0f, FLT_MAX, 1, MOE_E_CONTROLLER_DAMPING),
     MOE__FLAG(controller_recentre, MOE_DEFAULT, MOE_E_CONTROLLER_RECENTRE, 0),
+    MOE__FLAG(growth, MOE_OFF, MOE_E_GROWTH_FLAG, 0),
     MOE__FLAG(training, MOE_ON, MOE_E_TRAINING, 0),
     MOE__ENUM(optimizer, optimizer, MOE_OPTIMIZER_ADAMW, MOE_OPTIMIZER_COUNT, MOE_E_OPTIMIZER, 0),
     MOE__FLOAT(beta1, 0.9f, 0.0f, 0.99999994f, 1, MOE_E_BETA1),
@@ -12170,6 +13046,10 @@ static moe_status moe__desc_fit_stages(const moe_desc *desc) {
             return MOE_E_EXPERT_NORM;
     }
     if (desc->n_codes && desc->input_scale != 1.0f) return MOE_E_INPUT_SCALE;
+    if (desc->n_bound) { /* the routes are divided by the latent rows, and only some combinations read the routes */
+        if (!moe__score_is_latent(desc->score) || desc->n_codes) return MOE_E_N_BOUND;
+        if (desc->combine == MOE_COMBINE_SOFT || desc->combine == MOE_COMBINE_MERGE) return MOE_E_N_BOUND;
+    }
     if (desc->router_bias == MOE_ON && !moe__score_is_latent(desc->score)) return MOE_E_ROUTER_BIAS;
     moe_status lacks = moe__balance_check(desc);
     if (lacks) return lacks;
@@ -12184,6 +13064,7 @@ static moe_status moe__desc_fit_numbers(const moe_desc *desc) {
     if (desc->top_k_min < desc->top_k && !desc->schedule_steps) return MOE_E_TOP_K_MIN;
     if (each >= experts || desc->n_zero + desc->n_copy + desc->n_constant >= experts) return MOE_E_SPECIAL_EXPERTS;
     if (desc->n_ranks > experts) return MOE_E_N_RANKS;
+    if (desc->n_bound > experts - desc->n_zero - desc->n_copy - desc->n_constant) return MOE_E_N_BOUND;
     if (desc->soft_slots > MOE__MAX_EXPERTS / experts) return MOE_E_SOFT_SLOTS;
     if (desc->shared_gate == MOE_ON && !desc->n_shared) return MOE_E_SHARED_GATE;
     if (experts % desc->n_groups) return MOE_E_GROUPS;
@@ -12255,7 +13136,8 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     plan->ortho_loss = desc->loss[MOE_LOSS_ORTHONORMAL] > 0.0f;
     plan->output_loss = desc->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] > 0.0f;
     if (plan->d > widest || plan->f > widest || plan->L > widest) return MOE_E_OVERFLOW;
-    if (!moe__add_size(plan->F, desc->n_shared, &plan->G) || plan->G > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    plan->networks = plan->F + desc->n_bound;
+    if (!moe__add_size(plan->networks, desc->n_shared, &plan->G) || plan->G > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
     if (!moe__desc_floats(plan->zp * MOE__W, plan->d, &w1)) return MOE_E_OVERFLOW;
     if (!moe__desc_floats(plan->dp * MOE__W, plan->f, &w2)) return MOE_E_OVERFLOW;
     plan->b1 = w1;
@@ -12494,6 +13376,7 @@ static moe_status moe__tape_stages(moe_tape *tape, moe__run_memory *memory, size
     if (!status) status = moe__noise_layout(plan, count, arena, tape, &memory->noise);
     if (!status) status = moe__gate_layout(plan, count, training, arena, tape, &memory->gate);
     if (!status) status = moe__select_layout(plan, count, arena, &memory->select);
+    if (!status) status = moe__routes_pairs_layout(plan, count, arena, tape, &memory->pairs);
     if (!status) status = moe__combine_layout(memory, count, arena); /* and the experts */
     if (!status) status = moe__balance_layout(tape, memory, count, arena);
     if (!status) status = moe__codes_layout(memory, count, arena);
@@ -12711,6 +13594,7 @@ static moe_status moe__pass_begin(moe__run *run, const float *x, size_t n) {
     if (memory->codes) memory->codes->ready = 0;
     moe__pass_keep(run, n);
     run->tape->routes.n_tokens = run->tape->routes.n_routes = 0;
+    moe__routes_undivided(run);
     run->tape->bad_token = SIZE_MAX;
     run->x = x;
     return moe__pass_sequences(run);
@@ -12891,6 +13775,7 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     size_t capacity = moe__pass_capacity(desc, apart ? moe__min(n, desc->sequence) : n, memory->now.training);
     status = moe__routes_fill(&tape->routes, n, tape->index, tape->weight, capacity,
                               apart ? memory->sequence_of : NULL, desc->capacity_order);
+    if (!status) status = moe__routes_divide(run);
     if (!status) memory->state = MOE__STATE_TOKENS | MOE__STATE_ROUTED;
     return status;
 }
@@ -13192,6 +14077,7 @@ MOE_API moe_status moe_expert_unpack(const moe_desc *desc, size_t e, const float
  */
 struct moe_layer {
     moe__plan plan;
+    moe__plan_stock stock;              /* experts in formats, which are no part of the floats then */
     size_t n_floats;               /* experts, then the router */
     float *part[MOE_PART_COUNT];   /* parameters, gradients, moments */
     int fresh;                     /* the gradients count as zero */
@@ -13206,6 +14092,7 @@ struct moe_layer {
     size_t n_scored, most_scored;  /* tokens */
     void *scratch;                 /* the quantile controller's, in a layer that must not allocate */
     size_t scratch_bytes;
+    moe_growth growth;             /* with desc.growth */
     void *own;                     /* the allocation, if the library made it; then scores are one as well */
 };
 static float *moe__layer_router(const moe_layer *layer, moe_part_kind part) {
@@ -13281,6 +14168,11 @@ static void moe__layer_retract(void *arg, size_t e, size_t worker) {
 }
 static void moe__layer_init_expert(void *arg, size_t e, size_t worker) {
     const moe_layer *layer = (const moe_layer *)arg;
+    const moe__plan_stock *stock = &layer->stock;
+    if (stock->kind) {
+        memset(stock->data + stock->at[e], 0, stock->at[e + 1] - stock->at[e]);
+        return;
+    }
     for (int id = MOE__T_W1; id <= MOE__T_B2; id++)
         moe__plan_initial(&layer->plan, id, e, layer->part[MOE_PART_PARAMS]);
     if (moe__experts_table[layer->plan.desc.expert].stepped) moe__layer_retract(arg, e, worker);
@@ -13303,16 +14195,36 @@ static void moe__layer_zero_span(void *arg, size_t i, size_t worker) {
 }
 
 /* -- making one -- */
+/* Room for experts in formats. */
+static moe_format_kind moe__layer_kind(const moe_layer_formats *formats, size_t e) {
+    return formats->by_expert ? formats->by_expert[e] : formats->format;
+}
+static void moe__layer_stock(moe_layer *layer, const moe_layer_formats *formats, moe__arena *arena) {
+    const moe__plan *plan = &layer->plan;
+    moe__plan_stock *stock = &layer->stock;
+    size_t total = 0, G = plan->G;
+    stock->kind = (moe_format_kind *)moe__take(arena, G, sizeof *stock->kind);
+    stock->at = (size_t *)moe__take(arena, G + 1, sizeof *stock->at);
+    for (size_t e = 0; e < G; e++) {
+        if (arena->base) stock->kind[e] = moe__layer_kind(formats, e), stock->at[e] = total;
+        size_t bytes = moe__plan_stock_bytes(plan, moe__layer_kind(formats, e));
+        if (!moe__add_size(total, bytes, &total)) arena->overflow = 1;
+    }
+    if (arena->base) stock->at[G] = total;
+    stock->data = (unsigned char *)moe__take(arena, total, 1);
+}
 /* Tokens whose scores the block has room for: none where the library may allocate, else MOE__LAYER_SCORED and what the
  * caller's memory has beyond moe_layer_size. */
 #define MOE__LAYER_SCORED 1024
-static moe_status moe__layer_layout(moe_layer *layer, const moe__plan *plan, size_t n_scored, moe__arena *arena) {
+static moe_status moe__layer_layout(moe_layer *layer, const moe__plan *plan, size_t n_scored,
+                                    const moe_layer_formats *formats, moe__arena *arena) {
     const moe_desc *desc = &plan->desc;
     memset(layer, 0, sizeof *layer);
     layer->plan = *plan;
     layer->fresh = 1;
     layer->n_floats = plan->experts + plan->at[MOE__R_COUNT];
     (void)moe__take(arena, 1, sizeof(moe_layer));
+    if (formats) moe__layer_stock(layer, formats, arena);
     for (int i = 0; i < MOE_PART_COUNT; i++) {
         if (i > 0 && desc->training == MOE_OFF) continue;
         if (i == MOE_PART_MOMENT2 && desc->optimizer == MOE_OPTIMIZER_SGD) continue;
@@ -13336,37 +14248,57 @@ static moe_status moe__layer_layout(moe_layer *layer, const moe__plan *plan, siz
     if (layer->control.coefficient) *layer->control.coefficient = desc->loss[moe__layer_controlled_loss(desc)];
     return MOE_OK;
 }
-static moe_status moe__layer_bytes(const moe__plan *plan, size_t n_scored, size_t *bytes) {
+static moe_status moe__layer_bytes(const moe__plan *plan, size_t n_scored, const moe_layer_formats *formats,
+                                   size_t *bytes) {
     moe_layer layer;
     moe__arena arena = {NULL, 0, 0};
-    moe_status status = moe__layer_layout(&layer, plan, n_scored, &arena);
+    moe_status status = moe__layer_layout(&layer, plan, n_scored, formats, &arena);
     if (!status) status = moe__arena_bytes(&arena, bytes);
     return status;
 }
-static moe_status moe__layer_make(moe_layer **out, const moe__plan *plan, size_t n_scored, void *memory, size_t bytes) {
+/* Laid out; its parts hold anything. */
+static moe_status moe__layer_place(moe_layer **out, const moe__plan *plan, size_t n_scored,
+                                   const moe_layer_formats *formats, void *memory, size_t bytes) {
     moe_layer made;
     size_t needed;
     moe__arena arena;
-    const moe_parallel *parallel = &plan->desc.parallel;
-    moe_status status = moe__layer_bytes(plan, n_scored, &needed);
+    moe_status status = moe__layer_bytes(plan, n_scored, formats, &needed);
     if (!status) status = moe__arena_over(&arena, memory, bytes, needed);
-    if (!status) status = moe__layer_layout(&made, plan, n_scored, &arena);
+    if (!status) status = moe__layer_layout(&made, plan, n_scored, formats, &arena);
     if (status) return status;
     moe_layer *layer = (moe_layer *)(void *)arena.base;
     *layer = made;
     moe_health_reset(&layer->health);
-    moe_run(parallel, moe__ceil_div(made.n_floats, MOE__SPAN), moe__layer_zero_span, layer);
-    moe__threads_run(parallel, plan->G, plan->expert, plan->G, moe__layer_init_expert, layer);
-    moe__layer_init_others(layer);
     *out = layer;
     return MOE_OK;
+}
+/* The same in memory of its own. */
+static moe_status moe__layer_alloc(moe_layer **out, const moe__plan *plan, const moe_layer_formats *formats) {
+    size_t bytes;
+    moe_status status = moe__layer_bytes(plan, 0, formats, &bytes);
+    if (status) return status;
+    void *memory = moe__alloc(plan->desc.alloc_context, bytes);
+    if (!memory) return MOE_E_NO_MEMORY;
+    status = moe__layer_place(out, plan, 0, formats, memory, bytes);
+    if (status) moe__free(plan->desc.alloc_context, memory);
+    else (*out)->own = memory;
+    return status;
+}
+static void moe__layer_clear(moe_layer *layer) {
+    moe_run(&layer->plan.desc.parallel, moe__ceil_div(layer->n_floats, MOE__SPAN), moe__layer_zero_span, layer);
+}
+static void moe__layer_begin(moe_layer *layer) {
+    const moe__plan *plan = &layer->plan;
+    moe__layer_clear(layer);
+    moe__threads_run(&plan->desc.parallel, plan->G, plan->expert, plan->G, moe__layer_init_expert, layer);
+    moe__layer_init_others(layer);
 }
 
 MOE_API moe_status moe_layer_size(const moe_desc *desc, size_t *bytes) {
     moe__plan plan;
     if (!bytes) return MOE_E_NULL_OUT;
     moe_status status = moe__desc_plan(desc, &plan);
-    if (!status) status = moe__layer_bytes(&plan, MOE__LAYER_SCORED, bytes);
+    if (!status) status = moe__layer_bytes(&plan, MOE__LAYER_SCORED, NULL, bytes);
     return status;
 }
 MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *memory, size_t bytes) {
@@ -13375,25 +14307,81 @@ MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *m
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     moe_status status = moe__desc_plan(desc, &plan);
-    if (!status) status = moe__layer_bytes(&plan, n_scored, &needed);
+    if (!status) status = moe__layer_bytes(&plan, n_scored, NULL, &needed);
     if (status) return status;
     if (bytes > needed && bytes - needed > slack) n_scored += (bytes - needed - slack) / ((plan.E + 2) * sizeof(float));
-    return moe__layer_make(out, &plan, moe__min(n_scored, MOE__MAX_INDEX), memory, bytes);
+    status = moe__layer_place(out, &plan, moe__min(n_scored, MOE__MAX_INDEX), NULL, memory, bytes);
+    if (!status) moe__layer_begin(*out);
+    return status;
 }
 MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc) {
     moe__plan plan;
-    size_t bytes;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     moe_status status = moe__desc_plan(desc, &plan);
-    if (!status) status = moe__layer_bytes(&plan, 0, &bytes);
-    if (status) return status;
-    void *memory = moe__alloc(plan.desc.alloc_context, bytes);
-    if (!memory) return MOE_E_NO_MEMORY;
-    status = moe__layer_make(out, &plan, 0, memory, bytes);
-    if (status) moe__free(plan.desc.alloc_context, memory);
-    else (*out)->own = memory;
+    if (!status) status = moe__layer_alloc(out, &plan, NULL);
+    if (!status) moe__layer_begin(*out);
     return status;
+}
+/* The plan of a layer without its experts' floats. */
+static moe_status moe__layer_plan_formats(const moe_layer_formats *formats, moe__plan *plan) {
+    if (moe__score_table[plan->desc.score].experts || plan->ortho_loss) return MOE_E_FORMAT_DESC;
+    if (moe__combine_table[plan->desc.combine].by_sequence) return MOE_E_FORMAT_DESC;
+    for (size_t e = 0; e < plan->G; e++)
+        if ((unsigned)moe__layer_kind(formats, e) >= MOE_FORMAT_COUNT) return MOE_E_FORMAT;
+    plan->desc.training = formats->train_router == MOE_ON ? MOE_ON : MOE_OFF;
+    plan->experts -= plan->special;
+    plan->special = 0;
+    return MOE_OK;
+}
+MOE_API moe_status moe_layer_new_formats(moe_layer **out, const moe_desc *desc, const moe_layer_formats *formats) {
+    moe__plan plan;
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!formats) return MOE_E_FORMAT;
+    moe_status status = moe__desc_plan(desc, &plan);
+    if (!status) status = moe__layer_plan_formats(formats, &plan);
+    if (!status) status = moe__layer_alloc(out, &plan, formats);
+    if (!status) moe__layer_begin(*out);
+    return status;
+}
+typedef struct moe__layer_repack { const moe_layer *from; moe_layer *to; } moe__layer_repack;
+static void moe__layer_repack_expert(void *arg, size_t e, size_t worker) {
+    const moe__layer_repack *repack = (const moe__layer_repack *)arg;
+    const moe__plan *plan = &repack->to->plan;
+    (void)worker;
+    moe__plan_stock_pack(plan, &repack->to->stock, e, repack->from->part[MOE_PART_PARAMS] + e * plan->expert);
+}
+MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_formats *formats, moe_layer **out) {
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (layer->stock.kind) return MOE_E_QUANTISED;
+    const float *params = layer->part[MOE_PART_PARAMS];
+    const moe__plan *plan = &layer->plan;
+    if (!moe__all_finite(layer->n_floats, params)) return MOE_E_NAN_PARAMS;
+    moe_status status = moe_layer_new_formats(out, &plan->desc, formats);
+    if (status) return status;
+    moe__layer_repack repack = {layer, *out};
+    moe_run(&plan->desc.parallel, plan->G, moe__layer_repack_expert, &repack);
+    memcpy((*out)->part[MOE_PART_PARAMS], params + plan->special, (*out)->n_floats * sizeof(float));
+    memcpy((*out)->control.state, layer->control.state, layer->control.n_state * sizeof(float));
+    (*out)->step = layer->step;
+    (*out)->draws = layer->draws;
+    return MOE_OK;
+}
+MOE_API moe_format_kind moe_layer_format(const moe_layer *layer, size_t expert) {
+    if (!layer || expert >= layer->plan.G) return MOE_FORMAT_COUNT;
+    return layer->stock.kind ? layer->stock.kind[expert] : MOE_FORMAT_F32;
+}
+MOE_API size_t moe_layer_expert_bytes(const moe_layer *layer, size_t expert) {
+    if (!layer || expert >= layer->plan.G) return 0;
+    if (!layer->stock.kind) return layer->plan.expert * sizeof(float);
+    return layer->stock.at[expert + 1] - layer->stock.at[expert];
+}
+/* What a layer without training answers to who wants to train it. */
+static moe_status moe__layer_no_training(const moe_layer *layer) {
+    return layer->stock.kind ? MOE_E_QUANTISED : MOE_E_INFERENCE;
 }
 MOE_API void moe_layer_free(moe_layer *layer) {
     if (!layer) return;
@@ -13415,6 +14403,7 @@ static moe_status moe__layer_run(const moe_layer *layer, moe_tape *tape, moe__ru
     run->given.bias = layer->control.bias;
     run->given.experts = layer->part[MOE_PART_PARAMS];
     run->given.d_experts = layer->part[MOE_PART_GRADS];
+    if (layer->stock.kind) run->stock = &layer->stock;
     return MOE_OK;
 }
 static moe_status moe__layer_forward(const moe_layer *layer, moe_tape *tape, uint64_t draw, const float *x, size_t n,
@@ -13442,7 +14431,7 @@ MOE_API moe_status moe_forward_tape(const moe_layer *layer, moe_tape *tape, cons
 MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const float *dy, float *dx) {
     if (!layer) return MOE_E_NULL_LAYER;
     const moe__plan *plan = &layer->plan;
-    if (plan->desc.training == MOE_OFF) return MOE_E_INFERENCE;
+    if (plan->desc.training == MOE_OFF) return moe__layer_no_training(layer);
     if (!tape) return MOE_E_NULL_TAPE;
     const int both = MOE__STATE_ROUTED | MOE__STATE_FORWARD;
     moe__run_codes *codes = tape->memory->codes;
@@ -13496,7 +14485,7 @@ MOE_API moe_status moe_forward(moe_layer *layer, const float *x, size_t count, f
 }
 MOE_API moe_status moe_backward(moe_layer *layer, const float *dy, float *dx) {
     if (!layer) return MOE_E_NULL_LAYER;
-    if (layer->plan.desc.training == MOE_OFF) return MOE_E_INFERENCE;
+    if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
     if (!layer->tape) return MOE_E_NO_FORWARD;
     return moe_backward_tape(layer, layer->tape, dy, dx);
 }
@@ -13505,7 +14494,7 @@ MOE_API moe_status moe_backward(moe_layer *layer, const float *dy, float *dx) {
 MOE_API moe_status moe_layer_grad_norm(const moe_layer *layer, double *norm) {
     if (!layer) return MOE_E_NULL_LAYER;
     if (!norm) return MOE_E_NULL_OUT;
-    if (layer->plan.desc.training == MOE_OFF) return MOE_E_INFERENCE;
+    if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
     *norm = 0.0;
     if (layer->fresh) return MOE_OK;
     *norm = sqrt(moe_sum_squares(&layer->plan.desc.parallel, layer->n_floats, layer->part[MOE_PART_GRADS]));
@@ -13523,7 +14512,7 @@ static void moe__layer_scale_span(void *arg, size_t i, size_t worker) {
 }
 MOE_API moe_status moe_layer_scale_grads(moe_layer *layer, float factor) {
     if (!layer) return MOE_E_NULL_LAYER;
-    if (layer->plan.desc.training == MOE_OFF) return MOE_E_INFERENCE;
+    if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
     if (!moe__finite(factor)) return MOE_E_COEFFICIENT;
     if (factor == 0.0f) layer->fresh = 1;
     if (layer->fresh) return MOE_OK;
@@ -13576,7 +14565,7 @@ MOE_API moe_status moe_step(moe_layer *layer, float lr) {
         if (decay >= 0) status = moe__layer_step_span(layer, &args, at, end, decay);
     }
     if (status) return status;
-    if (moe__experts_table[plan->desc.expert].stepped)
+    if (moe__experts_table[plan->desc.expert].stepped && !layer->stock.kind)
         moe__threads_run(&plan->desc.parallel, plan->G, plan->f * plan->f * plan->d * 4, plan->G, moe__layer_retract,
                          layer);
     layer->step++;
@@ -13599,7 +14588,7 @@ MOE_API size_t moe_layer_params(const moe_layer *layer) {
 MOE_API size_t moe_layer_active_params(const moe_layer *layer) {
     if (!layer) return 0;
     const moe__plan *plan = &layer->plan;
-    size_t used = moe__combine_used(plan) + plan->G - plan->F;
+    size_t used = moe__combine_used(plan) + plan->desc.n_shared;
     used *= moe__plan_parameters(plan, MOE__IN_EXPERTS) / plan->G;
     return used + plan->count[MOE__T_SHARED_GATE] + plan->at[MOE__R_COUNT];
 }
@@ -13630,6 +14619,8 @@ MOE_API moe_status moe_layer_losses(const moe_layer *layer, double value[MOE_LOS
  * outputs, grouped by expert, are laid out by token. */
 enum { MOE__PES_TOKENS = 64 };
 typedef struct moe__layer_pes { moe_tape *tape; float *y, *out; int32_t *index; double *work; } moe__layer_pes;
+/* What is done with outputs (count, F, d); work (F). */
+typedef moe_status moe__layer_outputs(void *user, size_t count, size_t F, size_t d, const float *out, double *work);
 static moe_status moe__layer_pes_layout(moe__layer_pes *pes, size_t tokens, size_t n_experts, size_t d,
                                         moe__arena *arena) {
     size_t rows;
@@ -13641,11 +14632,9 @@ static moe_status moe__layer_pes_layout(moe__layer_pes *pes, size_t tokens, size
     if (arena->overflow) return MOE_E_OVERFLOW;
     return MOE_OK;
 }
-static moe_status moe__layer_pes_add(const moe__layer_pes *pes, const float *params, const float *x, size_t count,
-                                     double *sum) {
+static moe_status moe__layer_pes_block(const moe__layer_pes *pes, const float *params, const float *x, size_t count) {
     const moe__plan *plan = &pes->tape->memory->plan;
     size_t d = plan->d, F = plan->F;
-    double part;
     moe_status status = moe_tape_tokens(pes->tape, x, count);
     if (!status) status = moe__routes_fill(&pes->tape->routes, count, pes->index, NULL, 0, NULL, MOE_ORDER_TOKEN);
     if (!status) status = moe_experts_forward(pes->tape, params, pes->y);
@@ -13654,8 +14643,6 @@ static moe_status moe__layer_pes_add(const moe__layer_pes *pes, const float *par
         size_t row = pes->tape->routes.begin[i % F] + i / F;
         memcpy(pes->out + i * d, pes->tape->memory->experts.out + row * plan->ldo, d * sizeof(float));
     }
-    status = moe_pes(count, F, d, pes->out, pes->work, &part);
-    if (!status) *sum += moe__times(part, (double)count);
     return status;
 }
 /* The experts alone, each for every token. */
@@ -13672,15 +14659,13 @@ static moe_desc moe__layer_experts_desc(const moe_desc *desc, size_t n_experts) 
     experts.alloc_context = desc->alloc_context;
     return experts;
 }
-MOE_API moe_status moe_layer_pes(const moe_layer *layer, const float *x, size_t count, double *pes) {
-    if (!layer) return MOE_E_NULL_LAYER;
-    if (count && !x) return MOE_E_NULL_X;
-    if (!pes) return MOE_E_NULL_OUT;
+/* The outputs of all F networks of the router's, for every token, a block of tokens after the other. */
+static moe_status moe__layer_over_outputs(const moe_layer *layer, const float *x, size_t count,
+                                          moe__layer_outputs *body, void *user) {
     size_t d = layer->plan.d, F = layer->plan.F, most = moe__max(1, moe__min(count, MOE__PES_TOKENS)), bytes;
     moe_desc experts = moe__layer_experts_desc(&layer->plan.desc, F);
     moe__layer_pes all;
     moe__arena arena = {NULL, 0, 0};
-    double sum = 0.0;
     moe_status status = moe__layer_pes_layout(&all, most, F, d, &arena);
     if (!status) status = moe__arena_bytes(&arena, &bytes);
     if (!status) status = moe_tape_new(&all.tape, &experts, most, MOE_OFF);
@@ -13692,11 +14677,29 @@ MOE_API moe_status moe_layer_pes(const moe_layer *layer, const float *x, size_t 
         (void)moe__layer_pes_layout(&all, most, F, d, &arena);
         for (size_t i = 0; i < most * F; i++) all.index[i] = (int32_t)(i % F);
     }
-    for (size_t at = 0; at < count && !status; at += most)
-        status = moe__layer_pes_add(&all, layer->part[MOE_PART_PARAMS], x + at * d, moe__min(most, count - at), &sum);
-    if (!status) *pes = count ? sum / (double)count : 0.0;
+    for (size_t at = 0; at < count && !status; at += most) {
+        size_t tokens = moe__min(most, count - at);
+        status = moe__layer_pes_block(&all, layer->part[MOE_PART_PARAMS], x + at * d, tokens);
+        if (!status) status = body(user, tokens, F, d, all.out, all.work);
+    }
     moe__free(experts.alloc_context, memory);
     moe_tape_free(all.tape);
+    return status;
+}
+static moe_status moe__layer_pes_add(void *user, size_t count, size_t F, size_t d, const float *out, double *work) {
+    double part;
+    moe_status status = moe_pes(count, F, d, out, work, &part);
+    if (!status) *(double *)user += moe__times(part, (double)count);
+    return status;
+}
+MOE_API moe_status moe_layer_pes(const moe_layer *layer, const float *x, size_t count, double *pes) {
+    double sum = 0.0;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (count && !x) return MOE_E_NULL_X;
+    if (!pes) return MOE_E_NULL_OUT;
+    if (layer->stock.kind) return MOE_E_QUANTISED;
+    moe_status status = moe__layer_over_outputs(layer, x, count, moe__layer_pes_add, &sum);
+    if (!status) *pes = count ? sum / (double)count : 0.0;
     return status;
 }
 
@@ -13712,21 +14715,75 @@ MOE_API moe_status moe_layer_tensor(const moe_layer *layer, size_t i, moe_tensor
     if (!out) return MOE_E_NULL_OUT;
     return moe__plan_tensor_at(&layer->plan, i, out) < 0 ? MOE_E_NAME : MOE_OK;
 }
+/* -- what is no tensor of the table, but kept with the layer: the controller's state, and the growth's as floats. A
+ * whole number is at most 2^24, where floats have them all. -- */
 #define MOE__STATE_NAME "controller.state" /* id MOE__T_COUNT */
+#define MOE__GROWTH_NAME "growth.state"    /* the id after it */
+#define MOE__GROWTH_WHOLE 16777216.0f
+#define MOE__GROWTH_MEMBERS(X)                                                                                         \
+    X(action, moe_growth_action, 0, MOE_GROWTH_ACTION_COUNT - 1)                                                       \
+    X(which, moe_growth_which, 0, MOE_GROWTH_WHICH_COUNT - 1)                                                          \
+    X(metric, moe_growth_metric, 0, MOE_GROWTH_METRIC_COUNT - 1) X(target, float, -FLT_MAX, FLT_MAX)                   \
+    X(delta, float, MOE_OFF, FLT_MAX) X(window, int, MOE_OFF, MOE__GROWTH_WHOLE)                                       \
+    X(cooldown, int, MOE_OFF, MOE__GROWTH_WHOLE) X(max_experts, int, MOE_OFF, MOE__GROWTH_WHOLE)                       \
+    X(newborn_share, float, MOE_OFF, 1) X(young, int, 0, MOE_GROWTH_RECORD) X(n_special, int, 0, MOE__GROWTH_WHOLE)    \
+    X(epoch, int, 0, MOE__GROWTH_WHOLE) X(events, int, 0, MOE__GROWTH_WHOLE) X(since_gain, int, 0, MOE__GROWTH_WHOLE)  \
+    X(since_event, int, 0, MOE__GROWTH_WHOLE) X(bound, int, 0, MOE__GROWTH_WHOLE) X(best, float, -FLT_MAX, FLT_MAX)
+#define MOE__ONE(member, type, low, high) +1
+enum { MOE__GROWTH_STATE = MOE_GROWTH_RECORD MOE__GROWTH_MEMBERS(MOE__ONE) }; /* floats */
+#undef MOE__ONE
+static void moe__layer_growth_get(const moe_growth *growth, float *out) {
+#define MOE__PUT(member, type, low, high) *out++ = (float)growth->member;
+    MOE__GROWTH_MEMBERS(MOE__PUT)
+#undef MOE__PUT
+    for (int i = 0; i < MOE_GROWTH_RECORD; i++) *out++ = (float)growth->births[i];
+}
+/* Every number is checked: it may be a file's. */
+static moe_status moe__layer_growth_set(moe_growth *growth, const float *in) {
+    moe_growth made = *growth;
+    float state[MOE__GROWTH_STATE], *next = state;
+    memcpy(state, in, sizeof state);
+#define MOE__TAKE(member, type, low, high)                                                                             \
+    if (!(*next >= (float)(low) && *next <= (float)(high))) return MOE_E_GROWTH_STATE;                                 \
+    made.member = (type)*next;                                                                                         \
+    if ((float)made.member != *next++) return MOE_E_GROWTH_STATE;
+    MOE__GROWTH_MEMBERS(MOE__TAKE)
+#undef MOE__TAKE
+    for (int i = 0; i < MOE_GROWTH_RECORD; i++, next++) {
+        if (!(*next >= 0.0f && *next <= MOE__GROWTH_WHOLE)) return MOE_E_GROWTH_STATE;
+        made.births[i] = (int)*next;
+    }
+    *growth = made;
+    return MOE_OK;
+}
+static int moe__layer_has_growth(const moe_desc *desc) { return desc->growth == MOE_ON; }
+static const char *moe__layer_tensor_name(int id) {
+    if (id < MOE__T_COUNT) return moe__plan_tensors[id].name;
+    return id == MOE__T_COUNT ? MOE__STATE_NAME : MOE__GROWTH_NAME;
+}
+static int moe__layer_in_stock(const moe_layer *layer, int id) {
+    return layer->stock.kind && id >= MOE__T_W1 && id <= MOE__T_B2;
+}
+/* n elements of a row of a tensor's parameters; an expert's may lie in a format. */
+static void moe__layer_values(const moe_layer *layer, int id, size_t row, size_t column, size_t count, float *out) {
+    if (moe__layer_in_stock(layer, id)) moe__plan_stock_get(&layer->plan, &layer->stock, id, row, column, count, out);
+    else moe__plan_get(&layer->plan, id, layer->part[MOE_PART_PARAMS], row, column, count, out);
+}
 static moe_status moe__layer_find(const moe_layer *layer, moe_part_kind part, const char *name, size_t count, int *id) {
     if (!layer) return MOE_E_NULL_LAYER;
-    size_t expected = layer->control.n_state;
+    size_t expected[MOE__T_COUNT + 2];
     if (!name) return MOE_E_NULL_NAME;
     if ((unsigned)part >= MOE_PART_COUNT) return MOE_E_PART;
-    if (!layer->part[part]) return layer->plan.desc.training == MOE_OFF ? MOE_E_INFERENCE : MOE_E_PART;
-    *id = MOE__T_COUNT;
-    if (!expected || strcmp(name, MOE__STATE_NAME)) {
-        for (*id = 0; *id < MOE__T_COUNT; ++*id)
-            if (layer->plan.count[*id] && !strcmp(moe__plan_tensors[*id].name, name)) break;
-        if (*id == MOE__T_COUNT) return MOE_E_NAME;
-        expected = layer->plan.count[*id];
-    } else if (part != MOE_PART_PARAMS) return MOE_E_PART;
-    return count == expected ? MOE_OK : MOE_E_TENSOR_SIZE;
+    if (!layer->part[part]) return layer->plan.desc.training == MOE_OFF ? moe__layer_no_training(layer) : MOE_E_PART;
+    memcpy(expected, layer->plan.count, sizeof layer->plan.count);
+    expected[MOE__T_COUNT] = layer->control.n_state;
+    expected[MOE__T_COUNT + 1] = MOE__GROWTH_STATE * (size_t)moe__layer_has_growth(&layer->plan.desc);
+    for (*id = 0; *id < MOE__T_COUNT + 2; ++*id)
+        if (expected[*id] && !strcmp(moe__layer_tensor_name(*id), name)) break;
+    if (*id == MOE__T_COUNT + 2) return MOE_E_NAME;
+    if (*id >= MOE__T_COUNT && part != MOE_PART_PARAMS) return MOE_E_PART;
+    if (part != MOE_PART_PARAMS && moe__layer_in_stock(layer, *id)) return MOE_E_QUANTISED;
+    return count == expected[*id] ? MOE_OK : MOE_E_TENSOR_SIZE;
 }
 MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, const char *name, float *out,
                                  size_t count) {
@@ -13736,7 +14793,12 @@ MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, con
     if (!out) return MOE_E_NULL_OUT;
     if (part == MOE_PART_GRADS && layer->fresh) memset(out, 0, count * sizeof(float));
     else if (id == MOE__T_COUNT) memcpy(out, layer->control.state, count * sizeof(float));
-    else moe__plan_read(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), out);
+    else if (id > MOE__T_COUNT) moe__layer_growth_get(&layer->growth, out);
+    else if (moe__layer_in_stock(layer, id)) {
+        size_t columns = moe__plan_columns(&layer->plan, id);
+        for (size_t row = 0; row < count / columns; row++)
+            moe__layer_values(layer, id, row, 0, columns, out + row * columns);
+    } else moe__plan_read(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), out);
     return MOE_OK;
 }
 /* What a tensor may hold; gradients may be anything until a step. */
@@ -13753,12 +14815,15 @@ MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const cha
     moe_status status = moe__layer_find(layer, part, name, count, &id);
     if (status) return status;
     if (!in) return MOE_E_NULL_PARAMS;
+    if (moe__layer_in_stock(layer, id) && moe__plan_tensors[id].axes[2]) return MOE_E_QUANTISED; /* a matrix */
     if (part != MOE_PART_GRADS && !moe__layer_numbers_ok(part, count, in)) return MOE_E_NAN_PARAMS;
     if (part == MOE_PART_GRADS && layer->fresh) {
         moe__layer_zero_grads(layer);
         layer->fresh = 0;
     }
+    if (id > MOE__T_COUNT) return moe__layer_growth_set(&layer->growth, in);
     if (id == MOE__T_COUNT) memcpy(layer->control.state, in, count * sizeof(float));
+    else if (moe__layer_in_stock(layer, id)) moe__plan_stock_set_bias(&layer->plan, &layer->stock, id, in);
     else moe__plan_write(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), in);
     return MOE_OK;
 }
@@ -13777,11 +14842,1335 @@ MOE_API uint64_t moe_layer_hash(const moe_layer *layer) {
         for (size_t row = 0; row < plan->count[id] / columns; row++)
             for (size_t c = 0; c < columns; c += 256) {
                 size_t n = moe__min(256, columns - c);
-                moe__plan_get(plan, id, params, row, c, n, chunk);
+                moe__layer_values(layer, id, row, c, n, chunk);
                 hash = moe_hash(hash, chunk, n * sizeof(float));
             }
     }
     return hash;
+}
+
+/* ==== >>growth ================================================================================
+ * Experts that split, settle, merge, die and come back: operations that make a new layer out of an old one, and the
+ * controller that says when. Uses layer. All operations are one: lists say of what old things each new thing is made,
+ * and moe__growth_make builds the new layer's tensors from the letters of the tensor table's axes.
+ *
+ *     networks   axis G          split of 0:   0 1 2 [s]     ->  0 1 2 0 [s]       (shared experts come last)
+ *     columns    axes E and N                  0 1 2 z       ->  0 1 2 z           (z: a special expert)
+ *     pairs      axis B                        -             ->  +                 (+: made of nothing, begins anew)
+ *
+ * A new thing's parameters are sum_i weight_i old_i, its moments m = sum_i share_i m_i and sqrt(v) = sum_i share_i
+ * sqrt(v_i): share is the part of the old one's gradient that the new one gets. */
+typedef struct moe__growth_link {
+    const moe_layer *from;
+    size_t index;
+    float weight, share;
+    const uint32_t *order; /* hidden unit i is the old one's order[i]; NULL: as it was */
+} moe__growth_link;
+typedef struct moe__growth_list { /* the links of thing i are first[i] ... first[i + 1] - 1 */
+    moe__growth_link *link;
+    size_t *first, n, n_links;
+} moe__growth_list;
+enum { MOE__GROWTH_NETWORKS, MOE__GROWTH_COLUMNS, MOE__GROWTH_PAIRS, MOE__GROWTH_LISTS };
+typedef struct moe__growth_map {
+    const moe_layer *old;
+    moe_layer *made;
+    moe_desc desc;    /* of the new layer; how many experts follows from the lists */
+    moe__growth_list list[MOE__GROWTH_LISTS];
+    uint32_t *parent;   /* (n_bound) of the old pairs */
+    float *plane;       /* (L) of a pair gate, or a new column */
+    float offset;
+    uint64_t seed;      /* of what is drawn */
+    float *work;        /* (L + n) with n tokens to look at, (f) for hidden units; and (n) of them, (f) */
+    uint32_t *token;
+    int32_t *index;
+    struct moe__growth_align *align; /* for merging */
+    void *memory;
+} moe__growth_map;
+/* What merging needs: hidden units of two experts, and all experts' mean outputs and distances. */
+typedef struct moe__growth_align {
+    float *a, *b, *alike, *best; /* (f, width) two experts' hidden units; (f, f) and (f) cosines */
+    uint32_t *to, *order;        /* (f); (F, f) */
+    size_t width;
+    double *mean, *far, *size, *usage; /* (F, d), (F, F), (F), (E) */
+    uint32_t *cluster;                 /* (F) */
+} moe__growth_align;
+
+/* -- beginning: a map with empty lists -- */
+static void moe__growth_align_layout(const moe__plan *plan, moe__growth_align *align, moe__arena *arena) {
+    size_t f = plan->f, F = plan->F, wide = (1 + plan->gated) * (plan->d + plan->bias) + plan->d;
+    align->width = wide;
+    align->a = moe__take_floats(arena, f, wide);
+    align->b = moe__take_floats(arena, f, wide);
+    align->alike = moe__take_floats(arena, f, f);
+    align->best = moe__take_floats(arena, f, 1);
+    align->to = (uint32_t *)moe__take(arena, f, sizeof(uint32_t));
+    align->order = (uint32_t *)(void *)moe__take_floats(arena, F, f);
+    align->mean = (double *)(void *)moe__take_floats(arena, F, 2 * plan->d);
+    align->far = (double *)(void *)moe__take_floats(arena, F, 2 * F);
+    align->size = (double *)moe__take(arena, F, sizeof(double));
+    align->usage = (double *)moe__take(arena, plan->E, sizeof(double));
+    align->cluster = (uint32_t *)moe__take(arena, F, sizeof(uint32_t));
+}
+static void moe__growth_layout(moe__growth_map *map, size_t tokens, int merges, moe__arena *arena) {
+    const moe__plan *plan = &map->old->plan;
+    size_t most = plan->G + plan->E + plan->desc.n_bound + 4, n = moe__max(tokens, plan->f);
+    for (int i = 0; i < MOE__GROWTH_LISTS; i++) {
+        map->list[i].link = (moe__growth_link *)moe__take(arena, most, sizeof(moe__growth_link));
+        map->list[i].first = (size_t *)moe__take(arena, most, sizeof(size_t));
+        if (arena->base) map->list[i].first[0] = 0;
+    }
+    map->parent = (uint32_t *)moe__take(arena, plan->desc.n_bound, sizeof(uint32_t));
+    map->plane = moe__take_floats(arena, plan->L, 1);
+    map->work = moe__take_floats(arena, plan->L, 1);
+    (void)moe__take_floats(arena, n, 1); /* as far as work goes */
+    map->token = (uint32_t *)moe__take(arena, n, sizeof(uint32_t));
+    map->index = (int32_t *)moe__take(arena, n, sizeof(int32_t));
+    if (!merges) return;
+    moe__growth_align align, *at = (moe__growth_align *)moe__take(arena, 1, sizeof align);
+    moe__growth_align_layout(plan, &align, arena);
+    map->align = at;
+    if (at) *at = align;
+}
+static moe_status moe__growth_begin(moe__growth_map *map, moe_layer **out, const moe_layer *layer,
+                                    const moe_growth_data *data, int merges) {
+    static const moe_growth_data none = {NULL, 0, NULL, NULL, 0};
+    moe__arena arena = {NULL, 0, 0};
+    size_t bytes;
+    memset(map, 0, sizeof *map);
+    if (!data) data = &none;
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (layer->stock.kind) return MOE_E_QUANTISED;
+    if (!layer->fresh) return MOE_E_GROWTH_GRADS;
+    if (!moe__score_is_latent(layer->plan.desc.score)) return MOE_E_GROWTH_SCORE;
+    if (layer->plan.desc.n_codes) return MOE_E_GROWTH_CODES;
+    map->old = layer;
+    map->desc = layer->plan.desc;
+    map->seed = data->seed + !data->seed;
+    map->seed ^= (layer->step + 1) * 0x9e3779b97f4a7c15ull; /* other numbers at another step */
+    moe__growth_layout(map, data->n_tokens, merges, &arena);
+    moe_status status = moe__arena_bytes(&arena, &bytes);
+    if (status) return status;
+    map->memory = moe__alloc(map->desc.alloc_context, bytes);
+    if (!map->memory) return MOE_E_NO_MEMORY;
+    (void)moe__arena_over(&arena, map->memory, bytes, bytes);
+    moe__growth_layout(map, data->n_tokens, merges, &arena);
+    if (!map->desc.n_bound) return MOE_OK;
+    const float *parent = moe__layer_router(layer, MOE_PART_PARAMS) + layer->plan.at[MOE__R_PAIR_PARENT];
+    return moe__routes_parents(map->desc.n_bound, layer->plan.F, parent, map->parent);
+}
+static int moe__growth_paired(const moe__growth_map *map, size_t expert) {
+    for (size_t i = 0; i < map->old->plan.desc.n_bound; i++)
+        if (map->parent[i] == expert) return 1;
+    return 0;
+}
+/* Whether an operation can take this expert. */
+static moe_status moe__growth_expert(const moe__growth_map *map, size_t expert) {
+    if (expert >= map->old->plan.E) return MOE_E_GROWTH_EXPERT;
+    if (expert >= map->old->plan.F) return MOE_E_GROWTH_SPECIAL;
+    if (moe__growth_paired(map, expert)) return MOE_E_GROWTH_PAIRED;
+    return MOE_OK;
+}
+
+/* -- the lists -- */
+static float moe__growth_half(int halved) { return 1.0f - 0.5f * (float)halved; }
+static void moe__growth_next(moe__growth_map *map, int which) { /* one more thing, made of nothing yet */
+    moe__growth_list *list = &map->list[which];
+    list->first[++list->n] = list->n_links;
+}
+static void moe__growth_of(moe__growth_map *map, int which, size_t index, float weight, float share) { /* also this */
+    moe__growth_list *list = &map->list[which];
+    moe__growth_link link = {map->old, index, weight, share, NULL};
+    list->link[list->n_links++] = link;
+    list->first[list->n] = list->n_links;
+}
+static void moe__growth_keep(moe__growth_map *map, int which, size_t index, float share) {
+    moe__growth_next(map, which);
+    moe__growth_of(map, which, index, 1.0f, share);
+}
+static void moe__growth_routed(moe__growth_map *map, size_t index, float share) { /* an expert with its column */
+    moe__growth_keep(map, MOE__GROWTH_NETWORKS, index, share);
+    moe__growth_keep(map, MOE__GROWTH_COLUMNS, index, share);
+}
+static void moe__growth_new(moe__growth_map *map) {
+    moe__growth_next(map, MOE__GROWTH_NETWORKS);
+    moe__growth_next(map, MOE__GROWTH_COLUMNS);
+}
+/* After the routed experts: the bound, the shared, the special. */
+static void moe__growth_bound(moe__growth_map *map) {
+    for (size_t i = 0; i < map->old->plan.desc.n_bound; i++) {
+        moe__growth_keep(map, MOE__GROWTH_NETWORKS, map->old->plan.F + i, 1.0f);
+        moe__growth_keep(map, MOE__GROWTH_PAIRS, i, 1.0f);
+    }
+}
+static void moe__growth_rest(moe__growth_map *map) {
+    const moe__plan *plan = &map->old->plan;
+    for (size_t i = plan->networks; i < plan->G; i++) moe__growth_keep(map, MOE__GROWTH_NETWORKS, i, 1.0f);
+    for (size_t i = plan->F; i < plan->E; i++) moe__growth_keep(map, MOE__GROWTH_COLUMNS, i, 1.0f);
+}
+
+/* -- making: networks, block by block -- */
+static float moe__growth_factor(const moe__growth_link *link, int part, int only) {
+    if (part == MOE_PART_PARAMS) return link->weight;
+    return part == MOE_PART_MOMENT2 && only ? link->share * link->share : link->share;
+}
+static void moe__growth_add_ordered(const moe__plan *plan, const moe__growth_link *link, float factor, int root,
+                                    const float *from, float *to) {
+    for (int id = MOE__T_W1; id <= MOE__T_B2; id++) {
+        size_t rows = moe__plan_rows(plan, id), columns = moe__plan_columns(plan, id);
+        for (size_t r = 0; r < rows && plan->count[id]; r++)
+            for (size_t c = 0; c < columns; c++) {
+                size_t row = id == MOE__T_W2 ? link->order[r] : r, column = c;
+                if (id != MOE__T_W2 && id != MOE__T_B2) column = link->order[c];
+                float value = from[moe__plan_in_block(plan, id, row, column)];
+                float *at = to + moe__plan_in_block(plan, id, r, c);
+                if (root) value = sqrtf(value);
+                *at = moe__fma(factor, value, *at);
+            }
+    }
+}
+static void moe__growth_add(const moe__plan *plan, const moe__growth_link *link, int part, int only, float *to) {
+    float factor = moe__growth_factor(link, part, only);
+    int root = part == MOE_PART_MOMENT2 && !only;
+    if (!link->from->part[part]) return;
+    const float *from = link->from->part[part] + link->index * plan->expert;
+    if (link->order) moe__growth_add_ordered(plan, link, factor, root, from, to);
+    else if (only && factor == 1.0f) memcpy(to, from, plan->expert * sizeof(float));
+    else
+        for (size_t i = 0; i < plan->expert; i++) {
+            float value = from[i];
+            if (root) value = sqrtf(value);
+            to[i] = moe__fma(factor, value, to[i]);
+        }
+}
+static void moe__growth_network(void *arg, size_t g, size_t worker) {
+    const moe__growth_map *map = (const moe__growth_map *)arg;
+    const moe__growth_list *list = &map->list[MOE__GROWTH_NETWORKS];
+    const moe__plan *plan = &map->made->plan;
+    size_t begin = list->first[g], end = list->first[g + 1], length = plan->expert;
+    (void)worker;
+    for (int part = 0; part < MOE_PART_COUNT; part++) {
+        float *to = map->made->part[part];
+        int whole = end == begin + 1 && !list->link[begin].order && list->link[begin].from->part[part] &&
+            moe__growth_factor(&list->link[begin], part, 1) == 1.0f && part != MOE_PART_GRADS;
+        if (!to) continue;
+        to += g * length;
+        if (!whole) memset(to, 0, length * sizeof(float));
+        if (part == MOE_PART_GRADS) continue;
+        for (size_t i = begin; i < end; i++) moe__growth_add(plan, &list->link[i], part, end == begin + 1, to);
+        if (part == MOE_PART_MOMENT2 && end > begin + 1)
+            for (size_t i = 0; i < length; i++) to[i] *= to[i];
+    }
+    if (end == begin + 1 && list->link[begin].weight == 1.0f) return;
+    moe__plan drawn = *plan;
+    drawn.desc.seed = map->seed;
+    for (int id = MOE__T_W1; id <= MOE__T_B2 && end == begin; id++)
+        moe__plan_initial(&drawn, id, g, map->made->part[MOE_PART_PARAMS]);
+    if (moe__experts_table[plan->desc.expert].stepped) moe__layer_retract(map->made, g, worker);
+}
+
+/* -- and plain tensors, element by element: an index of an axis that has a list comes from the old indices linked to
+ * it, of one layer if there are two such axes -- */
+typedef struct moe__growth_element {
+    const moe__growth_map *map;
+    int id, part, n;      /* n: old elements so far */
+    size_t index[3];      /* the new one's */
+    float sum, last;      /* last: of a second moment that comes from one old element alone */
+} moe__growth_element;
+static const moe__growth_list *moe__growth_axis(const moe__growth_map *map, char axis) {
+    if (axis == 'E' || axis == 'N') return &map->list[MOE__GROWTH_COLUMNS];
+    return axis == 'B' ? &map->list[MOE__GROWTH_PAIRS] : NULL;
+}
+/* From axis k on; so far the old element's place is `at`, in layer `from` if any link said so. */
+static void moe__growth_sum(moe__growth_element *element, int k, const moe_layer *from, size_t at, float weight,
+                            float share) {
+    const moe__growth_map *map = element->map;
+    const char *axes = moe__plan_tensors[element->id].axes;
+    if (!axes[k]) {
+        moe__growth_link link = {from, 0, weight, share, NULL};
+        if (!from) link.from = map->old;
+        const moe__plan *plan = &link.from->plan;
+        if (!plan->count[element->id] || !link.from->part[element->part]) return;
+        float value = link.from->part[element->part][moe__plan_offset(plan, element->id) + at];
+        element->last = moe__growth_factor(&link, element->part, 1) * value;
+        if (element->part == MOE_PART_MOMENT2) value = sqrtf(value);
+        element->sum = moe__fma(moe__growth_factor(&link, element->part, 0), value, element->sum);
+        element->n++;
+        return;
+    }
+    const moe__growth_list *list = moe__growth_axis(map, axes[k]);
+    size_t slots = 1;
+    if (axes[k] == 'N') slots = map->desc.soft_slots;
+    size_t thing = element->index[k] / slots;
+    if (!list) {
+        at = at * moe__plan_extent(&map->made->plan, axes[k]) + element->index[k];
+        moe__growth_sum(element, k + 1, from, at, weight, share);
+        return;
+    }
+    for (size_t i = list->first[thing]; i < list->first[thing + 1]; i++) {
+        const moe__growth_link *link = &list->link[i];
+        if (from && from != link->from) continue;
+        size_t place = at * moe__plan_extent(&link->from->plan, axes[k]) + link->index * slots;
+        moe__growth_sum(element, k + 1, link->from, place + element->index[k] % slots, weight * link->weight,
+                        share * link->share);
+    }
+}
+static void moe__growth_tensor(const moe__growth_map *map, int id) {
+    const moe__plan *plan = &map->made->plan;
+    const char *axes = moe__plan_tensors[id].axes;
+    for (int part = 0; part < MOE_PART_COUNT; part++) {
+        if (part == MOE_PART_GRADS || !map->made->part[part]) continue;
+        for (size_t i = 0; i < plan->count[id]; i++) {
+            moe__growth_element element = {map, id, part, 0, {0, 0, 0}, 0.0f, 0.0f};
+            size_t rest = i;
+            for (size_t k = strlen(axes); k-- > 0;) {
+                size_t extent = moe__plan_extent(plan, axes[k]);
+                element.index[k] = rest % extent;
+                rest /= extent;
+            }
+            moe__growth_sum(&element, 0, NULL, 0, 1.0f, 1.0f);
+            if (part == MOE_PART_MOMENT2) element.sum *= element.sum;
+            if (element.n == 1) element.sum = element.last;
+            map->made->part[part][moe__plan_offset(plan, id) + i] = element.sum;
+        }
+    }
+}
+
+/* A controller's biases and errors are averaged like columns; its usage, in units of the even load, is divided like the
+ * load, and the even load is another's now. */
+static void moe__growth_control(const moe__growth_map *map) {
+    const moe__growth_list *list = &map->list[MOE__GROWTH_COLUMNS];
+    moe_control *to = &map->made->control;
+    const moe_control *old = &map->old->control;
+    float even = (float)to->n_experts / (float)old->n_experts;
+    to->rate = old->rate;
+    to->damping = old->damping;
+    to->low = old->low;
+    to->high = old->high;
+    to->recentre = old->recentre;
+    if (to->coefficient) *to->coefficient = *old->coefficient;
+    for (size_t e = 0; e < to->n_experts; e++) {
+        float bias = 0.0f, error = 0.0f, usage = 0.0f;
+        for (size_t i = list->first[e]; i < list->first[e + 1]; i++) {
+            const moe__growth_link *link = &list->link[i];
+            const moe_control *from = &link->from->control;
+            if (from->bias) bias = moe__fma(link->weight, from->bias[link->index], bias);
+            if (from->error) error = moe__fma(link->weight, from->error[link->index], error);
+            if (from->usage) usage = moe__fma(link->share * even, from->usage[link->index], usage);
+        }
+        if (list->first[e] == list->first[e + 1]) usage = 1.0f;
+        if (to->bias) to->bias[e] = bias;
+        if (to->error) to->error[e] = error;
+        if (to->usage) to->usage[e] = usage;
+    }
+}
+/* The pairs' parents by their new numbers: the expert that is made of the old one first. */
+static void moe__growth_parents(const moe__growth_map *map) {
+    const moe__growth_list *columns = &map->list[MOE__GROWTH_COLUMNS], *pairs = &map->list[MOE__GROWTH_PAIRS];
+    if (!pairs->n) return;
+    float *parent = moe__layer_router(map->made, MOE_PART_PARAMS) + map->made->plan.at[MOE__R_PAIR_PARENT];
+    for (size_t i = 0; i < pairs->n; i++) {
+        size_t e = 0;
+        if (pairs->first[i] == pairs->first[i + 1]) continue; /* a new pair */
+        while (columns->link[columns->first[e]].index != map->parent[pairs->link[pairs->first[i]].index]) e++;
+        parent[i] = (float)e;
+    }
+}
+/* The new layer, from full lists. */
+static moe_status moe__growth_make(moe__growth_map *map) {
+    moe__plan plan;
+    const moe_layer *old = map->old;
+    map->desc.n_experts = map->list[MOE__GROWTH_COLUMNS].n;
+    map->desc.n_bound = map->list[MOE__GROWTH_PAIRS].n;
+    moe_status status = moe__desc_plan(&map->desc, &plan);
+    if (!status) status = moe__layer_alloc(&map->made, &plan, NULL);
+    if (status) return status;
+    moe_layer *made = map->made;
+    MOE_ASSERT(plan.G == map->list[MOE__GROWTH_NETWORKS].n);
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        if (made->part[part])
+            memset(made->part[part] + plan.special, 0, (made->n_floats - plan.special) * sizeof(float));
+    moe__threads_run(&plan.desc.parallel, plan.G, plan.expert, plan.G, moe__growth_network, map);
+    for (int id = 0; id < MOE__T_COUNT; id++)
+        if (moe__plan_tensors[id].region != MOE__IN_EXPERTS) moe__growth_tensor(map, id);
+    moe__growth_control(map);
+    moe__growth_parents(map);
+    made->step = old->step;
+    made->draws = old->draws;
+    made->growth = old->growth;
+    memcpy(made->loss, old->loss, sizeof made->loss);
+    made->health.dead_fraction = old->health.dead_fraction;
+    return MOE_OK;
+}
+static moe_status moe__growth_end(moe__growth_map *map, moe_layer **out, moe_status status) {
+    if (map->memory) moe__free(map->old->plan.desc.alloc_context, map->memory);
+    if (status) moe_layer_free(map->made);
+    else *out = map->made;
+    return status;
+}
+
+/* -- planes and columns from tokens. A forward of the router alone; its latent rows are in `run`'s memory then -- */
+static moe_status moe__growth_look(const moe_layer *layer, const moe_growth_data *data, int evaluate, moe_tape **tape,
+                                   moe__run *run) {
+    *tape = NULL;
+    if (!data->n_tokens) return MOE_E_NO_TOKENS;
+    moe_status status = moe_tape_new(tape, &layer->plan.desc, data->n_tokens, evaluate ? MOE_OFF : MOE_ON);
+    if (status) return status;
+    (*tape)->side.evaluate = evaluate;
+    status = moe__layer_run(layer, *tape, run);
+    run->given.draw = layer->draws;
+    if (!status) status = moe__pass_route(run, data->x, data->n_tokens);
+    return status;
+}
+static void moe__growth_row_add(const moe__run *run, float scale, size_t token, float *to) {
+    moe__score_row_add(run, scale, moe__score_last_product(run).in + token * MOE__W, run->plan->L, to);
+}
+/* x / |x| */
+static moe_status moe__growth_unit(size_t n, float *x) {
+    float square = moe__dispatched()->dot(n, x, x);
+    if (!(square >= FLT_MIN && square <= FLT_MAX)) return MOE_E_GROWTH_DIRECTION;
+    float length = sqrtf(square);
+    for (size_t i = 0; i < n; i++) x[i] /= length;
+    return MOE_OK;
+}
+static int moe__growth_selects(const moe_tape *tape, size_t token, size_t expert) {
+    for (size_t s = 0; s < tape->n_slots; s++)
+        if (tape->index[token * tape->n_slots + s] == (int32_t)expert) return 1;
+    return 0;
+}
+/* The rows of the listed tokens: plane, which begins at random, becomes their principal direction by power iteration;
+ * then offset = the median of plane . row, and both are scaled until the mean distance is 1. work (L + n), index (n) */
+static void moe__growth_principal(const moe__run *run, size_t n, const uint32_t *token, float *plane, float *offset,
+                                  float *work, int32_t *index) {
+    size_t L = run->plan->L;
+    float *next = work, *along = work + L, share = 1.0f / (float)n, above, below, far = 0.0f;
+    for (int round = 0; round < 64; round++) {
+        float mean = 0.0f;
+        for (size_t i = 0; i < n; i++) along[i] = moe__routes_side(run, plane, token[i]);
+        for (size_t i = 0; i < n; i++) mean = moe__fma(share, along[i], mean);
+        memset(next, 0, L * sizeof(float));
+        for (size_t i = 0; i < n; i++) moe__growth_row_add(run, (along[i] - mean) * share, token[i], next);
+        if (moe__growth_unit(L, next)) break; /* the rows are all the same */
+        memcpy(plane, next, L * sizeof(float));
+    }
+    for (size_t i = 0; i < n; i++) along[i] = moe__routes_side(run, plane, token[i]);
+    *offset = along[0];
+    if (n < 2) return;
+    moe__select_highest(n, n / 2, along, index, &below);
+    above = along[index[0]];
+    for (size_t i = 1; i < n / 2; i++)
+        if (along[index[i]] < above) above = along[index[i]];
+    *offset = 0.5f * above + 0.5f * below;
+    if (!(above > *offset)) *offset = below;
+    for (size_t i = 0; i < n; i++) far = moe__fma(share, fabsf(along[i] - *offset), far);
+    if (!(far >= FLT_MIN)) return;
+    for (size_t i = 0; i < L; i++) plane[i] /= far;
+    *offset /= far;
+}
+static void moe__growth_principal_of(moe__growth_map *map, const moe__run *run, size_t expert) {
+    size_t n = 0;
+    for (size_t t = 0; t < run->tape->n_tokens; t++)
+        if (moe__growth_selects(run->tape, t, expert)) map->token[n++] = (uint32_t)t;
+    if (n) moe__growth_principal(run, n, map->token, map->plane, &map->offset, map->work, map->index);
+}
+/* A pair gate for an expert's tokens into map->plane and offset. */
+static moe_status moe__growth_gate(moe__growth_map *map, size_t expert, const moe_growth_data *data) {
+    moe_tape *tape;
+    moe__run run;
+    size_t L = map->old->plan.L;
+    map->offset = 0.0f;
+    if (data && data->direction) {
+        memcpy(map->plane, data->direction, L * sizeof(float));
+        return moe__growth_unit(L, map->plane);
+    }
+    moe__normal_at(map->seed, 1, (uint64_t)expert * L, L, map->plane);
+    moe_status status = moe__growth_unit(L, map->plane);
+    if (status || !data || !data->x) return status;
+    status = moe__growth_look(map->old, data, 1, &tape, &run);
+    if (!status) moe__growth_principal_of(map, &run, expert);
+    moe_tape_free(tape);
+    return status;
+}
+/* How much a token counts for a new column: it was not served, or its loss is above the mean. */
+static moe_status moe__growth_need(const moe__run *run, const moe_growth_data *data, float *plane) {
+    const moe_tape *tape = run->tape;
+    double mean = 0.0;
+    for (size_t t = 0; t < data->n_tokens && data->loss; t++) {
+        if (!moe__finite(data->loss[t])) return MOE_E_GROWTH_DIRECTION;
+        mean += (double)data->loss[t] / (double)data->n_tokens;
+    }
+    memset(plane, 0, run->plan->L * sizeof(float));
+    for (size_t t = 0; t < tape->n_tokens; t++) {
+        float need = 1.0f;
+        for (size_t s = 0; s < tape->n_slots; s++)
+            if (tape->index[t * tape->n_slots + s] >= 0) need = 0.0f;
+        if (data->loss) need = (float)moe__larger((double)data->loss[t] - mean, 0.0);
+        moe__growth_row_add(run, need, t, plane);
+    }
+    return moe__growth_unit(run->plan->L, plane);
+}
+/* A new column into map->plane. */
+static moe_status moe__growth_direction(moe__growth_map *map, const moe_growth_data *data) {
+    moe_tape *tape;
+    moe__run run;
+    if (!data || (!data->x && !data->direction)) return MOE_E_NULL_X;
+    if (data->direction) return moe__growth_gate(map, 0, data);
+    moe_status status = moe__growth_look(map->old, data, data->loss != NULL, &tape, &run);
+    if (!status) status = moe__growth_need(&run, data, map->plane);
+    moe_tape_free(tape);
+    return status;
+}
+/* Of the new layer, the columns of expert e += amount times map->plane, and its biases += shift. */
+static void moe__growth_lean(const moe__growth_map *map, size_t e, const float *plane, float amount, float shift) {
+    const moe__plan *plan = &map->made->plan;
+    float *router = map->made->part[MOE_PART_PARAMS] + plan->experts;
+    size_t slots = plan->desc.soft_slots;
+    for (size_t r = 0; r < plan->L; r++)
+        for (size_t i = e * slots; i < (e + 1) * slots; i++) {
+            float *at = router + plan->at[MOE__R_ROUTER] + r * plan->N + i;
+            *at = moe__fma(amount, plane[r], *at);
+        }
+    for (size_t i = e * slots; i < (e + 1) * slots && plan->count[MOE__R_BIAS]; i++)
+        router[plan->at[MOE__R_BIAS] + i] += shift;
+}
+/* The length that a score gives its columns, or 0: it takes them as they are; and that of expert e's column now. */
+static float moe__growth_scaled(const moe__plan *plan) {
+    moe__score_unit cols = moe__score_latent_of(plan)->cols;
+    if (cols == MOE__LN) return sqrtf((float)plan->L);
+    return cols == MOE__LENGTH ? 1.0f : 0.0f;
+}
+static float moe__growth_length(const moe__growth_map *map, size_t e) {
+    const moe__plan *plan = &map->made->plan;
+    const float *router = map->made->part[MOE_PART_PARAMS] + plan->experts + plan->at[MOE__R_ROUTER];
+    float square = 0.0f;
+    for (size_t r = 0; r < plan->L; r++) square = moe__fma(router[r * plan->N + e], router[r * plan->N + e], square);
+    return sqrtf(square);
+}
+/* Columns `up` and `down`, equal as yet, lean to the two sides of a plane: logits += (+-(plane . row - offset) - sink)
+ * gap / 2. Where columns are scaled they turn by a quarter of gap in the mean. */
+static void moe__growth_part(const moe__growth_map *map, size_t up, size_t down, const float *plane, float offset,
+                             float gap, float sink) {
+    float half = 0.5f * gap, amount = half, scaled = moe__growth_scaled(&map->made->plan);
+    if (scaled > 0.0f) {
+        size_t L = map->made->plan.L;
+        half *= 0.5f * scaled / sqrtf(moe__dispatched()->dot(L, plane, plane));
+        amount = half * moe__growth_length(map, up) / scaled;
+    }
+    moe__growth_lean(map, up, plane, amount, half * (-offset - sink));
+    moe__growth_lean(map, down, plane, -amount, half * (offset - sink));
+}
+
+/* -- split and release -- */
+/* Every expert takes part in each token, weighed by a softmax. */
+static int moe__growth_dense(const moe_desc *desc) {
+    return desc->select == MOE_SELECT_ALL && desc->gate == MOE_GATE_SOFTMAX && desc->combine != MOE_COMBINE_ROBUST;
+}
+static void moe__growth_split_dense(const moe__growth_map *map, size_t expert) {
+    const moe__plan *plan = &map->made->plan;
+    const float *scale = map->made->part[MOE_PART_PARAMS] + plan->experts + plan->at[MOE__R_SCALE];
+    float temperature = plan->desc.temperature, ln2 = 0.693147181f;
+    if (plan->desc.temperature_end != 0.0f)
+        (void)moe_schedule_temperature(plan->desc.schedule, map->old->step, plan->desc.schedule_steps,
+                                       plan->desc.temperature, plan->desc.temperature_end, &temperature);
+    if (plan->count[MOE__R_SCALE]) {
+        float inverse;
+        moe__dispatched()->exp(1, scale, &inverse);
+        temperature = 1.0f / inverse;
+    }
+    moe__growth_part(map, map->old->plan.F, expert, map->plane, map->offset, 0.001f, 0.0f);
+    moe__growth_lean(map, expert, map->plane, 0.0f, -temperature * ln2);
+    moe__growth_lean(map, map->old->plan.F, map->plane, 0.0f, -temperature * ln2);
+}
+static void moe__growth_split_bound(const moe__growth_map *map, size_t expert) {
+    const moe__plan *plan = &map->made->plan;
+    size_t pair = plan->desc.n_bound - 1;
+    float *router = moe__layer_router(map->made, MOE_PART_PARAMS);
+    memcpy(router + plan->at[MOE__R_PAIR] + pair * plan->L, map->plane, plan->L * sizeof(float));
+    router[plan->at[MOE__R_PAIR_OFFSET] + pair] = map->offset;
+    router[plan->at[MOE__R_PAIR_PARENT] + pair] = (float)expert;
+}
+MOE_API moe_status moe_layer_split(moe_layer **out, const moe_layer *layer, size_t expert,
+                                   const moe_growth_data *data) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, data, 0);
+    if (!status) status = moe__growth_expert(&map, expert);
+    if (!status) status = moe__growth_gate(&map, expert, data);
+    if (!status) {
+        int dense = moe__growth_dense(&map.desc);
+        for (size_t e = 0; e < layer->plan.F; e++) {
+            moe__growth_keep(&map, MOE__GROWTH_NETWORKS, e, moe__growth_half(e == expert));
+            moe__growth_keep(&map, MOE__GROWTH_COLUMNS, e, moe__growth_half(dense && e == expert));
+        }
+        if (dense) moe__growth_routed(&map, expert, 0.5f);
+        moe__growth_bound(&map);
+        if (!dense) moe__growth_keep(&map, MOE__GROWTH_NETWORKS, expert, 0.5f);
+        if (!dense) moe__growth_next(&map, MOE__GROWTH_PAIRS);
+        moe__growth_rest(&map);
+        if (dense) map.desc.router_bias = MOE_ON;
+        status = moe__growth_make(&map);
+        if (!status && dense) moe__growth_split_dense(&map, expert);
+        if (!status && !dense) moe__growth_split_bound(&map, expert);
+    }
+    return moe__growth_end(&map, out, status);
+}
+MOE_API moe_status moe_layer_release(moe_layer **out, const moe_layer *layer, float gap) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, NULL, 0);
+    if (!status && gap != (float)MOE_OFF && !(gap >= 0.0f && gap <= FLT_MAX)) status = MOE_E_GROWTH_GAP;
+    if (!status && !layer->plan.desc.n_bound) status = MOE_E_GROWTH_NO_PAIR;
+    if (!status) {
+        const moe__plan *plan = &layer->plan;
+        const float *router = layer->part[MOE_PART_PARAMS] + plan->experts;
+        float turn = (float)moe__larger((double)gap, (double)(gap == 0.0f));
+        for (size_t e = 0; e < plan->networks; e++) moe__growth_keep(&map, MOE__GROWTH_NETWORKS, e, 1.0f);
+        for (size_t e = 0; e < plan->F; e++)
+            moe__growth_keep(&map, MOE__GROWTH_COLUMNS, e, moe__growth_half(moe__growth_paired(&map, e)));
+        for (size_t i = 0; i < plan->desc.n_bound; i++)
+            moe__growth_keep(&map, MOE__GROWTH_COLUMNS, map.parent[i], 0.5f);
+        moe__growth_rest(&map);
+        map.desc.router_bias = MOE_ON;
+        status = moe__growth_make(&map);
+        for (size_t i = 0; i < plan->desc.n_bound && !status; i++)
+            moe__growth_part(&map, plan->F + i, map.parent[i], router + plan->at[MOE__R_PAIR] + i * plan->L,
+                             router[plan->at[MOE__R_PAIR_OFFSET] + i], turn, 1.0f);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- clone: a copy, moved by noise, and hidden units drawn anew -- */
+/* A hidden unit has so many weights in a tensor (0: none), a column of it, of w2 a row; where they are in a block. */
+static size_t moe__growth_weights_of(const moe__plan *plan, int id) {
+    if (!plan->count[id] || id == MOE__T_B2) return 0;
+    if (id == MOE__T_W2) return plan->d;
+    return moe__plan_rows(plan, id);
+}
+static size_t moe__growth_weight(const moe__plan *plan, int id, size_t unit, size_t i) {
+    if (id == MOE__T_W2) return moe__plan_in_block(plan, id, unit, i);
+    return moe__plan_in_block(plan, id, i, unit);
+}
+/* Of network g: `count` hidden units of every tensor that has them are normal numbers with the mean and deviation of
+ * what they replace; their moments are 0. */
+static void moe__growth_redraw(moe_layer *layer, size_t g, size_t count, const int32_t *unit, uint64_t seed) {
+    const moe__plan *plan = &layer->plan;
+    for (int id = MOE__T_W1; id < MOE__T_B2; id++) {
+        size_t each = moe__growth_weights_of(plan, id), total = count * each;
+        double mean = 0.0, squares = 0.0;
+        float drawn, *block = layer->part[MOE_PART_PARAMS] + g * plan->expert;
+        for (size_t i = 0; i < total; i++) {
+            double value = (double)block[moe__growth_weight(plan, id, (size_t)unit[i / each], i % each)];
+            mean += value / (double)total;
+            squares += value * value / (double)total;
+        }
+        double deviation = sqrt(moe__larger(squares - mean * mean, 0.0));
+        for (size_t i = 0; i < total; i++) {
+            size_t at = moe__growth_weight(plan, id, (size_t)unit[i / each], i % each);
+            moe__normal_at(seed, 64 + (uint64_t)id, (uint64_t)g << 40 | i, 1, &drawn);
+            block[at] = (float)(mean + deviation * (double)drawn);
+            for (int part = MOE_PART_MOMENT1; part <= MOE_PART_MOMENT2; part++)
+                if (layer->part[part]) layer->part[part][g * plan->expert + at] = 0.0f;
+        }
+    }
+}
+/* A share of f hidden units, drawn: their number; unit (f), work (f). */
+static size_t moe__growth_units(size_t f, float share, uint64_t seed, size_t g, float *work, int32_t *unit) {
+    size_t count = moe__min(f, (size_t)((double)share * (double)f));
+    float next;
+    moe__uniform_at(seed, 2, (uint64_t)g * f, f, 0.0f, 1.0f, work);
+    if (count) moe__select_highest(f, count, work, unit, &next);
+    return count;
+}
+/* Networks a and b, equal as yet, and their columns: +- noise times a tensor's size. Padding is 0 and stays. */
+static void moe__growth_noise(const moe__growth_map *map, size_t a, size_t b, float noise) {
+    const moe__plan *plan = &map->made->plan;
+    float *params = map->made->part[MOE_PART_PARAMS];
+    float *up = params + a * plan->expert, *down = params + b * plan->expert;
+    for (int id = MOE__T_W1; id <= MOE__T_B2; id++) {
+        size_t rows = moe__plan_rows(plan, id), columns = moe__plan_columns(plan, id), n = rows * columns;
+        double squares = 0.0;
+        if (!plan->count[id] || !moe__plan_tensors[id].decay) continue;
+        for (size_t i = 0; i < n; i++) {
+            double value = (double)up[moe__plan_in_block(plan, id, i / columns, i % columns)];
+            squares += value * value;
+        }
+        float size = noise * (float)sqrt(squares / (double)n), drawn;
+        for (size_t i = 0; i < n; i++) {
+            size_t at = moe__plan_in_block(plan, id, i / columns, i % columns);
+            moe__normal_at(map->seed, 32 + (uint64_t)id, i, 1, &drawn);
+            up[at] = moe__fma(size, drawn, up[at]);
+            down[at] = moe__fma(-size, drawn, down[at]);
+        }
+    }
+    float size = noise * moe__growth_length(map, a * plan->desc.soft_slots) / sqrtf((float)plan->L);
+    moe__normal_at(map->seed, 3, 0, plan->L, map->plane);
+    moe__growth_lean(map, a, map->plane, size, 0.0f);
+    moe__growth_lean(map, b, map->plane, -size, 0.0f);
+    if (!moe__experts_table[plan->desc.expert].stepped) return;
+    moe__layer_retract(map->made, a, 0);
+    moe__layer_retract(map->made, b, 0);
+}
+MOE_API moe_status moe_layer_clone(moe_layer **out, const moe_layer *layer, size_t expert, float noise, float share,
+                                   uint64_t seed) {
+    moe__growth_map map;
+    const moe_growth_data data = {NULL, 0, NULL, NULL, seed};
+    moe_status status = moe__growth_begin(&map, out, layer, &data, 0);
+    if (!status) status = moe__growth_expert(&map, expert);
+    if (!status && !(noise >= 0.0f && noise <= FLT_MAX)) status = MOE_E_GROWTH_NOISE;
+    if (!status && !(share >= 0.0f && share <= 1.0f)) status = MOE_E_GROWTH_SHARE;
+    if (!status) {
+        size_t F = layer->plan.F, f = layer->plan.f;
+        for (size_t e = 0; e < F; e++) moe__growth_routed(&map, e, moe__growth_half(e == expert));
+        moe__growth_routed(&map, expert, 0.5f);
+        moe__growth_bound(&map);
+        moe__growth_rest(&map);
+        status = moe__growth_make(&map);
+        if (!status) {
+            moe__growth_noise(&map, F, expert, noise);
+            moe__growth_redraw(map.made, F, moe__growth_units(f, share, map.seed, F, map.work, map.index), map.index,
+                               map.seed);
+        }
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- add -- */
+static moe_status moe__growth_donor_fits(const moe_layer *layer, const moe_growth_donor *donor) {
+    if (!donor->layer || donor->layer->stock.kind) return MOE_E_GROWTH_DONOR;
+    const moe__plan *a = &layer->plan, *b = &donor->layer->plan;
+    if (donor->expert >= b->E) return MOE_E_GROWTH_EXPERT;
+    if (donor->expert >= b->F) return MOE_E_GROWTH_SPECIAL;
+    if (a->d != b->d || a->f != b->f || a->L != b->L || a->desc.expert != b->desc.expert) return MOE_E_GROWTH_DONOR;
+    if (a->expert != b->expert || a->desc.soft_slots != b->desc.soft_slots) return MOE_E_GROWTH_DONOR;
+    if (a->desc.controller != b->desc.controller) return MOE_E_GROWTH_DONOR;
+    for (int id = 0; id < MOE__T_COUNT; id++)
+        if (strpbrk(moe__plan_tensors[id].axes, "ENG") && !a->count[id] != !b->count[id]) return MOE_E_GROWTH_DONOR;
+    return MOE_OK;
+}
+MOE_API moe_status moe_layer_add(moe_layer **out, const moe_layer *layer, size_t at, const moe_growth_data *data,
+                                 const moe_growth_donor *donor) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, data, 0);
+    if (!status && at == MOE_GROWTH_END) at = layer->plan.F;
+    if (!status && at > layer->plan.F) status = MOE_E_GROWTH_EXPERT;
+    if (!status && donor) status = moe__growth_donor_fits(layer, donor);
+    if (!status && !donor) status = moe__growth_direction(&map, data);
+    if (!status) {
+        for (size_t e = 0; e <= layer->plan.F; e++) {
+            if (e == at) moe__growth_new(&map);
+            for (int which = 0; which <= MOE__GROWTH_COLUMNS && e == at && donor; which++) {
+                moe__growth_of(&map, which, donor->expert, 1.0f, 1.0f);
+                map.list[which].link[map.list[which].n_links - 1].from = donor->layer;
+            }
+            if (e < layer->plan.F) moe__growth_routed(&map, e, 1.0f);
+        }
+        moe__growth_bound(&map);
+        moe__growth_rest(&map);
+        status = moe__growth_make(&map);
+        if (!status && !donor) moe__growth_lean(&map, at, map.plane, 1.0f, 0.0f);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- merge. Hidden units of b are given to those of a by greedy assignment: of all pairs not yet taken the most alike
+ * is taken, again and again; likeness is the cosine of a unit's weights, in and out -- */
+/* The weights of each hidden unit of network g, a row of unit length each. */
+static void moe__growth_unit_rows(const moe_layer *layer, size_t g, size_t wide, float *rows) {
+    const moe__plan *plan = &layer->plan;
+    const float *block = layer->part[MOE_PART_PARAMS] + g * plan->expert;
+    for (size_t u = 0; u < plan->f; u++) {
+        float *to = rows + u * wide;
+        for (int id = MOE__T_W1; id < MOE__T_B2; id++)
+            for (size_t i = 0; i < moe__growth_weights_of(plan, id); i++)
+                *to++ = block[moe__growth_weight(plan, id, u, i)];
+        (void)moe__growth_unit(wide, rows + u * wide); /* zeros stay */
+    }
+}
+static void moe__growth_match_best(const moe__growth_align *match, size_t f, size_t unit, const uint32_t *order) {
+    const float *alike = match->alike + unit * f;
+    match->best[unit] = -2.0f;
+    for (size_t i = 0; i < f; i++)
+        if (order[i] == MOE_NONE && alike[i] > match->best[unit]) {
+            match->best[unit] = alike[i];
+            match->to[unit] = (uint32_t)i;
+        }
+}
+/* order: hidden unit i of a is most like unit order[i] of b. In alike a row is a unit of b, a column one of a. */
+static void moe__growth_align_to(const moe_layer *layer, size_t a, size_t b, const moe__growth_align *match,
+                              uint32_t *order) {
+    size_t f = layer->plan.f, wide = match->width;
+    moe__growth_unit_rows(layer, a, wide, match->a);
+    moe__growth_unit_rows(layer, b, wide, match->b);
+    for (size_t i = 0; i < f * f; i++)
+        match->alike[i] = moe__dispatched()->dot(wide, match->b + i / f * wide, match->a + i % f * wide);
+    for (size_t i = 0; i < f; i++) order[i] = MOE_NONE;
+    for (size_t i = 0; i < f; i++) moe__growth_match_best(match, f, i, order);
+    for (size_t taken = 0; taken < f; taken++) {
+        size_t unit = 0;
+        for (size_t i = 1; i < f; i++)
+            if (match->best[i] > match->best[unit]) unit = i;
+        order[match->to[unit]] = (uint32_t)unit;
+        match->best[unit] = -3.0f; /* it has its place */
+        for (size_t i = 0; i < f; i++)
+            if (match->best[i] > -3.0f && match->to[i] == match->to[unit]) moe__growth_match_best(match, f, i, order);
+    }
+}
+/* The new layer of a map in which the experts of one cluster become one, at the place of the first of them: aligned to
+ * it, weighted by usage (E). */
+static moe_status moe__growth_merge(moe__growth_map *map, const double *usage) {
+    size_t F = map->old->plan.F, f = map->old->plan.f;
+    const uint32_t *cluster = map->align->cluster;
+    moe__growth_list *networks = &map->list[MOE__GROWTH_NETWORKS];
+    for (size_t first = 0; first < F; first++) {
+        double total = 0.0, n = 0.0;
+        size_t before = 0;
+        while (cluster[before] != cluster[first]) before++;
+        if (before < first) continue;
+        for (size_t e = first; e < F; e++) {
+            if (cluster[e] != cluster[first]) continue;
+            n += 1.0;
+            total += usage[e];
+        }
+        moe__growth_new(map);
+        for (size_t e = first; e < F; e++) {
+            if (cluster[e] != cluster[first]) continue;
+            double weight = 1.0 / n;
+            if (total > 0.0 && n > 1.0) weight = usage[e] / total;
+            moe__growth_of(map, MOE__GROWTH_NETWORKS, e, (float)weight, 1.0f);
+            moe__growth_of(map, MOE__GROWTH_COLUMNS, e, (float)weight, 1.0f);
+            if (e == first) continue;
+            moe__growth_align_to(map->old, first, e, map->align, map->align->order + e * f);
+            networks->link[networks->n_links - 1].order = map->align->order + e * f;
+        }
+    }
+    moe__growth_bound(map);
+    moe__growth_rest(map);
+    return moe__growth_make(map);
+}
+/* The caller's usage, or 1 each, into the map's. */
+static moe_status moe__growth_usage(const moe__growth_map *map, const double *usage) {
+    for (size_t e = 0; e < map->old->plan.E; e++) {
+        map->align->usage[e] = 1.0;
+        if (!usage || e >= map->old->plan.F) continue;
+        if (!(usage[e] >= 0.0 && usage[e] <= (double)FLT_MAX)) return MOE_E_GROWTH_USAGE;
+        map->align->usage[e] = usage[e];
+    }
+    return MOE_OK;
+}
+MOE_API moe_status moe_layer_merge(moe_layer **out, const moe_layer *layer, size_t a, size_t b, const double *usage) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, NULL, 1);
+    if (!status) status = moe__growth_expert(&map, a);
+    if (!status) status = moe__growth_expert(&map, b);
+    if (!status && a == b) status = MOE_E_GROWTH_TWICE;
+    if (!status) status = moe__growth_usage(&map, usage);
+    if (!status) {
+        for (size_t e = 0; e < layer->plan.F; e++) map.align->cluster[e] = (uint32_t)e;
+        map.align->cluster[b] = (uint32_t)a;
+        status = moe__growth_merge(&map, map.align->usage);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- merge by clusters: the mean outputs of all experts over the tokens, joined by average linkage -- */
+static moe_status moe__growth_mean_outputs(void *user, size_t count, size_t F, size_t d, const float *out,
+                                           double *work) {
+    double *mean = ((moe__growth_align *)user)->mean;
+    (void)work;
+    for (size_t i = 0; i < count * F * d; i++) mean[i % (F * d)] += (double)out[i];
+    return MOE_OK;
+}
+/* Until n are left the two nearest become one, under the lower number; the distance of two clusters is the mean over
+ * their members. */
+static void moe__growth_join(const moe__growth_align *all, size_t F, size_t d, size_t n) {
+    double *far = all->far;
+    for (size_t i = 0; i < F * F; i++) {
+        double square = 0.0;
+        for (size_t c = 0; c < d; c++) {
+            double apart = all->mean[i / F * d + c] - all->mean[i % F * d + c];
+            square += apart * apart;
+        }
+        far[i] = sqrt(square);
+    }
+    for (size_t e = 0; e < F; e++) all->cluster[e] = (uint32_t)e, all->size[e] = 1.0;
+    for (size_t left = F; left > n; left--) {
+        size_t a = F, b = F;
+        for (size_t i = 0; i < F; i++)
+            for (size_t k = i + 1; k < F; k++)
+                if (all->size[i] > 0.0 && all->size[k] > 0.0)
+                    if (a == F || far[i * F + k] < far[a * F + b]) a = i, b = k;
+        for (size_t i = 0; i < F; i++) {
+            double joined = all->size[a] * far[a * F + i] + all->size[b] * far[b * F + i];
+            far[a * F + i] = far[i * F + a] = joined / (all->size[a] + all->size[b]);
+            if (all->cluster[i] == b) all->cluster[i] = (uint32_t)a;
+        }
+        all->size[a] += all->size[b];
+        all->size[b] = 0.0;
+    }
+}
+MOE_API moe_status moe_layer_merge_to(moe_layer **out, const moe_layer *layer, size_t n_experts, const float *x,
+                                      size_t n_tokens, const double *usage) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, NULL, 1);
+    if (!status && (!n_experts || n_experts > layer->plan.F)) status = MOE_E_GROWTH_N_EXPERTS;
+    if (!status && layer->plan.desc.n_bound) status = MOE_E_GROWTH_PAIRED;
+    if (!status && !n_tokens) status = MOE_E_NO_TOKENS;
+    if (!status && !x) status = MOE_E_NULL_X;
+    if (!status) status = moe__growth_usage(&map, usage);
+    if (!status && !usage) status = moe_layer_worth(layer, MOE_WORTH_USAGE, x, n_tokens, map.align->usage);
+    for (size_t i = 0; !status && i < layer->plan.F * layer->plan.d; i++) map.align->mean[i] = 0.0;
+    if (!status) status = moe__layer_over_outputs(layer, x, n_tokens, moe__growth_mean_outputs, map.align);
+    if (!status) {
+        moe__growth_join(map.align, layer->plan.F, layer->plan.d, n_experts);
+        status = moe__growth_merge(&map, map.align->usage);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- prune and revive -- */
+static int moe__growth_in(size_t n, const size_t *list, size_t value) {
+    for (size_t i = 0; i < n; i++)
+        if (list[i] == value) return 1;
+    return 0;
+}
+MOE_API moe_status moe_layer_prune(moe_layer **out, const moe_layer *layer, size_t n, const size_t *experts) {
+    moe__growth_map map;
+    moe_status status = moe__growth_begin(&map, out, layer, NULL, 0);
+    if (!status && n && !experts) status = MOE_E_NULL_INDEX;
+    for (size_t i = 0; i < n && !status; i++) {
+        status = moe__growth_expert(&map, experts[i]);
+        if (!status && moe__growth_in(i, experts, experts[i])) status = MOE_E_GROWTH_TWICE;
+    }
+    if (!status && n >= layer->plan.F) status = MOE_E_GROWTH_LAST;
+    if (!status) {
+        for (size_t e = 0; e < layer->plan.F; e++)
+            if (!moe__growth_in(n, experts, e)) moe__growth_routed(&map, e, 1.0f);
+        moe__growth_bound(&map);
+        moe__growth_rest(&map);
+        status = moe__growth_make(&map);
+    }
+    return moe__growth_end(&map, out, status);
+}
+MOE_API moe_status moe_layer_revive(moe_layer **out, const moe_layer *layer, size_t dead, size_t busy,
+                                    const moe_growth_data *data) {
+    moe__growth_map map;
+    int copied = busy != MOE_GROWTH_END;
+    moe_status status = moe__growth_begin(&map, out, layer, data, 0);
+    if (!status) status = moe__growth_expert(&map, dead);
+    if (!status && copied) status = moe__growth_expert(&map, busy);
+    if (!status && dead == busy) status = MOE_E_GROWTH_TWICE;
+    if (!status && copied) status = moe__growth_gate(&map, busy, data);
+    if (!status && !copied) status = moe__growth_direction(&map, data);
+    if (!status) {
+        for (size_t e = 0; e < layer->plan.F; e++) {
+            if (e == dead && !copied) moe__growth_new(&map);
+            else if (e == dead) moe__growth_routed(&map, busy, 0.5f);
+            else moe__growth_routed(&map, e, moe__growth_half(e == busy));
+        }
+        moe__growth_bound(&map);
+        moe__growth_rest(&map);
+        if (copied) map.desc.router_bias = MOE_ON;
+        status = moe__growth_make(&map);
+        if (!status && copied) moe__growth_part(&map, dead, busy, map.plane, map.offset, 1.0f, 1.0f);
+        if (!status && !copied) moe__growth_lean(&map, dead, map.plane, 1.0f, 0.0f);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- upcycle -- */
+/* What the weights of a token sum to when all logits are 0; 0: no one number. */
+static float moe__growth_weights(const moe__plan *plan) {
+    const moe_desc *desc = &plan->desc;
+    const moe__select_row *select = &moe__select_table[desc->select];
+    float k = (float)desc->top_k, E = (float)plan->E, scale = desc->weight_scale;
+    if (plan->F != plan->E || desc->combine == MOE_COMBINE_SOFT || desc->gate == MOE_GATE_RELU) return 0.0f;
+    if (desc->combine != MOE_COMBINE_SUM || desc->select == MOE_SELECT_ALL) k = E;
+    if (desc->gate == MOE_GATE_SPARSEMIXER) return 0.0f;
+    if (desc->combine == MOE_COMBINE_ROBUST) return 1.0f;
+    if (desc->normalize == MOE_ON || moe__gate_table[desc->gate].normalizes) return scale;
+    if (select->all && desc->select != MOE_SELECT_ALL) return 0.0f;
+    return desc->gate == MOE_GATE_SIGMOID ? scale * k * 0.5f : scale * (k / E);
+}
+static void moe__growth_scaled_row(const moe__plan *plan, int id, float *params, size_t row, const float *in,
+                                   float scale) {
+    float chunk[256];
+    size_t columns = moe__plan_columns(plan, id);
+    for (size_t c = 0; c < columns; c += 256) {
+        size_t n = moe__min(256, columns - c);
+        for (size_t i = 0; i < n; i++) chunk[i] = scale * in[c + i];
+        moe__plan_set(plan, id, params, row, c, n, chunk);
+    }
+}
+/* Network g: part `part` of the dense network's hidden units. b2 is in every part. */
+static void moe__growth_slice(const moe_layer *layer, size_t g, size_t part, const moe_expert_weights *dense,
+                              size_t dense_ff, float scale, float scale_b2) {
+    const moe__plan *plan = &layer->plan;
+    const float *const from[] = {dense->w1, dense->wu, dense->w2, dense->b1, dense->bu, dense->b2};
+    float *params = layer->part[MOE_PART_PARAMS];
+    memset(params + g * plan->expert, 0, plan->expert * sizeof(float));
+    for (int id = MOE__T_W1; id <= MOE__T_B2; id++) {
+        const float *in = from[id - MOE__T_W1];
+        size_t rows = moe__plan_rows(plan, id), stride = moe__plan_columns(plan, id);
+        float factor = 1.0f;
+        if (!in || !plan->count[id]) continue;
+        if (id == MOE__T_W2) factor = scale;
+        if (id == MOE__T_B2) factor = scale_b2;
+        if (id == MOE__T_W2) in += part * plan->f * plan->d;
+        if (id != MOE__T_W2 && id != MOE__T_B2) in += part * plan->f, stride = dense_ff;
+        for (size_t r = 0; r < rows; r++)
+            moe__growth_scaled_row(plan, id, params, g * rows + r, in + r * stride, factor);
+    }
+}
+MOE_API moe_status moe_layer_upcycle(moe_layer **out, const moe_desc *desc, const moe_expert_weights *dense,
+                                     size_t dense_ff, float share, uint64_t seed) {
+    moe__plan plan;
+    moe_layer *layer = NULL;
+    static const moe_expert_weights zeros = {NULL, NULL, NULL, NULL, NULL, NULL};
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!dense || !dense->w1 || !dense->w2) return MOE_E_NULL_WEIGHT;
+    moe_status status = moe__desc_plan(desc, &plan);
+    if (status) return status;
+    if (plan.gated && !dense->wu) return MOE_E_NULL_WEIGHT;
+    if (!(share >= 0.0f && share <= 1.0f)) return MOE_E_GROWTH_SHARE;
+    size_t parts = dense_ff / plan.f, slots = plan.desc.soft_slots, bytes;
+    if (!parts || dense_ff % plan.f || plan.E % parts || plan.desc.top_k % parts) return MOE_E_GROWTH_DENSE_FF;
+    float sum = moe__growth_weights(&plan);
+    if (!(sum > 0.0f)) return MOE_E_GROWTH_UPCYCLE;
+    if (!moe__mul(plan.f, 2 * sizeof(float), &bytes)) return MOE_E_OVERFLOW;
+    float *work = (float *)moe__alloc(plan.desc.alloc_context, bytes);
+    if (!work) return MOE_E_NO_MEMORY;
+    status = moe_layer_new(&layer, &plan.desc);
+    for (size_t g = 0; g < plan.G && !status; g++) {
+        int routed = g < plan.F;
+        int32_t *unit = (int32_t *)(void *)(work + plan.f);
+        moe__growth_slice(layer, g, g % parts, routed ? dense : &zeros, dense_ff, (float)parts / sum, 1.0f / sum);
+        if (routed) moe__growth_redraw(layer, g, moe__growth_units(plan.f, share, seed, g, work, unit), unit, seed);
+        if (routed && moe__experts_table[plan.desc.expert].stepped) moe__layer_retract(layer, g, 0);
+    }
+    for (size_t i = 0; i < plan.count[MOE__R_ROUTER] && !status; i++) {
+        float *row = moe__layer_router(layer, MOE_PART_PARAMS) + plan.at[MOE__R_ROUTER] + i / plan.N * plan.N;
+        size_t e = i % plan.N / slots;
+        row[i % plan.N] = row[e / parts * parts * slots + i % slots];
+    }
+    moe__free(plan.desc.alloc_context, work);
+    *out = layer;
+    return status;
+}
+
+/* -- what an expert is worth -- */
+static const struct { const char *name; } moe__growth_worths[] = {{"usage"}, {"gate"}, {"saliency"}, {"gradient"}};
+MOE__NAME_API(worth, moe__growth_worths, MOE_WORTH_COUNT)
+static void moe__growth_gradients(const moe_layer *layer, double *worth) {
+    const moe__plan *plan = &layer->plan;
+    for (size_t g = 0; g < plan->networks && !layer->fresh; g++) {
+        const float *grads = layer->part[MOE_PART_GRADS] + g * plan->expert;
+        size_t e = g;
+        if (g >= plan->F)
+            e = (size_t)moe__layer_router(layer, MOE_PART_PARAMS)[plan->at[MOE__R_PAIR_PARENT] + g - plan->F];
+        if (e < plan->F) worth[e] += moe_sum_squares(&plan->desc.parallel, plan->expert, grads);
+    }
+    for (size_t e = 0; e < plan->E; e++) worth[e] = sqrt(worth[e]);
+}
+static void moe__growth_routes_worth(const moe_tape *tape, moe_worth_kind kind, double *worth) {
+    const moe_routes *routes = &tape->routes;
+    const moe__plan *plan = &tape->memory->plan;
+    for (size_t e = 0; e < plan->E; e++) {
+        size_t begin = routes->begin[e], end = routes->begin[e + 1];
+        double sum = 0.0;
+        for (size_t route = begin; route < end; route++) {
+            const float *out = tape->memory->experts.out + route * plan->ldo;
+            double squares = 0.0, weight = (double)routes->weight[route];
+            if (kind == MOE_WORTH_GATE) sum += weight;
+            for (size_t i = 0; i < plan->d && kind == MOE_WORTH_SALIENCY && e < plan->F; i++)
+                squares += (double)out[i] * (double)out[i];
+            sum += weight * sqrt(squares);
+        }
+        worth[e] = sum / (double)moe__max(1, end - begin);
+        if (kind == MOE_WORTH_USAGE) worth[e] = (double)routes->load[e] / (double)tape->n_tokens;
+    }
+}
+MOE_API moe_status moe_layer_worth(const moe_layer *layer, moe_worth_kind kind, const float *x, size_t n_tokens,
+                                   double *worth) {
+    moe_tape *tape = NULL;
+    size_t count;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (!worth) return MOE_E_NULL_OUT;
+    const moe_desc *desc = &layer->plan.desc;
+    int by_expert = desc->combine == MOE_COMBINE_SUM || desc->combine == MOE_COMBINE_ROBUST;
+    if ((unsigned)kind >= MOE_WORTH_COUNT || (kind == MOE_WORTH_SALIENCY && !by_expert)) return MOE_E_GROWTH_WORTH;
+    if (kind == MOE_WORTH_GRADIENT && desc->training == MOE_OFF) return MOE_E_INFERENCE;
+    if (kind == MOE_WORTH_GRADIENT && layer->stock.kind) return MOE_E_QUANTISED;
+    if (kind != MOE_WORTH_GRADIENT && !n_tokens) return MOE_E_NO_TOKENS;
+    if (kind != MOE_WORTH_GRADIENT && !x) return MOE_E_NULL_X;
+    if (kind == MOE_WORTH_GRADIENT) {
+        for (size_t e = 0; e < layer->plan.E; e++) worth[e] = 0.0;
+        moe__growth_gradients(layer, worth);
+        return MOE_OK;
+    }
+    if (!moe__mul(n_tokens, layer->plan.d * sizeof(float), &count)) return MOE_E_OVERFLOW;
+    moe_status status = moe_tape_new(&tape, desc, n_tokens, MOE_OFF);
+    if (status) return status;
+    float *y = (float *)moe__alloc(desc->alloc_context, count);
+    if (!y) status = MOE_E_NO_MEMORY;
+    tape->side.evaluate = 1;
+    if (!status) status = moe_forward_tape(layer, tape, x, n_tokens, y);
+    if (!status) moe__growth_routes_worth(tape, kind, worth);
+    moe__free(desc->alloc_context, y);
+    moe_tape_free(tape);
+    return status;
+}
+
+/* -- DynMoE's window -- */
+MOE_API moe_status moe_growth_unserved(const moe_tape *tape, float *sum, uint64_t *count) {
+    if (!tape) return MOE_E_NULL_TAPE;
+    if (!sum || !count) return MOE_E_NULL_OUT;
+    if (!(tape->memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES;
+    if (!moe__score_is_latent(tape->memory->plan.desc.score)) return MOE_E_GROWTH_SCORE;
+    moe__run run;
+    memset(&run, 0, sizeof run);
+    run.plan = &tape->memory->plan;
+    run.memory = tape->memory;
+    run.kernels = moe__dispatched();
+    moe_tape view = *tape;
+    run.tape = &view;
+    for (size_t t = 0; t < tape->n_tokens; t++) {
+        size_t s = 0;
+        while (s < tape->n_slots && tape->index[t * tape->n_slots + s] < 0) s++;
+        if (s < tape->n_slots) continue;
+        moe__growth_row_add(&run, 1.0f, t, sum);
+        ++*count;
+    }
+    return MOE_OK;
+}
+MOE_API moe_status moe_layer_dynmoe(moe_layer **out, const moe_layer *layer, const moe_health *health,
+                                    const float *sum, uint64_t count, size_t max_experts, uint64_t seed) {
+    moe__growth_map map;
+    const moe_growth_data data = {NULL, 0, NULL, NULL, seed};
+    moe_status status = moe__growth_begin(&map, out, layer, &data, 0);
+    if (!status && (!health || health->n_experts != layer->plan.E)) status = MOE_E_NULL_HEALTH;
+    if (!status && layer->plan.desc.n_bound) status = MOE_E_GROWTH_PAIRED;
+    if (!status && count && !sum) status = MOE_E_NULL_X;
+    if (!status && count) {
+        memcpy(map.plane, sum, layer->plan.L * sizeof(float));
+        status = moe__growth_unit(layer->plan.L, map.plane);
+    }
+    if (!status) {
+        size_t F = layer->plan.F, kept = 0;
+        for (size_t e = 0; e < F; e++) kept += health->load[e] > 0;
+        for (size_t e = 0; e < F; e++)
+            if (health->load[e] || !kept) moe__growth_routed(&map, e, 1.0f);
+        kept = map.list[MOE__GROWTH_COLUMNS].n;
+        int grows = count && (!max_experts || kept + layer->plan.E - F < max_experts);
+        if (grows) moe__growth_new(&map);
+        moe__growth_rest(&map);
+        status = moe__growth_make(&map);
+        if (!status && grows) moe__growth_lean(&map, kept, map.plane, 1.0f, 0.0f);
+    }
+    return moe__growth_end(&map, out, status);
+}
+
+/* -- the controller -- */
+static const struct { const char *name, *verb; } moe__growth_actions[MOE_GROWTH_ACTION_COUNT] = {
+    {"default", ""}, {"none", ""}, {"split", "split expert "}, {"add", "add an expert"}, {"prune", "prune it"},
+    {"revive", "revive it from expert "}
+};
+MOE_API const char *moe_growth_action_name(moe_growth_action action) {
+    return (unsigned)action < MOE_GROWTH_ACTION_COUNT ? moe__growth_actions[action].name : NULL;
+}
+MOE_API moe_growth *moe_layer_growth(moe_layer *layer) {
+    if (!layer || !moe__layer_has_growth(&layer->plan.desc)) return NULL;
+    layer->growth.n_special = (int)(layer->plan.E - layer->plan.F);
+    return &layer->growth;
+}
+/* The settings with their defaults; off: 0, or no limit. */
+typedef struct moe__growth_set {
+    moe_growth_action action;
+    double delta, newborn_share;
+    int window, cooldown, max_experts, young, lower;
+} moe__growth_set;
+static int moe__growth_value(int value, int unset, int off) {
+    if (value == MOE_OFF) return off;
+    if (!value) return unset;
+    return value;
+}
+static moe_status moe__growth_settings(const moe_growth *growth, moe__growth_set *set) {
+    float state[MOE__GROWTH_STATE];
+    moe_growth same = *growth;
+    moe__layer_growth_get(growth, state);
+    if (moe__layer_growth_set(&same, state)) return MOE_E_GROWTH_SETTING;
+    if (growth->delta < 0.0f && growth->delta != (float)MOE_OFF) return MOE_E_GROWTH_SETTING;
+    if (growth->newborn_share < 0.0f && growth->newborn_share != (float)MOE_OFF) return MOE_E_GROWTH_SETTING;
+    set->action = growth->action;
+    if (!set->action) set->action = MOE_GROWTH_SPLIT;
+    set->delta = moe__larger((double)growth->delta, 0.0);
+    if (growth->delta == 0.0f) set->delta = 0.001;
+    set->newborn_share = (double)growth->newborn_share;
+    if (set->newborn_share < 0.0) set->newborn_share = HUGE_VAL;
+    if (set->newborn_share == 0.0) set->newborn_share = 1.0 / 3.0;
+    set->window = moe__growth_value(growth->window, 3, 0);
+    set->cooldown = moe__growth_value(growth->cooldown, 5, 0);
+    set->max_experts = moe__growth_value(growth->max_experts, 64, INT32_MAX);
+    set->young = moe__growth_value(growth->young, 10, 0);
+    set->lower = growth->metric == MOE_GROWTH_LOSS || growth->metric == MOE_GROWTH_MAXVIO;
+    return MOE_OK;
+}
+/* A number with so many decimals, rounded. */
+static void moe__growth_decimal(moe__text *text, double value, int decimals) {
+    uint64_t unit = 1;
+    for (int i = 0; i < decimals; i++) unit *= 10;
+    if (value < 0.0) moe__text_char(text, '-');
+    value = moe__smaller(fabs(value), 1e12);
+    uint64_t whole = (uint64_t)(value * (double)unit + 0.5);
+    moe__text_u64(text, whole / unit);
+    moe__text_char(text, '.');
+    while (unit > 1) {
+        unit /= 10;
+        moe__text_char(text, (char)('0' + whole / unit % 10));
+    }
+}
+static void moe__growth_count(moe__text *text, const char *before, size_t n, const char *after) {
+    moe__text_add(text, before);
+    moe__text_u64(text, n);
+    moe__text_add(text, after);
+}
+static double moe__growth_load(const moe_health *health, size_t expert) {
+    return (double)health->load[expert] / (double)moe__max(1, (size_t)health->n_tokens);
+}
+/* Why nothing grows, or 1 and the beginning of why something does. */
+static int moe__growth_may(const moe_growth *growth, const moe__growth_set *set, double value, size_t experts,
+                           moe__text *text) {
+    double target = (double)growth->target, newborn = 1.0;
+    for (int i = 0; i < set->young; i++) newborn += (double)growth->births[i];
+    if (growth->target != 0.0f && growth->target != (float)MOE_OFF &&
+        (set->lower ? value <= target : value >= target)) {
+        moe__text_add(text, "target met: ");
+        moe__growth_decimal(text, value, 4);
+        moe__text_add(text, ", wanted ");
+        moe__growth_decimal(text, target, 4);
+        return 0;
+    }
+    if (growth->since_gain < set->window) {
+        moe__growth_count(text, "no plateau: ", (size_t)growth->since_gain, " of ");
+        moe__growth_count(text, "", (size_t)set->window, " epochs without a gain");
+        return 0;
+    }
+    if (experts >= (size_t)set->max_experts) {
+        moe__growth_count(text, "cap: ", experts, " of ");
+        moe__growth_count(text, "", (size_t)set->max_experts, " experts");
+        return 0;
+    }
+    if (newborn > set->newborn_share * (double)(experts + 1) * (1.0 + 1e-9)) {
+        moe__growth_count(text, "newborn: ", (size_t)newborn, " of ");
+        moe__growth_count(text, "", experts + 1, " experts would be, allowed ");
+        moe__growth_decimal(text, set->newborn_share, 2);
+        return 0;
+    }
+    if (set->window) moe__growth_count(text, "plateau for ", (size_t)growth->since_gain, " epochs");
+    else moe__text_add(text, "every epoch a plateau");
+    return 1;
+}
+/* What an expert is chosen by. */
+static double moe__growth_by(const moe_growth *growth, const moe_health *health, const double *worth, size_t e) {
+    if (growth->which) return worth[e];
+    return moe__growth_load(health, e);
+}
+static size_t moe__growth_highest(const moe_growth *growth, const moe_health *health, const double *worth,
+                                  size_t besides) {
+    size_t best = MOE_GROWTH_END, most = health->n_experts - (size_t)growth->n_special;
+    for (size_t e = 0; e < most; e++) {
+        if (e == besides) continue;
+        if (best == MOE_GROWTH_END) best = e;
+        if (moe__growth_by(growth, health, worth, e) > moe__growth_by(growth, health, worth, best)) best = e;
+    }
+    return best;
+}
+static size_t moe__growth_dead(const moe_growth *growth, const moe_health *health) {
+    size_t most = health->n_experts - (size_t)growth->n_special, least = MOE_GROWTH_END;
+    for (size_t i = 0; i < health->n_dead && most > 1; i++) {
+        size_t e = health->dead[i];
+        if (e < most && (least == MOE_GROWTH_END || health->load[e] < health->load[least])) least = e;
+    }
+    return least;
+}
+/* "(load 0.84)" */
+static void moe__growth_because(const moe_growth *growth, const moe_health *health, const double *worth, size_t e,
+                                moe__text *text) {
+    static const char *const names[] = {" (load ", " (loss ", " (utility "};
+    moe__text_u64(text, e);
+    moe__text_add(text, names[growth->which]);
+    moe__growth_decimal(text, moe__growth_by(growth, health, worth, e), 2);
+    moe__text_char(text, ')');
+}
+/* The decision of a step whose state is up to date, and its reason. */
+static void moe__growth_decide(moe_growth *growth, const moe__growth_set *set, double value, const moe_health *health,
+                               const double *worth, size_t experts, moe__text *text) {
+    int shrinks = set->action == MOE_GROWTH_PRUNE || set->action == MOE_GROWTH_REVIVE;
+    size_t dead = moe__growth_dead(growth, health);
+    if (set->action == MOE_GROWTH_NONE) {
+        moe__text_add(text, "growth is off");
+        return;
+    }
+    if (growth->events && growth->since_event <= set->cooldown) {
+        moe__growth_count(text, "cooldown: ", (size_t)growth->since_event, " of ");
+        moe__growth_count(text, "", (size_t)set->cooldown, " epochs");
+        return;
+    }
+    if (shrinks && dead == MOE_GROWTH_END) moe__text_add(text, "no expert is dead");
+    if (shrinks ? dead == MOE_GROWTH_END : !moe__growth_may(growth, set, value, experts, text)) return;
+    if (shrinks) {
+        moe__growth_count(text, "expert ", dead, " is dead (load ");
+        moe__growth_decimal(text, moe__growth_load(health, dead), 2);
+        moe__text_char(text, ')');
+        growth->expert = dead;
+    }
+    moe__text_add(text, set->cooldown ? ", cooldown over: " : ", no cooldown: ");
+    moe__text_add(text, moe__growth_actions[set->action].verb);
+    growth->decision = set->action;
+    if (set->action == MOE_GROWTH_SPLIT) growth->expert = moe__growth_highest(growth, health, worth, MOE_GROWTH_END);
+    if (set->action == MOE_GROWTH_REVIVE) growth->other = moe__growth_highest(growth, health, worth, dead);
+    if (set->action == MOE_GROWTH_SPLIT) moe__growth_because(growth, health, worth, growth->expert, text);
+    if (set->action == MOE_GROWTH_REVIVE) moe__growth_because(growth, health, worth, growth->other, text);
+    growth->births[0] = set->action != MOE_GROWTH_PRUNE;
+    growth->bound += set->action == MOE_GROWTH_SPLIT;
+    growth->since_event = growth->since_gain = 0;
+    growth->events++;
+}
+static double moe__growth_metric_of(const moe_growth *growth, double metric, const moe_health *health) {
+    if (growth->metric == MOE_GROWTH_ENTROPY) return health->entropy;
+    return growth->metric == MOE_GROWTH_MAXVIO ? health->maxvio : metric;
+}
+MOE_API moe_status moe_growth_step(moe_growth *growth, double metric, const moe_health *health, const double *worth) {
+    moe__growth_set set;
+    if (!growth) return MOE_E_NULL_OUT;
+    if (!health || !health->load) return MOE_E_NULL_HEALTH;
+    moe_growth now = *growth;
+    moe_status status = moe__growth_settings(growth, &set);
+    if (status) return status;
+    if (growth->n_special < 0 || (size_t)growth->n_special >= health->n_experts) return MOE_E_GROWTH_SETTING;
+    double value = moe__growth_metric_of(growth, metric, health);
+    if (!(fabs(value) <= (double)FLT_MAX)) return MOE_E_GROWTH_METRIC;
+    int asks = growth->which && (set.action == MOE_GROWTH_SPLIT || set.action == MOE_GROWTH_REVIVE);
+    for (size_t e = 0; e < health->n_experts && asks; e++)
+        if (!worth || !(fabs(worth[e]) <= (double)FLT_MAX)) return MOE_E_GROWTH_METRIC;
+    double gain = set.lower ? (double)now.best - value : value - (double)now.best;
+    moe__text text = {now.reason, sizeof now.reason, 0};
+    now.since_gain++;
+    now.since_event++;
+    if (!now.epoch++ || gain > set.delta) {
+        now.best = (float)value;
+        now.since_gain = 0;
+    }
+    memmove(now.births + 1, now.births, (MOE_GROWTH_RECORD - 1) * sizeof *now.births);
+    now.births[0] = 0;
+    now.decision = MOE_GROWTH_NONE;
+    now.expert = now.other = MOE_GROWTH_END;
+    size_t experts = health->n_experts + (size_t)now.bound;
+    now.release = now.bound && now.since_event >= set.cooldown;
+    if (now.release) now.bound = 0;
+    moe__growth_decide(&now, &set, value, health, worth, experts, &text);
+    moe__text_end(&text);
+    *growth = now;
+    return MOE_OK;
 }
 
 /* ==== >>json ==================================================================================
@@ -14035,6 +16424,93 @@ static moe_status moe__json_sizes(moe__json *json, size_t max, moe_status overfl
         out[(*n)++] = value;
     }
     return more ? MOE_E_FILE_HEADER : MOE_OK;
+}
+
+/* -- values, for everybody -- */
+/* The next value, checked. */
+static int moe__json_value(moe__json *json, moe_json *out) {
+    static const char first[] = "ntf\"[{";
+    static const moe_json_kind kinds[] = {MOE_JSON_NULL, MOE_JSON_TRUE, MOE_JSON_FALSE, MOE_JSON_TEXT, MOE_JSON_LIST,
+                                          MOE_JSON_OBJECT};
+    moe__json_space(json);
+    int c = moe__json_peek(json);
+    const char *found = c > 0 ? strchr(first, c) : NULL;
+    out->bytes = json->bytes;
+    out->begin = json->at;
+    out->kind = found ? kinds[found - first] : MOE_JSON_NUMBER;
+    int good = moe__json_skip(json, MOE__JSON_DEPTH);
+    out->end = json->at;
+    if (!good) out->kind = MOE_JSON_NONE;
+    return good;
+}
+MOE_API moe_status moe_json_open(moe_json *json, const void *bytes, size_t size) {
+    if (!json) return MOE_E_NULL_OUT;
+    memset(json, 0, sizeof *json);
+    if (!bytes) return MOE_E_NULL_BYTES;
+    moe__json text = moe__json_over((const unsigned char *)bytes, 0, size);
+    int good = moe__json_value(&text, json);
+    moe__json_space(&text);
+    if (good && text.at == size) return MOE_OK;
+    json->kind = MOE_JSON_NONE;
+    json->begin = json->end = text.at;
+    return MOE_E_JSON;
+}
+MOE_API int moe_json_next(const moe_json *json, moe_json *key, moe_json *item) {
+    if (!json || !item || (json->kind != MOE_JSON_LIST && json->kind != MOE_JSON_OBJECT)) return 0;
+    int first = item->kind == MOE_JSON_NONE, object = json->kind == MOE_JSON_OBJECT;
+    moe__json text = moe__json_over(json->bytes, json->begin + 1, json->end);
+    moe_json name;
+    if (!first) text.at = item->end;
+    if (moe__json_more(&text, object ? '}' : ']', &first) <= 0) return 0;
+    memset(&name, 0, sizeof name);
+    if (object && (!moe__json_value(&text, &name) || !moe__json_take(&text, ':'))) return 0;
+    if (key) *key = name;
+    return moe__json_value(&text, item);
+}
+MOE_API moe_status moe_json_find(const moe_json *json, const char *path, moe_json *out) {
+    if (!json) return MOE_E_NULL_BYTES;
+    if (!path) return MOE_E_NULL_NAME;
+    if (!out) return MOE_E_NULL_OUT;
+    moe_json inside = *json;
+    while (*path) {
+        moe_json key, item;
+        char word[64];
+        uint64_t number = 0, i = 0;
+        size_t length = 0;
+        for (; *path && *path != '.' && length < sizeof word - 1; path++) word[length++] = *path;
+        if (*path && *path++ != '.') return MOE_E_NAME;
+        word[length] = 0;
+        if (inside.kind == MOE_JSON_LIST && !moe__parse_u64(word, &number)) return MOE_E_NAME;
+        item.kind = MOE_JSON_NONE;
+        for (;; i++) {
+            if (!moe_json_next(&inside, &key, &item)) return MOE_E_NAME;
+            moe__json text = moe__json_over(inside.bytes, 0, inside.end);
+            moe__json_text name = {key.begin + 1, key.end - 1};
+            if (key.kind == MOE_JSON_TEXT ? moe__json_is(&text, name, word) : i == number) break;
+        }
+        inside = item;
+    }
+    *out = inside;
+    return MOE_OK;
+}
+MOE_API moe_status moe_json_text(const moe_json *json, char *buffer, size_t size) {
+    if (!json || json->kind == MOE_JSON_NONE) return MOE_E_NULL_BYTES;
+    if (!buffer) return MOE_E_NULL_OUT;
+    if (!size) return MOE_E_SMALL_MEMORY;
+    moe__json text = moe__json_over(json->bytes, 0, json->end);
+    moe__json_text inside = {json->begin + 1, json->end - 1};
+    buffer[0] = 0;
+    if (json->kind == MOE_JSON_TEXT) return moe__json_copy(&text, inside, buffer, size);
+    if (json->end - json->begin >= size) return MOE_E_SMALL_MEMORY;
+    memcpy(buffer, json->bytes + json->begin, json->end - json->begin);
+    buffer[json->end - json->begin] = 0;
+    return MOE_OK;
+}
+MOE_API moe_status moe_json_number(const moe_json *json, double *out) {
+    char text[128];
+    if (!out) return MOE_E_NULL_OUT;
+    if (!json || json->kind != MOE_JSON_NUMBER || moe_json_text(json, text, sizeof text)) return MOE_E_CONFIG_VALUE;
+    return moe__parse_double(text, out) ? MOE_OK : MOE_E_CONFIG_VALUE;
 }
 
 /* ==== >>safetensors ===========================================================================
@@ -14858,65 +17334,153 @@ MOE_API moe_status moe_shards_router(const moe_shards *shards, size_t i, size_t 
     return status ? status : moe__json_copy(&cursor.j, entry.name, name, size);
 }
 
-/* -- experts' weights in the layouts of others -- */
-/* One tensor of all experts: element (row, column) of the library's matrix of an expert stands at out = from + step
- * column of the file's, whose outs are `outs` in number. */
-typedef struct moe__model_matrix {
-    const unsigned char *bytes;
-    moe_dtype_kind dtype;
-    int out_first;
-    size_t rows, columns, outs, from, step;
-} moe__model_matrix;
+/* -- a tensor as floats -- */
+/* Where a tensor's elements stand and how they are read. F8_E4M3 has a scale for each block of rows and columns;
+ * MXFP4's come in blocks of 32 with a power of two for each, low half of a byte first. */
+typedef struct moe__model_values moe__model_values;
+struct moe__model_values {
+    moe_status (*read)(const moe__model_values *values, size_t first, size_t n, float *out);
+    moe_file_tensor tensor;
+    size_t count;
+    const unsigned char *bytes, *scale;
+    moe_dtype_kind dtype, scale_dtype; /* of what moe_to_float reads; scale NULL: 1 */
+    size_t block_rows, block_columns, scale_rows, scale_columns;
+};
 
-/* A tile of at most 32 by 32 of expert e, in rows of 32: read along the file's rows. */
-static moe_status moe__model_tile(const moe__model_matrix *m, size_t e, const size_t at[2], const size_t size[2],
-                                  float tile[32 * 32]) {
-    float line[64];
-    size_t element = moe_dtype_size(m->dtype), lines = size[0], length = (size[1] - 1) * m->step + 1;
-    if (m->out_first) lines = size[1], length = size[0];
-    for (size_t i = 0; i < lines; i++) {
-        size_t out = m->from + m->step * at[1], place = (e * m->rows + at[0] + i) * m->outs + out;
-        if (m->out_first) place = (e * m->outs + out + m->step * i) * m->rows + at[0];
-        moe_status status = moe_to_float(m->dtype, length, m->bytes + place * element, line);
-        if (status) return status;
-        if (!moe__all_finite(length, line)) return MOE_E_NAN_WEIGHT;
-        if (m->out_first)
-            for (size_t k = 0; k < length; k++) tile[k * 32 + i] = line[k];
-        else
-            for (size_t k = 0; k < size[1]; k++) tile[i * 32 + k] = line[k * m->step];
+static moe_status moe__model_read_plain(const moe__model_values *values, size_t first, size_t n, float *out) {
+    return moe_to_float(values->dtype, n, values->bytes + first * moe_dtype_size(values->dtype), out);
+}
+/* Four bits of exponent above 7, three of fraction: a float32's bits, 120 powers of two too small; all ones are NaN. */
+static float moe__model_f8(unsigned char byte) {
+    uint32_t bits = (uint32_t)(byte & 0x80) << 24 | (uint32_t)(byte & 0x7F) << 20;
+    if ((byte & 0x7F) == 0x7F) return NAN;
+    return moe__float_of(bits) * moe__float_of(0x7B800000u);
+}
+static moe_status moe__model_read_f8(const moe__model_values *values, size_t first, size_t n, float *out) {
+    size_t columns = 1, rows = 1, wide = moe_dtype_size(values->scale_dtype);
+    if (values->tensor.n_dims) columns = values->tensor.dim[values->tensor.n_dims - 1];
+    if (values->tensor.n_dims > 1) rows = values->tensor.dim[values->tensor.n_dims - 2];
+    for (size_t i = 0, run; i < n; i += run) {
+        size_t row = (first + i) / columns, column = (first + i) % columns;
+        size_t at = (row / rows * values->scale_rows + row % rows / values->block_rows) * values->scale_columns;
+        float scale = 1.0f;
+        run = moe__min(n - i, moe__min(columns - column, values->block_columns - column % values->block_columns));
+        at += column / values->block_columns;
+        if (values->scale) (void)moe_to_float(values->scale_dtype, 1, values->scale + at * wide, &scale);
+        for (size_t k = i; k < i + run; k++) out[k] = moe__model_f8(values->bytes[first + k]) * scale;
     }
     return MOE_OK;
 }
-static moe_status moe__model_pack(const moe__plan *plan, int id, const moe__model_matrix *m, size_t e, size_t expert,
+static moe_status moe__model_read_mxfp4(const moe__model_values *values, size_t first, size_t n, float *out) {
+    static const float numbers[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+    for (size_t i = 0; i < n; i++) {
+        size_t at = first + i;
+        uint32_t power = values->scale[at / 32], half = values->bytes[at / 2] >> 4 * (at % 2) & 15;
+        out[i] = numbers[half] * moe__float_of(power ? power << 23 : 0x400000u); /* 255: infinity times it */
+    }
+    return MOE_OK;
+}
+
+/* -- experts' weights in the layouts of others -- */
+/* A tensor of others and the part of it that is a matrix of ours: element (row, column) of matrix e stands at in =
+ * from_in + row, out = from + step column of the file's, whose ins and outs are so many. */
+typedef struct moe__model_matrix {
+    moe__model_values values;
+    int out_first;
+    size_t e, rows, columns, ins, outs, from_in, from, step;
+} moe__model_matrix;
+
+/* A tile at (row, column) `at`, its rows one after the other: read along the file's rows. */
+#define MOE__MODEL_TILE 32  /* lines of a tile */
+#define MOE__MODEL_LINE 128 /* elements along a line: runs of some cache lines */
+static moe_status moe__model_tile(const moe__model_matrix *m, const size_t at[2], const size_t size[2], float *tile) {
+    float line[2 * MOE__MODEL_LINE];
+    size_t lines = size[0], length = (size[1] - 1) * m->step + 1, columns = size[1];
+    if (m->out_first) lines = size[1], length = size[0];
+    for (size_t i = 0; i < lines; i++) {
+        size_t in = m->from_in + at[0], out = m->from + m->step * at[1];
+        size_t place = (m->e * m->ins + in + i) * m->outs + out;
+        if (m->out_first) place = (m->e * m->outs + out + m->step * i) * m->ins + in;
+        moe_status status = m->values.read(&m->values, place, length, line);
+        if (status) return status;
+        if (!moe__all_finite(length, line)) return MOE_E_NAN_WEIGHT;
+        if (m->out_first)
+            for (size_t k = 0; k < length; k++) tile[k * columns + i] = line[k];
+        else
+            for (size_t k = 0; k < columns; k++) tile[i * columns + k] = line[k * m->step];
+    }
+    return MOE_OK;
+}
+/* The same into an expert's block, whose rows stand MOE__W apart in a panel. */
+static void moe__model_store(const moe__plan *plan, int id, float *block, const size_t at[2], const size_t size[2],
+                             const float *tile) {
+    for (size_t c = 0, n; c < size[1]; c += n) {
+        n = moe__plan_adjacent(plan, id, at[1] + c, size[1] - c);
+        float *to = block + moe__plan_in_block(plan, id, at[0], at[1] + c);
+        for (size_t i = 0; i < size[0]; i++) memcpy(to + i * MOE__W, tile + i * size[1] + c, n * sizeof(float));
+    }
+}
+static moe_status moe__model_pack(const moe__plan *plan, int id, const moe__model_matrix *m, size_t expert,
                                   float *params) {
-    float tile[32 * 32];
-    size_t at[2], size[2];
-    for (at[0] = 0; at[0] < m->rows; at[0] += 32)
-        for (at[1] = 0; at[1] < m->columns; at[1] += 32) {
-            size[0] = moe__min(32, m->rows - at[0]);
-            size[1] = moe__min(32, m->columns - at[1]);
-            moe_status status = moe__model_tile(m, e, at, size, tile);
+    float tile[MOE__MODEL_TILE * MOE__MODEL_LINE];
+    size_t at[2], size[2], most[2] = {MOE__MODEL_TILE, MOE__MODEL_LINE};
+    if (m->out_first) most[0] = MOE__MODEL_LINE, most[1] = MOE__MODEL_TILE;
+    for (at[1] = 0; at[1] < m->columns; at[1] += most[1])
+        for (at[0] = 0; at[0] < m->rows; at[0] += most[0]) {
+            size[0] = moe__min(most[0], m->rows - at[0]);
+            size[1] = moe__min(most[1], m->columns - at[1]);
+            moe_status status = moe__model_tile(m, at, size, tile);
             if (status) return status;
-            for (size_t i = 0; i < size[0]; i++)
-                moe__plan_set(plan, id, params, expert * m->rows + at[0] + i, at[1], size[1], tile + 32 * i);
+            if (moe__plan_tensors[id].region == MOE__IN_EXPERTS)
+                moe__model_store(plan, id, params + expert * plan->expert, at, size, tile);
+            else
+                for (size_t i = 0; i < size[0]; i++)
+                    moe__plan_set(plan, id, params, at[0] + i, at[1], size[1], tile + i * size[1]);
         }
     return MOE_OK;
 }
-/* Where a tensor stands in the arrays of others; bytes NULL: nowhere. */
-static moe__model_matrix moe__model_matrix_of(const moe__plan *plan, int id, const moe_experts_arrays *arrays,
-                                              const moe_experts_layout *layout) {
-    const void *from[] = {arrays->w1, arrays->wu, arrays->w2, arrays->b1, arrays->bu, arrays->b2};
+/* A matrix of the plan, alone in a tensor or beside another (gate_up); of the values nothing yet. */
+static moe__model_matrix moe__model_matrix_of(const moe__plan *plan, int id, moe_gate_up_kind gate_up) {
+    moe__model_matrix m;
     int up = id == MOE__T_WU || id == MOE__T_BU;
-    moe__model_matrix m = {NULL, layout->dtype, layout->out_first, 0, 0, 0, 0, 1};
-    m.bytes = (const unsigned char *)from[id - MOE__T_W1];
-    m.rows = moe__plan_rows(plan, id);
+    memset(&m, 0, sizeof m);
+    m.step = 1;
+    m.rows = m.ins = moe__plan_rows(plan, id);
     m.columns = m.outs = moe__plan_columns(plan, id);
-    if (!layout->gate_up || id == MOE__T_W2 || id == MOE__T_B2) return m;
-    if (up) m.bytes = (const unsigned char *)from[id - 1 - MOE__T_W1]; /* its gate's array */
+    if (!gate_up || id == MOE__T_W2 || id == MOE__T_B2) return m;
     m.outs = 2 * m.columns;
-    if (layout->gate_up == MOE_GATE_UP_INTERLEAVED) m.step = 2, m.from = (size_t)up;
+    if (gate_up == MOE_GATE_UP_INTERLEAVED) m.step = 2, m.from = (size_t)up;
     else if (up) m.from = m.columns;
     return m;
+}
+static moe_status moe__model_layout(const moe__plan *plan, size_t first, size_t n, const moe_experts_arrays *arrays,
+                                    moe_experts_layout *layout) {
+    if (!arrays) return MOE_E_NULL_WEIGHT;
+    if (first > plan->G || n > plan->G - first) return MOE_E_INDEX;
+    if (layout->dtype == MOE_DTYPE_NONE) layout->dtype = MOE_DTYPE_F32;
+    if ((unsigned)layout->gate_up > MOE_GATE_UP_INTERLEAVED) return MOE_E_GATE_UP;
+    if (layout->gate_up && (arrays->wu || arrays->bu || !plan->count[MOE__T_WU])) return MOE_E_GATE_UP;
+    return moe_to_float(layout->dtype, 0, NULL, NULL);
+}
+/* Expert e of the arrays into a block of the library's. */
+static moe_status moe__model_pack_expert(const moe__plan *plan, const moe_experts_arrays *arrays,
+                                         const moe_experts_layout *layout, size_t e, float *block) {
+    const void *from[] = {arrays->w1, arrays->wu, arrays->w2, arrays->b1, arrays->bu, arrays->b2};
+    moe_status status = MOE_OK;
+    if (layout->gate_up) from[1] = from[0], from[4] = from[3]; /* in its gate's array */
+    memset(block, 0, plan->expert * sizeof(float));
+    for (int id = MOE__T_W1; id <= MOE__T_B2 && !status; id++) {
+        if (!plan->count[id] || !from[id - MOE__T_W1]) continue;
+        moe__model_matrix m = moe__model_matrix_of(plan, id, layout->gate_up);
+        m.e = e;
+        m.out_first = layout->out_first;
+        m.values.read = moe__model_read_plain;
+        m.values.dtype = layout->dtype;
+        m.values.bytes = (const unsigned char *)from[id - MOE__T_W1];
+        status = moe__model_pack(plan, id, &m, 0, block);
+    }
+    return status;
 }
 MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
                                     const moe_experts_layout *layout, float *params) {
@@ -14924,20 +17488,841 @@ MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n
     moe_experts_layout now = {MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE};
     moe_status status = moe__pass_expert_plan(desc, 0, arrays, params, &plan);
     if (status) return status;
-    if (first > plan.G || n > plan.G - first) return MOE_E_INDEX;
     if (layout) now = *layout;
-    if (now.dtype == MOE_DTYPE_NONE) now.dtype = MOE_DTYPE_F32;
-    if ((unsigned)now.gate_up > MOE_GATE_UP_INTERLEAVED) return MOE_E_GATE_UP;
-    if (now.gate_up && (arrays->wu || arrays->bu || !plan.count[MOE__T_WU])) return MOE_E_GATE_UP;
-    status = moe_to_float(now.dtype, 0, NULL, NULL);
-    for (size_t e = 0; e < n && !status; e++) {
-        memset(params + (first + e) * plan.expert, 0, plan.expert * sizeof(float));
-        for (int id = MOE__T_W1; id <= MOE__T_B2 && !status; id++) {
-            if (!plan.count[id]) continue;
-            moe__model_matrix m = moe__model_matrix_of(&plan, id, arrays, &now);
-            if (m.bytes) status = moe__model_pack(&plan, id, &m, e, first + e, params);
+    status = moe__model_layout(&plan, first, n, arrays, &now);
+    for (size_t e = 0; e < n && !status; e++)
+        status = moe__model_pack_expert(&plan, arrays, &now, e, params + (first + e) * plan.expert);
+    return status;
+}
+
+typedef struct moe__model_pack_job {
+    moe_layer *layer;
+    const moe_experts_arrays *arrays;
+    const moe_experts_layout *layout;
+    size_t first;
+    float *scratch;     /* of an expert, one a worker */
+    moe_status *status; /* one a worker */
+} moe__model_pack_job;
+static void moe__model_pack_task(void *arg, size_t i, size_t worker) {
+    const moe__model_pack_job *fill = (const moe__model_pack_job *)arg;
+    const moe__plan *plan = &fill->layer->plan;
+    float *block = fill->scratch + worker * plan->expert;
+    if (fill->status[worker]) return;
+    fill->status[worker] = moe__model_pack_expert(plan, fill->arrays, fill->layout, i, block);
+    if (!fill->status[worker]) moe__plan_stock_pack(plan, &fill->layer->stock, fill->first + i, block);
+}
+MOE_API moe_status moe_layer_pack(moe_layer *layer, size_t first, size_t n, const moe_experts_arrays *arrays,
+                                  const moe_experts_layout *layout) {
+    moe_experts_layout now = {MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE};
+    if (!layer) return MOE_E_NULL_LAYER;
+    const moe__plan *plan = &layer->plan;
+    if (!layer->stock.kind)
+        return moe_experts_pack(&plan->desc, first, n, arrays, layout, layer->part[MOE_PART_PARAMS]);
+    if (layout) now = *layout;
+    moe_status status = moe__model_layout(plan, first, n, arrays, &now);
+    size_t workers = moe_workers(&plan->desc.parallel), bytes;
+    if (!status && !moe__mul(workers, plan->expert * sizeof(float) + sizeof status, &bytes)) status = MOE_E_OVERFLOW;
+    if (status) return status;
+    float *scratch = (float *)moe__alloc(plan->desc.alloc_context, bytes);
+    if (!scratch) return MOE_E_NO_MEMORY;
+    moe__model_pack_job fill = {layer, arrays, &now, first, scratch, NULL};
+    fill.status = (moe_status *)(void *)(scratch + workers * plan->expert);
+    memset(fill.status, 0, workers * sizeof status);
+    moe_run(&plan->desc.parallel, n, moe__model_pack_task, &fill);
+    for (size_t i = 0; i < workers && !status; i++) status = fill.status[i];
+    moe__free(plan->desc.alloc_context, scratch);
+    return status;
+}
+
+/* -- families -- */
+#define MOE__MODEL_CONFIG "n_layers=@num_hidden_layers d_model=@hidden_size top_k=@num_experts_per_tok " \
+    "expert=@hidden_act|=silu "
+#define MOE__MODEL_PROJ "experts.w1=experts.*.gate_proj.weight experts.wu=experts.*.up_proj.weight " \
+    "experts.w2=experts.*.down_proj.weight "
+#define MOE__MODEL_SHARED(name) "shared.w1=" name ".gate_proj.weight shared.wu=" name ".up_proj.weight " \
+    "shared.w2=" name ".down_proj.weight "
+#define MOE__MODEL_QWEN MOE__MODEL_CONFIG "n_experts=@num_experts d_ff=@moe_intermediate_size gate=softmax " \
+    "layer=model.layers.#.mlp. router=gate.weight " MOE__MODEL_PROJ
+#define MOE__MODEL_QWEN_SHARED MOE__MODEL_QWEN "shared_width=@shared_expert_intermediate_size shared_gate=true " \
+    MOE__MODEL_SHARED("shared_expert") "experts.shared_gate=shared_expert_gate.weight "
+#define MOE__MODEL_MIXTRAL MOE__MODEL_CONFIG "n_experts=@num_local_experts d_ff=@intermediate_size " \
+    "layer=model.layers.#.block_sparse_moe. router=gate.weight " \
+    "experts.w1=experts.*.w1.weight experts.wu=experts.*.w3.weight experts.w2=experts.*.w2.weight "
+#define MOE__MODEL_DEEPSEEK MOE__MODEL_CONFIG "n_experts=@n_routed_experts d_ff=@moe_intermediate_size " \
+    "n_shared=@n_shared_experts|=0 n_groups=@n_group|=1 top_groups=@topk_group|=1 " \
+    "weight_scale=@routed_scaling_factor|=1 layer=model.layers.#.mlp. router=gate.weight " MOE__MODEL_PROJ \
+    MOE__MODEL_SHARED("shared_experts")
+#define MOE__MODEL_V3 MOE__MODEL_DEEPSEEK "gate=sigmoid select=groups group_best=2 normalize=@norm_topk_prob|=true " \
+    "controller=bias control.bias=gate.e_score_correction_bias"
+#define MOE__MODEL_LLAMA4 MOE__MODEL_CONFIG "n_experts=@num_local_experts d_ff=@intermediate_size n_shared=1 " \
+    "gate=sigmoid normalize=false combine=input router=router.weight experts.w1=experts.gate_up_proj:in:fused " \
+    "experts.w2=experts.down_proj:in layer=model.layers.#.feed_forward.|language_model.model.layers.#.feed_forward. " \
+    MOE__MODEL_SHARED("shared_expert")
+#define MOE__MODEL_GRANITE MOE__MODEL_CONFIG "n_experts=@num_local_experts d_ff=@intermediate_size " \
+    "gate=softmax-selected layer=model.layers.#. router=block_sparse_moe.router.layer.weight " \
+    "experts.w1=block_sparse_moe.input_linear.weight:fused experts.w2=block_sparse_moe.output_linear.weight "
+#define MOE__MODEL_GRANITE_SHARED MOE__MODEL_GRANITE "shared_width=@shared_intermediate_size " \
+    "shared.w1=shared_mlp.input_linear.weight:fused shared.w2=shared_mlp.output_linear.weight"
+
+/* THE TABLE OF FAMILIES: a row is all that knows one. source: the folder in transformers' models. */
+static const moe_model_row moe__model_table[] = {
+    {"olmoe", MOE__MODEL_CONFIG "n_experts=@num_experts d_ff=@intermediate_size gate=softmax "
+     "normalize=@norm_topk_prob|=false layer=model.layers.#.mlp. router=gate.weight " MOE__MODEL_PROJ, "C", "olmoe"},
+    {"mixtral", MOE__MODEL_MIXTRAL "gate=softmax normalize=true", "C", "mixtral"},
+    {"phimoe", MOE__MODEL_MIXTRAL "gate=sparsemixer select=sampled mask_jitter=@router_jitter_noise|=0.01 "
+     "require.num_experts_per_tok=2", "C", "phimoe"},
+    {"qwen2_moe", MOE__MODEL_QWEN_SHARED "normalize=@norm_topk_prob|=false", "C", "qwen2_moe"},
+    {"qwen3_moe", MOE__MODEL_QWEN "normalize=@norm_topk_prob|=false", "C", "qwen3_moe"},
+    {"qwen3_next", MOE__MODEL_QWEN_SHARED "normalize=@norm_topk_prob|=true", "K", "qwen3_next"},
+    {"deepseek_v2", MOE__MODEL_DEEPSEEK "gate=softmax select=@topk_method|=greedy group_best=1 normalize=false", "C",
+     "deepseek_v2"},
+    {"deepseek_v3", MOE__MODEL_V3, "C", "deepseek_v3"},
+    {"kimi_k2", MOE__MODEL_V3, "K", "deepseek_v3"},
+    {"glm4_moe", MOE__MODEL_V3, "C", "glm4_moe"},
+    {"gpt_oss", "n_layers=@num_hidden_layers d_model=@hidden_size top_k=@num_experts_per_tok|experts_per_token "
+     "n_experts=@num_local_experts d_ff=@intermediate_size expert=swiglu-clamped require.swiglu_limit=7 "
+     "gate=softmax-selected router_bias=true bias=true layer=model.layers.#.mlp. router=router.weight "
+     "router.bias=router.bias experts.w1=experts.gate_up_proj:in:interleaved experts.w2=experts.down_proj:in "
+     "experts.b1=experts.gate_up_proj_bias:interleaved experts.b2=experts.down_proj_bias", "C", "gpt_oss"},
+    {"granitemoe", MOE__MODEL_GRANITE, "C", "granitemoe"},
+    {"granitemoeshared", MOE__MODEL_GRANITE_SHARED, "C", "granitemoeshared"},
+    {"granitemoehybrid", MOE__MODEL_GRANITE_SHARED, "K", "granitemoehybrid"},
+    {"dbrx", "n_layers=@n_layers d_model=@d_model n_experts=@ffn_config.moe_num_experts "
+     "top_k=@ffn_config.moe_top_k d_ff=@ffn_config.ffn_hidden_size expert=@ffn_config.ffn_act_fn.name|=silu "
+     "gate=softmax normalize=@ffn_config.moe_normalize_expert_weights|~false|=true "
+     "layer=transformer.blocks.#.ffn. router=router.layer.weight experts.w1=experts.mlp.w1 "
+     "experts.wu=experts.mlp.v1 experts.w2=experts.mlp.w2:in", "C", "dbrx"},
+    {"jamba", MOE__MODEL_CONFIG "n_experts=@num_experts d_ff=@intermediate_size gate=softmax normalize=false "
+     "layer=model.layers.#.feed_forward. router=router.weight " MOE__MODEL_PROJ, "C", "jamba"},
+    {"llama4", MOE__MODEL_LLAMA4, "C", "llama4"},
+    {"llama4_text", MOE__MODEL_LLAMA4, "C", "llama4"},
+};
+MOE_API const moe_model_row *moe_model_family(size_t index) {
+    return index < sizeof moe__model_table / sizeof moe__model_table[0] ? &moe__model_table[index] : NULL;
+}
+
+/* A config's words for ours. */
+static const struct { const char *key, *word, *ours; } moe__model_words[] = {
+    {"expert", "silu", "swiglu"}, {"expert", "swish", "swiglu"}, {"expert", "gelu", "geglu"},
+    {"expert", "gelu_pytorch_tanh", "geglu-tanh"}, {"expert", "gelu_new", "geglu-tanh"}, {"select", "greedy", "top-k"},
+    {"select", "group_limited_greedy", "groups"}, {"normalize", "1", "true"}, {"normalize", "1.0", "true"}};
+
+/* A piece of a family's text: a key, a value, a part of a value. */
+typedef struct moe__model_word { const char *text; size_t length; } moe__model_word;
+
+static int moe__model_is(moe__model_word word, const char *text) {
+    return strlen(text) == word.length && !memcmp(word.text, text, word.length);
+}
+/* What stands before the first `stop`, which is cut off with it. */
+static moe__model_word moe__model_cut(moe__model_word *rest, char stop) {
+    moe__model_word word = *rest;
+    const char *found = (const char *)memchr(rest->text, stop, rest->length);
+    if (found) word.length = (size_t)(found - rest->text);
+    rest->text += word.length + (found != NULL);
+    rest->length -= word.length + (found != NULL);
+    return word;
+}
+/* The next key=value of a text: 0 past the last, -1: it is none. */
+static int moe__model_pair(moe__model_word *rest, moe__model_word *key, moe__model_word *value) {
+    do *value = moe__model_cut(rest, ' ');
+    while (!value->length && rest->length);
+    if (!value->length) return 0;
+    *key = moe__model_cut(value, '=');
+    return value->length && key->length ? 1 : -1;
+}
+
+/* -- a checkpoint -- */
+typedef struct moe__model_shard {
+    struct moe__model_shard *next;
+    moe_file file;
+    char name[256];
+} moe__model_shard;
+struct moe__model_memory {
+    moe__model_word family, layer; /* the text; how a layer's names begin */
+    moe_shards shards;
+    int sharded;
+    moe__model_shard *first; /* those that were opened */
+};
+
+static void moe__model_add(moe__text *text, moe__model_word word) {
+    for (size_t i = 0; i < word.length; i++) moe__text_char(text, word.text[i]);
+}
+/* "file: what", for who reads the error. */
+static moe_status moe__model_fault(moe_model *model, const char *file, moe__model_word what, moe_status status) {
+    moe__text text = {model->about, sizeof model->about, 0};
+    moe__text_add(&text, file);
+    if (what.length) moe__text_add(&text, ": ");
+    moe__model_add(&text, what);
+    moe__text_end(&text);
+    return status;
+}
+static moe__model_word moe__model_word_of(const char *text) {
+    moe__model_word word = {text, strlen(text)};
+    return word;
+}
+static int moe__model_value(const moe_model *model, const char *wanted, moe__model_word *value) {
+    moe__model_word rest = model->memory->family, key;
+    while (moe__model_pair(&rest, &key, value) > 0)
+        if (moe__model_is(key, wanted)) return 1;
+    return 0;
+}
+/* A config's value; what is null is not there, but *null says so. */
+static int moe__model_config(const moe_model *model, const char *path, moe_json *out, int *null) {
+    moe_status status = moe_json_find(&model->config, path, out);
+    if (status) status = moe_json_find(&model->config_file, path, out);
+    *null = !status && out->kind == MOE_JSON_NULL;
+    return !status && !*null;
+}
+/* Our word for a config's; 0: it has one that we have none for, though it may be one of ours, as "relu" is, which there
+ * is gated and here is not. */
+static int moe__model_ours(moe__model_word key, char text[64], int from_config) {
+    moe__text copy = {text, 64, 0};
+    for (size_t i = 0; i < sizeof moe__model_words / sizeof moe__model_words[0]; i++) {
+        if (!moe__model_is(key, moe__model_words[i].key) || strcmp(text, moe__model_words[i].word)) continue;
+        moe__text_add(&copy, moe__model_words[i].ours);
+        moe__text_end(&copy);
+        return 1;
+    }
+    return !from_config || (!moe__model_is(key, "expert") && !moe__model_is(key, "select"));
+}
+/* The value of a key of the family as text: as it stands, or after @ from the config. *from: the key there. */
+static moe_status moe__model_text(moe_model *model, moe__model_word key, moe__model_word value, char text[64],
+                                  char from[64]) {
+    moe_json found;
+    moe__text copy = {text, 64, 0};
+    moe__model_word first = {NULL, 0};
+    int null = 0;
+    from[0] = 0;
+    if (value.text[0] != '@') moe__model_add(&copy, value);
+    for (value.text++, value.length--; !copy.n && value.length;) {
+        moe__model_word word = moe__model_cut(&value, '|');
+        if (!first.text) first = word;
+        if (word.length && (word.text[0] == '=' || (word.text[0] == '~' && null))) {
+            word.text++, word.length--;
+            moe__model_add(&copy, word);
+            from[0] = 0;
+        }
+        if (copy.n || !word.length || word.text[0] == '~') continue;
+        moe__text path = {from, 64, 0};
+        moe__model_add(&path, word);
+        moe__text_end(&path);
+        if (!moe__model_config(model, from, &found, &null)) continue;
+        if (found.kind == MOE_JSON_LIST || found.kind == MOE_JSON_OBJECT || moe_json_text(&found, text, 64))
+            return moe__model_fault(model, "config.json", word, MOE_E_CONFIG_VALUE);
+        copy.n = strlen(text);
+        break;
+    }
+    if (!copy.n) return moe__model_fault(model, "config.json", first, MOE_E_CONFIG_KEY);
+    moe__text_end(&copy);
+    if (moe__model_ours(key, text, *from != 0)) return MOE_OK;
+    return moe__model_fault(model, "config.json", moe__model_word_of(from), MOE_E_CONFIG_VALUE);
+}
+/* Its fault is the config's if a key there was read, else the family's. */
+static moe_status moe__model_bad(moe_model *model, moe__model_word key, const char *from) {
+    if (*from) return moe__model_fault(model, "config.json", moe__model_word_of(from), MOE_E_CONFIG_VALUE);
+    return moe__model_fault(model, "family", key, MOE_E_MODEL_TEXT);
+}
+static moe_status moe__model_whole(moe_model *model, const char *key, size_t *out) {
+    moe__model_word value;
+    char text[64], from[64];
+    uint64_t number;
+    if (!moe__model_value(model, key, &value))
+        return moe__model_fault(model, "family", moe__model_word_of(key), MOE_E_MODEL_TEXT);
+    moe_status status = moe__model_text(model, moe__model_word_of(key), value, text, from);
+    if (status) return status;
+    if (!moe__parse_u64(text, &number) || number > SIZE_MAX)
+        return moe__model_bad(model, moe__model_word_of(key), from);
+    *out = (size_t)number;
+    return MOE_OK;
+}
+
+/* -- its files -- */
+static moe_status moe__model_shard_open(moe_model *model, const char *name, moe__model_shard **out) {
+    const void *bytes;
+    size_t size;
+    moe__model_word none = {"", 0};
+    for (*out = model->memory->first; *out; *out = (*out)->next)
+        if (!strcmp((*out)->name, name)) return MOE_OK;
+    moe_status status = model->source.file(model->source.user, name, &bytes, &size);
+    if (status) return moe__model_fault(model, name, none, status);
+    moe__model_shard *shard = (moe__model_shard *)moe__alloc(model->source.alloc_context, sizeof *shard);
+    if (!shard) return moe__model_fault(model, name, none, MOE_E_NO_MEMORY);
+    status = moe__file_open(&shard->file, bytes, size, model->source.alloc_context);
+    if (status) {
+        moe__model_word what = {shard->file.fault.name, shard->file.fault.name_length};
+        moe__model_fault(model, name, what, status);
+        moe__free(model->source.alloc_context, shard);
+        return status;
+    }
+    moe__text text = {shard->name, sizeof shard->name, 0};
+    moe__text_add(&text, name);
+    moe__text_end(&text);
+    shard->next = model->memory->first;
+    model->memory->first = *out = shard;
+    return MOE_OK;
+}
+/* The fault of a tensor: the file that has it, or should list it. */
+static moe_status moe__model_about(moe_model *model, const char *name, moe_status status) {
+    char file[256] = "model.safetensors";
+    if (model->memory->sharded && moe_shards_find(&model->memory->shards, name, file, sizeof file))
+        return moe__model_fault(model, "model.safetensors.index.json", moe__model_word_of(name), status);
+    return moe__model_fault(model, file, moe__model_word_of(name), status);
+}
+/* MOE_E_NAME, without a word about it, if the checkpoint has no such tensor. */
+static moe_status moe__model_find(moe_model *model, const char *name, moe_file_tensor *out) {
+    char file[256] = "model.safetensors";
+    moe__model_shard *shard;
+    moe_status status = MOE_OK;
+    if (model->memory->sharded) status = moe_shards_find(&model->memory->shards, name, file, sizeof file);
+    if (status == MOE_E_NAME) return status;
+    if (status) return moe__model_about(model, name, status);
+    status = moe__model_shard_open(model, file, &shard);
+    if (status) return status;
+    status = moe_file_find(&shard->file, name, out);
+    if (status == MOE_E_NAME && model->memory->sharded)
+        return moe__model_fault(model, file, moe__model_word_of(name), MOE_E_MODEL_TENSOR);
+    return status == MOE_E_FILE_DTYPE ? MOE_OK : status;
+}
+static int moe__model_has(const moe_model *model, const char *name) {
+    char file[256];
+    moe_file_tensor tensor;
+    moe_status status;
+    if (model->memory->sharded) status = moe_shards_find(&model->memory->shards, name, file, sizeof file);
+    else status = moe_file_find(&model->memory->first->file, name, &tensor);
+    return status != MOE_E_NAME;
+}
+
+/* -- its tensors -- */
+static int moe__model_join(const char *name, const char *end, char out[256]) {
+    moe__text text = {out, 256, 0};
+    moe__text_add(&text, name);
+    moe__text_add(&text, end);
+    moe__text_end(&text);
+    return text.n < 256;
+}
+/* A tensor's scales: one, or as many rows and columns as there are blocks (of 128 by 128, if the config is silent). */
+static moe_status moe__model_scales(moe_model *model, const char *name, moe__model_values *values) {
+    static const char *const ends[] = {"_scale_inv", "_scale"}, *const sides[] = {"0", "1"};
+    size_t *blocks[2], dims[2] = {1, 1}, n = values->tensor.n_dims, need = 1;
+    char other[256], path[48] = "quantization_config.weight_block_size.";
+    moe_file_tensor scale;
+    moe_json found;
+    double size;
+    int null;
+    moe_status status = MOE_E_NAME;
+    for (int i = 0; i < 2 && status == MOE_E_NAME; i++)
+        if (moe__model_join(name, ends[i], other)) status = moe__model_find(model, other, &scale);
+    if (status == MOE_E_NAME) return moe__model_about(model, name, MOE_E_MODEL_DTYPE);
+    if (status) return status;
+    blocks[0] = &values->block_rows, blocks[1] = &values->block_columns;
+    values->scale = scale.data;
+    values->scale_dtype = moe_dtype_of(scale.dtype);
+    if (moe_to_float(values->scale_dtype, 0, NULL, NULL))
+        return moe__model_about(model, other, MOE_E_MODEL_DTYPE);
+    for (size_t i = 0; i < n; i++) {
+        if (i + 2 >= n) dims[i + 2 - n] = values->tensor.dim[i];
+        else need *= values->tensor.dim[i];
+    }
+    size_t count = scale.bytes / moe_dtype_size(values->scale_dtype);
+    for (int i = 0; i < 2; i++) {
+        path[38] = sides[i][0], path[39] = 0;
+        *blocks[i] = 128;
+        if (moe__model_config(model, path, &found, &null) && !moe_json_number(&found, &size) && size >= 1.0 &&
+            size < 1e9)
+            *blocks[i] = (size_t)size;
+        if (count == 1) *blocks[i] = moe__max(1, dims[i]);
+    }
+    if (scale.n_dims == 2 && scale.dim[0] == dims[0] && scale.dim[1] == 1) { /* one a row */
+        values->block_rows = 1;
+        values->block_columns = moe__max(1, dims[1]);
+    }
+    values->scale_rows = moe__ceil_div(dims[0], values->block_rows);
+    values->scale_columns = moe__ceil_div(dims[1], values->block_columns);
+    if (count == 1) values->scale_rows = values->scale_columns = need = 1;
+    if (count != need * values->scale_rows * values->scale_columns)
+        return moe__model_about(model, other, MOE_E_MODEL_SHAPE);
+    return MOE_OK;
+}
+/* One of MXFP4 blocks: (..., out, in / 32, 16) and (..., out, in / 32) -> (..., out, in). */
+static moe_status moe__model_blocks(moe_model *model, const char *name, moe__model_values *values) {
+    char other[256];
+    moe_file_tensor *tensor = &values->tensor, scales;
+    if (!moe__model_join(name, "_blocks", other)) return MOE_E_NAME;
+    moe_status status = moe__model_find(model, other, tensor);
+    if (status) return status;
+    (void)moe__model_join(name, "_scales", other);
+    status = moe__model_find(model, other, &scales);
+    if (status == MOE_E_NAME) status = MOE_E_MODEL_TENSOR;
+    else if (!status && (strcmp(tensor->dtype, "U8") || strcmp(scales.dtype, "U8"))) status = MOE_E_MODEL_DTYPE;
+    else if (!status && (tensor->n_dims < 3 || tensor->dim[tensor->n_dims - 1] != 16)) status = MOE_E_MODEL_SHAPE;
+    else if (!status && scales.bytes != tensor->bytes / 16) status = MOE_E_MODEL_SHAPE;
+    if (status) return moe__model_about(model, other, status);
+    tensor->n_dims--;
+    if (!moe__mul(tensor->dim[tensor->n_dims - 1], 32, &tensor->dim[tensor->n_dims - 1])) return MOE_E_OVERFLOW;
+    memcpy(tensor->dtype, "MXFP4", sizeof "MXFP4");
+    values->bytes = tensor->data;
+    values->scale = scales.data;
+    values->count = 2 * tensor->bytes;
+    values->read = moe__model_read_mxfp4;
+    return MOE_OK;
+}
+/* A tensor by name, and how its elements are read: read NULL if they cannot be. */
+static moe_status moe__model_values_of(moe_model *model, const char *name, moe__model_values *values) {
+    memset(values, 0, sizeof *values);
+    moe_status status = moe__model_find(model, name, &values->tensor);
+    if (status == MOE_E_NAME) status = moe__model_blocks(model, name, values);
+    if (status == MOE_E_NAME)
+        return moe__model_about(model, name, MOE_E_MODEL_TENSOR);
+    if (status || values->read) return status;
+    values->bytes = values->tensor.data;
+    values->count = values->tensor.bytes;
+    values->dtype = moe_dtype_of(values->tensor.dtype);
+    if (!strcmp(values->tensor.dtype, "F8_E4M3")) {
+        values->read = moe__model_read_f8;
+        return moe__model_scales(model, name, values);
+    }
+    if (moe_to_float(values->dtype, 0, NULL, NULL)) return MOE_OK;
+    values->read = moe__model_read_plain;
+    values->count /= moe_dtype_size(values->dtype);
+    return MOE_OK;
+}
+static moe_status moe__model_readable(moe_model *model, const char *name, moe__model_values *values) {
+    moe_status status = moe__model_values_of(model, name, values);
+    if (status || values->read) return status;
+    return moe__model_about(model, name, MOE_E_MODEL_DTYPE);
+}
+MOE_API moe_status moe_model_tensor(moe_model *model, const char *name, moe_file_tensor *out) {
+    moe__model_values values;
+    if (!model || !model->memory) return MOE_E_NULL_MODEL;
+    if (!name) return MOE_E_NULL_NAME;
+    if (!out) return MOE_E_NULL_OUT;
+    moe_status status = moe__model_values_of(model, name, &values);
+    if (!status) *out = values.tensor;
+    return status;
+}
+MOE_API moe_status moe_model_read(moe_model *model, const char *name, size_t first, size_t n, float *out) {
+    moe__model_values values;
+    if (!model || !model->memory) return MOE_E_NULL_MODEL;
+    if (!name) return MOE_E_NULL_NAME;
+    if (!out && n) return MOE_E_NULL_OUT;
+    moe_status status = moe__model_readable(model, name, &values);
+    if (status) return status;
+    if (first > values.count || n > values.count - first)
+        return moe__model_about(model, name, MOE_E_MODEL_RANGE);
+    return values.read(&values, first, n, out);
+}
+
+/* -- its layers -- */
+/* The name of a tensor of a layer, and what the text says after it; 0: the family has none. expert: for *. */
+typedef struct moe__model_form { int in_first, each; moe_gate_up_kind gate_up; } moe__model_form;
+static int moe__model_name(const moe_model *model, const char *key, size_t layer, size_t expert, char name[256],
+                           moe__model_form *form) {
+    moe__model_word words[2], mark;
+    moe__text text = {name, 256, 0};
+    memset(form, 0, sizeof *form);
+    if (!moe__model_value(model, key, &words[1])) return 0;
+    words[0] = model->memory->layer;
+    moe__model_word rest = words[1];
+    words[1] = moe__model_cut(&rest, ':');
+    while (rest.length) {
+        mark = moe__model_cut(&rest, ':');
+        if (moe__model_is(mark, "in")) form->in_first = 1;
+        else if (moe__model_is(mark, "fused")) form->gate_up = MOE_GATE_UP_FUSED;
+        else if (moe__model_is(mark, "interleaved")) form->gate_up = MOE_GATE_UP_INTERLEAVED;
+        else return 0;
+    }
+    for (int w = 0; w < 2; w++)
+        for (size_t i = 0; i < words[w].length; i++) {
+            char letter = words[w].text[i];
+            if (letter == '#') moe__text_u64(&text, layer);
+            else if (letter == '*') moe__text_u64(&text, expert), form->each = 1;
+            else moe__text_char(&text, letter);
+        }
+    moe__text_end(&text);
+    return text.n < 256;
+}
+/* Has the checkpoint anything of the mixture there? */
+static int moe__model_mixture(const moe_model *model, size_t layer) {
+    static const char *const keys[] = {"router", "experts.w1", "experts.w2"};
+    char name[256], blocks[256];
+    moe__model_form form;
+    for (int i = 0; i < 3; i++) {
+        if (!moe__model_name(model, keys[i], layer, 0, name, &form)) continue;
+        if (moe__model_has(model, name)) return 1;
+        if (moe__model_join(name, "_blocks", blocks) && moe__model_has(model, blocks)) return 1;
+    }
+    return 0;
+}
+MOE_API int moe_model_mixture(const moe_model *model, size_t layer) {
+    return model && model->memory && layer < model->n_layers && moe__model_mixture(model, layer);
+}
+
+/* One key of the family into the desc. Numbers that are 0 stand for our defaults, not for a config's 0. */
+static moe_status moe__model_field(moe_model *model, moe__model_word key, moe__model_word value, moe_desc *desc) {
+    static const char *const others[] = {"n_layers", "layer", "router", "shared_width"};
+    static const char *const regions[] = {"router.", "experts.", "shared.", "control."};
+    char text[64], from[64], name[64];
+    double number, wanted;
+    moe_json found;
+    int null;
+    for (int i = 0; i < 4; i++) {
+        if (moe__model_is(key, others[i])) return MOE_OK;
+        if (key.length > strlen(regions[i]) && !memcmp(key.text, regions[i], strlen(regions[i]))) return MOE_OK;
+    }
+    moe__text copy = {name, sizeof name, 0};
+    moe__model_add(&copy, key);
+    moe__text_end(&copy);
+    if (!strncmp(name, "require.", 8)) {
+        if (!moe__model_config(model, name + 8, &found, &null)) return MOE_OK;
+        if (found.kind != MOE_JSON_LIST && found.kind != MOE_JSON_OBJECT && !moe_json_text(&found, text, sizeof text)) {
+            if (moe__model_is(value, text)) return MOE_OK;
+            copy.n = 0;
+            moe__model_add(&copy, value);
+            moe__text_end(&copy);
+            if (moe__parse_double(text, &number) && moe__parse_double(name, &wanted) && !(number < wanted) &&
+                !(number > wanted))
+                return MOE_OK;
+        }
+        key.text += 8, key.length -= 8;
+        return moe__model_fault(model, "config.json", key, MOE_E_CONFIG_REQUIRE);
+    }
+    moe_status status = moe__model_text(model, key, value, text, from);
+    if (status) return status;
+    if (moe_desc_set(desc, name, text)) return moe__model_bad(model, key, from);
+    if (*from && strcmp(name, "n_shared") && moe__parse_double(text, &number) && !(number < 0.0) && !(number > 0.0))
+        return moe__model_bad(model, key, from);
+    return MOE_OK;
+}
+/* The desc, and the width of all shared experts. */
+static moe_status moe__model_desc(moe_model *model, moe_desc *desc, size_t *width) {
+    moe__model_word rest = model->memory->family, key, value;
+    moe_desc resolved;
+    moe_status status = MOE_OK;
+    memset(desc, 0, sizeof *desc);
+    desc->training = MOE_OFF;
+    while (!status && moe__model_pair(&rest, &key, &value) > 0) status = moe__model_field(model, key, value, desc);
+    if (!status && moe__model_value(model, "shared_width", &value)) {
+        status = moe__model_whole(model, "shared_width", width);
+        if (!status && desc->d_ff) desc->n_shared = moe__ceil_div(*width, desc->d_ff);
+        if (!desc->n_shared) desc->shared_gate = MOE_OFF;
+    } else if (!moe__mul(desc->n_shared, desc->d_ff, width)) status = MOE_E_OVERFLOW;
+    if (status) return status;
+    status = moe_desc_resolve(desc, &resolved);
+    if (!status) return status;
+    char from[64] = "", text[64];
+    const char *field = moe_status_field(status);
+    if (moe__model_value(model, field, &value))
+        (void)moe__model_text(model, moe__model_word_of(field), value, text, from);
+    if (*from) return moe__model_fault(model, "config.json", moe__model_word_of(from), status);
+    return moe__model_fault(model, "family", moe__model_word_of(field), status);
+}
+static moe_status moe__model_layer(moe_model *model, size_t layer) {
+    moe__text text = {model->about, sizeof model->about, 0};
+    if (moe_model_mixture(model, layer)) return MOE_OK;
+    moe__text_add(&text, "layer ");
+    moe__text_u64(&text, layer);
+    moe__text_end(&text);
+    return MOE_E_MODEL_LAYER;
+}
+MOE_API moe_status moe_model_desc(moe_model *model, size_t layer, moe_desc *desc) {
+    size_t width;
+    if (!model || !model->memory) return MOE_E_NULL_MODEL;
+    if (!desc) return MOE_E_NULL_DESC;
+    moe_status status = moe__model_layer(model, layer);
+    if (!status) status = moe__model_desc(model, desc, &width);
+    if (status) memset(desc, 0, sizeof *desc);
+    return status;
+}
+
+/* One matrix of a layer that is to be filled: where from, and which it is. */
+typedef struct moe__model_part { moe__model_matrix from; int id; size_t expert; moe_status status; } moe__model_part;
+
+/* The tensor's key in a family's text: that of the library, "shared.w1" for a shared expert's. */
+static const char *moe__model_key(const moe__plan *plan, int id, size_t expert, char key[32]) {
+    moe__text text = {key, 32, 0};
+    const char *name = moe__plan_tensors[id].name;
+    if (moe__plan_tensors[id].region != MOE__IN_EXPERTS || expert < plan->F) return name;
+    moe__text_add(&text, "shared");
+    moe__text_add(&text, strchr(name, '.'));
+    moe__text_end(&text);
+    return key;
+}
+/* The name of the tensor that holds it: of a matrix without one of its own, that of its gate. */
+static int moe__model_part_name(const moe_model *model, const moe__plan *plan, size_t layer, int id, size_t expert,
+                                char name[256], moe__model_form *form) {
+    char key[32];
+    if (moe__model_name(model, moe__model_key(plan, id, expert, key), layer, expert, name, form)) return 1;
+    if (id != MOE__T_WU && id != MOE__T_BU) return 0;
+    return moe__model_name(model, moe__model_key(plan, id - 1, expert, key), layer, expert, name, form) &&
+           form->gate_up;
+}
+/* Its shape must be (outs, ins) or (ins, outs), before that the experts' number, or in one with it. */
+static int moe__model_fits(const moe__model_matrix *m, size_t n_experts) {
+    const moe_file_tensor *tensor = &m->values.tensor;
+    size_t rows = m->ins, columns = m->outs, product = 1;
+    if (m->out_first) rows = m->outs, columns = m->ins;
+    if (!tensor->n_dims || tensor->dim[tensor->n_dims - 1] != columns) return 0;
+    for (size_t i = 0; i + 1 < tensor->n_dims; i++)
+        if (!moe__mul(product, tensor->dim[i], &product)) return 0;
+    if (tensor->n_dims > 2 && tensor->dim[0] != n_experts) return 0;
+    return tensor->n_dims < 4 && moe__mul(rows, n_experts, &rows) && product == rows;
+}
+static moe_status moe__model_part_of(moe_model *model, const moe__plan *plan, size_t layer, size_t width,
+                                     moe__model_part *part) {
+    int id = part->id, routed = moe__plan_tensors[id].region == MOE__IN_EXPERTS;
+    int shared = routed && part->expert >= plan->F, bias = id >= MOE__T_B1 && id <= MOE__T_B2;
+    int vector = strlen(moe__plan_tensors[id].axes) == 1u + (unsigned)routed;
+    char name[256], key[32];
+    moe__model_form form;
+    moe__model_matrix *m = &part->from;
+    if (!moe__model_part_name(model, plan, layer, id, part->expert, name, &form)) {
+        if (bias || id == MOE__R_BIAS) return MOE_OK; /* zeros */
+        const char *what = moe__model_key(plan, id, part->expert, key);
+        return moe__model_fault(model, "family", moe__model_word_of(what), MOE_E_MODEL_TEXT);
+    }
+    *m = moe__model_matrix_of(plan, id, form.gate_up);
+    if (shared) {
+        size_t offset = (part->expert - plan->F) * plan->f, count = moe__min(plan->f, width - offset);
+        if (id == MOE__T_B2 && offset) return MOE_OK; /* the first has it alone */
+        if (id == MOE__T_W2) m->rows = count, m->ins = width, m->from_in = offset;
+        else if (id != MOE__T_B2) {
+            if (m->from && m->step == 1) m->from = width; /* behind the gate's */
+            m->outs = m->outs / m->columns * width;
+            m->from += m->step * offset;
+            m->columns = count;
         }
     }
+    moe_status status = moe__model_readable(model, name, &m->values);
+    if (status) return status;
+    m->out_first = !form.in_first && !vector;
+    if (m->values.read == moe__model_read_mxfp4) m->out_first = 1;
+    int stacked = routed && !shared && !form.each;
+    if (stacked) m->e = part->expert;
+    if (moe__model_fits(m, stacked ? plan->F : 1)) return MOE_OK;
+    return moe__model_about(model, name, MOE_E_MODEL_SHAPE);
+}
+
+typedef struct moe__model_fill {
+    moe_layer *layer;
+    moe__model_part *parts;
+    size_t n;
+    float *scratch; /* of an expert, one a worker: for those in formats */
+} moe__model_fill;
+static int moe__model_in_stock(const moe__model_fill *fill, size_t i) {
+    return fill->layer->stock.kind && moe__plan_tensors[fill->parts[i].id].region == MOE__IN_EXPERTS;
+}
+static void moe__model_fill_part(void *arg, size_t i, size_t worker) {
+    const moe__model_fill *fill = (const moe__model_fill *)arg;
+    moe__model_part *part = &fill->parts[i];
+    (void)worker;
+    part->status = MOE_OK;
+    if (!part->from.values.read || moe__model_in_stock(fill, i)) return;
+    part->status = moe__model_pack(&fill->layer->plan, part->id, &part->from, part->expert,
+                                   fill->layer->part[MOE_PART_PARAMS]);
+}
+static void moe__model_fill_expert(void *arg, size_t e, size_t worker) { /* into its format, one after the other */
+    const moe__model_fill *fill = (const moe__model_fill *)arg;
+    const moe__plan *plan = &fill->layer->plan;
+    float *block = fill->scratch + worker * plan->expert;
+    memset(block, 0, plan->expert * sizeof(float));
+    for (size_t i = 0; i < fill->n; i++) {
+        moe__model_part *part = &fill->parts[i];
+        if (part->expert != e || !moe__model_in_stock(fill, i) || !part->from.values.read) continue;
+        part->status = moe__model_pack(plan, part->id, &part->from, 0, block);
+        if (part->status) return;
+    }
+    moe__plan_stock_pack(plan, &fill->layer->stock, e, block);
+}
+/* The bias of the choice, into the controller that holds it. */
+static moe_status moe__model_bias(moe_model *model, size_t layer, moe_layer *made) {
+    moe__model_values values;
+    moe__model_form form;
+    char name[256];
+    size_t E = made->plan.E;
+    if (!moe__model_name(model, "control.bias", layer, 0, name, &form)) return MOE_OK;
+    if (!made->control.bias)
+        return moe__model_fault(model, "family", moe__model_word_of("control.bias"), MOE_E_MODEL_TEXT);
+    moe_status status = moe__model_readable(model, name, &values);
+    if (status) return status;
+    if (values.count != E) status = MOE_E_MODEL_SHAPE;
+    if (!status) status = values.read(&values, 0, E, made->control.bias);
+    if (!status && !moe__all_finite(E, made->control.bias)) status = MOE_E_MODEL_NAN;
+    return status ? moe__model_about(model, name, status) : MOE_OK;
+}
+/* All parts filled, side by side; the first fault is named. */
+static moe_status moe__model_fill_all(moe_model *model, size_t layer, moe_layer *made, moe__model_part *parts,
+                                      size_t n, float *scratch) {
+    moe__model_fill fill = {made, parts, n, scratch};
+    moe__model_form form;
+    char name[256];
+    moe__threads_run(&made->plan.desc.parallel, n, made->plan.d * made->plan.f, n, moe__model_fill_part, &fill);
+    if (made->stock.kind) moe_run(&made->plan.desc.parallel, made->plan.G, moe__model_fill_expert, &fill);
+    for (size_t i = 0; i < n; i++) {
+        if (!parts[i].status) continue;
+        if (!moe__model_part_name(model, &made->plan, layer, parts[i].id, parts[i].expert, name, &form)) name[0] = 0;
+        if (parts[i].status == MOE_E_NAN_WEIGHT) parts[i].status = MOE_E_MODEL_NAN;
+        return moe__model_about(model, name, parts[i].status);
+    }
+    return moe__model_bias(model, layer, made);
+}
+MOE_API moe_status moe_model_layer(moe_model *model, size_t layer, const moe_desc *surroundings,
+                                   const moe_layer_formats *formats, moe_layer **out) {
+    moe__plan plan;
+    moe_desc desc;
+    moe_layer *made = NULL;
+    size_t width, bytes, n = 0;
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!model || !model->memory) return MOE_E_NULL_MODEL;
+    moe_status status = moe__model_layer(model, layer);
+    if (!status) status = moe__model_desc(model, &desc, &width);
+    if (!status && surroundings) {
+        desc.parallel = surroundings->parallel;
+        desc.alloc_context = surroundings->alloc_context;
+        if (surroundings->training == MOE_ON) desc.training = MOE_ON;
+    }
+    if (!status) status = moe__desc_plan(&desc, &plan);
+    if (status) return status;
+    /* that there are so many experts, before any memory; all tensors, before that for the layer: what is allocated is
+     * in proportion to the files */
+    for (size_t e = 0; e < plan.G && !status; e += plan.F) {
+        moe__model_part probe;
+        memset(&probe, 0, sizeof probe);
+        probe.expert = e;
+        probe.id = e ? MOE__T_W1 : MOE__R_ROUTER;
+        status = moe__model_part_of(model, &plan, layer, width, &probe);
+        if (e) break;
+    }
+    if (status) return status;
+    moe__arena arena = {NULL, 0, 0};
+    size_t most = plan.G * 6 + MOE__T_COUNT, blocks = formats ? moe_workers(&desc.parallel) : 0;
+    (void)moe__take(&arena, most, sizeof(moe__model_part));
+    (void)moe__take_floats(&arena, blocks, plan.expert);
+    status = moe__arena_bytes(&arena, &bytes);
+    if (status) return status;
+    void *memory = moe__alloc(desc.alloc_context, bytes);
+    if (!memory) return MOE_E_NO_MEMORY;
+    (void)moe__arena_over(&arena, memory, bytes, bytes);
+    moe__model_part *parts = (moe__model_part *)moe__take(&arena, most, sizeof *parts);
+    float *scratch = moe__take_floats(&arena, blocks, plan.expert);
+    for (int id = 0; id < MOE__T_COUNT; id++)
+        for (size_t e = 0; e < plan.G && !status && plan.count[id]; e++) {
+            if (e && moe__plan_tensors[id].region != MOE__IN_EXPERTS) break;
+            memset(&parts[n], 0, sizeof parts[n]);
+            parts[n].id = id;
+            parts[n].expert = e;
+            status = moe__model_part_of(model, &plan, layer, width, &parts[n++]);
+        }
+    if (!status && formats) status = moe__layer_plan_formats(formats, &plan);
+    if (!status) status = moe__layer_alloc(&made, &plan, formats);
+    if (!status) moe__layer_clear(made);
+    if (!status) status = moe__model_fill_all(model, layer, made, parts, n, scratch);
+    moe__free(desc.alloc_context, memory);
+    if (status) moe_layer_free(made);
+    else *out = made;
+    return status;
+}
+
+/* -- opening it -- */
+MOE_API void moe_model_close(moe_model *model) {
+    if (!model || !model->memory) return;
+    void *context = model->source.alloc_context;
+    for (moe__model_shard *shard = model->memory->first, *next; shard; shard = next) {
+        next = shard->next;
+        moe_file_close(&shard->file);
+        moe__free(context, shard);
+    }
+    moe_shards_close(&model->memory->shards);
+    moe__free(context, model->memory);
+    model->memory = NULL;
+}
+static moe_status moe__model_open_config(moe_model *model) {
+    const void *bytes;
+    size_t size;
+    moe__model_word none = {"", 0};
+    moe_status status = model->source.file(model->source.user, "config.json", &bytes, &size);
+    if (!status) status = moe_json_open(&model->config_file, bytes, size);
+    if (!status && model->config_file.kind != MOE_JSON_OBJECT) status = MOE_E_JSON;
+    if (status) return moe__model_fault(model, "config.json", none, status);
+    model->config = model->config_file;
+    if (moe_json_find(&model->config_file, "text_config", &model->config) || model->config.kind != MOE_JSON_OBJECT)
+        model->config = model->config_file;
+    return MOE_OK;
+}
+/* The row of the source's family, or of the config's; a text of one's own is itself. */
+static moe_status moe__model_open_family(moe_model *model) {
+    moe__model_word rest, key, value;
+    const char *text = model->source.family;
+    moe_json found;
+    char type[64] = "";
+    int more;
+    if (!text) {
+        moe_status status = moe_json_find(&model->config_file, "model_type", &found);
+        if (status) status = MOE_E_CONFIG_KEY;
+        else if (found.kind != MOE_JSON_TEXT || moe_json_text(&found, type, sizeof type)) status = MOE_E_CONFIG_VALUE;
+        if (status) return moe__model_fault(model, "config.json", moe__model_word_of("model_type"), status);
+        text = type;
+    }
+    if (!strchr(text, '=')) {
+        const moe_model_row *row = moe__model_table;
+        size_t i = 0;
+        while (row && strcmp(row->name, text)) row = moe_model_family(++i);
+        if (!row) return moe__model_fault(model, "model_type", moe__model_word_of(text), MOE_E_MODEL_FAMILY);
+        moe__text name = {model->family, sizeof model->family, 0};
+        moe__text_add(&name, row->name);
+        moe__text_end(&name);
+        text = row->text;
+    }
+    model->memory->family = rest = moe__model_word_of(text);
+    while ((more = moe__model_pair(&rest, &key, &value)) > 0) {}
+    if (more || !moe__model_value(model, "layer", &value))
+        return moe__model_fault(model, "family", moe__model_word_of(more ? "" : "layer"), MOE_E_MODEL_TEXT);
+    return moe__model_whole(model, "n_layers", &model->n_layers);
+}
+static moe_status moe__model_open_files(moe_model *model) {
+    static const char name[] = "model.safetensors.index.json";
+    const void *bytes;
+    size_t size;
+    moe__model_shard *shard;
+    moe__model_word none = {"", 0};
+    moe_status status = model->source.file(model->source.user, name, &bytes, &size);
+    if (status == MOE_E_OPEN) return moe__model_shard_open(model, "model.safetensors", &shard);
+    if (!status) status = moe_shards_open(&model->memory->shards, bytes, size);
+    model->memory->sharded = 1;
+    return status ? moe__model_fault(model, name, none, status) : MOE_OK;
+}
+/* The first way to begin a layer's names by which a mixture is found. */
+static moe_status moe__model_open_layers(moe_model *model) {
+    moe__model_word ways;
+    moe__model_form form;
+    char name[256] = "";
+    size_t n_tensors = model->memory->sharded ? model->memory->shards.n_tensors : model->memory->first->file.n_tensors;
+    if (model->n_layers > n_tensors)
+        return moe__model_fault(model, "config.json", moe__model_word_of("more layers than tensors"),
+                                MOE_E_CONFIG_VALUE);
+    (void)moe__model_value(model, "layer", &ways);
+    while (ways.length) {
+        model->memory->layer = moe__model_cut(&ways, '|');
+        for (size_t l = 0; l < model->n_layers; l++)
+            if (moe__model_mixture(model, l)) return MOE_OK;
+    }
+    if (!moe__model_name(model, "router", 0, 0, name, &form))
+        return moe__model_fault(model, "family", moe__model_word_of("router"), MOE_E_MODEL_TEXT);
+    return moe__model_about(model, name, MOE_E_MODEL_TENSOR);
+}
+MOE_API moe_status moe_model_open(moe_model *model, const moe_model_source *source) {
+    if (!model) return MOE_E_NULL_MODEL;
+    memset(model, 0, sizeof *model);
+    if (!source || !source->file) return MOE_E_NULL_MODEL;
+    model->source = *source;
+    model->memory = (struct moe__model_memory *)moe__alloc(source->alloc_context, sizeof *model->memory);
+    if (!model->memory) return MOE_E_NO_MEMORY;
+    memset(model->memory, 0, sizeof *model->memory);
+    moe_status status = moe__model_open_config(model);
+    if (!status) status = moe__model_open_family(model);
+    if (!status) status = moe__model_open_files(model);
+    if (!status) status = moe__model_open_layers(model);
+    if (status) moe_model_close(model);
     return status;
 }
 
@@ -14950,13 +18335,19 @@ MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n
  *                         "router":{...}, ... one entry a tensor}, and blanks to a multiple of 8
  *     parameters         router ... experts.w1 ... experts.constant: those that are there, as in the table
  *     moments            moment1.router ..., moment2.router ...: with the optimiser
- *     controller.state   with a controller that has one */
+ *     controller.state   with a controller that has one
+ *     growth.state       with desc.growth
+ *     experts.w1.0, ...  of experts in formats, in place of their matrices: for each expert w1, wu, w2 as the format's
+ *                        integers or floats, row-major, and after each its scales, if it has any */
 typedef struct moe__save_entry {
     moe_part_kind part;
     moe_tensor tensor;
     char name[40]; /* in the file */
     const char *format;
     size_t bytes;
+    int id, scale;                   /* of an expert's matrix in a format: this part of it, */
+    size_t expert;
+    const moe__format *stored;       /* or NULL */
 } moe__save_entry;
 
 static void moe__save_name(moe__save_entry *entry, const char *prefix) {
@@ -14966,39 +18357,87 @@ static void moe__save_name(moe__save_entry *entry, const char *prefix) {
     moe__text_end(&text);
     entry->bytes = entry->tensor.count * sizeof(float);
 }
-/* Tensor i of the file; 0 past the last. */
-static int moe__save_at(const moe__plan *plan, int with_optimizer, size_t i, moe__save_entry *out) {
-    static const char *const prefix[] = {"", "moment1.", "moment2."};
-    static const moe_part_kind parts[] = {MOE_PART_PARAMS, MOE_PART_MOMENT1, MOE_PART_MOMENT2};
-    size_t n = 0, n_parts = 1;
-    if (with_optimizer) n_parts = 3;
-    if (with_optimizer && plan->desc.optimizer == MOE_OPTIMIZER_SGD) n_parts = 2;
-    for (int id = 0; id < MOE__T_COUNT; id++) n += plan->count[id] != 0;
-    memset(out, 0, sizeof *out);
-    out->format = moe_dtype_name(MOE_DTYPE_F32);
-    if (i < n * n_parts) {
-        int id = moe__plan_tensor_at(plan, i % n, &out->tensor);
-        out->part = parts[i / n];
-        if (out->part == MOE_PART_PARAMS) out->format = moe_dtype_name(moe__plan_tensors[id].format);
-        moe__save_name(out, prefix[i / n]);
+static int moe__save_is_matrix(int id) { return id == MOE__T_W1 || id == MOE__T_WU || id == MOE__T_W2; }
+/* Is a tensor in the file as floats? kind: the experts' formats (G), or NULL. */
+static int moe__save_has(const moe__plan *plan, const moe_format_kind *kind, moe_part_kind part, int id) {
+    if (!plan->count[id]) return 0;
+    if (!kind || moe__plan_tensors[id].region != MOE__IN_EXPERTS) return 1;
+    return part == MOE_PART_PARAMS && !moe__save_is_matrix(id);
+}
+/* Number i of the experts' tensors in formats; 0 past the last. */
+static int moe__save_stored(const moe__plan *plan, const moe_format_kind *kind, size_t i, moe__save_entry *out) {
+    for (size_t e = 0; kind && e < plan->G; e++) {
+        const moe__format *format = &moe__format_table[kind[e]];
+        size_t each = 1 + (size_t)format->scaled, n = (2 + plan->gated) * each;
+        if (i >= n) {
+            i -= n;
+            continue;
+        }
+        static const int ids[2][3] = {{MOE__T_W1, MOE__T_W2, MOE__T_W2}, {MOE__T_W1, MOE__T_WU, MOE__T_W2}};
+        out->id = ids[plan->gated][i / each];
+        out->scale = (int)(i % each);
+        out->expert = e;
+        out->stored = format;
+        moe__plan_describe(plan, out->id, &out->tensor);
+        size_t rows = out->tensor.dim[1], columns = out->tensor.dim[2];
+        if (out->scale) rows = moe__ceil_div(rows, MOE__W);
+        else if (format->bits < 8) columns = moe__ceil_div(columns, 8 / format->bits);
+        out->tensor.n_dims = 2;
+        out->tensor.dim[0] = rows;
+        out->tensor.dim[1] = columns;
+        out->tensor.count = rows * columns;
+        moe_dtype_kind dtype = out->scale ? MOE_DTYPE_BF16 : format->dtype;
+        out->format = moe_dtype_name(dtype);
+        moe__text text = {out->name, sizeof out->name, 0};
+        moe__text_add(&text, out->tensor.name);
+        moe__text_add(&text, ".");
+        moe__text_u64(&text, e);
+        if (out->scale) moe__text_add(&text, ".scale");
+        moe__text_end(&text);
+        out->bytes = out->tensor.count * moe_dtype_size(dtype);
         return 1;
     }
+    return 0;
+}
+/* Tensor i of the file; 0 past the last. */
+static int moe__save_at(const moe__plan *plan, const moe_format_kind *kind, int with_optimizer, size_t i,
+                        moe__save_entry *out) {
+    static const char *const prefix[] = {"", "moment1.", "moment2."};
+    static const moe_part_kind parts[] = {MOE_PART_PARAMS, MOE_PART_MOMENT1, MOE_PART_MOMENT2};
+    int n_parts = 1;
+    if (with_optimizer) n_parts = 3;
+    if (with_optimizer && plan->desc.optimizer == MOE_OPTIMIZER_SGD) n_parts = 2;
+    memset(out, 0, sizeof *out);
+    out->format = moe_dtype_name(MOE_DTYPE_F32);
+    for (int part = 0; part < n_parts; part++)
+        for (int id = 0; id < MOE__T_COUNT; id++) {
+            if (!moe__save_has(plan, kind, parts[part], id) || i--) continue;
+            moe__plan_describe(plan, id, &out->tensor);
+            out->part = parts[part];
+            if (out->part == MOE_PART_PARAMS) out->format = moe_dtype_name(moe__plan_tensors[id].format);
+            moe__save_name(out, prefix[part]);
+            return 1;
+        }
     moe_control control;
     moe__arena none = {NULL, 0, 0};
-    if (i > n * n_parts || moe__control_layout(&control, plan->desc.controller, plan->E, &none)) return 0;
-    if (!control.n_state) return 0;
-    out->part = MOE_PART_PARAMS;
-    out->tensor.name = MOE__STATE_NAME;
-    out->tensor.n_dims = 1;
-    out->tensor.dim[0] = out->tensor.count = control.n_state;
-    moe__save_name(out, "");
-    return 1;
+    if (moe__control_layout(&control, plan->desc.controller, plan->E, &none)) return 0;
+    size_t states[2] = {control.n_state, MOE__GROWTH_STATE * (size_t)moe__layer_has_growth(&plan->desc)};
+    for (int id = 0; id < 2; id++) {
+        if (!states[id] || i--) continue;
+        out->part = MOE_PART_PARAMS;
+        out->tensor.name = moe__layer_tensor_name(MOE__T_COUNT + id);
+        out->tensor.n_dims = 1;
+        out->tensor.dim[0] = out->tensor.count = states[id];
+        moe__save_name(out, "");
+        return 1;
+    }
+    return moe__save_stored(plan, kind, i, out);
 }
 /* Bytes of the largest tensor. */
-static size_t moe__save_largest(const moe__plan *plan, int with_optimizer) {
+static size_t moe__save_largest(const moe__plan *plan, const moe_format_kind *kind, int with_optimizer) {
     moe__save_entry entry;
     size_t most = 0;
-    for (size_t i = 0; moe__save_at(plan, with_optimizer, i, &entry); i++) most = moe__max(most, entry.bytes);
+    for (size_t i = 0; moe__save_at(plan, kind, with_optimizer, i, &entry); i++) most = moe__max(most, entry.bytes);
     return most;
 }
 
@@ -15019,7 +18458,7 @@ static moe_status moe__save_header(const moe_layer *layer, int with_optimizer, m
         moe__save_number(text, ",\"draws\":\"", layer->draws, "\"");
     }
     moe__text_add(text, "}");
-    for (size_t i = 0; moe__save_at(&layer->plan, with_optimizer, i, &entry); i++) {
+    for (size_t i = 0; moe__save_at(&layer->plan, layer->stock.kind, with_optimizer, i, &entry); i++) {
         moe__text_add(text, ",\"");
         moe__text_add(text, entry.name);
         moe__text_add(text, "\":{\"dtype\":\"");
@@ -15061,9 +18500,41 @@ static void moe__save_little_endian(unsigned char *bytes, size_t n) {
         for (int i = 0; i < 4; i++) bytes[i] = (unsigned char)(word >> (8 * i));
     }
 }
+/* Of an expert's matrix in a format: its elements or scales between the layer and a file's bytes, row-major and
+ * little-endian; of 4 bits the lower half of a byte comes first. Written, or read into words that were 0. */
+static size_t moe__save_fields(const moe_layer *layer, const moe__save_entry *entry, unsigned char *bytes, int read) {
+    const moe__plan *plan = &layer->plan;
+    moe__plan_block block = moe__plan_stock_block(plan, &layer->stock, entry->expert);
+    size_t rows = moe__plan_rows(plan, entry->id), columns = moe__plan_columns(plan, entry->id), bad = 0;
+    unsigned bits = entry->scale ? 16 : entry->stored->bits;
+    if (!read) memset(bytes, 0, entry->bytes);
+    for (size_t r = 0, lane = 0; r < rows; r += entry->scale ? MOE__W : 1) {
+        for (size_t c = 0; c < columns; c++, lane += bits) {
+            size_t row = r, column = c;
+            const moe__weights *matrix = moe__plan_stock_matrix(plan, &block, entry->id, &row, &column);
+            unsigned char *at = bytes + lane / 8;
+            uint32_t field = 0, scale;
+            if (read) {
+                for (unsigned b = 0; b < bits; b += 8) field |= (uint32_t)at[b / 8] << b;
+                field = field >> lane % 8 & (0xffffffffu >> (32 - bits));
+                bad += !moe__format_set(matrix, row, column, entry->scale, field);
+            } else {
+                field = moe__format_field(matrix, row, column, &scale);
+                if (entry->scale) field = scale;
+                for (unsigned b = 0; b < bits; b += 8) at[b / 8] |= (unsigned char)(field >> b << lane % 8);
+            }
+        }
+        lane = (lane + 7) / 8 * 8; /* a row begins with a byte */
+    }
+    return bad;
+}
 /* A tensor's bytes, to a place of any alignment. The floats are laid at the aligned place just below it (the header is
  * always before it) and moved up. */
 static moe_status moe__save_put_tensor(const moe_layer *layer, const moe__save_entry *entry, unsigned char *to) {
+    if (entry->stored) {
+        (void)moe__save_fields(layer, entry, to, 0);
+        return MOE_OK;
+    }
     size_t shift = (size_t)((uintptr_t)to % sizeof(float));
     unsigned char below[sizeof(float)], *aligned = to - shift;
     float *floats = (float *)(void *)aligned;
@@ -15094,7 +18565,7 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *layer, int with_optimi
     if (!bytes) return MOE_E_NULL_BYTES;
     if (size < total) return MOE_E_SMALL_MEMORY;
     to += moe__save_put_header(layer, with_optimizer, header, to);
-    for (size_t i = 0; !status && moe__save_at(&layer->plan, with_optimizer, i, &entry); i++) {
+    for (size_t i = 0; !status && moe__save_at(&layer->plan, layer->stock.kind, with_optimizer, i, &entry); i++) {
         status = moe__save_put_tensor(layer, &entry, to);
         to += entry.bytes;
     }
@@ -15110,10 +18581,12 @@ MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, m
     *name = NULL;
     if (status) return status;
     const moe__plan *plan = &layer->plan;
-    float *values = (float *)moe__alloc(plan->desc.alloc_context, moe__save_largest(plan, with_optimizer));
+    const moe_format_kind *kind = layer->stock.kind;
+    float *values = (float *)moe__alloc(plan->desc.alloc_context, moe__save_largest(plan, kind, with_optimizer));
     if (!values) return MOE_E_NO_MEMORY;
-    for (size_t i = 0; !status && moe__save_at(plan, with_optimizer, i, &entry); i++) {
+    for (size_t i = 0; !status && moe__save_at(plan, kind, with_optimizer, i, &entry); i++) {
         *part = entry.part;
+        if (entry.stored) continue; /* finite when it was packed */
         status = moe_layer_get(layer, entry.part, entry.tensor.name, values, entry.tensor.count);
         if (!status && !moe__layer_numbers_ok(entry.part, entry.tensor.count, values)) status = MOE_E_SAVE_NAN;
         if (status) *name = entry.tensor.name;
@@ -15123,7 +18596,12 @@ MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, m
 }
 
 /* -- reading -- */
-typedef struct moe__save_state { moe__plan plan; int with_optimizer; uint64_t step, draws; } moe__save_state;
+typedef struct moe__save_state {
+    moe__plan plan;
+    int with_optimizer;
+    uint64_t step, draws;
+    moe_format_kind *kind; /* the experts' formats (G), or NULL */
+} moe__save_state;
 
 /* One entry of the metadata into *desc and *state; *known: bit 0 the format is ours, bit 1 the version. A field that is
  * not there is 0, the default: a later moe.h that adds one reads older files, and raises the version when its own files
@@ -15186,6 +18664,11 @@ static moe_status moe__save_set_tensor(moe_layer *layer, const moe__save_entry *
                                        float *scratch) {
     size_t n = entry->tensor.count;
     memcpy(scratch, bytes, entry->bytes);
+    if (entry->stored) {
+        size_t bad = moe__save_fields(layer, entry, (unsigned char *)scratch, 1);
+        if (!bad) return MOE_OK;
+        return entry->stored->scaled ? MOE_E_FILE_QUANTISED : MOE_E_FILE_NAN;
+    }
     moe__save_little_endian((unsigned char *)scratch, n);
     if (!moe__layer_numbers_ok(entry->part, n, scratch)) return MOE_E_FILE_NAN;
     return moe_layer_set(layer, entry->part, entry->tensor.name, scratch, n);
@@ -15194,9 +18677,9 @@ static moe_status moe__save_fill(moe_layer *layer, moe_file *file, int with_opti
     moe__save_entry entry;
     moe_file_tensor tensor;
     void *context = layer->plan.desc.alloc_context;
-    float *scratch = (float *)moe__alloc(context, moe__save_largest(&layer->plan, with_optimizer));
+    float *scratch = (float *)moe__alloc(context, moe__save_largest(&layer->plan, layer->stock.kind, with_optimizer));
     moe_status status = scratch ? MOE_OK : MOE_E_NO_MEMORY;
-    for (size_t i = 0; !status && moe__save_at(&layer->plan, with_optimizer, i, &entry); i++) {
+    for (size_t i = 0; !status && moe__save_at(&layer->plan, layer->stock.kind, with_optimizer, i, &entry); i++) {
         status = moe__save_find(file, &entry, &tensor);
         if (!status) status = moe__save_set_tensor(layer, &entry, tensor.data, scratch);
         if (status) file->fault = tensor;
@@ -15204,24 +18687,58 @@ static moe_status moe__save_fill(moe_layer *layer, moe_file *file, int with_opti
     moe__free(context, scratch);
     return status;
 }
+/* The experts' formats, from the types of their tensors; none where experts.w1 is one tensor of floats. */
+static moe_status moe__save_formats(moe_file *file, moe__save_state *state) {
+    const moe__plan *plan = &state->plan;
+    char name[40];
+    if (moe_file_find(file, "experts.w1.0", &file->fault) == MOE_E_NAME || file->n_tensors < plan->G) {
+        memset(&file->fault, 0, sizeof file->fault);
+        return MOE_OK;
+    }
+    state->kind = (moe_format_kind *)moe__alloc(plan->desc.alloc_context, plan->G * sizeof *state->kind);
+    if (!state->kind) return MOE_E_NO_MEMORY;
+    for (size_t e = 0; e < plan->G; e++) {
+        moe__text text = {name, sizeof name, 0};
+        int kind = 0;
+        moe__text_add(&text, "experts.w1.");
+        moe__text_u64(&text, e);
+        moe__text_end(&text);
+        moe_status status = moe_file_find(file, name, &file->fault);
+        if (status == MOE_E_NAME) file->fault.name = "experts.w1.", file->fault.name_length = strlen("experts.w1.");
+        if (status) return status == MOE_E_NAME ? MOE_E_FILE_TENSOR : status;
+        while (kind < MOE_FORMAT_COUNT && moe__format_table[kind].dtype != moe_dtype_of(file->fault.dtype)) kind++;
+        if (kind == MOE_FORMAT_COUNT) return MOE_E_FILE_TENSOR;
+        state->kind[e] = (moe_format_kind)kind;
+    }
+    memset(&file->fault, 0, sizeof file->fault);
+    return MOE_OK;
+}
+static moe_status moe__save_layer(moe_layer **out, moe_file *file, moe__save_state *state) {
+    moe_file_tensor tensor;
+    moe__save_entry entry;
+    moe_status status = moe__save_formats(file, state);
+    /* all shapes before any memory: what is allocated is in proportion to the file */
+    for (size_t i = 0; !status && moe__save_at(&state->plan, state->kind, state->with_optimizer, i, &entry); i++) {
+        status = moe__save_find(file, &entry, &tensor);
+        if (status) file->fault = tensor;
+    }
+    if (status) return status;
+    moe_layer_formats formats = {MOE_FORMAT_F32, state->kind, state->plan.desc.training == MOE_OFF ? MOE_OFF : MOE_ON};
+    if (state->kind) status = moe_layer_new_formats(out, &state->plan.desc, &formats);
+    else status = moe_layer_new(out, &state->plan.desc);
+    return status ? status : moe__save_fill(*out, file, state->with_optimizer);
+}
 MOE_API moe_status moe_layer_load_file(moe_layer **out, moe_file *file, const moe_desc *surroundings) {
     moe_layer *layer = NULL;
-    moe_file_tensor tensor;
     moe__save_state state;
-    moe__save_entry entry;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     if (!file) return MOE_E_NULL_BYTES;
     memset(&file->fault, 0, sizeof file->fault);
     moe_status status = moe__save_plan(file, surroundings, &state);
     if (status) return status;
-    /* all shapes before any memory: what is allocated is in proportion to the file */
-    for (size_t i = 0; !status && moe__save_at(&state.plan, state.with_optimizer, i, &entry); i++) {
-        status = moe__save_find(file, &entry, &tensor);
-        if (status) file->fault = tensor;
-    }
-    if (!status) status = moe_layer_new(&layer, &state.plan.desc);
-    if (!status) status = moe__save_fill(layer, file, state.with_optimizer);
+    status = moe__save_layer(&layer, file, &state);
+    moe__free(state.plan.desc.alloc_context, state.kind);
     if (status) {
         moe_layer_free(layer);
         return status;
@@ -15253,12 +18770,12 @@ static moe_status moe__save_write(const moe_layer *layer, int with_optimizer, FI
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
     if (!status && with_optimizer && !layer->fresh) status = MOE_E_UNSTEPPED;
     if (status) return status;
-    size_t most = moe__max(header + 8, moe__save_largest(&layer->plan, with_optimizer));
+    size_t most = moe__max(header + 8, moe__save_largest(&layer->plan, layer->stock.kind, with_optimizer));
     unsigned char *buffer = (unsigned char *)moe__alloc(context, most);
     if (!buffer) return MOE_E_NO_MEMORY;
     total = moe__save_put_header(layer, with_optimizer, header, buffer);
     if (fwrite(buffer, 1, total, file) != total) status = MOE_E_WRITE;
-    for (size_t i = 0; !status && moe__save_at(&layer->plan, with_optimizer, i, &entry); i++) {
+    for (size_t i = 0; !status && moe__save_at(&layer->plan, layer->stock.kind, with_optimizer, i, &entry); i++) {
         status = moe__save_put_tensor(layer, &entry, buffer);
         if (!status && fwrite(buffer, 1, entry.bytes, file) != entry.bytes) status = MOE_E_WRITE;
     }

@@ -10,9 +10,9 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 if [ $# -gt 0 ]; then cp "$1" "$tmp/zoo"; else
     make -s build/zoo
-    build/zoo --quiet --markdown --out "$tmp/out" >"$tmp/zoo"
+    build/zoo --quiet --markdown --seeds 3 --out "$tmp/out" >"$tmp/zoo"
 fi
-awk -F ' *[|] *' -v command='build/zoo --quiet --markdown' '
+awk -F ' *[|] *' -v command='build/zoo --quiet --markdown --seeds 3' '
     FNR == 1 { file++ }
     file == 1 && /^[|] system / {
         for (i = 2; i < NF; i++) { head[i] = $i; if ($i == "tokens/s") skip = i }
@@ -44,5 +44,6 @@ awk -F ' *[|] *' -v command='build/zoo --quiet --markdown' '
             cell[s, "active parameters"]
         printf "MaxVio %s, load CV %s, dead %s, dropped %s, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"],
             cell[s, "dead"], cell[s, "dropped"], cell[s, "PES"]
+        if (cell[s, "notes"] != "") printf "Beside it: %s.\n", cell[s, "notes"]
     }' "$tmp/zoo" "$page" >"$tmp/page"
 cp "$tmp/page" "$page"

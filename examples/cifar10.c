@@ -3,6 +3,7 @@
 //     build/cifar10                      on the sample of real pictures that the repository carries, under a minute
 //     build/cifar10 --data DIR           on the full data set
 //     build/cifar10 --system switch      another kind of mixture; --help lists everything
+//     build/cifar10 --seeds 3            with three seeds: mean and standard deviation
 //
 // The network:  image -> convolutions (stem, three residual blocks) -> 256 features -> x + MoE(x) -> class
 // The mixture's router looks at the pooled features of an image; with --tokens at each position of the last feature
@@ -17,6 +18,8 @@
 #include "common/nn.h"
 #include "common/plot.h"
 #include "common/progress.h"
+#include "common/reading.h"
+#include "common/spread.h"
 
 enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
 enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_eff
@@ -25,8 +28,8 @@ enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_e
 static const float balance_weight = 0.1f;
 
 typedef struct config {
-    const char *data, *system, *isa, *out;
-    size_t epochs, steps, batch, eval, threads, experts, top_k;
+    const char *data, *system, *set, *isa, *out;
+    size_t epochs, steps, batch, eval, threads, experts, top_k, seeds;
     uint64_t seed;
     int tokens, no_dense, scan, json, quiet;
     double lr, balance;
@@ -218,7 +221,7 @@ typedef struct score {
 // What a training leaves for the report.
 typedef struct result {
     char name[64];
-    size_t experts, epochs, steps;                                   // done
+    size_t experts, top_k, epochs, steps;                            // done
     double *train_loss, *test_loss, *train_accuracy, *test_accuracy; // (epochs)
     double *gamma, *gamma_lo, *gamma_hi, *ecology;                   // (epochs): NaN where the data do not tell gamma
     double *load;          // (experts, epochs): shares of the routes in training
@@ -227,9 +230,11 @@ typedef struct result {
     score test;
     moe_health health; // on the test images; its arrays are not kept
     dead_note dead;
+    game_note game; // of the last epoch's training
+    double game_batches, game_tokens;
     size_t params, active_params;
     double seconds, images_per_s;
-    uint64_t checksum;
+    uint64_t seed, checksum;
 } result;
 
 static size_t test_count(const config *o, const cifar *data) {
@@ -277,7 +282,9 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
                        double accuracy, size_t images) {
     size_t e = r->epochs++;
     moe_health h;
-    game_note note = game_end(g, m->moe, &m->ops.parallel);
+    r->game_batches = (double)(g->taken < g->counts.n_batches ? g->taken : g->counts.n_batches);
+    r->game_tokens = (double)(g->taken * o->batch * m->positions) / r->game_batches;
+    game_note note = r->game = game_end(g, m->moe, &m->ops.parallel);
     r->gamma[e] = note.gamma;
     r->gamma_lo[e] = note.lo;
     r->gamma_hi[e] = note.hi;
@@ -286,6 +293,7 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
     json_begin(j);
     json_text(j, "event", "epoch");
     json_text(j, "system", r->name);
+    json_whole(j, "seed", r->seed);
     json_whole(j, "epoch", e + 1);
     json_real(j, "train_loss", r->train_loss[e] = loss / (double)images);
     json_real(j, "train_accuracy", r->train_accuracy[e] = accuracy / (double)images);
@@ -363,6 +371,8 @@ static result *train(const config *o, const cifar *data, const char *name, const
     uint32_t *order = allocate(data->train.count, sizeof *order);
     snprintf(r->name, sizeof r->name, "%s", name);
     r->experts = desc->n_experts;
+    r->top_k = desc->top_k;
+    r->seed = o->seed;
     r->train_loss = allocate(o->epochs * (8 + r->experts) + (CLASSES + 2) * r->experts, sizeof(double));
     r->test_loss = r->train_loss + o->epochs;
     r->train_accuracy = r->test_loss + o->epochs;
@@ -513,13 +523,13 @@ static void write_config(json *j, const config *o, const moe_desc *desc, const c
     json_end(j);
 }
 
-static void write_final(json *j, const config *o, const result *r, const char *event) {
+static void write_final(json *j, const result *r, const char *event) {
     char hash[17];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->checksum);
     json_begin(j);
     json_text(j, "event", event);
     json_text(j, "system", r->name);
-    json_whole(j, "seed", o->seed);
+    json_whole(j, "seed", r->seed);
     json_whole(j, "epochs", r->epochs);
     json_real(j, "train_loss", r->train_loss[r->epochs - 1]);
     json_real(j, "test_loss", r->test.loss);
@@ -567,6 +577,80 @@ static void print_tables(FILE *f, const result *r, const result *dense, score li
             3 * CIFAR_PIXELS * CLASSES + CLASSES, 3 * CIFAR_PIXELS * CLASSES + CLASSES);
 }
 
+static size_t identified(const result *r) {
+    size_t n = 0;
+    for (size_t e = 0; e < r->epochs; e++) n += isfinite(r->gamma[e]);
+    return n;
+}
+
+// What the two numbers of the routing do not tell, and why; "" if they do.
+static void explain(const result *r, char *out, size_t size) {
+    size_t known = identified(r), at = 0;
+    *out = 0;
+    if (r->experts == 1) return;
+    if (2 * known < r->epochs)
+        at = (size_t)snprintf(out, size,
+                              "gamma_eff is identified in %zu of %zu epochs: the router reads normalised features, "
+                              "so mean logits hardly differ (with --set \"score=mlp loss.switch=0.02\" they do). ",
+                              known, r->epochs);
+    if (!(r->ecology[0] > 0) && at < size)
+        snprintf(out + at, size - at,
+                 "The ecology number is 0: the loss has no entropy term (--set loss.entropy=X adds one).");
+}
+
+// For the rules of common/reading.h: the load is that of the test, gamma_eff that of the last epoch's training.
+static reading reading_of(const result *r) {
+    const moe_health *h = &r->health;
+    reading x = reading_unknown();
+    x.experts = (double)r->experts, x.top_k = (double)r->top_k, x.selected = (double)h->n_selected;
+    x.dead = (double)h->n_dead, x.dead_first = (double)h->n_dead_first;
+    x.maxvio = h->maxvio, x.effective = h->effective_experts, x.drop_rate = h->drop_rate;
+    x.logits = 1, x.masked = x.probabilities = 0;
+    x.gamma = r->game.gamma, x.excess = r->game.null.gamma_excess;
+    x.excess_lo = r->game.null.excess_lo, x.excess_hi = r->game.null.excess_hi;
+    x.batches = r->game_batches, x.batch_tokens = r->game_tokens;
+    x.ecology = r->game.ecology;
+    return reading_complete(x);
+}
+static const char reading_title[] = "In words (load: on the test images; gamma_eff: of the last epoch's training)";
+
+static void page_reading(FILE *f, const result *r) {
+    char text[READING_TEXT];
+    reading x = reading_of(r);
+    const reading_rule *rule;
+    if (r->experts == 1) return;
+    page_heading(f, reading_title);
+    page_card(f);
+    for (size_t at = 0; (rule = reading_next(&x, &at)) != NULL;) {
+        reading_text(rule, &x, text, sizeof text);
+        page_pre(f, text);
+    }
+    page_card_end(f);
+}
+
+// gamma_eff and the ecology number over the epochs, the panel that says something; returns whether any does.
+static int draw_game(FILE *f, const result *r) {
+    int with_gamma = identified(r) > 0, with_ecology = isfinite(r->ecology[0]) && r->ecology[0] > 0;
+    if (!f) return with_gamma || with_ecology; // only asked
+    double *epoch = allocate(r->epochs, sizeof *epoch);
+    plot_line ecology[] = {{"T H / (O + B)", r->ecology, r->epochs, 0}};
+    for (size_t i = 0; i < r->epochs; i++) epoch[i] = (double)(i + 1);
+    if (with_gamma)
+        plot_points(f, &(plot_point_chart){.box = {0, 710, 480, 300},
+                                           .title = "gamma_eff of the routing in training, where it is identified",
+                                           .x_label = "epoch",
+                                           .n = r->epochs,
+                                           .x = epoch,
+                                           .y = r->gamma,
+                                           .lo = r->gamma_lo,
+                                           .hi = r->gamma_hi,
+                                           .joined = 1});
+    if (with_ecology)
+        plot_lines(f, &(plot_chart){{480, 710, 480, 300}, "Ecology number", "epoch", ecology, 1, 0, 0});
+    free(epoch);
+    return with_gamma || with_ecology;
+}
+
 static void draw(FILE *f, const config *o, const result *r, const result *dense, score linear) {
     double peak = 0, share = 0, *level = allocate(r->epochs, sizeof *level);
     double *load = allocate(r->experts * r->epochs, sizeof *load);
@@ -587,21 +671,8 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
         {"test, linear", level, r->epochs, 1},
     };
     if (!dense) accuracy[2] = accuracy[3];
-    plot_line ecology[] = {{"T H / (O + B)", r->ecology, r->epochs, 0}};
-    plot_begin(f, 960, 1010, "CIFAR-10 with a Mixture of Experts");
-    double *epoch = allocate(r->epochs, sizeof *epoch);
-    for (size_t i = 0; i < r->epochs; i++) epoch[i] = (double)(i + 1);
-    plot_points(f, &(plot_point_chart){.box = {0, 710, 480, 300},
-                                       .title = "gamma_eff of the routing in training, where it is identified",
-                                       .x_label = "epoch",
-                                       .n = r->epochs,
-                                       .x = epoch,
-                                       .y = r->gamma,
-                                       .lo = r->gamma_lo,
-                                       .hi = r->gamma_hi,
-                                       .joined = 1});
-    free(epoch);
-    plot_lines(f, &(plot_chart){{480, 710, 480, 300}, "Ecology number", "epoch", ecology, 1, 0, 0});
+    plot_begin(f, 960, draw_game(NULL, r) ? 1010 : 710, "CIFAR-10 with a Mixture of Experts");
+    draw_game(f, r);
     plot_lines(f, &(plot_chart){{0, 0, 480, 330}, "Loss", "epoch", loss, dense ? 3 : 2, 0, 0});
     plot_lines(f, &(plot_chart){{480, 0, 480, 330}, "Accuracy", "epoch", accuracy, dense ? 4 : 3, 0, 0});
     plot_heat(f, &(plot_map){.box = {0, 340, 400, 360},
@@ -629,12 +700,13 @@ static void draw(FILE *f, const config *o, const result *r, const result *dense,
 }
 
 static void write_page(const config *o, const result *r, const result *dense, score linear, const cifar *data) {
-    char text[256], dead[96];
+    char text[512], dead[96];
     FILE *f = open_output(o->out, "cifar10.html");
     snprintf(text, sizeof text, "%s, %zu experts, %zu epochs over %zu images, seed %llu, %.0f s, %.0f images/s.",
              r->name, r->experts, r->epochs, data->train.count, (unsigned long long)o->seed, r->seconds,
              r->images_per_s);
     page_begin(f, "CIFAR-10 with a Mixture of Experts", text);
+    page_reading(f, r);
     page_card(f);
     page_table_begin(f);
     page_row(f, 1, "model|test accuracy|test loss|parameters|active");
@@ -646,6 +718,8 @@ static void write_page(const config *o, const result *r, const result *dense, sc
     page_card_end(f);
     page_card(f);
     draw(f, o, r, dense, linear);
+    explain(r, text, sizeof text);
+    if (*text) page_pre(f, text);
     page_card_end(f);
     page_heading(f, "The experts on the test images");
     page_card(f);
@@ -672,15 +746,84 @@ static void result_free(result *r) {
     free(r);
 }
 
+// ---- seeds ----
+
+typedef struct many {
+    result **mixture, **dense; // (seeds); dense NULL: not trained
+} many;
+
+// Mean and deviation of the models' test accuracy (0) or loss (1) over the seeds.
+static spread over_seeds(const config *o, result *const *r, int loss) {
+    double *value = allocate(o->seeds, sizeof *value);
+    for (size_t s = 0; s < o->seeds; s++) value[s] = loss ? r[s]->test.loss : 100 * r[s]->test.accuracy;
+    spread of = spread_of(o->seeds, value);
+    free(value);
+    return of;
+}
+
+static void write_seeds(json *j, const config *o, result *const *r) {
+    spread accuracy = over_seeds(o, r, 0);
+    accuracy.mean /= 100, accuracy.sd /= 100;
+    json_begin(j);
+    json_text(j, "event", "seeds");
+    json_text(j, "system", r[0]->name);
+    json_whole(j, "seeds", o->seeds);
+    spread_json(j, "test_loss", over_seeds(o, r, 1));
+    spread_json(j, "test_accuracy", accuracy);
+    json_end(j);
+}
+
+static void print_seeds(FILE *f, const config *o, const many *runs) {
+    char accuracy[64], loss[64];
+    fprintf(f, "\n%-24s     test accuracy         test loss   mean +- deviation of %zu seeds\n", "", o->seeds);
+    for (int i = 0; i < 2; i++) {
+        result *const *r = i ? runs->dense : runs->mixture;
+        if (!r[0]) continue;
+        spread_text(over_seeds(o, r, 0), "%.2f%%", accuracy, sizeof accuracy);
+        spread_text(over_seeds(o, r, 1), "%.4f", loss, sizeof loss);
+        fprintf(f, "%-24s  %16s  %16s\n", r[0]->name, accuracy, loss);
+    }
+}
+
+// The tables and pictures are the first seed's.
+static many train_seeds(const config *o, const cifar *data, const moe_desc *desc, const moe_desc *dense, json *j) {
+    many runs = {allocate(o->seeds, sizeof *runs.mixture), allocate(o->seeds, sizeof *runs.dense)};
+    for (size_t s = 0; s < o->seeds; s++) {
+        config one = *o;
+        moe_desc mixture = *desc, beside = dense ? *dense : *desc;
+        one.seed = o->seed + s;
+        mixture.seed = beside.seed = desc->seed + s;
+        runs.mixture[s] = train(&one, data, o->system, &mixture, j);
+        if (dense) {
+            runs.dense[s] = train(&one, data, "dense", &beside, j);
+            write_final(j, runs.dense[s], "dense");
+        }
+        write_final(j, runs.mixture[s], "final");
+    }
+    if (o->seeds > 1 && dense) write_seeds(j, o, runs.dense);
+    if (o->seeds > 1) write_seeds(j, o, runs.mixture);
+    return runs;
+}
+
+static void many_free(const config *o, many *runs) {
+    for (size_t s = 0; s < o->seeds; s++) result_free(runs->mixture[s]), result_free(runs->dense[s]);
+    free(runs->mixture);
+    free(runs->dense);
+}
+
+// ---- the program ----
+
 static void parse(config *o, int argc, char **argv) {
     args_option options[] = {
         ARGS_DATA(&o->data),
         ARGS_EPOCHS(&o->epochs),
         ARGS_STEPS(&o->steps),
         ARGS_SEED(&o->seed),
+        ARGS_SEEDS(&o->seeds),
         ARGS_THREADS(&o->threads),
         ARGS_ISA(&o->isa),
         ARGS_SYSTEM(&o->system, "a row of moe.h's table of systems (build/zoo lists them)"),
+        ARGS_SET(&o->set),
         ARGS_EXPERTS(&o->experts),
         ARGS_TOP_K(&o->top_k),
         {"tokens", ARGS_FLAG, &o->tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
@@ -726,6 +869,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     if (o->top_k) nn_top_k(&desc, o->top_k);
     if (desc.loss[MOE_LOSS_SWITCH] > 0) desc.loss[MOE_LOSS_SWITCH] = balance_weight;
     if (o->balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o->balance;
+    nn_set("cifar10", &desc, o->set);
     size_t side = CIFAR_SIDE - 1; // of the last feature map
     for (int i = 0; i < BLOCKS; i++) side /= 2;
     desc.sequence = o->tokens ? side * side : 1; // an image
@@ -769,12 +913,20 @@ static void report(const config *o, const cifar *data, const result *r, const re
     close_output(svg, "cifar10.svg");
     write_page(o, r, other, linear, data);
     print_tables(human, r, other, linear);
+    char text[512];
+    explain(r, text, sizeof text);
+    if (*text) fprintf(human, "\n%s\n", text);
+    if (r->experts > 1) {
+        reading x = reading_of(r);
+        fprintf(human, "\n%s\n", reading_title);
+        reading_print(human, "the mixture", &x);
+    }
     fprintf(human, "\nchecksum %016llx; %.1f s; see %s/cifar10.html, .svg, .jsonl\n", (unsigned long long)r->checksum,
             r->seconds, o->out);
 }
 
 int main(int argc, char **argv) {
-    config o = {.system = "mixtral", .isa = "auto", .out = "out", .seed = 1};
+    config o = {.system = "mixtral", .isa = "auto", .out = "out", .seed = 1, .seeds = 1};
     cifar data;
     parse(&o, argc, argv);
     cifar_load(&data, o.data, argv[0]);
@@ -790,14 +942,11 @@ int main(int argc, char **argv) {
             moe_workers(&desc.parallel) == 1 ? "" : "s");
     fflush(human);
     score linear = linear_baseline(&o, &desc.parallel, &data, &j);
-    result *r = train(&o, &data, o.system, &desc, &j);
-    result *other = beside ? train(&o, &data, "dense", &dense, &j) : NULL;
-    if (other) write_final(&j, &o, other, "dense");
-    write_final(&j, &o, r, "final");
+    many runs = train_seeds(&o, &data, &desc, beside ? &dense : NULL, &j);
     close_output(j.file[0], "cifar10.jsonl");
-    report(&o, &data, r, other, linear, human);
-    result_free(r);
-    result_free(other);
+    report(&o, &data, runs.mixture[0], runs.dense[0], linear, human);
+    if (o.seeds > 1) print_seeds(human, &o, &runs);
+    many_free(&o, &runs);
     cifar_free(&data);
     return 0;
 }

@@ -4,6 +4,7 @@
 //     build/inspect --top-k 8 logits.npy               (tokens, experts) or (layers, tokens, experts)
 //     build/inspect --logits z.npy --indices i.npy     the load is that of the indices
 //     build/inspect --router model.safetensors --top-k 8 hidden.npy
+//     build/inspect --explain                          the same in words: what is wrong, and which knob to turn
 //     build/inspect --series --steps-at 1000,2000,4000 a.npy b.npy c.npy
 //
 // For each layer: the load and its metrics, and gamma_eff of the congestion game with its interval. docs/inspect.md
@@ -15,16 +16,18 @@
 #include "common/json.h"
 #include "common/plot.h"
 #include "common/progress.h"
+#include "common/reading.h"
+#include "common/relations.h"
 
 #include <math.h>
 
-enum { SAMPLE = 4096, MAX_LABELS = 4096 };
+enum { SAMPLE = 4096, MAX_LABELS = 4096, MAX_RELATED = 4096 };
 
 typedef struct config {
-    const char *logits, *indices, *labels, *router, *steps_at, *out;
+    const char *logits, *indices, *labels, *router, *steps_at, *compare, *out;
     size_t top_k, experts, batches, bootstrap, types, threads;
     uint64_t seed;
-    int series, bf16, probabilities, json, html, quiet;
+    int series, bf16, probabilities, explain, relations, csv, json, html, quiet;
     const char **file;
     size_t n_files;
     moe_parallel parallel;
@@ -35,7 +38,8 @@ typedef struct layer {
     const char *path;
     size_t layer, tokens, experts, top_k;
     double *load; // (experts): shares
-    double maxvio, cv, gini, entropy, effective;
+    double maxvio, cv, gini, entropy, effective, selected;
+    size_t batches;
     dead_note dead;
     int has_logits, identified, feasible, probabilities;
     size_t masked;       // experts without a mean logit
@@ -49,7 +53,11 @@ typedef struct layer {
     double gamma_by[MOE_QUALITY_COUNT];
     double *replicate; // (bootstrap): gamma less the null's
     size_t ecology[MOE_ECOLOGY_COUNT];
-    double purity; // share of the tokens whose label is their expert's most frequent one
+    size_t n_sample;
+    int32_t *choice;  // (n_sample, top_k): of an even sample of rows, the same in every layer and dump of as many
+    uint32_t *batch;  // (n_sample)
+    relation_information domain; // first choice and label, of that sample
+    double purity; // share of the labelled tokens whose label is their expert's most frequent one
 } layer;
 
 static void must(moe_status s, const char *what) {
@@ -72,19 +80,21 @@ static void load_metrics(layer *r, const dump_layer *d) {
     must(moe_health_update(&h), "health");
     r->load = allocate(E, sizeof *r->load);
     for (size_t e = 0; e < E && h.n_selected; e++) r->load[e] = (double)h.load[e] / (double)h.n_selected;
+    r->selected = (double)h.n_selected, r->batches = d->game->n_batches;
     r->maxvio = h.maxvio, r->cv = h.load_cv, r->gini = h.gini;
     r->effective = h.effective_experts, r->entropy = h.n_selected ? log(h.effective_experts) : 0;
     r->dead = dead_take(&h);
     if (h.n_selected) must(moe_game_feasible(E, d->top_k, r->load, &r->feasible), "feasible");
     if (d->labels) {
-        uint64_t *right = allocate(E, sizeof *right), hits = 0, tokens = 0;
+        uint64_t *right = allocate(2 * E, sizeof *right), *seen = right + E, hits = 0, tokens = 0;
         moe_ecology_kind *kind = allocate(E, sizeof *kind);
         size_t cells = E * d->n_labels;
         for (size_t w = 1; w < moe_workers(d->parallel); w++)
             for (size_t i = 0; i < cells; i++) d->labelled[i] += d->labelled[w * cells + i];
         must(moe_label_majority(E, d->n_labels, d->labelled, right), "labels");
-        must(moe_ecology_classes(E, h.top1, right, kind), "ecology");
-        for (size_t e = 0; e < E; e++) r->ecology[kind[e]]++, hits += right[e], tokens += h.top1[e];
+        for (size_t i = 0; i < cells; i++) seen[i / d->n_labels] += d->labelled[i];
+        must(moe_ecology_classes(E, seen, right, kind), "ecology"); // a token without a label says nothing of purity
+        for (size_t e = 0; e < E; e++) r->ecology[kind[e]]++, hits += right[e], tokens += seen[e];
         r->n_labels = d->n_labels;
         r->labels = allocate(cells, sizeof *r->labels);
         memcpy(r->labels, d->labelled, cells * sizeof *r->labels);
@@ -174,6 +184,18 @@ static void game_metrics(const config *o, layer *r, const dump_layer *d) {
     free(quality);
 }
 
+// The sample's choices stay with the layer; what they say of labels.
+static void keep_choices(const config *o, layer *r, const dump_layer *d) {
+    size_t S = r->n_sample = d->n_sample;
+    r->choice = allocate(S * d->top_k, sizeof *r->choice);
+    r->batch = allocate(S, sizeof *r->batch);
+    memcpy(r->choice, d->sample_index, S * d->top_k * sizeof *r->choice);
+    memcpy(r->batch, d->sample_batch, S * sizeof *r->batch);
+    if (d->labels)
+        r->domain = relation_inform(S, r->choice, d->top_k, d->sample_label, 1, r->batch, r->batches, o->bootstrap,
+                                    o->seed);
+}
+
 // How much the choice at the layer before decides the value of this one: needs the same tokens of both.
 static double epsilon_of(const dump_layer *before, const dump_layer *now, const layer *r) {
     double epsilon, *work = allocate(2 * before->experts, sizeof *work);
@@ -215,6 +237,7 @@ static dump_layer *layer_memory(const config *o, const dump_layer *like) {
     d->sample = allocate(d->n_sample * d->experts, sizeof *d->sample);
     d->sample_index = allocate(d->n_sample * d->top_k, sizeof *d->sample_index);
     d->sample_batch = allocate(d->n_sample, sizeof *d->sample_batch);
+    if (d->labels) d->sample_label = allocate(d->n_sample, sizeof *d->sample_label);
     return d;
 }
 
@@ -245,6 +268,7 @@ static void inspect(const config *o, const dump_layer *like, size_t layers, cons
         if (!r.tokens) dump_fail(d->indices->path, 0, "layer %zu: %s", r.layer, moe_status_string(MOE_E_NO_TOKENS));
         load_metrics(&r, d);
         game_metrics(o, &r, d);
+        keep_choices(o, &r, d);
         if (i && d->logits && !r.masked && !t->row[t->n - 1].masked)
             t->row[t->n - 1].epsilon = epsilon_of(memory[(i - 1) % 2], d, &r);
         if (i + 1 == layers && d->logits && !r.masked) r.epsilon = 0; // the last layer's, by definition
@@ -255,7 +279,7 @@ static void inspect(const config *o, const dump_layer *like, size_t layers, cons
     for (int i = 0; i < 2; i++) {
         dump_layer *d = memory[i]; // the game's own block is small, and stays until the end
         free(d->first), free(d->labelled), free(d->sample), free(d->sample_index), free(d->sample_batch), free(d->game);
-        free(d);
+        free(d->sample_label), free(d);
     }
 }
 
@@ -453,6 +477,57 @@ static series make_series(const config *o, const table *t, const size_t *end) {
 
 // ---- output ----
 
+// What is known of a layer, for the rules of common/reading.h.
+static reading reading_of(const layer *r) {
+    reading x = reading_unknown();
+    x.experts = (double)r->experts, x.top_k = (double)r->top_k, x.selected = r->selected;
+    x.dead = (double)r->dead.n, x.dead_first = (double)r->dead.first;
+    x.maxvio = r->maxvio, x.effective = r->effective;
+    x.logits = r->has_logits, x.masked = (double)r->masked, x.probabilities = r->probabilities;
+    x.batches = (double)r->batches, x.batch_tokens = (double)r->tokens / (double)r->batches;
+    if (r->probabilities) return reading_complete(x); // gamma_eff would be of the wrong numbers
+    x.gamma = r->gamma, x.ols = r->gamma_ols, x.excess = r->null.gamma_excess;
+    if (r->replicate) x.excess_lo = r->null.excess_lo, x.excess_hi = r->null.excess_hi;
+    return reading_complete(x);
+}
+
+// All layers' lines; and as JSON, an object a line.
+static void explain(FILE *f, json *j, const table *t) {
+    char where[80], text[READING_TEXT];
+    for (size_t i = 0; i < t->n; i++) {
+        reading r = reading_of(&t->row[i]);
+        snprintf(where, sizeof where, "layer %zu", t->row[i].layer);
+        if (f) reading_print(f, where, &r);
+        const reading_rule *rule;
+        for (size_t at = 0; j && (rule = reading_next(&r, &at)) != NULL;) {
+            reading_text(rule, &r, text, sizeof text);
+            json_begin(j);
+            json_text(j, "event", "reading");
+            json_whole(j, "layer", t->row[i].layer);
+            json_text(j, "rule", rule->name);
+            json_text(j, "text", text);
+            json_end(j);
+        }
+    }
+}
+static void page_explain(FILE *f, const table *t) {
+    char text[READING_TEXT];
+    page_heading(f, "In words");
+    page_card(f);
+    page_table_begin(f);
+    page_row(f, 1, "layer|<reading");
+    for (size_t i = 0; i < t->n; i++) {
+        reading r = reading_of(&t->row[i]);
+        const reading_rule *rule;
+        for (size_t at = 0; (rule = reading_next(&r, &at)) != NULL;) {
+            reading_text(rule, &r, text, sizeof text);
+            page_row(f, 0, "%zu|<%s", t->row[i].layer, text);
+        }
+    }
+    page_table_end(f);
+    page_card_end(f);
+}
+
 // The experts that take most of a label's tokens, best first: top (3), -1 where there is none.
 static void top_experts(const layer *r, size_t label, int top[3], double share[3]) {
     double sum = 0;
@@ -476,6 +551,10 @@ static void top_text(const layer *r, size_t label, char out[80]) {
 
 static void write_labels(json *j, const layer *r) {
     json_real(j, "purity", r->purity);
+    json_real(j, "label_information", r->domain.nats);
+    json_real(j, "label_information_share", r->domain.share);
+    json_real(j, "label_information_lo", r->domain.lo);
+    json_real(j, "label_information_hi", r->domain.hi);
     json_list_begin(j, "labels"); // first choices: for each expert a list of its tokens by label
     for (size_t e = 0; e < r->experts; e++) {
         json_list_begin(j, NULL);
@@ -573,6 +652,21 @@ static void gamma_text(char out[2][40], const layer *r) { // gamma_eff, and its 
     interval_text(out[1], r, r->null.gamma_excess, r->null.excess_lo, r->null.excess_hi);
 }
 
+static void information_text(char out[80], const relation_information *r) {
+    if (!isfinite(r->nats)) strcpy(out, "-");
+    else if (isfinite(r->lo))
+        snprintf(out, 80, "%.4f [%.4f, %.4f], %.1f%%", r->nats, r->lo, r->hi, 100 * r->share);
+    else snprintf(out, 80, "%.4f, %.1f%%", r->nats, 100 * r->share);
+}
+static void print_domains(FILE *f, const table *t) {
+    char text[80];
+    fprintf(f, "\nMutual information of first choice and label, in nats [95%%]; its share of the labels' entropy\n");
+    for (size_t i = 0; i < t->n; i++) {
+        information_text(text, &t->row[i].domain);
+        fprintf(f, "%5zu  %s\n", t->row[i].layer, text);
+    }
+}
+
 // The experts of each label, and what else is to be said of a layer.
 static void print_labels(FILE *f, const table *t) {
     char text[80];
@@ -664,6 +758,7 @@ static void print_table(FILE *f, const config *o, const table *t) {
             for (int k = MOE_ECOLOGY_COUNT; k-- > 0;) fprintf(f, "  %10zu", t->row[i].ecology[k]);
         }
         fprintf(f, "\n");
+        print_domains(f, t);
         print_labels(f, t);
     }
     fprintf(
@@ -681,6 +776,273 @@ static void print_series(FILE *f, const series *s) {
         fprintf(f, "%-12g  %9.2f  %6.2f [%.2f, %.2f]  %s\n", s->step[c], s->gamma[c], s->excess[c], s->lo[c], s->hi[c],
                 phase ? phase : "");
     }
+}
+
+// ---- relations of choices ----
+
+// One matrix as a list of lists.
+static void write_matrix(json *j, const char *key, size_t rows, size_t cols, const double *value) {
+    json_list_begin(j, key);
+    for (size_t r = 0; r < rows; r++) {
+        json_list_begin(j, NULL);
+        for (size_t c = 0; c < cols; c++) json_real(j, NULL, value[r * cols + c]);
+        json_list_end(j);
+    }
+    json_list_end(j);
+}
+
+// A map on the page; hi 0: the largest value.
+static void draw_map(FILE *page, const char *title, const char *x_label, size_t rows, size_t cols, const double *value,
+                     double hi) {
+    if (!page) return;
+    double height = 90 + fmin(22 * (double)rows, 700), top = hi;
+    for (size_t i = 0; hi <= 0 && i < rows * cols; i++) top = fmax(top, value[i]);
+    page_card(page);
+    plot_begin(page, 960, height, title);
+    plot_heat(page, &(plot_map){.box = {0, 0, 960, height},
+                                .title = title,
+                                .x_label = x_label,
+                                .rows = rows,
+                                .cols = cols,
+                                .value = value,
+                                .hi = top,
+                                .scale_format = "%.2g"});
+    plot_end(page);
+    page_card_end(page);
+}
+
+// Where all of it goes; any may be NULL.
+typedef struct outputs {
+    FILE *human, *page;
+    json *lines;
+} outputs;
+
+// The pairs of a layer that are chosen together most above what is expected, of those expected at least 5 times.
+static void show_together(const outputs *to, const layer *r) {
+    size_t E = r->experts, shown = 0, used = E * E;
+    uint64_t *count = allocate(used, sizeof *count);
+    double *expected = allocate(2 * used, sizeof *expected), *ratio = expected + used;
+    char title[80];
+    relation_together(r->n_sample, E, r->top_k, r->choice, count, expected, ratio);
+    snprintf(title, sizeof title, "Layer %zu: chosen together, observed / expected", r->layer);
+    draw_map(to->page, title, "expert", E, E, ratio, 0);
+    if (to->lines) {
+        json_begin(to->lines);
+        json_text(to->lines, "event", "together");
+        json_whole(to->lines, "layer", r->layer);
+        write_matrix(to->lines, "ratio", E, E, ratio);
+        json_end(to->lines);
+    }
+    if (to->human) fprintf(to->human, "%5zu ", r->layer);
+    double last = INFINITY;
+    for (size_t best = used; to->human && shown < 3; shown++) { // a tie: the first pair alone
+        best = used;
+        for (size_t i = 0; i < used; i++) {
+            if (i / E >= i % E || !(expected[i] >= 5) || !(ratio[i] < last)) continue;
+            if (best == used || ratio[i] > ratio[best]) best = i;
+        }
+        if (best == used) break;
+        last = ratio[best];
+        fprintf(to->human, "  %zu+%zu %.2f (%llu of %.1f)", best / E, best % E, last, (unsigned long long)count[best],
+                expected[best]);
+    }
+    if (to->human) fprintf(to->human, shown ? "\n" : "  -\n");
+    free(count), free(expected);
+}
+
+static void show_transition(const outputs *to, const config *o, const layer *a, const layer *b) {
+    char title[96], text[80];
+    double *share = allocate(a->experts * b->experts, sizeof *share);
+    relation_information x = relation_inform(a->n_sample, a->choice, a->top_k, b->choice, b->top_k, a->batch,
+                                             a->batches, o->bootstrap, o->seed);
+    relation_transitions(a->n_sample, a->experts, a->top_k, a->choice, b->experts, b->top_k, b->choice, share);
+    snprintf(title, sizeof title, "From layer %zu (rows) to layer %zu: share of an expert's tokens", a->layer,
+             b->layer);
+    draw_map(to->page, title, "expert of the next layer", a->experts, b->experts, share, 1);
+    information_text(text, &x);
+    if (to->human) fprintf(to->human, "%5zu -> %-5zu  %s\n", a->layer, b->layer, text);
+    if (to->lines) {
+        json_begin(to->lines);
+        json_text(to->lines, "event", "transition");
+        json_whole(to->lines, "from", a->layer);
+        json_whole(to->lines, "to", b->layer);
+        json_whole(to->lines, "pairs", x.pairs);
+        json_real(to->lines, "information", x.nats);
+        json_real(to->lines, "information_share", x.share);
+        json_real(to->lines, "information_lo", x.lo);
+        json_real(to->lines, "information_hi", x.hi);
+        write_matrix(to->lines, "share", a->experts, b->experts, share);
+        json_end(to->lines);
+    }
+    free(share);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Five numbers of n, those that are not finite left out: least, quartiles (on a straight line between two), most.
+static void percentiles(size_t n, double *value, double five[5]) {
+    size_t known = 0;
+    for (size_t i = 0; i < n; i++)
+        if (isfinite(value[i])) value[known++] = value[i];
+    qsort(value, known, sizeof *value, by_value);
+    for (int q = 0; q < 5; q++) {
+        double at = 0.25 * q * (double)(known - 1);
+        size_t low = (size_t)at;
+        five[q] = NAN;
+        if (known) five[q] = value[low];
+        if (known && low + 1 < known) five[q] += (at - (double)low) * (value[low + 1] - value[low]);
+    }
+}
+
+static void show_percentiles(const outputs *to, const table *t) {
+    static const char *const name[] = {"maxvio", "gini", "effective_experts", "dead", "gamma_eff", "gamma_excess"};
+    double *value = allocate(t->n, sizeof *value), five[5];
+    char a[5][16];
+    if (to->human) fprintf(to->human, "\nOver %zu layers          least      25%%   median      75%%     most\n", t->n);
+    if (to->lines) json_begin(to->lines), json_text(to->lines, "event", "percentiles");
+    for (size_t k = 0; k < sizeof name / sizeof *name; k++) {
+        for (size_t i = 0; i < t->n; i++) {
+            const layer *r = &t->row[i];
+            const double of[] = {r->maxvio, r->gini, r->effective, (double)r->dead.n, r->gamma, r->null.gamma_excess};
+            value[i] = of[k];
+        }
+        percentiles(t->n, value, five);
+        for (int q = 0; q < 5; q++) show(a[q], "%.3f", five[q]);
+        if (to->human)
+            fprintf(to->human, "%-18s  %8s %8s %8s %8s %8s\n", name[k], a[0], a[1], a[2], a[3], a[4]);
+        if (!to->lines) continue;
+        json_list_begin(to->lines, name[k]);
+        for (int q = 0; q < 5; q++) json_real(to->lines, NULL, five[q]);
+        json_list_end(to->lines);
+    }
+    if (to->lines) json_end(to->lines);
+    free(value);
+}
+
+static void show_relations(const outputs *to, const config *o, const table *t) {
+    for (size_t i = 0; i < t->n; i++)
+        if (t->row[i].experts > MAX_RELATED)
+            args_fail("inspect", "--relations: %zu experts, at most %d", t->row[i].experts, MAX_RELATED);
+    show_percentiles(to, t);
+    if (to->human && t->row[0].top_k > 1)
+        fprintf(to->human, "\nlayer  chosen together most: observed / expected, of pairs expected 5 times or more, on "
+                           "a sample\n");
+    for (size_t i = 0; i < t->n && t->row[0].top_k > 1; i++) show_together(to, &t->row[i]);
+    if (to->human && t->n > 1)
+        fprintf(to->human, "\nfrom -> to     mutual information of the first choices, in nats [95%%], and its share of "
+                           "the next layer's entropy\n");
+    for (size_t i = 1; i < t->n; i++)
+        if (t->row[i].path == t->row[i - 1].path) show_transition(to, o, &t->row[i - 1], &t->row[i]);
+}
+
+// ---- two dumps ----
+
+// NaN where tokens, experts or top-k are not the same.
+static int same_tokens(const layer *a, const layer *b) {
+    return a->experts == b->experts && a->top_k == b->top_k && a->tokens == b->tokens && a->n_sample == b->n_sample;
+}
+static relation_overlap overlap_of(const layer *a, const layer *b) {
+    if (!same_tokens(a, b)) return (relation_overlap){0, NAN, NAN, NAN, NAN};
+    return relation_overlap_of(a->n_sample, a->experts, a->top_k, a->choice, b->choice);
+}
+
+// What is kept, over the layers.
+static void draw_kept(FILE *f, const table *a, const table *b, size_t n) {
+    enum { LINES = 4 };
+    static const char *const name[] = {"first choice", "all choices", "first, by chance", "all, by chance"};
+    double *value = allocate(LINES * n, sizeof *value);
+    plot_line line[LINES];
+    for (size_t i = 0; i < n; i++) {
+        relation_overlap x = overlap_of(&a->row[i], &b->row[i]);
+        const double of[LINES] = {x.top1, x.topk, x.chance_top1, x.chance_topk};
+        for (size_t k = 0; k < LINES; k++) value[k * n + i] = of[k];
+    }
+    for (size_t k = 0; k < LINES; k++) line[k] = (plot_line){name[k], value + k * n, n, k > 1};
+    plot_begin(f, 960, 320, "Choices kept");
+    plot_lines(f, &(plot_chart){{0, 0, 960, 320}, "Share of the choices that both dumps have", "layer, from 1", line,
+                                LINES, 0, 1});
+    plot_end(f);
+    free(value);
+}
+
+// Of one layer in both: beside each other, and where the tokens are the same, how many of their choices are kept.
+static void compare_layer(const outputs *to, const layer *a, const layer *b) {
+    relation_overlap x = overlap_of(a, b);
+    double moved = a->experts == b->experts ? 0 : NAN, churn = NAN;
+    for (size_t e = 0; a->experts == b->experts && e < a->experts; e++) moved += fabs(a->load[e] - b->load[e]) / 2;
+    if (same_tokens(a, b) && moe_churn(a->n_sample, a->top_k, a->choice, b->choice, &churn)) churn = NAN;
+    if (to->human) {
+        char s[8][16];
+        fprintf(to->human, "%5zu  %6s (%6s)  %6s (%6s)  %6s  %6s   %6.3f %6.3f  %7.2f %7.2f  %4zu %4zu  %7s %7s\n",
+                a->layer, show(s[0], "%.3f", x.top1), show(s[1], "%.3f", x.chance_top1), show(s[2], "%.3f", x.topk),
+                show(s[3], "%.3f", x.chance_topk), show(s[4], "%.3f", churn), show(s[5], "%.3f", moved), a->maxvio,
+                b->maxvio, a->effective, b->effective, a->dead.n, b->dead.n,
+                show(s[6], "%.2f", a->null.gamma_excess), show(s[7], "%.2f", b->null.gamma_excess));
+    }
+    if (!to->lines) return;
+    json *j = to->lines;
+    const struct {
+        const char *key;
+        double value;
+    } real[] = {{"top1_overlap", x.top1},          {"top1_chance", x.chance_top1},    {"topk_overlap", x.topk},
+                {"topk_chance", x.chance_topk},    {"churn", churn},                  {"load_moved", moved},
+                {"maxvio", a->maxvio},             {"other_maxvio", b->maxvio},       {"gini", a->gini},
+                {"other_gini", b->gini},           {"effective_experts", a->effective},
+                {"other_effective_experts", b->effective}, {"gamma_eff", a->gamma},   {"other_gamma_eff", b->gamma},
+                {"gamma_excess", a->null.gamma_excess},    {"other_gamma_excess", b->null.gamma_excess}};
+    json_begin(j);
+    json_text(j, "event", "compare");
+    json_whole(j, "layer", a->layer);
+    json_whole(j, "tokens", x.tokens);
+    for (size_t i = 0; i < sizeof real / sizeof *real; i++) json_real(j, real[i].key, real[i].value);
+    json_whole(j, "dead", a->dead.n);
+    json_whole(j, "other_dead", b->dead.n);
+    json_end(j);
+}
+
+static void draw_loads(FILE *f, const table *t);
+
+static void compare_table(FILE *f, const table *a, const table *b, size_t n) {
+    char s[4][16];
+    page_table_begin(f);
+    page_row(f, 1, "layer|first choice kept|by chance|all kept|by chance|MaxVio|other|effective|other|dead|other");
+    for (size_t i = 0; i < n; i++) {
+        const layer *x = &a->row[i], *y = &b->row[i];
+        relation_overlap kept = overlap_of(x, y);
+        page_row(f, 0, "%zu|%s|%s|%s|%s|%.3f|%.3f|%.2f|%.2f|%zu|%zu", x->layer, show(s[0], "%.3f", kept.top1),
+                 show(s[1], "%.3f", kept.chance_top1), show(s[2], "%.3f", kept.topk),
+                 show(s[3], "%.3f", kept.chance_topk), x->maxvio, y->maxvio, x->effective, y->effective, x->dead.n,
+                 y->dead.n);
+    }
+    page_table_end(f);
+}
+
+static void compare(const outputs *to, const table *a, const table *b) {
+    size_t n = a->n < b->n ? a->n : b->n;
+    if (to->human) {
+        fprintf(to->human, "\n%s, and %s\n", a->row->path, b->row->path);
+        if (a->n != b->n) fprintf(to->human, "%zu and %zu layers: the first %zu of both\n", a->n, b->n, n);
+        fprintf(to->human, "layer  top-1 kept (chance)  top-k kept (chance)  churn   moved   MaxVio         effective"
+                           "        dead       excess\n");
+    }
+    for (size_t i = 0; i < n; i++) compare_layer(to, &a->row[i], &b->row[i]);
+    if (to->human)
+        fprintf(to->human, "Kept: share of the tokens' first choice, of all their choices (chance: tokens shuffled).\n"
+                           "Churn: tokens whose set differs. Moved: share of the load. A dash: not the same "
+                           "tokens, experts or top-k.\n");
+    if (!to->page) return;
+    page_heading(to->page, "Against another dump");
+    page_card(to->page);
+    if (n > 1) draw_kept(to->page, a, b, n);
+    compare_table(to->page, a, b, n);
+    page_card_end(to->page);
+    page_heading(to->page, b->row->path);
+    page_card(to->page);
+    draw_loads(to->page, b);
+    page_card_end(to->page);
 }
 
 static void draw_loads(FILE *f, const table *t) {
@@ -798,7 +1160,7 @@ static void page_labels(FILE *f, const layer *r) {
     free(share);
 }
 
-static void write_page(const config *o, const table *t, const series *s, size_t last) {
+static void write_page(const config *o, const table *t, const table *other, const series *s, size_t last) {
     char text[256], dead[256], gamma[2][40], a[6][16];
     table shown = {t->row + last, t->n - last}; // of a series the last checkpoint
     FILE *f = open_output(o->out, "inspect.html");
@@ -806,6 +1168,7 @@ static void write_page(const config *o, const table *t, const series *s, size_t 
         text, sizeof text, "%s: %zu layers, %zu tokens, %zu experts, top-%zu; %zu batches, %zu bootstrap replicates.",
         shown.row->path, shown.n, shown.row->tokens, shown.row->experts, shown.row->top_k, o->batches, o->bootstrap);
     page_begin(f, "How a model routes", text);
+    page_explain(f, &shown);
     if (s) {
         page_heading(f, "Over training");
         page_card(f);
@@ -836,6 +1199,9 @@ static void write_page(const config *o, const table *t, const series *s, size_t 
     }
     page_table_end(f);
     page_card_end(f);
+    const outputs to_page = {NULL, f, NULL};
+    if (other) compare(&to_page, &shown, other);
+    if (o->relations) show_relations(&to_page, o, &shown);
     for (size_t i = 0; i < shown.n; i++)
         if (shown.row[i].labels) page_labels(f, &shown.row[i]);
     page_pre(
@@ -847,6 +1213,35 @@ static void write_page(const config *o, const table *t, const series *s, size_t 
         "that.");
     page_end(f);
     close_output(f, "inspect.html");
+}
+
+// A layer a row, the keys of the JSON; an empty field is its null.
+static void write_csv(const config *o, const table *const *tables, size_t n) {
+    FILE *f = open_output(o->out, "inspect.csv");
+    fprintf(f, "file,layer,tokens,experts,top_k,dead,dead_first,masked,identified,feasible,maxvio,cv,gini,entropy,"
+               "effective_experts,gamma_eff,gamma_lo,gamma_hi,gamma_null,gamma_excess,excess_lo,excess_hi,gamma_ols,"
+               "temperature,l1_game,l1_softmax,l1_uniform,l1_types_coupled,l1_types_independent,"
+               "label_information,label_information_lo,label_information_hi\n");
+    for (size_t k = 0; k < n; k++)
+        for (size_t i = 0; i < tables[k]->n; i++) {
+            const layer *r = &tables[k]->row[i];
+            const int labels = r->labels != NULL;
+            const double real[] = {r->maxvio, r->cv, r->gini, r->entropy, r->effective, r->gamma, r->lo, r->hi,
+                                   r->null.gamma_null, r->null.gamma_excess, r->null.excess_lo, r->null.excess_hi,
+                                   r->gamma_ols, r->temperature, r->l1_game, r->l1_softmax, r->l1_uniform,
+                                   r->l1_coupled, r->l1_independent, r->domain.nats, r->domain.lo, r->domain.hi};
+            const size_t count = sizeof real / sizeof *real;
+            fputc('"', f);
+            for (const char *c = r->path; *c; c++) fprintf(f, *c == '"' ? "\"\"" : "%c", *c);
+            fprintf(f, "\",%zu,%zu,%zu,%zu,%zu,%zu,%zu,%s,%s", r->layer, r->tokens, r->experts, r->top_k, r->dead.n,
+                    r->dead.first, r->masked, r->identified ? "true" : "false", r->feasible ? "true" : "false");
+            for (size_t m = 0; m < count; m++) {
+                if (isfinite(real[m]) && (labels || m + 3 < count)) fprintf(f, ",%.9g", real[m]);
+                else fputc(',', f);
+            }
+            fputc('\n', f);
+        }
+    close_output(f, "inspect.csv");
 }
 
 // The routers that the repository carries, from the current folder or from that of the program.
@@ -879,6 +1274,10 @@ static void parse(config *o, int argc, char **argv) {
         {"batches", ARGS_SIZE, &o->batches, "N", "batches that the bootstrap draws from", 1, 1 << 20},
         {"bootstrap", ARGS_SIZE, &o->bootstrap, "N", "replicates for the intervals (0: none)", 0, 1 << 24},
         {"types", ARGS_SIZE, &o->types, "C", "types of tokens", 1, 64},
+        {"explain", ARGS_FLAG, &o->explain, NULL, "in words: what is wrong, how sure that is, what to do", 0, 0},
+        {"relations", ARGS_FLAG, &o->relations, NULL, "chosen together, from layer to layer, over the layers", 0, 0},
+        {"compare", ARGS_TEXT, &o->compare, "FILE", "another dump, beside the first: what is kept", 0, 0},
+        {"csv", ARGS_FLAG, &o->csv, NULL, "write inspect.csv, a layer a row", 0, 0},
         {"series", ARGS_FLAG, &o->series, NULL, "the files are checkpoints, in order", 0, 0},
         {"steps-at", ARGS_TEXT, &o->steps_at, "A,B,...", "the checkpoints' steps (default: 1, 2, ...)", 0, 0},
         ARGS_SEED(&o->seed),
@@ -901,6 +1300,7 @@ static void parse(config *o, int argc, char **argv) {
         o->file[o->n_files++] = sample_path(argv[0]);
         if (!o->top_k) o->top_k = 2; // the sample's
     }
+    if (o->compare && (o->series || o->n_files > 1)) args_fail("inspect", "--compare: with one dump, no --series");
     if (o->router && !o->n_files) args_fail("inspect", "--router: a file of hidden states is needed");
 }
 
@@ -922,24 +1322,54 @@ static void inspect_all(config *o, table *t, size_t *end, json *j) {
     }
 }
 
+// The dump that is compared: choices, or numbers of the kind that the first one has.
+static table inspect_other(const config *o, const table *first) {
+    table t = {0};
+    config mine = *o;
+    routers opened = {0};
+    dump_file file = dump_open(o->compare);
+    int indices = dump_is_index(&file) || (!o->n_files && dump_can_index(&file));
+    mine.labels = NULL;
+    if (!mine.top_k) mine.top_k = first->row[0].top_k;
+    if (indices && !mine.experts) mine.experts = first->row[0].experts;
+    if (o->router && !indices) opened = open_routers(o->router);
+    inspect_files(&mine, indices ? NULL : o->compare, indices ? o->compare : NULL, opened.n ? &opened : NULL, &t);
+    return t;
+}
+
+// What was asked for beside the table.
+static void more(const config *o, const outputs *to, const table *t, const table *other) {
+    if (o->relations) show_relations(to, o, t);
+    if (other) compare(to, t, other);
+    if (o->explain) {
+        fprintf(to->human, "\nIn words\n");
+        explain(to->human, to->lines, t);
+    }
+    const table *const both[] = {t, other};
+    if (o->csv) write_csv(o, both, other ? 2 : 1);
+}
+
 int main(int argc, char **argv) {
     config o = {.batches = 50, .bootstrap = 1000, .types = 8, .seed = 1, .out = "out"};
     parse(&o, argc, argv);
     FILE *human = o.json ? stderr : stdout;
     json j = {{o.json ? stdout : NULL}, 0};
-    table t = {0};
+    table t = {0}, other = {0};
     series s = {0};
     size_t *end = allocate(o.n_files + 1, sizeof *end);
     inspect_all(&o, &t, end, &j);
     print_table(human, &o, &t);
     warn(&t);
+    if (o.compare) other = inspect_other(&o, &t);
+    more(&o, &(outputs){human, NULL, &j}, &t, o.compare ? &other : NULL);
     if (o.series) {
         s = make_series(&o, &t, end);
         print_series(human, &s);
         write_phases(&j, &s);
     }
     if (o.html) {
-        write_page(&o, &t, o.series ? &s : NULL, o.series && o.n_files > 1 ? end[o.n_files - 2] : 0);
+        write_page(&o, &t, o.compare ? &other : NULL, o.series ? &s : NULL,
+                   o.series && o.n_files > 1 ? end[o.n_files - 2] : 0);
         fprintf(human, "see %s/inspect.html\n", o.out);
     }
     return 0;

@@ -196,6 +196,8 @@ static void test_fields(void) {
         {"n_zero", "n_zero=3 n_copy=3 n_constant=2", MOE_E_SPECIAL_EXPERTS},
         {"n_zero", "n_zero=18446744073709551615 n_copy=1", MOE_E_SPECIAL_EXPERTS},
         {"n_zero", "n_copy=1 combine=robust", MOE_E_SPECIAL_EXPERTS},
+        {"n_zero", "n_zero=1 combine=input", MOE_E_SPECIAL_EXPERTS},
+        {"soft_slots", "soft_slots=2 combine=input", MOE_E_SOFT_SLOTS},
         {"n_zero", "n_constant=1 combine=merge select=all", MOE_E_SPECIAL_EXPERTS},
         {"n_ranks", "n_ranks=9", MOE_E_N_RANKS}, {"d_ff", "expert=orthonormal d_ff=16", MOE_E_D_FF},
         {"score", "score=subspace", MOE_E_SUBSPACE},

@@ -21,7 +21,7 @@ static void test_dense(void) {
                 a += (double)x[t * D + i] * (double)w1[i * F + f], u += (double)x[t * D + i] * (double)wu[i * F + f];
             for (size_t i = 0; i < D; i++) out[i] += a * sigmoid(a) * u * (double)w2[f * D + i];
         }
-        for (size_t i = 0; i < D; i++) CHECK_WITHIN(y[t * D + i], out[i], 1e-6);
+        for (size_t i = 0; i < D; i++) CHECK_WITHIN(y[t * D + i], out[i], 1e-7);
     }
     free(w1), free(wu), free(w2);
     moe_layer_free(m);
@@ -45,7 +45,7 @@ static void test_deepseek_moe(void) {
             network(m, e, NULL, x + i * D, 1, out);
             for (size_t c = 0; c < D; c++) want[c] += (double)t->prob[i * E + e] * (double)out[c];
         }
-        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], want[c], 2e-6);
+        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], want[c], 1e-7);
     }
     float *w2 = get(m, "experts.w2");
     memset(w2, 0, E * F * D * sizeof *w2); /* of the routed experts */
@@ -53,7 +53,7 @@ static void test_deepseek_moe(void) {
     for (size_t e = 0; e < E; e += 3) { /* whatever the router, what is left is the shared expert */
         lean(m, e, 20);
         go(m, T, 0);
-        for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-6);
+        for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-7);
     }
     moe_layer_free(m);
 }
@@ -79,7 +79,7 @@ static void test_moepp(void) {
     CHECK(kept(t, ZERO) == T && kept(t, 1) == T);
     network(m, 1, NULL, x, T, z);
     for (size_t i = 0; i < T; i++) CHECK(t->weight[i * 2] == 0 && t->weight[i * 2 + 1] == 1 && t->index[i * 2] == ZERO);
-    for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-6);
+    for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-7);
     only(m, COPY, ZERO);
     t = go(m, T, 0);
     CHECK_SAME(y, x, T * D);

@@ -513,6 +513,57 @@ static void test_padding(void) {
     free(a.memory), free(b.memory);
 }
 
+/* A dump of 20 batches whose choices follow softmax(q), so gamma is 0; then the same with as many rows of padding whose
+ * logits would say that the even load of nobody comes from these qualities. Every estimate has the same bits. */
+static void test_half_padding(void) {
+    enum { B = 20, T = 250, E = 5, R = 60 };
+    static const double q[E] = {1, 0.6, 0, -0.4, -0.9};
+    static float z[2 * T * E];
+    static int32_t index[2 * T];
+    dump plain = dump_new(E, B), half_empty = dump_new(E, B), as_tokens = dump_new(E, B);
+    double g[2][R], lo[2], hi[2], quality[E], load[E], work[2 * E], n;
+    moe_game_fit fit[3], half[2];
+    moe_game_null null[2];
+    dump *of[3] = {&plain, &half_empty, &as_tokens};
+    memset(fit, 0, sizeof fit), memset(half, 0, sizeof half), memset(null, 0, sizeof null);
+    for (size_t b = 0; b < B; b++) {
+        for (size_t t = 0; t < T; t++) {
+            double best = -INFINITY;
+            for (size_t e = 0; e < E; e++) {
+                double gumbel = -log(-log(((double)test_u32() + 0.5) / 4294967296.0));
+                z[2 * t * E + e] = (float)(q[e] + 0.3 * normal());
+                if (q[e] + gumbel > best) best = q[e] + gumbel, index[2 * t] = (int32_t)e;
+                z[(2 * t + 1) * E + e] = (float)(3 * q[e]);
+            }
+            index[2 * t + 1] = -1;
+        }
+        CHECK_OK(moe_game_add(&half_empty.g, b, 2 * T, 1, z, index));
+        for (size_t t = 0; t < T; t++) index[2 * t + 1] = (int32_t)(t % E);
+        CHECK_OK(moe_game_add(&as_tokens.g, b, 2 * T, 1, z, index));
+        for (size_t t = 0; t < T; t++) {
+            memmove(z + t * E, z + 2 * t * E, E * sizeof *z);
+            index[t] = index[2 * t];
+        }
+        CHECK_OK(moe_game_add(&plain.g, b, T, 1, z, index));
+    }
+    for (int i = 0; i < 3; i++) {
+        CHECK_OK(moe_game_pool(&of[i]->g, NULL, 0, quality, load, &n));
+        CHECK_OK(moe_game_estimate(E, quality, load, n, work, &fit[i]));
+        if (i == 2) break;
+        CHECK(n == B * T);
+        CHECK_OK(moe_game_bootstrap(&of[i]->g, R, 5, NULL, g[i], &lo[i], &hi[i]));
+        CHECK_OK(moe_game_holdout(&of[i]->g, 5, &half[i]));
+        double excess[R];
+        CHECK_OK(moe_game_excess(&of[i]->g, R, 5, NULL, g[i], excess, &null[i]));
+    }
+    CHECK(!memcmp(&fit[0], &fit[1], sizeof *fit) && !memcmp(&half[0], &half[1], sizeof *half));
+    CHECK(!memcmp(g[0], g[1], sizeof *g) && lo[0] == lo[1] && hi[0] == hi[1]);
+    CHECK(!memcmp(&null[0], &null[1], sizeof *null));
+    CHECK(fit[0].gamma < 1 && lo[0] < 1 && fabs(fit[0].gamma_ols) < 1);
+    CHECK(fit[2].gamma > 5); /* what they would be taken for */
+    free(plain.memory), free(half_empty.memory), free(as_tokens.memory);
+}
+
 /* ---- the null ---- */
 enum { NULL_T = 5000, NULL_E = 64, NULL_B = 50 };
 static float null_z[NULL_T * NULL_E];
@@ -1015,6 +1066,7 @@ int main(void) {
     RUN(test_bootstrap);
     RUN(test_batches);
     RUN(test_padding);
+    RUN(test_half_padding);
     RUN(test_null_of_noise);
     RUN(test_null_of_congestion);
     RUN(test_null_of_growing_logits);

@@ -73,7 +73,7 @@ static void test_softmax_backward(void) {
                     oracle_softmax(C, zd, tau, pd);
                     for (size_t i = 0; i < C; i++) slope += side * pd[i] * (double)dp[r * C + i] / (2 * h);
                 }
-                CHECK_WITHIN(dz[r * C + c] - before[r * C + c], slope, 3e-7);
+                CHECK_WITHIN(dz[r * C + c] - before[r * C + c], slope, 2e-7);
             }
     }
 }
@@ -161,10 +161,10 @@ static void test_tiny_shares(void) {
             for (size_t e = 0; e < N; e++) sum += q[e] = exp((double)z[e]);
             for (size_t e = 0; e < N; e++) along += c[e] * q[e] / sum;
         }
-        CHECK_NEAR(t->loss[MOE_LOSS_SEQUENCE], along, 2e-6);
+        CHECK_NEAR(t->loss[MOE_LOSS_SEQUENCE], along, 6e-7);
         for (size_t e = 0; e < N; e++) { /* d log s / dz = 1 - s */
             double s = shift[i] <= -40 ? 0 : q[e];
-            CHECK_WITHIN(d_router[e], (c[e] - along) * q[e] / sum * (1 - s), 2e-6);
+            CHECK_WITHIN(d_router[e], (c[e] - along) * q[e] / sum * (1 - s), 6e-7);
         }
         moe_tape_free(t);
     }
@@ -195,14 +195,14 @@ static void test_remoe(void) {
             for (size_t c = 0; c < D; c++) want[c] += (double)w * (double)out[c];
         }
         per[n]++;
-        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], want[c], 1e-6);
+        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], want[c], 1e-7);
     }
     CHECK(per[2] && per[3] && per[4] && per[5]); /* their number varies */
     /* lambda: up by the factor while too few are zero, down while too many are */
     CHECK(1 - (double)active / (T * E) < 1 - 2.0 / E);
-    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1e-8f, 1, 1e-6);
+    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1e-8f, 1, 1e-7);
     back_and_step(m, 0);
-    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1.2e-8f, 1, 1e-6);
+    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1.2e-8f, 1, 1e-7);
     float *R = get(m, "router");
     for (size_t i = 0; i < D * E; i++) R[i] = i < (D - 1) * E ? 0 : -1;
     R[(D - 1) * E] = 0; /* a logit of 0 is no choice either */
@@ -213,7 +213,7 @@ static void test_remoe(void) {
     CHECK(largest(y, NULL, T * D) == 0); /* and none is taken instead */
     go(m, T, 0);
     back_and_step(m, 0);
-    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1e-8f, 1, 1e-6);
+    CHECK_NEAR(moe_layer_control(m)->coefficient[0] / 1e-8f, 1, 1e-7);
     moe_layer_free(m);
 }
 
@@ -233,7 +233,7 @@ static void test_dynmoe(void) {
         sizes[n]++;
         for (size_t k = 0; k < n; k++) {
             CHECK(t->logits[i * E + (size_t)t->index[i * E + k]] > 0);
-            CHECK_NEAR(t->weight[i * E + k], 1.0 / (double)n, 1e-6); /* the mean over the active */
+            CHECK_NEAR(t->weight[i * E + k], 1.0 / (double)n, 2e-7); /* the mean over the active */
         }
     }
     size_t kinds = 0;

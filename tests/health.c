@@ -101,6 +101,46 @@ static void test_merge(void) {
     free(memory), free(one.memory), free(a.memory), free(b.memory);
 }
 
+/* A token without a choice is not a token whose choices were refused: 8 tokens of 2 choices, the odd ones padding, all
+ * to expert 1 of capacity 3 first, and 0 to 2 second. */
+static void test_without_choice(void) {
+    enum { E = 3, T = 8, K = 2 };
+    static const int32_t with[T / 2 * K] = {1, 0, 1, 2, 1, -1, -1, 1};
+    int32_t index[T * K];
+    float prob[T * E] = {0};
+    health all = health_new(E), plain = health_new(E), sum = health_new(E);
+    moe_routes r;
+    size_t bytes = 0;
+    CHECK_OK(moe_routes_size(T, E, K, &bytes));
+    void *memory = test_memory(bytes, 1);
+    CHECK_OK(moe_routes_init(&r, T, E, K, memory, bytes));
+    CHECK(r.n_chosen == 0);
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < K; k++) index[t * K + k] = t % 2 ? -1 : with[t / 2 * K + k];
+    for (int i = 0; i < T * E; i++) prob[i] = i / E % 2 ? 0 : 0.25f * (float)(1 + (i % E == 1));
+    CHECK_OK(moe_routes_fill(&r, T, index, NULL, 1, MOE_ORDER_TOKEN));
+    CHECK(r.n_tokens == 8 && r.n_chosen == 4 && r.n_dropped == 3 && r.n_routes == 3);
+    CHECK(r.slot[4 * K] == MOE_NONE && r.slot[6 * K + 1] == MOE_NONE); /* refused whole, and yet chosen */
+    CHECK_OK(moe_health_add(&all.h, &r, prob));
+    CHECK_OK(moe_health_merge(&sum.h, &all.h));
+    CHECK_OK(moe_health_merge(&sum.h, &all.h));
+    CHECK(sum.h.n_chosen == 8 && sum.h.n_tokens == 16);
+    for (int t = 1; t < T / 2; t++) memcpy(prob + t * E, prob + 2 * t * E, E * sizeof *prob);
+    CHECK_OK(moe_routes_fill(&r, T / 2, with, NULL, 1, MOE_ORDER_TOKEN));
+    CHECK_OK(moe_health_add(&plain.h, &r, prob));
+    CHECK_OK(moe_health_update(&all.h));
+    CHECK_OK(moe_health_update(&plain.h));
+    CHECK(plain.h.n_chosen == 4 && all.h.n_chosen == 4 && plain.h.n_tokens == 4 && all.h.n_tokens == 8);
+    CHECK(!memcmp(all.h.load, plain.h.load, E * sizeof *plain.h.load) && all.h.maxvio == plain.h.maxvio);
+    CHECK(!memcmp(all.h.top1, plain.h.top1, E * sizeof *plain.h.top1) && all.h.entropy == plain.h.entropy);
+    CHECK(all.h.drop_rate == plain.h.drop_rate && all.h.drop_rate == 0.5);
+    CHECK_OK(moe_routes_fill(&r, 0, with, NULL, 1, MOE_ORDER_TOKEN));
+    CHECK(r.n_chosen == 0);
+    CHECK_OK(moe_health_reset(&all.h));
+    CHECK(all.h.n_chosen == 0);
+    free(memory), free(all.memory), free(plain.memory), free(sum.memory);
+}
+
 static void test_compare(void) {
     static const uint64_t top0[] = {50, 0, 49, 1, 100}, top1[] = {50, 60, 0, 0, 90}, load0[] = {10, 1, 4, 5, 0},
                           load1[] = {0, 1, 4, 5, 10};
@@ -278,6 +318,7 @@ int main(void) {
     RUN(test_dead_borders);
     RUN(test_dead_second);
     RUN(test_merge);
+    RUN(test_without_choice);
     RUN(test_compare);
     RUN(test_health);
     RUN(test_health_extremes);

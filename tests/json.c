@@ -62,9 +62,68 @@ static void test_escapes(void) {
     free(b.p);
 }
 
+/* ---- values ---- */
+static void test_values(void) {
+    static const char text[] = " {\"a\": [1, -2.5e+3, \"x\\u00e9\\\"\", {}, [[]]],"
+                               " \"b\": {\"c.d\": null, \"c\": {\"d\": true}},"
+                               " \"\\u0065\": false, \"big\": 123456789012345678901234567890, \"b\": 7} ";
+    moe_json all, value, key, item = {MOE_JSON_NONE, NULL, 0, 0};
+    char word[32];
+    double number;
+    size_t size = sizeof text - 1, n = 0;
+    CHECK_OK(moe_json_open(&all, text, size));
+    CHECK(all.kind == MOE_JSON_OBJECT && all.begin == 1 && all.end == size - 1);
+    CHECK_OK(moe_json_find(&all, "a.1", &value));
+    CHECK_OK(moe_json_number(&value, &number));
+    CHECK(number == -2500);
+    CHECK_OK(moe_json_text(&value, word, sizeof word));
+    CHECK(!strcmp(word, "-2.5e+3"));
+    CHECK_OK(moe_json_find(&all, "a.2", &value));
+    CHECK(value.kind == MOE_JSON_TEXT && moe_json_number(&value, &number) == MOE_E_CONFIG_VALUE);
+    CHECK_OK(moe_json_text(&value, word, value.end - value.begin));
+    CHECK(!strcmp(word, "x\xc3\xa9\""));
+    CHECK_STATUS(moe_json_text(&value, word, 4), MOE_E_SMALL_MEMORY);
+    CHECK_OK(moe_json_find(&all, "a.4.0", &value));
+    CHECK(value.kind == MOE_JSON_LIST);
+    CHECK_OK(moe_json_find(&all, "b.c.d", &value)); /* the first b; a point in a key is not to be found */
+    CHECK(value.kind == MOE_JSON_TRUE);
+    CHECK_OK(moe_json_find(&all, "e", &value));
+    CHECK(value.kind == MOE_JSON_FALSE);
+    CHECK_OK(moe_json_find(&all, "", &value));
+    CHECK(value.kind == MOE_JSON_OBJECT);
+    CHECK_OK(moe_json_find(&all, "big", &value));
+    CHECK_OK(moe_json_number(&value, &number));
+    CHECK(fabs(number / 123456789012345678901234567890.0 - 1) < 1e-14);
+    static const char *const none[] = {"c", "a.5", "a.x", "a.-1", "a.1.0", "b.c.d.e", "a.01", ".a",
+        "a_key_of_more_than_sixty-three_letters_which_no_config_in_the_world_has"};
+    for (size_t i = 0; i < sizeof none / sizeof *none; i++)
+        if (!CHECK_STATUS(moe_json_find(&all, none[i], &value), MOE_E_NAME)) printf("        %s\n", none[i]);
+    while (moe_json_next(&all, &key, &item)) n++, CHECK(key.kind == MOE_JSON_TEXT);
+    CHECK(n == 5);
+    CHECK_OK(moe_json_find(&all, "a", &value));
+    for (n = 0, item.kind = MOE_JSON_NONE; moe_json_next(&value, &key, &item); n++) CHECK(key.kind == MOE_JSON_NONE);
+    CHECK(n == 5 && item.kind == MOE_JSON_LIST);
+    CHECK_OK(moe_json_find(&value, "3", &item));
+    value = item, item.kind = MOE_JSON_NONE;
+    CHECK(!moe_json_next(&value, NULL, &item) && !moe_json_next(&all, NULL, NULL) && !moe_json_next(NULL, NULL, &item));
+    for (n = 0; n + 1 < size; n++) { /* cut anywhere */
+        char *cut = (char *)malloc(n + 1);
+        memcpy(cut, text, n);
+        CHECK_STATUS(moe_json_open(&all, cut, n), MOE_E_JSON);
+        CHECK(all.kind == MOE_JSON_NONE && all.begin <= n);
+        free(cut);
+    }
+    static const char *const bad[] = {"", "{} x", "nul", "01", "NaN", "[1,]", "{\"a\" 1}", "\"\x01\"", "'a'"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        if (!CHECK_STATUS(moe_json_open(&all, bad[i], strlen(bad[i])), MOE_E_JSON)) printf("        %s\n", bad[i]);
+    CHECK_STATUS(moe_json_open(&all, NULL, 1), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_json_open(NULL, text, size), MOE_E_NULL_OUT);
+}
+
 int main(void) {
     RUN(test_desc_json);
     RUN(test_depth);
     RUN(test_escapes);
+    RUN(test_values);
     return test_end();
 }

@@ -249,6 +249,38 @@ static void test_own_runner_and_scratch(void) {
     teardown();
 }
 
+/* b packed once: the same bits as from b itself, all ways that b and a can lie, and added to what is there. */
+static void test_packed(void) {
+    static const size_t shapes[][3] = {{1, 1, 1}, {1, 70, 40}, {5, 33, 129}, {40, 64, 300}, {70, 31, 32}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int way = 0; way < 8; way++) {
+            size_t m = shapes[i][0], n = shapes[i][1], k = shapes[i][2], count = (n + 31) / 32 * 32 * k;
+            float *left = malloc(m * k * sizeof(float)), *right = malloc(n * k * sizeof(float));
+            float *both = malloc(2 * m * n * sizeof(float)), *panels = malloc(count * sizeof(float));
+            if (!CHECK(left && right && both && panels)) return;
+            CHECK_OK(moe_rand_uniform(1, i, m * k, -1, 1, left));
+            CHECK_OK(moe_rand_uniform(2, i, n * k, -1, 1, right));
+            CHECK_OK(moe_rand_uniform(3, i, m * n, -1, 1, both));
+            memcpy(both + m * n, both, m * n * sizeof(float));
+            moe_gemm_args g = {0};
+            g.m = m, g.n = n, g.k = k;
+            g.a = left, g.b = right, g.c = both;
+            g.ta = way & 1, g.tb = way >> 1 & 1, g.accumulate = way >> 2;
+            CHECK_OK(moe_gemm_pack(&g, panels));
+            CHECK_OK(moe_gemm(&g));
+            g.b = NULL;
+            g.b_panels = panels;
+            g.c = both + m * n;
+            CHECK_OK(moe_gemm(&g));
+            CHECK(memcmp(both, both + m * n, m * n * sizeof(float)) == 0);
+            CHECK(moe_gemm_pack(&g, panels) == MOE_E_NULL_B);
+            g.b = right;
+            CHECK(moe_gemm_pack(&g, NULL) == MOE_E_NULL_OUT);
+            free(left), free(right), free(both), free(panels);
+        }
+    CHECK(moe_gemm_pack(NULL, NULL) == MOE_E_NULL_PARAMS);
+}
+
 static void test_bad_arguments(void) {
     gemm_case g = {4, 5, 6, 0, 0, 0, 0, 0, 0};
     size_t bytes;
@@ -312,6 +344,7 @@ int main(void) {
     RUN(test_a_fill);
     RUN(test_a_fill_transposed);
     RUN(test_own_runner_and_scratch);
+    RUN(test_packed);
     RUN(test_bad_arguments);
     return test_end();
 }

@@ -168,6 +168,8 @@ static void test_more_gradients(void) {
         "score=mlp combine=soft select=all temperature=0.5",
         "combine=merge select=all n_shared=1 bias=true learn_temperature=true",
         "combine=robust top_k=5 bias=true n_shared=1 gate=sigmoid",
+        "combine=input top_k=1 n_shared=1 gate=sigmoid", "combine=input top_k=3 bias=true expert_norm=true",
+        "combine=input gate=sigmoid normalize=true capacity_factor=0.7 expert=swiglu-clamped bias=true",
         "n_zero=2 n_copy=1 n_constant=3 top_k=4 capacity_factor=0.75 residual=true",
         "learn_temperature=true temperature=0.3 gate=softmax normalize=false loss.z=0.1",
         "learn_temperature=true gate=softmax-selected top_k=4",

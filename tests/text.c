@@ -39,16 +39,21 @@ static void test_parse_float(void) { /* what the library writes it reads; what a
         moe__text_end(&out);
         if (!CHECK(moe__parse_float(text, &back)) || !CHECK_BITS(back, value)) return;
         snprintf(text, sizeof text, "%.9g", (double)value);
-        char *plus = strstr(text, "e+");
-        if (plus) memmove(plus + 1, plus + 2, strlen(plus + 1));
-        if (plus && plus[1] == '0') memmove(plus + 1, plus + 2, strlen(plus + 1));
-        if (strstr(text, "e-0")) continue; /* an exponent with a leading zero is refused */
         if (!CHECK(moe__parse_float(text, &back)) || !CHECK_BITS(back, strtof(text, NULL))) return;
     }
-    static const char *const bad[] = {"",    "-",  ".",  "e5",     "1e",     "1e+5", "1ex",  "0x10",  "nan",
+    static const char *const bad[] = {"",    "-",  ".",  "e5",     "1e",     "1e+-5", "1e+", "1ex",  "0x10",  "nan",
                                       "inf", "1 ", " 1", "1e1000", "3.5e38", "--1",  "1..2", "1.2.3", "+1"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         if (!CHECK(!moe__parse_float(bad[i], &back))) printf("        \"%s\"\n", bad[i]);
+    static const struct { const char *text; double value; } good[] = {
+        {"1e-05", 1e-5}, {"1E5", 1e5}, {"1e+16", 1e16}, {"1e00", 1}, {"-2.5E+01", -25}, {"10000000000", 1e10},
+        {"0.1", 0.1}, {"1e308", 1e308}, {"5e-324", 0}};
+    double wide = 1;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        CHECK(moe__parse_double(good[i].text, &wide));
+        CHECK_WITHIN(wide, good[i].value, 1e-14 * fabs(good[i].value) + 1e-323);
+    }
+    CHECK(!moe__parse_double("1e309", &wide) && !moe__parse_double("1e1000", &wide));
 }
 
 static void test_integers(void) {

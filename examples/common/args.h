@@ -42,6 +42,8 @@ typedef struct args_option {
 #define ARGS_SYSTEM(p, names) {"system", ARGS_TEXT, p, "NAME", names, 0, 0}
 #define ARGS_EXPERTS(p) {"experts", ARGS_SIZE, p, "N", "number of experts (0: the system's)", 0, 1 << 20}
 #define ARGS_TOP_K(p) {"top-k", ARGS_SIZE, p, "N", "experts a token (0: the system's); 1: weight = score", 0, 1 << 20}
+#define ARGS_SEEDS(p) {"seeds", ARGS_SIZE, p, "N", "train with N seeds, from --seed on: mean and deviation", 1, 1000}
+#define ARGS_SET(p) {"set", ARGS_TEXT, p, "TEXT", "other fields of moe_desc: \"gate=sigmoid loss.z=0.01\"", 0, 0}
 #define ARGS_OUT(p) {"out", ARGS_TEXT, p, "DIR", "folder for the results", 0, 0}
 #define ARGS_JSON(p) {"json", ARGS_FLAG, p, NULL, "JSON lines to standard output, the rest to standard error", 0, 0}
 #define ARGS_QUIET(p) {"quiet", ARGS_FLAG, p, NULL, "no progress lines", 0, 0}

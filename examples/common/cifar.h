@@ -47,14 +47,6 @@ EX_FUNC void cifar_read(cifar_set *set, const char *path) {
     fclose(f);
 }
 
-EX_FUNC int cifar_exists(const char *dir, const char *file) {
-    char path[1200];
-    snprintf(path, sizeof path, "%s/%s", dir, file);
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    return f != NULL;
-}
-
 // dir: a folder with data_batch_1.bin ... data_batch_5.bin and test_batch.bin (the official binary version), or one
 // that has such a folder in it under its usual name. NULL: the sample in examples/data, looked for from the current
 // folder and from that of the program (argv0).
@@ -66,7 +58,7 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
         size_t i = 0;
         for (; i < 3; i++) {
             snprintf(folder, sizeof folder, "%s%s", dir, inside[i]);
-            if (cifar_exists(folder, "data_batch_1.bin")) break;
+            if (file_exists(folder, "data_batch_1.bin")) break;
         }
         if (i == 3)
             die("no CIFAR-10 in %s: it needs data_batch_1.bin, or a folder cifar-10-batches-bin or cifar-10 with it "
@@ -81,10 +73,10 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
     } else {
         const char *slash = strrchr(argv0, '/');
         snprintf(folder, sizeof folder, "examples/data");
-        if (!cifar_exists(folder, "cifar10_train.bin"))
+        if (!file_exists(folder, "cifar10_train.bin"))
             snprintf(folder, sizeof folder, "%.*s/../examples/data", slash ? (int)(slash - argv0) : 1,
                      slash ? argv0 : ".");
-        if (!cifar_exists(folder, "cifar10_train.bin"))
+        if (!file_exists(folder, "cifar10_train.bin"))
             die("the sample examples/data/cifar10_train.bin was not found: run from the folder of the repository, or "
                 "give --data DIR");
         snprintf(path, sizeof path, "%s/cifar10_train.bin", folder);

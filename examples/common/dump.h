@@ -79,6 +79,7 @@ typedef struct dump_layer {
     float *sample;          // (n_sample, experts)
     int32_t *sample_index;  // (n_sample, top_k)
     uint32_t *sample_batch; // (n_sample)
+    int32_t *sample_label;  // (n_sample), with labels; below 0 = none
     const moe_parallel *parallel;
     const float *bias; // (experts) with a router: the choices are the highest sigmoid(logit) + bias; indices = logits
 } dump_layer;
@@ -275,6 +276,7 @@ EX_FUNC void dump_keep_sample(const dump_layer *l, const dump_worker *w, size_t 
     for (uint64_t s = (first * S + T - 1) / T; s < S && s * T / S < first + n; s++) {
         size_t t = (size_t)(s * T / S) - first;
         l->sample_batch[s] = (uint32_t)batch;
+        if (l->labels) l->sample_label[s] = w->label[t];
         if (l->logits) memcpy(l->sample + s * l->experts, w->logits + t * l->experts, l->experts * sizeof(float));
         if (l->indices) memcpy(l->sample_index + s * l->top_k, w->index + t * l->top_k, l->top_k * sizeof(int32_t));
     }

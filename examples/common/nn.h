@@ -77,6 +77,16 @@ EX_FUNC void nn_top_k(moe_desc *desc, size_t k) {
     if (desc->combine == MOE_COMBINE_ROBUST) desc->combine = MOE_COMBINE_SUM;
 }
 
+// --set: fields of the desc as text; a fault ends the program as a bad option does. NULL: none.
+EX_FUNC void nn_set(const char *program, moe_desc *desc, const char *text) {
+    size_t at = 0;
+    moe_status status = text ? moe_desc_parse(desc, text, &at) : MOE_OK;
+    if (!status) return;
+    fprintf(stderr, "%s: --set: at '%s': %s (--help lists the options)\n", program, text + at,
+            moe_status_string(status));
+    exit(2);
+}
+
 // Arrays of (rows, c) are cut into blocks of whole rows, about 64 KiB each. The cut depends on the shape alone.
 EX_FUNC size_t nn_block_rows(size_t c) { return c < 16384 ? 16384 / c : 1; }
 EX_FUNC size_t nn_blocks(size_t rows, size_t c) { return (rows + nn_block_rows(c) - 1) / nn_block_rows(c); }

@@ -87,6 +87,15 @@ EX_FUNC FILE *open_output(const char *dir, const char *name) {
     return f;
 }
 
+// Is there such a file in the folder?
+EX_FUNC int file_exists(const char *folder, const char *file) {
+    char path[1200];
+    snprintf(path, sizeof path, "%s/%s", folder, file);
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
 // Goes to byte `at` of a file, beyond 2 GB too. 0 if that fails.
 EX_FUNC int file_seek(FILE *f, uint64_t at) {
 #ifdef _WIN32

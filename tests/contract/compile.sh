@@ -1,7 +1,8 @@
 #!/bin/sh
 # Whatever can be said about moe.h by compiling it: no warnings in any mode or language, one implementation and many
 # users, nothing exported but moe_*, fast-math refused, and every block of C in the documentation.
-# The last line is "N passed, N failed[, N skipped]".
+# The last line is "N passed, N failed[, N skipped]". ROWS=gcc (default: what needs no more than gcc), more
+# (the same with clang, and what mingw-w64 says), or all.
 #
 # Documentation: a block that starts with ```c is compiled. One with "int main" is a whole program; any other is a
 # fragment: the body of a function that may use the names given in compile/fragment.h, or else declarations at file
@@ -21,7 +22,8 @@ refused() { ! "$@" >"$dir/refusal" 2>&1 && grep 'error.*fast-math' "$dir/refusal
 
 warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
 compilers=
-for cc in gcc clang; do
+case ${ROWS:=gcc} in gcc) rows=gcc ;; more) rows=clang ;; *) rows='gcc clang' ;; esac
+for cc in $rows; do
     if command -v $cc >/dev/null 2>&1; then compilers="$compilers $cc"; else skip "$cc" "not installed"; fi
 done
 
@@ -32,6 +34,7 @@ for cc in $compilers; do
         for mode in '' -DMOE_STATIC -DMOE_NO_SIMD '-DMOE_NO_STDIO' -fopenmp '-fopenmp -DMOE_NO_OPENMP' '-O2'; do
             # the newer standards: once, and not for each mode
             case "$language$mode" in *c11-* | *++20-*) continue ;; esac
+            case "$ROWS$language$mode" in gcc*++*-O2*) continue ;; esac # below, with the other rows
             compile=-fsyntax-only
             case $mode in *-O2*) compile="-c -o $dir/warnings.o" ;; esac
             check "warnings $cc $language $mode" $cc $language $warnings $mode -I. $compile \
@@ -41,6 +44,19 @@ for cc in $compilers; do
             tests/contract/compile/user.c
     done
 done
+
+if [ "$ROWS" = more ]; then
+    # shellcheck disable=SC2086
+    check "warnings g++ -O2" gcc -x c++ -std=c++11 $warnings -O2 -I. -c tests/contract/compile/implementation.c \
+        -o "$dir/warnings.o"
+fi
+# shellcheck disable=SC2086
+if [ "$ROWS" != gcc ] && command -v x86_64-w64-mingw32-gcc >/dev/null 2>&1; then
+    for mode in -O0 '-O0 -mfma' '-O2 -mavx2'; do # without and with its own fmaf
+        check "warnings mingw-w64 $mode" x86_64-w64-mingw32-gcc -std=c99 $warnings $mode -I. -c -o "$dir/warnings.o" \
+            tests/contract/compile/implementation.c
+    done
+fi
 
 # ---- one implementation, other users; C and C++ together; static ----
 # shellcheck disable=SC2086
@@ -111,7 +127,7 @@ only_moe_macros() {
     comm -13 "$dir/before" "$dir/after" | grep -v '^MOE_' && return 1
     return 0
 }
-if command -v gcc >/dev/null 2>&1; then check "only MOE_* macros" only_moe_macros; fi
+if [ "$ROWS" != more ] && command -v gcc >/dev/null 2>&1; then check "only MOE_* macros" only_moe_macros; fi
 
 # ---- CBLAS ----
 cblas=
@@ -142,7 +158,7 @@ done
 
 # ---- the documentation's blocks of C ----
 for page in README.md docs/*.md; do
-    [ -f "$page" ] || continue
+    [ -f "$page" ] && [ "$ROWS" != more ] || continue
     base=$dir/$(basename "$page" .md)
     awk -v base="$base" '
         /^```/ && on { on = 0; close(file); next }

@@ -121,6 +121,35 @@ static void layer_case_lines(void) {
     }
 }
 
+/* Every system of the table: two steps of training, so noise, random choices, losses and controllers are in it, and
+ * what the parameters are then. */
+static void system_cases(void) {
+    enum { T = 48, D = 16, SEQ = 4 };
+    static float x[T * D], y[T * D], dy[T * D], dx[T * D];
+    uint32_t id[T];
+    for (uint32_t t = 0; t < T; t++) id[t] = t * 7 % 31;
+    for (size_t i = 0; i < moe_systems_count(); i++) {
+        moe_desc d;
+        moe_layer *m = NULL;
+        uint64_t hash = 0;
+        memset(&d, 0, sizeof d);
+        d.d_model = D, d.d_ff = 12, d.sequence = SEQ, d.seed = 9;
+        CHECK_OK(moe_desc_system(&d, moe_system_at(i)->name));
+        if (!CHECK_OK(moe_layer_new(&m, &d))) continue;
+        for (uint64_t step = 0; step < 2; step++) {
+            CHECK_OK(moe_rand_normal(5, step, T * D, 0.2f, 1, x));
+            CHECK_OK(moe_rand_uniform(6, step, T * D, -1, 1, dy));
+            moe_layer_side(m)->id = id;
+            CHECK_OK(moe_forward(m, x, T, y));
+            CHECK_OK(moe_backward(m, dy, dx));
+            CHECK_OK(moe_step(m, 0.02f));
+            hash = moe_hash(hash, y, sizeof y), hash = moe_hash(hash, dx, sizeof dx);
+        }
+        add("system", moe_system_at(i)->name, hash ^ moe_layer_hash(m), y, T * D);
+        moe_layer_free(m);
+    }
+}
+
 static void compute(void) {
     n_lines = 0;
     random_cases();
@@ -128,6 +157,7 @@ static void compute(void) {
     gemm_cases();
     stage_cases();
     layer_case_lines();
+    system_cases();
 }
 
 /* ---- printing and checking ---- */

@@ -1,9 +1,8 @@
 #!/bin/sh
 # Builds tests/contract/golden.c with every compiler and option set that should make no difference, natively and for
-# other
-# processors under qemu, and holds each build against tests/contract/golden/golden.txt: the same bits everywhere.
-# The last line is "N passed, N failed[, N skipped]". To make the file anew: build/golden/gcc-O2
-# >tests/contract/golden/golden.txt
+# other processors under qemu, and holds each build against tests/contract/golden/golden.txt: the same bits everywhere.
+# The last line is "N passed, N failed[, N skipped]". To make the file anew: build/golden/gcc-O0
+# >tests/contract/golden/golden.txt. ROWS=gcc (default: what needs no more than gcc), more (the others), or all.
 cd "$(dirname "$0")/../.." || exit 1
 dir=${BUILD:-build}/golden
 jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)}
@@ -53,22 +52,42 @@ add() {
     fi
 }
 
-for cc in gcc clang; do
-    # the third is the hardest: GNU mode contracts by default, and the processor has the instruction
-    for options in '-std=c99 -O0' '-std=c99 -O2' '-std=gnu11 -O3 -march=native -ffp-contract=fast' \
-        '-std=c99 -O2 -flto' '-std=c99 -O2 -fopenmp'; do
-        name=$cc$(echo " ${options#-std=c99}" | tr -d ' =')
-        # shellcheck disable=SC2086 # options are words
-        add "$name" - $cc $options
-    done
-done
-add g++-O2 - g++ -x c++ -std=c++11 -O2
-add clang++-O3-native - clang++ -x c++ -std=c++11 -O3 -march=native
-add aarch64-O2 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O2 -static
-add aarch64-O3 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O3 -ffp-contract=fast -static
-add aarch64-clang-O2 qemu-aarch64 clang --target=aarch64-linux-gnu -std=c99 -O2 -static
-add arm-O2 qemu-arm arm-linux-gnueabihf-gcc -std=c99 -O2 -static
-add arm-neon-O3 qemu-arm arm-linux-gnueabihf-gcc -std=c99 -O3 -mfpu=neon-vfpv4 -ffp-contract=fast -static
+# the hardest: contracted wherever the compiler likes, and the processor has the instruction
+hardest='-O2 -march=native -ffp-contract=fast'
+# shellcheck disable=SC2086 # options are words
+rows_of() { # the rows that both compilers have: COMPILER
+    add $1-O2 - $1 -std=c99 -O2
+    add $1-O2-flto - $1 -std=c99 -O2 -flto
+    add $1-O2-fopenmp - $1 -std=c99 -O2 -fopenmp
+    add $1-soft-fma - $1 -std=c99 -O1 -DMOE_SOFT_FMA
+}
+# shellcheck disable=SC2086
+rows_gcc() { # the two ends; what lies between them is in the other rows, with what needs more than gcc
+    add gcc-O0 - gcc -std=c99 -O0
+    add gcc-O3-native - gcc -std=gnu11 $hardest -O3
+}
+# shellcheck disable=SC2086
+rows_more() {
+    rows_of gcc
+    rows_of clang
+    add clang-O0 - clang -std=c99 -O0
+    add g++-O2 - g++ -x c++ -std=c++11 -O2
+    add clang-O2-native - clang -std=c99 $hardest
+    add clang-O3-native - clang -std=gnu11 $hardest -O3
+    add clang-soft-fma-native - clang -std=c99 $hardest -DMOE_SOFT_FMA
+    add clang++-O3-native - clang++ -x c++ -std=c++11 -O3 -march=native
+    add i686-O2 - i686-linux-gnu-gcc -std=c99 -O2 -msse2 -mfpmath=sse -static
+    add i686-soft-fma - i686-linux-gnu-gcc -std=c99 -O1 -msse2 -mfpmath=sse -static -DMOE_SOFT_FMA
+    add aarch64-O2 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O2 -static
+    add aarch64-O3 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O3 -ffp-contract=fast -static
+    add aarch64-clang-O2 qemu-aarch64 clang --target=aarch64-linux-gnu -std=c99 -O2 -static
+    add arm-O2 qemu-arm arm-linux-gnueabihf-gcc -std=c99 -O2 -static
+    add arm-neon-O3 qemu-arm arm-linux-gnueabihf-gcc -std=c99 -O3 -mfpu=neon-vfpv4 -ffp-contract=fast -static
+}
+case ${ROWS:=gcc} in
+    all) rows_gcc && rows_more ;;
+    *) "rows_$ROWS" ;;
+esac
 
 xargs -P "$jobs" -L 1 sh tests/contract/golden.sh --one <"$list"
 

@@ -34,8 +34,13 @@ number='-\{0,1\}[0-9][0-9.e+-]*'
 keys='{"event":"final","method":"[^"]*","kind":"[a-z-]*","coef":\(null\|'$number'\)'
 for key in test_loss test_accuracy maxvio load_cv; do keys="$keys,\"$key\":$number"; done
 keys="$keys,\"dead\":[0-9]*,\"dead_experts\":\[[0-9,]*\],\"dead_first\":[0-9]*"
+keys="$keys,\"train_maxvio\":$number,\"note\":\"[^\"]*\""
 check "exactly these keys, and numbers" [ "$n" -eq "$(finals all | grep -c "^$keys}\$")" ]
 check "a layer of the configuration for each" [ "$(head -n 1 "$tmp/all.out" | grep -o '"d_model":' | wc -l)" -eq "$n" ]
+
+noted() { finals all | grep '"note":"balanced in training only' | sed 's/.*"method":"\([^"]*\)".*/\1/' | tr '\n' ' '; }
+check "a note where training and test route differently" [ "$(noted)" = 'base sinkhorn ' ]
+check "also in the table" says all '^sinkhorn .*balanced in training only: the test takes the highest score$'
 
 # the files
 check "standard output is balance.jsonl" cmp -s "$tmp/all.out" "$tmp/all/balance.jsonl"

@@ -34,14 +34,14 @@ static void test_patch(void) {
     features_patch(image, 27, 26, patch); /* the last row of positions */
     double sum = 0, square = 0, mean = 0;
     for (int k = 0; k < FEATURES_PIXELS; k++) sum += (double)patch[k], square += (double)patch[k] * (double)patch[k];
-    CHECK_WITHIN(sum / FEATURES_PIXELS, 0, 1e-6);
+    CHECK_WITHIN(sum / FEATURES_PIXELS, 0, 1e-7);
     CHECK(square / FEATURES_PIXELS > 0.98 && square / FEATURES_PIXELS < 1);
     for (size_t k = 0; k < FEATURES_PIXELS; k++)
         mean += (double)image[((27 + k / 15) * 32 + 26 + k / 3 % 5) * 3 + k % 3] / FEATURES_PIXELS;
     double ratio = ((double)image[(27 * 32 + 26) * 3] - mean) / (double)patch[0];
     for (size_t k = 0; k < FEATURES_PIXELS; k++)
         CHECK_WITHIN((double)image[((27 + k / 15) * 32 + 26 + k / 3 % 5) * 3 + k % 3] - mean, ratio * (double)patch[k],
-                     1e-5);
+                     2e-6);
     for (int k = 0; k < 3 * CIFAR_PIXELS; k++) image[k] = 0.7f; /* no contrast: nothing */
     features_patch(image, 0, 0, patch);
     for (int k = 0; k < FEATURES_PIXELS; k++) CHECK_WITHIN(patch[k], 0, 1e-5);
@@ -69,8 +69,8 @@ static void test_spectrum(void) {
     memcpy(copy, x, sizeof x);
     features_spectrum(&ops, ROWS, C, x, mean, value, vector);
     for (size_t i = 0; i < ROWS * C; i++) m[i % C] += (double)copy[i] / ROWS;
-    for (size_t k = 0; k < C; k++) CHECK_NEAR(mean[k], m[k], 1e-5);
-    for (size_t i = 0; i < ROWS * C; i++) CHECK_WITHIN(x[i], (double)copy[i] - m[i % C], 1e-6);
+    for (size_t k = 0; k < C; k++) CHECK_NEAR(mean[k], m[k], 5e-7);
+    for (size_t i = 0; i < ROWS * C; i++) CHECK_WITHIN(x[i], (double)copy[i] - m[i % C], 8e-7);
     for (size_t a = 0; a < C; a++)
         for (size_t b = 0; b < C; b++) {
             double want = 0, got = 0, unit = 0;
@@ -78,7 +78,7 @@ static void test_spectrum(void) {
                 want += ((double)copy[r * C + a] - m[a]) * ((double)copy[r * C + b] - m[b]) / ROWS;
             for (size_t i = 0; i < C; i++) got += value[i] * vector[i * C + a] * vector[i * C + b];
             for (size_t k = 0; k < C; k++) unit += vector[a * C + k] * vector[b * C + k];
-            CHECK_WITHIN(got, want, 1e-5);
+            CHECK_WITHIN(got, want, 9e-7);
             CHECK_WITHIN(unit, a == b, 1e-9);
         }
 }
@@ -105,7 +105,7 @@ static void test_raw(void) {
             }
         features_raw(&ops, fitted, &set, 33, 1, flip, got, label);
         CHECK(label[0] == want_label[0] && label[0] == 3);
-        for (size_t i = 0; i < T * N; i++) CHECK_WITHIN((double)got[i] * (double)got[i], want[i], 1e-5);
+        for (size_t i = 0; i < T * N; i++) CHECK_WITHIN((double)got[i] * (double)got[i], want[i], 1e-6);
     }
 }
 
@@ -124,8 +124,8 @@ static void test_tokens(void) {
                 sum += (double)t.x[r * D + a] * (double)t.x[r * D + b] / (IMAGES * T);
                 mean += (double)t.x[r * D + a] / (IMAGES * T);
             }
-            CHECK_WITHIN(mean, 0, 1e-4);
-            if (a != b) CHECK_WITHIN(sum, 0, 1e-3);
+            CHECK_WITHIN(mean, 0, 2e-6);
+            if (a != b) CHECK_WITHIN(sum, 0, 2e-6);
             else variance += sum / D;
             if (a == b && a == 0) first = sum;
             if (a == b && a == D - 1) last = sum;
@@ -144,7 +144,7 @@ static void test_tokens(void) {
             best = fmax(best, fabs(similarity[k]));
         }
         double of_id = similarity[t.id[r] / 2] * (t.id[r] % 2 ? -1 : 1);
-        CHECK_WITHIN(of_id, best, 1e-4);
+        CHECK_WITHIN(of_id, best, 1e-7);
     }
     CHECK(words > FEATURES_WORDS / 4);
     tokens_free(&t);

@@ -201,6 +201,79 @@ check "html of a series" inspect --html --out "$dir/html" --series --top-k 1 --b
     "$dir/step0.npy" "$dir/step1.npy" "$dir/step2.npy"
 check "shows the checkpoints" grep -q "over training" "$dir/html/inspect.html"
 
+# ---- in words (each rule: reading.c) ----
+check "in words" sh -c "'$dir/inspect' --quiet --explain --bootstrap 50 >'$dir/words.txt'"
+check "the collapsed layer first" sh -c "sed -n '/^In words/{n;p;}' '$dir/words.txt' |
+    grep -q '^layer 0: 14 of 16 experts are dead: each has under a tenth of an even share of 4000 selections'"
+check "each layer that has dead experts" [ "$(grep -c 'experts are dead' "$dir/words.txt")" = 3 ]
+check "in words, JSON" run words.json --explain --indices "$dir/planted_index.npy" --logits "$dir/planted.npy"
+rules() {
+    sed -n 's/.*"event":"reading","layer":\([0-9]*\),"rule":"\([a-z0-9-]*\)".*/\1 \2/p' "$dir/words.json" | tr "\n" ,
+}
+check "its rules" [ "$(rules)" = "0 congested,0 top-1,0 healthy," ]
+check "the layers' own lines are as without" sh -c "head -n 1 '$dir/words.json' | cmp - '$dir/planted.json'"
+check "a router that is well" run well.json --explain --top-k 2 "$dir/small_f4.npy"
+check "has one line, which says so" sh -c "[ \$(grep -c reading '$dir/well.json') = 1 ] &&
+    grep -q '\"layer\":0,\"rule\":\"healthy\"' '$dir/well.json'"
+check "in words, HTML" grep -q 'In words' "$dir/html/inspect.html"
+
+# ---- relations: right values by hand, and by a few lines of Python for the logarithms ----
+check "two dumps" run compare.json --experts 4 "$dir/hand_index.npy" --compare "$dir/other_index.npy"
+check "first choices kept" near "$dir/compare.json" 2 top1_overlap 0.5 1e-8
+check "by chance" near "$dir/compare.json" 2 top1_chance 0.33333333 1e-8  # (4 x 2 + 2 x 2) / 36
+check "choices kept" near "$dir/compare.json" 2 topk_overlap 0.66666667 1e-8
+check "by chance" near "$dir/compare.json" 2 topk_chance 0.56944444 1e-8  # (6 x 4 + 3 x 3 + 2 x 3 + 1 x 2) / 72
+check "churn" near "$dir/compare.json" 2 churn 0.5 1e-8
+check "load moved" near "$dir/compare.json" 2 load_moved 0.16666667 1e-8  # (2 + 0 + 1 + 1) / 24
+check "MaxVio of the other" near "$dir/compare.json" 2 other_maxvio 0.33333333 1e-8
+check "the first's line is as alone" sh -c "head -n 1 '$dir/compare.json' | cmp - '$dir/hand.json'"
+check "two dumps with padding" run compare_padded.json --experts 4 "$dir/padded_index.npy" --compare \
+    "$dir/padded_other.npy"
+check "are as without" cmp "$dir/compare.json" "$dir/compare_padded.json"
+check "a dump and itself" run itself.json --top-k 2 "$dir/small_f4.npy" --compare "$dir/small_f8.npy"
+check "keep all" near "$dir/itself.json" 2 topk_overlap 1 0
+check "and move nothing" near "$dir/itself.json" 2 load_moved 0 0
+check "dumps of other tokens" run strangers.json --top-k 2 "$dir/small_f4.npy" --compare "$dir/noise.npy"
+check "have no overlap" grep -q '"topk_overlap":null' "$dir/strangers.json"
+check "relations" run together.json --relations --experts 4 "$dir/hand_index.npy"
+# 3 of 6 pairs, where 6 x 18 / 47 are expected; 1 and 2 never
+check "chosen together" grep -q '"ratio":\[\[null,1.30555556,1.30555556,1.30555556\],\[1.30555556,null,0,0\]' \
+    "$dir/together.json"
+check "from layer to layer" run layers_index.json --relations "$dir/layers_index.npy"
+transition() { sed -n "/\"from\":$1,/p" "$dir/layers_index.json" >"$dir/transition.json"; }
+transition 0
+check "mutual information" near "$dir/transition.json" 1 information 0.38039567 1e-8
+check "its share" near "$dir/transition.json" 1 information_share 0.52537 1e-5 # of 0.66156 + 1/16
+check "the map" grep -q '"share":\[\[0.75,0.25\],\[0,1\]\]' "$dir/transition.json"
+bracket() { # its interval holds the estimate and has a width
+    awk -v v="$(number "$1" 1 "$2")" -v lo="$(number "$1" 1 "$2_lo")" -v hi="$(number "$1" 1 "$2_hi")" \
+        'BEGIN { exit !(lo < v && v < hi) }'
+}
+check "the interval" bracket "$dir/transition.json" information
+transition 1
+check "nearly independent" near "$dir/transition.json" 1 information -0.05160918 1e-8
+check "percentiles" grep -q '"event":"percentiles","maxvio":\[0,0.125,0.25,0.375,0.5\]' "$dir/layers_index.json"
+check "relations, one thread" run layers_index1.json --relations --threads 1 "$dir/layers_index.npy"
+check "are the same" cmp "$dir/layers_index.json" "$dir/layers_index1.json"
+check "labels and experts" run domains.json --labels "$dir/layers_label.npy" "$dir/layers_index.npy"
+check "information" near "$dir/domains.json" 1 label_information 0.36157374 1e-8
+check "all of it" near "$dir/domains.json" 2 label_information_share 1 1e-8 # labels are the choices; one has none
+check "none of it" near "$dir/domains.json" 3 label_information -0.06728514 1e-8
+check "its interval" bracket "$dir/domains.json" label_information
+check "CSV" inspect --csv --out "$dir/csv" --experts 4 "$dir/hand_index.npy" --compare "$dir/other_index.npy"
+columns() { # as many in every line; the values those of the JSON
+    awk -F , 'NR == 1 { n = NF; for (i = 1; i <= n; i++) if ($i == "gini") gini = i }
+        NF != n { exit 1 } NR > 1 { print $gini }' "$dir/csv/inspect.csv" | tr '\n' ' '
+}
+check "a row for each layer" [ "$(columns)" = "0.333333333 0.125 " ]
+check "pictures of relations" inspect --html --relations --out "$dir/related" --top-k 2 "$dir/layers.npy" --compare \
+    "$dir/layers.npy"
+check "are on the page" sh -c "grep -q 'chosen together, observed' '$dir/related/inspect.html' &&
+    grep -q 'From layer 1 (rows) to layer 2' '$dir/related/inspect.html' &&
+    grep -q 'Share of the choices that both dumps have' '$dir/related/inspect.html'"
+check "with a table of both" grep -q '<td>2</td><td>1.000</td><td>0.[0-9]*</td><td>1.000</td>' \
+    "$dir/related/inspect.html"
+
 # ---- bad files ----
 for file in order dtype nan inf zero overflow long magic version records nohdr; do
     read -r byte text <"$dir/bad_$file.want"
@@ -234,6 +307,10 @@ check "bad: too few labels" bad hand_index.npy 0 "one for each token" --top-k 2 
     --labels "$dir/hand_index.npy" "$dir/small_f4.npy"
 check "a negative label is none" "$dir/inspect" --quiet --bootstrap 20 --top-k 1 --labels "$dir/negative_labels.npy" \
     "$dir/small_f4.npy"
+# 299 tokens with the one label: pure, whatever the token without a label
+check "a token without a label does not count in purity" sh -c \
+    "'$dir/inspect' --quiet --json --bootstrap 20 --top-k 1 --labels '$dir/negative_labels.npy' \
+    '$dir/small_f4.npy' | grep -q '\"purity\":1[,}]'"
 check "bad: safetensors" bad small_f4.npy 0 "" --top-k 2 --router "$dir/small_f4.npy" "$dir/hidden.npy"
 check "bad: no router" bad none.safetensors 0 "no router" --router "$dir/none.safetensors" "$dir/hidden.npy"
 check "bad: NaN in a router" bad nan.safetensors 96 "NaN" --router "$dir/nan.safetensors" "$dir/hidden.npy"
@@ -249,6 +326,10 @@ check "option: unknown" option --nonsense
 check "option: steps without a series" option --steps-at 1,2 "$dir/small_f4.npy"
 check "option: too few steps" option --series --top-k 1 --steps-at 1 "$dir/step0.npy" "$dir/step1.npy"
 check "option: steps that fall" option --series --top-k 1 --steps-at 2,1 "$dir/step0.npy" "$dir/step1.npy"
+check "option: compare a series" option --series --compare "$dir/step1.npy" --top-k 1 "$dir/step0.npy"
+check "option: compare two files" option --compare "$dir/step1.npy" --top-k 1 "$dir/step0.npy" "$dir/step2.npy"
+check "bad: no such file to compare" bad none.npy 0 "No such file" --top-k 2 "$dir/small_f4.npy" --compare \
+    "$dir/none.npy"
 check "option: top-k 0" option --top-k 0
 check "option: logits need --top-k" option "$dir/small_f4.npy"
 check "with a hint" grep -q "small_f4.npy: say --top-k N" "$dir/err"

@@ -102,6 +102,22 @@ static void write_indices(void) {
     f = npy("none_index.npy", 1, "'<i4'", "False", "(6, 2)");
     for (int i = 0; i < 12; i++) put(f, (uint64_t)(int64_t)-1, 4);
     fclose(f);
+    /* beside hand_index: 3 of 6 first choices and 8 of 12 choices the same */
+    static const int32_t other[] = {0, 2, 1, 0, 3, 2, 1, 0, 0, 1, 2, 3};
+    f = npy("other_index.npy", 1, "'<i4'", "False", "(6, 2)");
+    for (int i = 0; i < 12; i++) put(f, (uint64_t)(int64_t)other[i], 4);
+    fclose(f);
+    f = npy("padded_other.npy", 1, "'<i4'", "False", "(18, 2)");
+    for (int i = 0; i < 36; i++) put(f, (uint64_t)(int64_t)(i / 2 % 3 == 1 ? other[i / 6 * 2 + i % 2] : -1), 4);
+    fclose(f);
+    /* first choices of 8 tokens in three layers: tables 3 1 / 0 4, and, between the second and the third, 1 2 / 1 4 */
+    static const int32_t layers[] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1};
+    f = npy("layers_index.npy", 1, "'<i4'", "False", "(3, 8, 1)");
+    for (int i = 0; i < 24; i++) put(f, (uint64_t)(int64_t)layers[i], 4);
+    fclose(f);
+    f = npy("layers_label.npy", 1, "'<i4'", "False", "(8,)"); /* the second layer's choices; the last has no label */
+    for (int i = 0; i < 8; i++) put(f, (uint64_t)(int64_t)(i == 7 ? -1 : layers[8 + i]), 4);
+    fclose(f);
     f = npy("twice_index.npy", 1, "'<i4'", "False", "(2, 2)");
     put(f, 1, 4), put(f, 1, 4), put(f, 0, 4), put(f, 1, 4);
     fclose(f);

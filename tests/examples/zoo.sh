@@ -17,13 +17,49 @@ check "a result for every layer of the configuration" \
     [ "$n" -eq "$(head -n 1 "$tmp/all.out" | grep -o '"d_model":' | wc -l)" ]
 check "a result for each name" [ "$n" -eq "$(finals all | sed 's/.*"system":"\([^"]*\)".*/\1/' | sort -u | wc -l)" ]
 number='\(null\|-\{0,1\}[0-9][0-9.e+-]*\)' keys='{"event":"final","system":"[^"]*","source":"[^"]*"'
-for key in train_loss test_loss test_accuracy tokens_per_s maxvio load_cv load_entropy dead dead_experts dead_first \
-    dropped pes; do
+for key in seed train_loss test_loss test_accuracy params active_params start_output start_p_max tokens_per_s maxvio \
+    load_cv load_entropy dead dead_experts dead_first dropped experts_per_token pes; do
     keys="$keys,\"$key\":$number"
     [ $key = dead_experts ] && keys="${keys%"$number"}\[[0-9,]*\]"
 done
-check "exactly these keys" [ "$n" -eq "$(finals all | grep -c "^$keys,\"diverged\":\(true\|false\)}\$")" ]
-check "two steps, and nothing diverges" [ "$(finals all | grep -c '"diverged":false}$')" -eq "$n" ]
+check "exactly these keys" \
+    [ "$n" -eq "$(finals all | grep -c "^$keys,\"diverged\":\(true\|false\),\"notes\":\[.*\]}\$")" ]
+check "two steps, and nothing diverges" [ "$(finals all | grep -c '"diverged":false,')" -eq "$n" ]
+
+# what is compared is alike, or a note says that it is not
+pick() { sed "s/.*\"system\":\"\([^\"]*\)\".*\"$1\":\([^,]*\),.*/\1 \2/"; }
+finals all | pick active_params >"$tmp/active"
+dense=$(sed -n 's/^dense //p' "$tmp/active")
+check "as many active parameters as dense, to 5%" awk -v dense="$dense" '
+    { if ($2 < 0.95 * dense || $2 > 1.05 * dense) { print; bad = 1 } } END { exit bad || dense < 1000 }' "$tmp/active"
+finals all | grep -v '"notes":\[.*output at the start' | pick start_output >"$tmp/output"
+dense=$(sed -n 's/^dense //p' "$tmp/output")
+check "an output as large as dense's at the start, or a note" awk -v dense="$dense" '
+    { if ($2 < 0.9 * dense || $2 > 1.1 * dense) { print; bad = 1 } } END { exit bad || NR < 24 || dense <= 0 }' \
+    "$tmp/output"
+saturated() { finals "$1" | grep 'router saturated' | sed 's/.*"system":"\([^"]*\)".*/\1/' | tr '\n' ' '; }
+check "no router begins saturated" [ -z "$(saturated all)" ]
+mismatch=$(finals all | grep 'balanced over the batch in training only' | sed 's/.*"system":"\([^"]*\)".*/\1/' | sort |
+    tr '\n' ' ')
+check "training and test that route differently are noted" [ "$mismatch" = 'base sinkhorn ' ]
+run asis 0 --as-is --system dense,soft-moe,smear,switch --steps 2 --images 100 --threads 1 --json
+check "--as-is: the rows' own sizes" \
+    [ "$(finals asis | pick active_params | sort | tr '\n' ' ')" = \
+        'dense 13002 smear 7314 soft-moe 50315 switch 5258 ' ]
+check "--as-is: smear begins saturated, and says so" [ "$(saturated asis)" = 'smear ' ]
+
+# seeds: the first is what --seed gives; mean and deviation by hand
+run seeds 0 --seeds 3 --system dense,switch --steps 4 --images 100 --threads 1 --json
+run one 0 --seed 2 --system dense,switch --steps 4 --images 100 --threads 1 --json
+check "three results a system" [ "$(count seeds)" -eq 6 ]
+spread=$(finals seeds | grep '"system":"switch"' | sed 's/.*"test_loss":\([^,]*\),.*/\1/' |
+    awk '{ v[NR] = $1; s += $1 } END { m = s / NR; for (i in v) d += (v[i] - m) ^ 2
+        printf "%.6f %.6f", m, sqrt(d / (NR - 1)) }')
+printed=$(grep '^{"event":"seeds","system":"switch","seeds":3,"test_loss_mean"' "$tmp/seeds.out" |
+    sed 's/.*"test_loss_mean":\([^,]*\),"test_loss_sd":\([^,]*\),.*/\1 \2/' | awk '{ printf "%.6f %.6f", $1, $2 }')
+check "mean and deviation: $printed, by hand $spread" [ "$printed" = "$spread" ]
+check "and in the table" says seeds '^switch .* +- '
+check "seeds differ" [ "$(finals seeds | sed 's/.*"test_loss":\([^,]*\),.*/\1/' | sort -u | wc -l)" -eq 6 ]
 finals all | sed 's/.*"test_loss":\([^,]*\).*/\1/' >"$tmp/losses"
 check "every test loss is that of a beginner" awk '!($1 > 1.5 && $1 < 3.5) { exit 1 }' "$tmp/losses"
 sort -g "$tmp/losses" >"$tmp/sorted"
@@ -94,7 +130,7 @@ check "a table in Markdown" [ "$(grep -c '^|.*|$' "$tmp/markdown.out")" -eq 5 ] 
 # numbers that leave their range
 run diverged 0 --system dense,switch --steps 30 --images 100 --lr 1e20 --json
 check "both diverge, and are reported" [ \
-    "$(finals diverged | grep -c '"test_loss":null,.*"pes":null,"diverged":true}$')" -eq 2 ]
+    "$(finals diverged | grep -c '"test_loss":null,.*"pes":null,"diverged":true,')" -eq 2 ]
 check "the files of a diverged zoo" [ -s "$tmp/diverged/zoo.html" ]
 
 # bad arguments

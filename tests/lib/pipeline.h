@@ -540,7 +540,10 @@ static inline double pipeline_objective(pipeline *o) {
             size_t n = 0;
             for (size_t s = 0; s < S; s++) {
                 if (t->index[i * S + s] < 0) continue;
-                pl_expert(o, (size_t)t->index[i * S + s], pl_view(o, o->x + i * d), out + (i * S + s) * d);
+                double *in = test_doubles(d), by = o->d.combine == MOE_COMBINE_INPUT ? w[i * S + s] : 1;
+                for (size_t c = 0; c < d; c++) in[c] = by * pl_view(o, o->x + i * d)[c];
+                pl_expert(o, (size_t)t->index[i * S + s], in, out + (i * S + s) * d);
+                free(in);
                 if (t->routes.slot[i * S + s] != MOE_NONE)
                     memcpy(kept + n++ * d, out + (i * S + s) * d, d * sizeof(double));
             }
@@ -554,6 +557,7 @@ static inline double pipeline_objective(pipeline *o) {
             for (size_t s = 0, l = 0; s < S; s++) {
                 if (t->routes.slot[i * S + s] == MOE_NONE) continue;
                 double weight = o->d.combine == MOE_COMBINE_ROBUST ? w[i * S + s] * r[l] / sum : w[i * S + s];
+                if (o->d.combine == MOE_COMBINE_INPUT) weight = 1;
                 for (size_t c = 0; c < d; c++) o->y[i * d + c] += weight * out[(i * S + s) * d + c];
                 l++;
             }

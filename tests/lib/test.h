@@ -25,16 +25,23 @@
 static const char *test_name = "(no test)";
 static int test_passed, test_failed, test_skipped, test_errors; /* test_errors: of the running test */
 
-/* TEST_SANITIZED: 1 under the address sanitizer, where the scalar kernels are some 20 times slower: fewer rounds do. */
+/* TEST_SANITIZED: 1 under the address or memory sanitizer or valgrind, where the scalar kernels are some 20 times
+ * slower: fewer rounds do. TEST_FRESH: 1 where fresh memory is not filled, so that who looks for its use can see it. */
 #if defined(__SANITIZE_ADDRESS__)
 #define TEST_SANITIZED 1
 #elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
+#if __has_feature(address_sanitizer) || __has_feature(memory_sanitizer)
 #define TEST_SANITIZED 1
+#endif
+#if __has_feature(memory_sanitizer)
+#define TEST_FRESH 1
 #endif
 #endif
 #ifndef TEST_SANITIZED
 #define TEST_SANITIZED 0
+#endif
+#ifndef TEST_FRESH
+#define TEST_FRESH 0
 #endif
 
 #define TEST_MAX_MESSAGES 10 /* for each test */
@@ -54,7 +61,7 @@ static inline void *test_malloc(size_t bytes, const void *context) {
     void *p = malloc(bytes ? bytes : 1);
     if (p == NULL) return NULL;
     static const int patterns[] = {0xff, 0x00, 0xaa, 0xbe}; /* memory that is used before it is written shows */
-    memset(p, test_pattern >= 0 ? test_pattern : patterns[test_allocations % 4], bytes);
+    if (!TEST_FRESH) memset(p, test_pattern >= 0 ? test_pattern : patterns[test_allocations % 4], bytes);
     test_live_blocks++;
     test_allocations++;
     return p;

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Fresh memory that is used before it is written, and memory that is not ours: the suites under clang's memory sanitizer
+# (scalar kernels) and a few under valgrind (with AVX2 where it is). Without an argument both; otherwise: sanitizer,
+# valgrind, or either and the suites to run (tests/NAME.c). The last line is "N passed, N failed[, N skipped]".
+cd "$(dirname "$0")/../.." || exit 1
+suite=fresh
+. tests/lib/check.sh
+jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)}
+only=${1:-all}
+[ $# -gt 0 ] && shift
+skipped=0
+
+# Suites with the library in themselves are left out: they would take minutes each to compile.
+of_library() { for name in "$@"; do grep -q '^#define MOE_IMPLEMENTATION' "tests/$name.c" || echo "$name"; done; }
+all=$(for file in tests/*.c tests/contract/*.c; do echo "${file#tests/}"; done | sed 's/\.c$//')
+
+# One suite: NAME DIRECTORY RUNNER COMPILER OPTION...
+cat >"$tmp/one" <<'END'
+name=$1 dir=$2 runner=$3
+shift 3
+log=$dir/$(echo "$name" | tr / .)
+"$@" -w -I. -Itests/lib "tests/$name.c" "$dir/moe.o" -o "$log.run" -lm >"$log.log" 2>&1 &&
+    $runner "$log.run" >>"$log.log" 2>&1 && touch "$log.passed"
+rm -f "$log.run"
+END
+run() { # WHAT RUNNER SUITES COMPILER OPTION...: the library once, then the suites
+    what=$1 runner=$2 suites=$3 dir=$tmp/$1
+    shift 3
+    mkdir -p "$dir"
+    check "$what: the library" "$@" -w -I. -Itests/lib -c tests/lib/moe.c -o "$dir/moe.o"
+    for name in $suites; do echo "$name"; done | xargs -P "$jobs" -I{} sh "$tmp/one" {} "$dir" "$runner" "$@"
+    for name in $suites; do
+        log=$dir/$(echo "$name" | tr / .)
+        check "$what: $name" sh -c '[ -e "$1.passed" ] || { tail -n 40 "$1.log"; exit 1; }' sh "$log"
+    done
+}
+have() { # PROGRAM
+    command -v "$1" >/dev/null 2>&1 && return
+    skipped=$((skipped + 1))
+    echo "skipped $1: not installed"
+    return 1
+}
+
+fma=$([ "$(uname -m)" = x86_64 ] && grep -q ' fma ' /proc/cpuinfo && echo -mfma) # or fmaf is a slow call
+if [ "$only" != valgrind ] && have clang; then
+    # shellcheck disable=SC2086 # words
+    run sanitizer '' "$(of_library ${*:-$all})" \
+        clang -std=c99 -O1 -g1 $fma -fsanitize=memory -fno-omit-frame-pointer -DMOE_NO_SIMD
+fi
+if [ "$only" != sanitizer ] && have valgrind; then
+    # shellcheck disable=SC2086
+    run valgrind 'valgrind -q --error-exitcode=9 --leak-check=full' \
+        "$(of_library ${*:-layer passes select routes optimiser controllers health game save contract/mask})" \
+        gcc -std=c99 -O1 -g1 -DTEST_FRESH=1 -DTEST_SANITIZED=1
+fi
+
+[ "$skipped" -eq 0 ] && finish
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

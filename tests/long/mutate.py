@@ -1,0 +1,352 @@
+#!/usr/bin/env python3
+"""Do the tests notice when moe.h is wrong? Changes one thing at a time in the body of a function (an operator, a
+constant, a condition, a statement left out, two arguments exchanged), runs the suites with it, scalar kernels, and
+reports each change that no suite notices. All changes are compiled into one header, each in a copy of its function that
+an environment variable switches on: so each suite is built once.
+
+    tests/long/mutate.py [--count 300] [--seed 1] [--room NAME,...] [--line N] [--jobs 2]
+        [--suites NAME,...] [--most SECONDS] [--minutes M]
+
+A change is noticed if a suite fails, crashes or does not end. Only suites that run the function count: the room's own
+first, then the others, fastest first; those slower than --most seconds (default 10) only if they are the room's own,
+and none over six times that. A change that does not compile, or
+that compiles at -O1 to the same code as before, is none. Survivors whose line of code stands in mutants.txt, with why
+they change nothing that is promised, are counted apart. Ends with "N changes: ...", status 1 if
+a survivor is not explained."""
+import argparse, glob, os, random, re, shutil, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+CC = os.environ.get("CC", "gcc")
+FLAGS = ["-std=c99", "-w", "-DMOE_NO_SIMD", "-DTEST_SANITIZED=1", "-Itests/lib"]
+# a room's own suites, where they are not named as it is
+OWN = {"tape": ["tape", "passes"], "losses": ["losses", "balance"], "balance": ["balance", "losses"],
+       "models": ["models", "safetensors"], "systems": ["systems", "systems_rows", "authors"],
+       "score": ["score", "passes", "balance"], "gate": ["gate", "passes", "balance"], "run": ["run", "passes"],
+       "select": ["select", "passes", "balance"], "experts": ["experts", "passes"], "combine": ["combine", "passes"],
+       "kernels": ["kernels", "products"], "layer": ["layer", "save"], "threads": ["threads", "contract/bits"],
+       "placement": ["placement", "plan"], "plan": ["plan", "desc", "layer"], "codes": ["codes", "passes"]}
+
+
+def code_of(text):
+    """The text with comments, strings and directives blanked, of the same length."""
+    blank = lambda m: re.sub(r"[^\n]", " ", m.group(0))
+    return re.sub(r'/\*.*?\*/|//[^\n]*|'
+                  r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*', blank,
+                  text, flags=re.S | re.M)
+
+
+def bodies(code):
+    """(begin, end) of each function's body: a brace that opens after a parenthesis, outside of any other."""
+    depth, begin = 0, None
+    for m in re.finditer(r"[{}]", code):
+        if m.group() == "{":
+            if depth == 0 and re.search(r"\)\s*$", code[max(0, m.start() - 200):m.start()]):
+                begin = m.end()
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0 and begin is not None:
+                yield begin, m.start()
+                begin = None
+
+
+EXCHANGE = {"<": ["<=", ">"], "<=": ["<", ">"], ">": [">=", "<"], ">=": [">", "<"], "==": ["!="], "!=": ["=="],
+            "&&": ["||"], "||": ["&&"], "+": ["-"], "-": ["+"], "*": ["+", "/"], "/": ["*"], "%": ["/"],
+            "+=": ["-=", "="], "-=": ["+=", "="], "*=": ["/=", "="], "/=": ["*="], "|=": ["&=", "="], "&=": ["|="],
+            "<<": [">>"], ">>": ["<<"], "|": ["&"], "&": ["|"], "^": ["|"]}
+TOKEN = re.compile(r"\s(<<|>>|<=|>=|==|!=|&&|\|\||[-+*/|&]=|[-+*/%<>|&^])\s")
+
+
+def close(code, at):
+    """The place after the parenthesis that closes the one at `at`."""
+    depth = 0
+    for i in range(at, len(code)):
+        depth += (code[i] == "(") - (code[i] == ")")
+        if depth == 0:
+            return i + 1
+    return at + 1
+
+
+def changes(code, begin, end):
+    """(begin, end, new text) of each change that can be made in code[begin:end]."""
+    body = code[begin:end]
+    found = []
+    add = lambda m, group, new: found.append((begin + m.start(group), begin + m.end(group), new))
+    for m in TOKEN.finditer(body):
+        for new in EXCHANGE[m.group(1)]:
+            add(m, 1, new)
+    for m in re.finditer(r"(?<![\w.])(\d+)u?(?![\w.])", body):
+        add(m, 1, {"0": "1", "1": "2"}.get(m.group(1), str(int(m.group(1)) + 1)))
+        if m.group(1) == "1":
+            add(m, 1, "0")
+    for m in re.finditer(r"(?<![\w.])(\d*\.\d+(?:e[-+]?\d+)?|\d+\.(?:e[-+]?\d+)?|\d+e[-+]?\d+)f?(?!\w)", body):
+        add(m, 1, "(%r)" % (float(m.group(1)) * 1.5 if float(m.group(1)) else 0.5))
+    for m in re.finditer(r"\b(?:if|while) (\()", body):
+        stop = close(body, m.start(1))
+        inside = (begin + m.start(1) + 1, begin + stop - 1)
+        text = code[inside[0]:inside[1]]
+        found.append((*inside, "!(" + text + ")"))
+        found.append((*inside, "0 && (" + text + ")"))
+    for m in re.finditer(r"(!)(?=[\w(])", body):
+        add(m, 1, "")
+    for m in re.finditer(r"(?<=[;{})\n] )\s*((?:break|continue|return|[\w>.\[\]*+ -]+ [-+*/|&]?= [^;{}]*|\w+\([^;{}]*\)|"
+                         r"[\w>.\[\]-]+(?:\+\+|--)))(?=;)", body):
+        statement = m.group(1)
+        if not re.match(r"(?:const |static |size_t |u?int\w* |float |double |char |void |moe_\w+ \**\w|struct )", statement):
+            add(m, 1, "")
+    for m in re.finditer(r"(?<=[(,])\s?([\w.>&*\[\]-]+)(, )([\w.>&*\[\]-]+)(?=[,)])", body):
+        if m.group(1) != m.group(3):
+            found.append((begin + m.start(1), begin + m.end(3), m.group(3) + ", " + m.group(1)))
+    return found
+
+
+class Suite:
+    def __init__(self, name, work):
+        self.name, self.file = name, "tests/%s.c" % name
+        self.alone = "\n#define MOE_IMPLEMENTATION" in "\n" + open(self.file).read()
+        self.program = os.path.join(work, name.replace("/", "."))
+        self.seconds, self.hits = None, set()
+
+
+class Change:
+    def __init__(self, runner, begin, end, new, room):
+        self.begin, self.end, self.new, self.room = begin, end, new, room
+        text = runner.text
+        self.line = text.count("\n", 0, begin) + 1
+        first = text.rfind("\n", 0, begin) + 1
+        line = text[first:text.find("\n", end)]
+        self.old_line = " ".join(line.split())
+        self.new_line = " ".join((line[:begin - first] + new + line[end - first:]).split())
+
+
+def run(command, limit=900, environment=None):
+    """(status, what it printed to standard error); -1 where it had to be stopped."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=limit,
+                              stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+        return done.returncode, done.stderr.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        return -1, ""
+
+
+SWITCH = """
+#include <stdio.h>
+#include <stdlib.h>
+static int moe__mutant = -1;
+static unsigned char moe__mutant_hit[%d];
+#define MOE__MUTANT(n) (moe__mutant_hit[n] = 1, moe__mutant == n)
+static void __attribute__((constructor)) moe__mutant_begin(void) {
+    const char *which = getenv("MOE_MUTANT");
+    if (which) moe__mutant = atoi(which);
+}
+static void __attribute__((destructor)) moe__mutant_end(void) {
+    const char *path = getenv("MOE_MUTANT_HITS");
+    FILE *f = path ? fopen(path, "wb") : NULL;
+    if (f) fwrite(moe__mutant_hit, 1, sizeof moe__mutant_hit, f), fclose(f);
+}
+"""
+
+
+class Runner:
+    def __init__(self, options):
+        self.options = options
+        self.work = tempfile.mkdtemp(prefix="mutate.")
+        self.text = open("moe.h").read()
+        self.code = code_of(self.text)
+        names = [f[6:-2] for f in sorted(glob.glob("tests/*.c") + glob.glob("tests/contract/*.c"))]
+        self.suites = {n: Suite(n, self.work) for n in names if n != "contract/golden"}
+        if options.suites:
+            self.suites = {n: s for n, s in self.suites.items() if n in options.suites.split(",")}
+        rooms = rooms_of(self.text)
+        self.first = self.text.index("\n", self.text.index("*/", rooms[0][0])) + 1
+        self.bodies = [(b + at, e + at) for at, stop, _ in rooms for b, e in bodies(self.code[at:stop])]
+
+    def header(self, where, text):
+        os.makedirs(where, exist_ok=True)
+        with open(os.path.join(where, "moe.h"), "w") as f:
+            f.write(text)
+
+    def with_all(self, changes):
+        """The header in which each change waits to be switched on, and the lines of each."""
+        out, at, lines, line = [], 0, {}, 1
+
+        def put(text):
+            nonlocal line
+            out.append(text)
+            line += text.count("\n")
+
+        put(self.text[:self.first] + SWITCH % max(1, len(changes)))
+        at = self.first
+        for begin, end in self.bodies:
+            mine = [(n, c) for n, c in enumerate(changes) if c and begin <= c.begin < end]
+            if not mine:
+                continue
+            put(self.text[at:begin])
+            for n, c in mine:
+                first = line
+                put("if (MOE__MUTANT(%d)) {%s%s%s} else " % (n, self.text[begin:c.begin], c.new, self.text[c.end:end]))
+                lines[n] = (first, line)
+            put("{" + self.text[begin:end] + "}")
+            at = end
+        put(self.text[at:])
+        return "".join(out), lines
+
+    def compile_all(self, changes):
+        """The library with all changes in it; those that do not compile are left out, None in the list."""
+        where = os.path.join(self.work, "all")
+        for _ in range(12):
+            text, lines = self.with_all(changes)
+            self.header(where, text)
+            status, said = run([CC, *FLAGS, "-O1", "-fmax-errors=0", "-I" + where, "-I.", "-c", "tests/lib/moe.c", "-o",
+                                os.path.join(self.work, "moe.o")])
+            if status == 0:
+                return where
+            bad = {int(n) for n in re.findall(r"moe\.h:(\d+):\d+: (?:fatal )?error", said)}
+            out = [n for n, (first, last) in lines.items() if any(first <= b <= last for b in bad)]
+            if not out:
+                sys.exit("does not compile: " + said[:2000])
+            for n in out:
+                changes[n] = None
+        sys.exit("too many changes do not compile")
+
+    def prepare(self, changes):
+        """Each suite built once, with all changes; what it runs of them, and how long it takes, as nothing is changed."""
+        where = self.compile_all(changes)
+
+        def one(suite):
+            library = [] if suite.alone else [os.path.join(self.work, "moe.o")]
+            status, said = run([CC, *FLAGS, "-O0", "-I" + where, "-I.", suite.file, *library, "-o", suite.program, "-lm"])
+            hits, begin = suite.program + ".hits", time.time()
+            if status == 0:
+                status, _ = run([suite.program], 6 * self.options.most, {"MOE_MUTANT_HITS": hits})
+            suite.seconds = time.time() - begin if status == 0 else None
+            if suite.seconds is None:
+                print("left out: %s (%s)" % (suite.name, "over %d s" % (6 * self.options.most) if status == -1 else
+                                             "fails: " + said[:500]), flush=True)
+            else:
+                suite.hits = {n for n, hit in enumerate(open(hits, "rb").read()) if hit}
+
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            list(pool.map(one, self.suites.values()))
+
+    def same_code(self, change):
+        """Is it the same to the compiler?"""
+        if not hasattr(self, "plain"):
+            self.plain = self.plain_object("plain", self.text)
+        where = "only%d" % threading.get_ident()
+        return self.plain_object(where, self.text[:change.begin] + change.new + self.text[change.end:]) == self.plain
+
+    def plain_object(self, where, text):
+        where = os.path.join(self.work, where)
+        self.header(where, text)
+        status, _ = run([CC, *FLAGS, "-O1", "-I" + where, "-c", "tests/lib/moe.c", "-o", where + ".o"])
+        return open(where + ".o", "rb").read() if status == 0 else None
+
+    def noticed_by(self, number, change):
+        own = OWN.get(change.room, [change.room])
+        can = [s for s in self.suites.values() if s.seconds is not None and number in s.hits]
+        can.sort(key=lambda s: (s.name not in own or s.seconds > 4, s.seconds))
+        for suite in can:
+            if suite.seconds > self.options.most and suite.name not in own:
+                continue
+            if run([suite.program], 4 * suite.seconds + 5, {"MOE_MUTANT": str(number)})[0] != 0:
+                return suite.name
+        return None
+
+
+def rooms_of(text):
+    marks = [(m.start(), m.group(1)) for m in re.finditer(r"^/\* ==== >>(\w+) =", text, re.M)]
+    return [(at, marks[i + 1][0] if i + 1 < len(marks) else len(text), name) for i, (at, name) in enumerate(marks)]
+
+
+def candidates(runner, options):
+    """In random order, a line as likely as any other; each room's share is that of its lines, but at least one."""
+    by_room = {}
+    for begin, end, room in rooms_of(runner.text):
+        if options.room and room not in options.room.split(","):
+            continue
+        lines = {}
+        for b, e in bodies(runner.code[begin:end]):
+            for c in changes(runner.code, begin + b, begin + e):
+                lines.setdefault(runner.text.count("\n", 0, c[0]) + 1, []).append((*c, room))
+        if options.line:
+            lines = {n: c for n, c in lines.items() if n == options.line}
+        if lines:
+            by_room[room] = lines
+    order = random.Random(options.seed)
+    picks = [(room, n) for room, lines in by_room.items() for n in lines]
+    order.shuffle(picks)
+    first, seen = [], set()
+    for room, n in picks:
+        if room not in seen:
+            seen.add(room)
+            first.append((room, n))
+    picks = first + [p for p in picks if p not in set(first)]
+    if options.line:
+        chosen = [c for room, n in picks for c in by_room[room][n]]
+    else:
+        chosen = [order.choice(by_room[room][n]) for room, n in picks][:options.count * 5 // 4 + 5]
+    return [Change(runner, *c) for c in chosen]
+
+
+def explained():
+    """mutants.txt: "room: the line of code => the changed line :: why", a line each; # begins a comment."""
+    path = os.path.join("tests", "long", "mutants.txt")
+    known = {}
+    for line in open(path) if os.path.exists(path) else []:
+        m = re.match(r"(\w+): (.*?) => (.*?) :: (.*)", line)
+        if m and not line.startswith("#"):
+            known[(m.group(1), m.group(2).strip(), m.group(3).strip())] = m.group(4)
+    return known
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--count", type=int, default=300)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--room", help="one or several, with commas between")
+    p.add_argument("--suites", help="these alone, with commas between: quicker, and more survive")
+    p.add_argument("--line", type=int, help="every change of this line")
+    p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--most", type=float, default=10)
+    p.add_argument("--minutes", type=float, default=1e9, help="begin no other change after so long")
+    options = p.parse_args()
+    os.chdir(ROOT)
+    runner = Runner(options)
+    counts = {"noticed": 0, "explained": 0, "survived": 0, "none": 0}
+    known, lock, start = explained(), threading.Lock(), time.time()
+
+    def one(numbered):
+        number, change = numbered
+        if time.time() - start > 60 * options.minutes or sum(counts.values()) - counts["none"] >= options.count:
+            return
+        by = runner.noticed_by(number, change)
+        key = (change.room, change.old_line, change.new_line)
+        kind = "noticed" if by else "explained" if key in known else "survived"
+        if kind == "survived" and runner.same_code(change):
+            kind = "none"
+        with lock:
+            counts[kind] += 1
+            if kind == "survived":
+                print("%s: %s => %s :: (line %d)" % (*key, change.line), flush=True)
+            elif os.environ.get("MUTATE_VERBOSE"):
+                print("%s%s, line %d: %s => %s" % (kind, " by " + by if by else "", change.line, *key[1:]), flush=True)
+
+    try:
+        chosen = candidates(runner, options)
+        runner.prepare(chosen)
+        counts["none"] = chosen.count(None)
+        print("prepared in %d s" % (time.time() - start), flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(one, [(n, c) for n, c in enumerate(chosen) if c]))
+    finally:
+        shutil.rmtree(runner.work, ignore_errors=True)
+    total = counts["noticed"] + counts["explained"] + counts["survived"]
+    print("%d changes: %d noticed, %d explained, %d survived (%d others did not compile or were the same code), %d s"
+          % (total, counts["noticed"], counts["explained"], counts["survived"], counts["none"], time.time() - start))
+    return counts["survived"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

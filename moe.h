@@ -496,7 +496,16 @@ typedef enum moe_error_kind {
       "experts in a weight format are frozen and do not grow: moe_layer_pack fills them, train_router trains the "    \
       "router alone")                                                                                                \
     X(MOE_E_FILE_QUANTISED, 282, FILE, "file",                                                                       \
-      "a quantised tensor has its lowest integer, or a scale that is negative, not finite or too large")
+      "a quantised tensor has its lowest integer, or a scale that is negative, not finite or too large")             \
+    X(MOE_E_EP_LAMBDA, 283, ARGUMENT, "lambda", "must be finite and at least 1")                                     \
+    X(MOE_E_EP_ALPHA, 284, ARGUMENT, "alpha", "must be above 0 and at most a million")                               \
+    X(MOE_E_EP_LOAD, 285, OVERFLOW, "load", "the experts' loads sum to more than 2^40 tokens")                       \
+    X(MOE_E_WINDOW, 286, NUMBER, "window", "NaN or infinite")                                                        \
+    X(MOE_E_CANDIDATES, 287, ARGUMENT, "candidates", "must be at least top_k")                                       \
+    X(MOE_E_PRUNE, 288, ARGUMENT, "prune", "must be 0 to 1")                                                         \
+    X(MOE_E_IMPORTANCE, 289, NUMBER, "importance", "NaN or infinite")                                                \
+    X(MOE_E_BUDGET, 290, ARGUMENT, "budget",                                                                         \
+      "too small even with all but the replicated expert in the small format, or that format is not smaller")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -575,6 +584,8 @@ typedef enum moe_select_kind { /* scores (T, E) -> routes */
     MOE_SELECT_ALL,           /* every expert */
     MOE_SELECT_GUMBEL,        /* training: the highest logit, the other choices by Gumbel noise on the logits, as
                                  torchscale draws the second [C], there in evaluation too; evaluation: top-k */
+    MOE_SELECT_LASER,         /* training: top-k; evaluation: as moe_laser, token after token, by scores (prob, for
+                                 softmax-selected), with side.window */
     MOE_SELECT_COUNT
 } moe_select_kind;
 
@@ -774,8 +785,11 @@ typedef struct moe_desc {
     size_t n_groups, top_groups;  /* 0 = 1, 1 */
     size_t group_best;            /* a group's score is the sum of so many of its best: 1 as in DeepSeek-V2 [C], 2 as in
                                      V3 [C]; 0 = 2 */
-    float top_p;                  /* 0 = 0.4 */
-    float threshold;              /* 0 or MOE_OFF = 0 for select = threshold, none for top-k */
+    float top_p;                  /* of laser: the mass from which top-k stands. 0 = 0.4, for laser 0.8 */
+    float threshold;              /* 0 or MOE_OFF = 0 for select = threshold, none for top-k and laser */
+    size_t candidates;            /* of laser; 0 = 2 top_k */
+    float prune;                  /* in evaluation a choice whose score (prob, for softmax-selected) is below it is
+                                     dropped, as in SimBal [P]; not the first, with fallback; 0 = none */
     int fallback;                 /* a token with no score above the threshold takes its highest score: default in
                                      evaluation only */
     int random_second;            /* in training a second or later choice stays if top_k w > U(0, 1), w its weight,
@@ -994,6 +1008,14 @@ MOE_API moe_status moe_sinkhorn_scratch(size_t rows, size_t cols, size_t *bytes)
  * room. Scores must be finite. */
 MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, int32_t *index, void *scratch,
                                size_t scratch_bytes);
+/* LASER, balancing at inference, after [S]. Row after row: where the top_k highest scores have at least `mass` of the
+ * row's sum they are the choice; else the choice is the top_k of least load, ties to the higher score, among the
+ * `candidates` highest scores above threshold times the highest, and the top_k highest anyway. Each choice adds
+ * 1 to window (E), the load, which the next row sees: so it depends on the rows before. Yours to let decay: multiply it
+ * between calls [D]. index (rows, top_k), highest score first. */
+MOE_API moe_status moe_laser_scratch(size_t rows, size_t cols, size_t *bytes);
+MOE_API moe_status moe_laser(size_t rows, size_t cols, size_t top_k, float mass, float threshold, size_t candidates,
+                             const float *scores, float *window, int32_t *index, void *scratch, size_t scratch_bytes);
 MOE_API moe_status moe_auction_scratch(size_t rows, size_t cols, size_t *bytes);
 
 /* Combining outputs (vectors of d) some of which may be wrong.
@@ -1205,6 +1227,8 @@ typedef struct moe_side {
     const double *mean;                       /* (E) mean of prob */
     uint64_t counted;                         /* its tokens */
     float loss_weight;                        /* of this backward's auxiliary losses: n_tokens / counted; 0 = 1 */
+    float *window;                            /* (E) of select = laser: the load so far, read and added to; NULL = each
+                                                 forward begins at 0 */
     const float *bias;                        /* (E) added to what the selection sees, never to weights (a layer uses
                                                  its own); NULL = none */
     const float *experts; float *d_experts;   /* score = subspace: the experts' parameters and gradients (a layer uses
@@ -1396,6 +1420,37 @@ MOE_API moe_status moe_temperature_scan(size_t n_tokens, size_t n_experts, size_
                                         size_t n_rows, const float *temperature, moe_temperature_row *row, void *work,
                                         size_t work_bytes);
 
+/* Is a batch under RepetitionCurse [S], a prompt of one token again and again, whose routes pile up on few ranks? What
+ * to compare with what real text gives [D]. index (T, k) in the order of the tokens; work (n_ranks). */
+typedef struct moe_repeats {
+    double tmi;       /* theoretical maximum imbalance: min(k, E / P) / (k / P) */
+    double imbalance; /* largest / mean load of the ranks; rank r has experts [r E / P, (r + 1) E / P) */
+    double jaccard;   /* of each token's set of experts and that of the one before, in the mean: 1 = always the same */
+    size_t longest;   /* tokens of the longest run with one set of experts */
+} moe_repeats;
+MOE_API moe_status moe_repetition(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_ranks, const int32_t *index,
+                                  uint64_t *work, moe_repeats *out);
+
+/* Replicate-and-Quantize, after [S]: the expert with the highest load gets a replica, in a small format, which takes
+ * half of its tokens [D]; then the least important others go to that format, ties to the lowest number, until the
+ * experts' bytes are within the budget. In a layer: moe_layer_split makes the replica, a bound expert whose format is
+ * the one after the networks', and moe_layer_quantize with formats as by_expert the rest. */
+typedef struct moe_replicate_desc {
+    size_t n_experts;
+    const uint64_t *load;      /* (E) of a calibration: moe_health.load */
+    const double *importance;  /* (E) as of moe_layer_worth; NULL = the load */
+    moe_format_kind full, small;
+    size_t full_bytes, small_bytes; /* of an expert: moe_layer_expert_bytes */
+    size_t budget;                  /* 0 = what the experts take in full */
+} moe_replicate_desc;
+typedef struct moe_replicate {
+    size_t expert, n_small;        /* which is replicated; how many go to the small format beside the replica */
+    size_t bytes_before, bytes;
+    double imbalance_before, imbalance; /* max / mean load; after: of E + 1 parts, by the mean of E */
+} moe_replicate;
+/* formats (E + 1) */
+MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, moe_format_kind *formats, moe_replicate *out);
+
 /* Pairwise expert similarity [P]: mean over tokens of 2 / (E (E - 1)) sum_{i<j} cos(o_i, o_j), outputs (T, E, d) of ALL
  * experts; the cosine with a zero output is 0 [D]; one expert gives 0. work (E). */
 MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d_model, const float *outputs, double *work,
@@ -1557,6 +1612,43 @@ MOE_API moe_status moe_feedback_thresholds(size_t n_experts, double *ks, double 
 /* a and lambda by least squares of (s_{t+1} - s_t) / dt on p_t and s_t; s and p (n_steps, E). */
 MOE_API moe_status moe_feedback_fit(size_t n_steps, size_t n_experts, double dt, const double *s, const double *p,
                                     double *a, double *lambda);
+
+/* ==== expert parallelism ======================================================================
+ * Experts lie on ranks, expert e on rank e P / E, rounded down. From their loads: who computes what. In integers, ties
+ * by number: every rank that has the loads of all makes the same plan. */
+typedef struct moe_ep_desc {
+    size_t n_experts, n_ranks; /* n_ranks divides n_experts */
+    int llep; /* least-loaded expert parallelism, after [P+C]: what is above a rank's capacity goes to the least loaded
+                 ranks, and the expert's weights with it. 0: standard, all to the rank that holds the expert */
+    double lambda;       /* largest / mean load from which on LLEP acts; 0 = 1.3 */
+    double alpha;        /* a rank's capacity = ceil(alpha * tokens / ranks); 0 = 1 */
+    uint64_t min_tokens; /* m: fewer tokens do not travel, but the last of an expert; 0 = 1024 */
+    int by_expert;       /* lambda asks the experts' loads, as the paper [P]; 0: the ranks', as the code [C] */
+} moe_ep_desc;
+
+typedef struct moe_ep_part { /* of an expert's tokens, counted in the order of ranks, then of tokens: [begin, end) */
+    uint32_t expert, rank;   /* which `rank` computes */
+    uint64_t begin, end;
+} moe_ep_part;
+
+typedef struct moe_ep {
+    size_t n_experts, n_ranks, n_parts;
+    int acts;              /* 0: the plan is the standard one */
+    size_t n_moved;        /* (expert, rank) pairs that are not at home: as many times an expert's weights move */
+    uint64_t n_tokens, n_away; /* tokens, and those that are not computed where their expert is at home */
+    uint64_t capacity, makespan; /* of a rank; largest work of a rank */
+    double imbalance;      /* makespan / mean work; without tokens 0 */
+    moe_ep_part *part;     /* (n_parts) of an expert one after the other, tokens ascending; the one at home first */
+    uint32_t *first, *count; /* (E) an expert's first part, and how many it has */
+    uint64_t *work;        /* (P) tokens that a rank computes */
+} moe_ep;
+
+/* load (E): tokens of each expert, over all ranks. The plan points into memory, which stays yours. An expert too large
+ * for what is free goes on in pieces: to the least loaded rank what fits there, if that is at least min_tokens or all;
+ * if nothing fits, min_tokens where anything is free [D: the source sends all that is left], else all that is left. So
+ * with alpha >= 1 no rank computes more than capacity + min_tokens. */
+MOE_API moe_status moe_ep_plan_size(const moe_ep_desc *desc, size_t *bytes);
+MOE_API moe_status moe_ep_plan(const moe_ep_desc *desc, const uint64_t *load, moe_ep *plan, void *memory, size_t bytes);
 
 /* ==== layer =============================================================================
  * Level 3: parameters, gradients and optimiser state in one block. */
@@ -5115,12 +5207,195 @@ static size_t moe__plan_span(const moe__plan *plan, size_t at, int *decay) {
 
 /* ==== >>placement =============================================================================
  * Who lives where: the one owner of "which rank holds this expert, and this token". Both are blocks of consecutive
- * numbers. Uses nothing. */
+ * numbers. From the load of the experts, who computes what: moe_ep_plan. Uses memory. */
 static size_t moe__placement_of_expert(size_t expert, size_t n_experts, size_t n_ranks) {
     return (size_t)((uint64_t)expert * n_ranks / n_experts);
 }
 static size_t moe__placement_of_token(size_t token, size_t n_tokens, size_t n_ranks) {
     return (size_t)((uint64_t)token * n_ranks / n_tokens);
+}
+
+/* A heap of numbers by their keys, the least first, ties to the lowest number; place: where each stands. */
+typedef struct moe__placement_heap { size_t count; const uint64_t *key; uint32_t *item, *place; } moe__placement_heap;
+static void moe__placement_heap_layout(moe__placement_heap *heap, size_t count, moe__arena *arena) {
+    heap->item = (uint32_t *)moe__take(arena, count, sizeof(uint32_t));
+    heap->place = (uint32_t *)moe__take(arena, count, sizeof(uint32_t));
+}
+static int moe__placement_before(const moe__placement_heap *heap, size_t a, size_t b) { /* places */
+    uint32_t one = heap->item[a], other = heap->item[b];
+    return heap->key[one] < heap->key[other] || (heap->key[one] == heap->key[other] && one < other);
+}
+static void moe__placement_swap(moe__placement_heap *heap, size_t a, size_t b) {
+    uint32_t one = heap->item[a], other = heap->item[b];
+    heap->item[a] = other, heap->place[other] = (uint32_t)a;
+    heap->item[b] = one, heap->place[one] = (uint32_t)b;
+}
+static void moe__placement_settle(moe__placement_heap *heap, size_t at) { /* its key has changed */
+    for (; at && moe__placement_before(heap, at, (at - 1) / 2); at = (at - 1) / 2)
+        moe__placement_swap(heap, at, (at - 1) / 2);
+    for (size_t child = 2 * at + 1; child < heap->count; at = child, child = 2 * at + 1) {
+        if (child + 1 < heap->count && moe__placement_before(heap, child + 1, child)) child++;
+        if (!moe__placement_before(heap, child, at)) break;
+        moe__placement_swap(heap, at, child);
+    }
+}
+static void moe__placement_heapify(moe__placement_heap *heap, size_t count, const uint64_t *key) {
+    heap->key = key;
+    for (size_t i = 0; i < count; i++) {
+        heap->item[i] = heap->place[i] = (uint32_t)i;
+        heap->count = i + 1;
+        moe__placement_settle(heap, i);
+    }
+}
+static size_t moe__placement_pop(moe__placement_heap *heap) {
+    moe__placement_swap(heap, 0, --heap->count);
+    moe__placement_settle(heap, 0);
+    return heap->item[heap->count];
+}
+/* The first that is not `but`: the root, or one of the two below it. There are at least two. */
+static size_t moe__placement_least(const moe__placement_heap *heap, size_t but) {
+    if (heap->item[0] != but) return heap->item[0];
+    return heap->item[heap->count > 2 && moe__placement_before(heap, 2, 1) ? 2 : 1];
+}
+
+/* A plan in the making. work: what a rank has been given, and the load that is at home there and not yet given. */
+typedef struct moe__placement_planner {
+    moe_ep *plan;
+    uint64_t min_tokens, *order; /* (E) keys: the heaviest expert first */
+    moe__placement_heap experts, ranks;
+} moe__placement_planner;
+static moe_status moe__placement_layout(const moe_ep_desc *desc, moe__placement_planner *planner, moe__arena *arena) {
+    size_t E = desc->n_experts, ranks = desc->n_ranks;
+    moe_ep *plan = planner->plan;
+    if (!E || E > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!ranks || E % ranks) return MOE_E_RANKS;
+    plan->n_experts = E;
+    plan->n_ranks = ranks;
+    /* at home, and the last of an expert; every other part fills a rank, which then stays full */
+    plan->part = (moe_ep_part *)moe__take(arena, 2 * E + ranks, sizeof(moe_ep_part));
+    plan->first = (uint32_t *)moe__take(arena, E, sizeof(uint32_t));
+    plan->count = (uint32_t *)moe__take(arena, E, sizeof(uint32_t));
+    plan->work = (uint64_t *)moe__take(arena, ranks, sizeof(uint64_t));
+    planner->order = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
+    moe__placement_heap_layout(&planner->experts, E, arena);
+    moe__placement_heap_layout(&planner->ranks, ranks, arena);
+    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+}
+MOE_API moe_status moe_ep_plan_size(const moe_ep_desc *desc, size_t *bytes) {
+    moe_ep plan;
+    moe__placement_planner planner;
+    moe__arena arena = {NULL, 0, 0};
+    if (!desc) return MOE_E_NULL_DESC;
+    planner.plan = &plan;
+    moe_status status = moe__placement_layout(desc, &planner, &arena);
+    return status ? status : moe__arena_bytes(&arena, bytes);
+}
+
+/* `tokens` more of the expert to a rank; to the part that the rank already has, if that is the last. */
+static void moe__placement_give(moe_ep *plan, size_t expert, size_t rank, uint64_t tokens) {
+    moe_ep_part *part = plan->part + plan->first[expert], *last = part + plan->count[expert] - 1;
+    size_t home = moe__placement_of_expert(expert, plan->n_experts, plan->n_ranks);
+    uint64_t begin = 0;
+    int moves = rank != home;
+    if (!tokens) return;
+    plan->work[rank] += tokens;
+    if (moves) plan->n_away += tokens;
+    if (plan->count[expert]) begin = last->end;
+    if (begin && last->rank == rank) { last->end += tokens; return; }
+    for (size_t i = 0; i < plan->count[expert]; i++) moves &= part[i].rank != rank;
+    part += plan->count[expert]++;
+    part->expert = (uint32_t)expert, part->rank = (uint32_t)rank;
+    part->begin = begin, part->end = begin + tokens;
+    plan->n_parts++;
+    plan->n_moved += (size_t)moves;
+}
+/* What is left of an expert to other ranks than its home. In the source a rank is skipped if less than m fits there and
+ * not all; ranks with more load have less room, so the least loaded one decides for all. */
+static void moe__placement_spill(moe__placement_planner *planner, size_t expert, size_t home, uint64_t left) {
+    moe_ep *plan = planner->plan;
+    while (left) {
+        size_t rank = moe__placement_least(&planner->ranks, home);
+        uint64_t tokens = left;
+        if (plan->work[rank] < plan->capacity) {
+            uint64_t most = plan->capacity - plan->work[rank];
+            if (most < planner->min_tokens) most = planner->min_tokens;
+            if (tokens > most) tokens = most;
+        }
+        moe__placement_give(plan, expert, rank, tokens);
+        moe__placement_settle(&planner->ranks, planner->ranks.place[rank]);
+        left -= tokens;
+    }
+}
+/* plan->work is what each rank has at home. */
+static void moe__placement_level(moe__placement_planner *planner, const uint64_t *load, uint64_t capacity) {
+    moe_ep *plan = planner->plan;
+    size_t E = plan->n_experts;
+    for (size_t e = 0; e < E; e++) planner->order[e] = ~load[e];
+    moe__placement_heapify(&planner->experts, E, planner->order);
+    moe__placement_heapify(&planner->ranks, plan->n_ranks, plan->work);
+    for (size_t i = 0; i < E; i++) {
+        size_t expert = moe__placement_pop(&planner->experts);
+        size_t home = moe__placement_of_expert(expert, E, plan->n_ranks);
+        uint64_t stays = load[expert], others = plan->work[home] - stays;
+        plan->first[expert] = (uint32_t)plan->n_parts;
+        plan->work[home] = others; /* "give" adds again */
+        if (others >= capacity) stays = 0;
+        else if (stays > capacity - others) stays = capacity - others;
+        moe__placement_give(plan, expert, home, stays);
+        moe__placement_settle(&planner->ranks, planner->ranks.place[home]);
+        moe__placement_spill(planner, expert, home, load[expert] - stays);
+    }
+}
+
+static uint64_t moe__placement_largest(size_t count, const uint64_t *loads) {
+    uint64_t largest = 0;
+    for (size_t i = 0; i < count; i++)
+        if (loads[i] > largest) largest = loads[i];
+    return largest;
+}
+static moe_status moe__placement_args(const moe_ep_desc *desc, const uint64_t *load, uint64_t *sum) {
+    if (desc->lambda != 0.0 && !(desc->lambda >= 1.0 && moe__finite_double(desc->lambda))) return MOE_E_EP_LAMBDA;
+    if (desc->alpha != 0.0 && !(desc->alpha > 0.0 && desc->alpha <= 1e6)) return MOE_E_EP_ALPHA;
+    if (!load) return MOE_E_NULL_LOAD;
+    *sum = 0;
+    for (size_t e = 0; e < desc->n_experts; e++) {
+        if (load[e] > ((uint64_t)1 << 40) - *sum) return MOE_E_EP_LOAD;
+        *sum += load[e];
+    }
+    return MOE_OK;
+}
+MOE_API moe_status moe_ep_plan(const moe_ep_desc *desc, const uint64_t *load, moe_ep *plan, void *memory,
+                               size_t bytes) {
+    size_t needed, E;
+    moe__arena arena;
+    moe_ep made;
+    moe__placement_planner planner;
+    if (!plan) return MOE_E_NULL_OUT;
+    memset(&made, 0, sizeof made);
+    moe_status status = moe_ep_plan_size(desc, &needed);
+    if (!status) status = moe__placement_args(desc, load, &made.n_tokens);
+    if (!status) status = moe__arena_over(&arena, memory, bytes, needed);
+    if (status) return status;
+    planner.plan = &made;
+    planner.min_tokens = desc->min_tokens ? desc->min_tokens : 1024;
+    (void)moe__placement_layout(desc, &planner, &arena); /* as it was measured */
+    E = made.n_experts;
+    double lambda = 1.3, share = (double)made.n_tokens / (double)made.n_ranks;
+    if (desc->lambda != 0.0) lambda = desc->lambda;
+    if (desc->alpha != 0.0) share *= desc->alpha;
+    made.capacity = (uint64_t)share;
+    made.capacity += (double)made.capacity < share;
+    memset(made.count, 0, E * sizeof(uint32_t));
+    memset(made.work, 0, made.n_ranks * sizeof(uint64_t));
+    for (size_t e = 0; e < E; e++) made.work[moe__placement_of_expert(e, E, made.n_ranks)] += load[e];
+    double largest = (double)moe__placement_largest(made.n_ranks, made.work) * (double)made.n_ranks;
+    if (desc->by_expert) largest = (double)moe__placement_largest(E, load) * (double)E;
+    made.acts = desc->llep && made.n_ranks > 1 && made.n_tokens && largest >= lambda * (double)made.n_tokens;
+    moe__placement_level(&planner, load, made.acts ? made.capacity : made.n_tokens); /* all tokens fit at home */
+    made.makespan = moe__placement_largest(made.n_ranks, made.work);
+    if (made.n_tokens) made.imbalance = (double)made.makespan * (double)made.n_ranks / (double)made.n_tokens;
+    *plan = made;
+    return MOE_OK;
 }
 
 /* ==== >>run ===================================================================================
@@ -6639,7 +6914,7 @@ static void moe__select_transpose(size_t rows, size_t cols, const float *x, floa
 typedef struct moe__select_need { size_t tables, rows, cols; } moe__select_need;
 typedef struct moe__select_memory { moe__scratch scratch; void *table[2], *row[5], *col[2]; } moe__select_memory;
 static const moe__select_need moe__select_choice_need = {1, 1, 0}, moe__select_sinkhorn_need = {1, 2, 2};
-static const moe__select_need moe__select_auction_need = {2, 5, 1};
+static const moe__select_need moe__select_auction_need = {2, 5, 1}, moe__select_laser_need = {0, 0, 1};
 
 static moe_status moe__select_take(size_t rows, size_t cols, const moe__select_need *need, moe__select_memory *memory,
                                    moe__arena *arena) {
@@ -6853,6 +7128,49 @@ MOE_API moe_status moe_auction(size_t rows, size_t cols, const float *scores, in
     return MOE_OK;
 }
 
+/* Of `have` candidates, highest score first, the `most` of least load, in this order. */
+static void moe__select_least_loaded(size_t have, size_t most, const float *load, int32_t *candidate) {
+    for (; have > most; have--) {
+        size_t worst = 0;
+        for (size_t i = 1; i < have; i++)
+            if (load[candidate[i]] >= load[candidate[worst]]) worst = i;
+        for (size_t i = worst + 1; i < have; i++) candidate[i - 1] = candidate[i];
+    }
+}
+MOE_API moe_status moe_laser_scratch(size_t rows, size_t cols, size_t *bytes) {
+    return moe__select_bytes(rows, cols, &moe__select_laser_need, bytes);
+}
+MOE_API moe_status moe_laser(size_t rows, size_t cols, size_t top_k, float mass, float threshold, size_t candidates,
+                             const float *scores, float *window, int32_t *index, void *scratch, size_t scratch_bytes) {
+    moe__select_memory memory;
+    moe_status status = moe__select_args(rows, cols, top_k, scores, index);
+    if (!status && !(mass >= 0.0f && mass <= 1.0f)) status = MOE_E_TOP_P;
+    if (!status && !moe__finite(threshold)) status = MOE_E_THRESHOLD;
+    if (!status && candidates < top_k) status = MOE_E_CANDIDATES;
+    if (!status && !window) status = MOE_E_NULL_LOAD;
+    if (!status && !moe__all_finite(cols, window)) status = MOE_E_WINDOW;
+    if (status || !rows) return status;
+    if (moe__any_nan(rows * cols, scores)) return moe__select_nobody(rows, top_k, index);
+    status = moe__select_begin(rows, cols, &moe__select_laser_need, scratch, scratch_bytes, &memory);
+    if (status) return status;
+    int32_t *candidate = (int32_t *)memory.col[0];
+    candidates = moe__min(candidates, cols);
+    for (size_t r = 0; r < rows; r++, scores += cols, index += top_k) {
+        float all = 0.0f, taken = 0.0f;
+        size_t have = top_k;
+        (void)moe__dispatched()->topk(1, cols, candidates, scores, candidate, NULL);
+        for (size_t e = 0; e < cols; e++) all += scores[e];
+        for (size_t i = 0; i < top_k; i++) taken += scores[candidate[i]];
+        if (taken < mass * all)
+            while (have < candidates && scores[candidate[have]] > threshold * scores[candidate[0]]) have++;
+        moe__select_least_loaded(have, top_k, window, candidate);
+        memcpy(index, candidate, top_k * sizeof *index);
+        for (size_t i = 0; i < top_k; i++) window[index[i]] += 1.0f;
+    }
+    moe__scratch_end(&memory.scratch);
+    return MOE_OK;
+}
+
 /* -- the selections of the pipeline: memory->select.seen -> tape.index -- */
 static const float *moe__select_seen(const moe__run *run, size_t t) {
     return run->memory->select.seen + t * run->plan->E;
@@ -6977,8 +7295,33 @@ static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) 
     return status;
 }
 
+static moe_status moe__select_laser(const moe__run *run) {
+    const moe__run_select *memory = &run->memory->select;
+    const moe_desc *desc = run->desc;
+    size_t E = run->plan->E, top_k = run->memory->now.k;
+    float *window = run->tape->side.window;
+    moe_status status = MOE_OK;
+    if (!window) {
+        window = memory->work;
+        memset(window, 0, E * sizeof(float));
+    }
+    for (size_t t = 0; t < run->tape->n_tokens && !status; t++) {
+        const float *seen = moe__select_seen(run, t);
+        int32_t *index = moe__select_index(run, t);
+        if (run->memory->now.training) status = moe_topk(1, E, top_k, seen, index, NULL);
+        else
+            status = moe_laser(1, E, top_k, desc->top_p, desc->threshold, desc->candidates, seen, window, index,
+                               memory->scratch, memory->scratch_bytes);
+        moe__select_no_choice(run, t, top_k);
+    }
+    return status;
+}
+
 static moe_status moe__select_no_threshold(const moe_desc *desc) {
     return desc->threshold == (float)MOE_OFF ? MOE_OK : MOE_E_THRESHOLD;
+}
+static moe_status moe__select_laser_fits(const moe_desc *desc) {
+    return desc->candidates < desc->top_k ? MOE_E_CANDIDATES : MOE_OK;
 }
 static moe_status moe__select_groups_fits(const moe_desc *desc) {
     return desc->top_k > desc->top_groups * (desc->n_experts / desc->n_groups) ? MOE_E_TOP_GROUPS : MOE_OK;
@@ -6986,7 +7329,8 @@ static moe_status moe__select_groups_fits(const moe_desc *desc) {
 
 typedef struct moe__select_row {
     const char *name;
-    int sees_logits, all;  /* chooses by logits, not scores; a token can have every expert */
+    int sees_logits, all;  /* chooses by logits, not scores (2: by prob, where the scores are logits); a token can have
+                              every expert */
     int one, even;         /* a token has one choice; in training the experts must divide the tokens */
     int keeps_all;         /* cannot leave experts out, as gating dropout asks */
     moe_gate_kind gate;    /* the only gate that suits it; default: any */
@@ -7008,6 +7352,7 @@ static const moe__select_row moe__select_table[MOE_SELECT_COUNT] = {
     {"sampled", 1, 0, 0, 0, 1, MOE_GATE_SPARSEMIXER, NULL, NULL, moe__select_sampled, NULL},
     {"all", 0, 1, 0, 0, 0, MOE__ANY, NULL, NULL, moe__select_all, NULL},
     {"gumbel", 1, 0, 0, 0, 0, MOE__ANY, moe__select_no_threshold, NULL, moe__select_gumbel, NULL},
+    {"laser", 2, 0, 0, 0, 0, MOE__ANY, moe__select_laser_fits, moe_laser_scratch, NULL, moe__select_laser},
 };
 #undef MOE__ANY
 MOE__NAME_API(select, moe__select_table, MOE_SELECT_COUNT)
@@ -7030,8 +7375,10 @@ static moe_status moe__select_layout(const moe__plan *plan, size_t n_tokens, moe
 
 /* What a selection looks at when nothing interferes. */
 static const float *moe__select_selection_base(const moe__run *run) {
-    if (moe__select_table[run->desc->select].sees_logits || moe__gate_table[run->desc->gate].sees_logits)
-        return run->tape->logits;
+    const moe__gate_row *gate = &moe__gate_table[run->desc->gate];
+    int sees = moe__select_table[run->desc->select].sees_logits;
+    if (sees == 1 || gate->sees_logits) return run->tape->logits;
+    if (sees == 2 && gate->scores == MOE__SCORES_LOGITS) return run->tape->prob;
     return run->tape->scores;
 }
 /* What the selection sees of a block of tokens, where it is not simply logits or scores: with the bias, in warm-up
@@ -7052,14 +7399,20 @@ static void moe__select_view(const moe__run *run, size_t t0, size_t t1) {
             if (e * ranks / E != t * ranks / T) view[e] = -INFINITY;
     }
 }
-/* Choices that gating dropout forbids were made for want of others. */
+/* Choices that gating dropout forbids were made for want of others; in evaluation weak ones are pruned. */
 static void moe__select_filter(const moe__run *run, size_t t0, size_t t1) {
-    size_t S = run->plan->S;
+    size_t S = run->plan->S, E = run->plan->E;
     const moe__run_now *now = &run->memory->now;
-    if (!now->local && !now->skip) return;
+    const float *scores = run->tape->scores;
+    float least = now->training ? 0.0f : run->desc->prune;
+    int keep = moe__select_fallback(run);
+    if (moe__gate_table[run->desc->gate].scores == MOE__SCORES_LOGITS) scores = run->tape->prob;
+    if (!now->local && !now->skip && !(least > 0.0f)) return;
     for (size_t p = t0 * S; p < t1 * S; p++) {
         int32_t *choice = run->tape->index + p;
-        if (*choice >= 0 && (now->skip || !moe__finite(moe__select_seen(run, p / S)[*choice]))) *choice = -1;
+        if (*choice < 0) continue;
+        if (now->local && !moe__finite(moe__select_seen(run, p / S)[*choice])) *choice = -1;
+        else if (now->skip || (scores[p / S * E + (size_t)*choice] < least && !(keep && p % S == 0))) *choice = -1;
     }
 }
 
@@ -11295,6 +11648,96 @@ static void moe__measure_scan_layout(moe__measure_work *work, size_t n_experts, 
     work->index = (int32_t *)moe__take(arena, top_k, sizeof(int32_t));
 }
 
+/* How many of these choices are in both sets, and how many in either. */
+static void moe__measure_sets(size_t top_k, const int32_t *one, const int32_t *other, size_t *both, size_t *either) {
+    *both = *either = 0;
+    for (size_t i = 0; i < top_k; i++) {
+        *either += (size_t)(one[i] >= 0) + (size_t)(other[i] >= 0);
+        for (size_t k = 0; k < top_k; k++) *both += one[i] >= 0 && one[i] == other[k];
+    }
+    *either -= *both;
+}
+MOE_API moe_status moe_repetition(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_ranks, const int32_t *index,
+                                  uint64_t *work, moe_repeats *out) {
+    moe_status status = moe__measure_index_ok(n_tokens, n_experts, top_k, index);
+    if (status) return status;
+    if (!n_ranks || n_experts % n_ranks) return MOE_E_RANKS;
+    if (!work) return MOE_E_NULL_WORK;
+    if (!out) return MOE_E_NULL_OUT;
+    size_t pairs = 0, run = 0, both, either;
+    const int32_t *last = NULL;
+    double ranks = (double)n_ranks;
+    moe_repeats made = {(double)moe__min(top_k, n_experts / n_ranks) * ranks / (double)top_k, 0.0, 0.0, 0};
+    memset(work, 0, n_ranks * sizeof *work);
+    for (size_t t = 0; t < n_tokens; t++, index += top_k) {
+        if (!moe__measure_is_token(top_k, index)) continue;
+        for (size_t i = 0; i < top_k; i++)
+            if (index[i] >= 0) work[moe__placement_of_expert((size_t)index[i], n_experts, n_ranks)]++;
+        both = 0, either = 1;
+        if (last) {
+            moe__measure_sets(top_k, last, index, &both, &either);
+            made.jaccard += (double)both / (double)either;
+            pairs++;
+        }
+        run = both == either ? run + 1 : 1;
+        made.longest = moe__max(made.longest, run);
+        last = index;
+    }
+    if (n_tokens && !last) return MOE_E_NO_TOKENS;
+    if (last) made.imbalance = (double)moe__placement_largest(n_ranks, work) * ranks / moe__health_sum(n_ranks, work);
+    made.jaccard /= (double)moe__max(pairs, 1);
+    *out = made;
+    return MOE_OK;
+}
+
+/* The least important expert that is still in full, but not `but`; n_experts: there is none. */
+static size_t moe__measure_least(const moe_replicate_desc *desc, const moe_format_kind *formats, size_t but) {
+    size_t n = desc->n_experts, least = n;
+    double best = 0.0;
+    for (size_t e = 0; e < n; e++) {
+        double value = desc->importance ? desc->importance[e] : (double)desc->load[e];
+        if (e == but || formats[e] != desc->full || (least < n && !(value < best))) continue;
+        least = e;
+        best = value;
+    }
+    return least;
+}
+MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, moe_format_kind *formats, moe_replicate *out) {
+    moe_replicate made;
+    if (!desc) return MOE_E_NULL_DESC;
+    if (!formats || !out) return MOE_E_NULL_OUT;
+    size_t n = desc->n_experts, budget, most;
+    if (!n || n > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (!desc->load) return MOE_E_NULL_LOAD;
+    if ((unsigned)desc->full >= MOE_FORMAT_COUNT || (unsigned)desc->small >= MOE_FORMAT_COUNT) return MOE_E_FORMAT;
+    if (desc->full == desc->small) return MOE_E_FORMAT;
+    if (!desc->small_bytes || desc->small_bytes >= desc->full_bytes) return MOE_E_BUDGET;
+    if (!moe__mul(n + 1, desc->full_bytes, &most)) return MOE_E_OVERFLOW;
+    for (size_t e = 0; e < n && desc->importance; e++)
+        if (!moe__finite_double(desc->importance[e])) return MOE_E_IMPORTANCE;
+    memset(&made, 0, sizeof made);
+    made.bytes_before = most - desc->full_bytes;
+    made.bytes = made.bytes_before + desc->small_bytes;
+    budget = desc->budget ? desc->budget : made.bytes_before;
+    size_t saves = desc->full_bytes - desc->small_bytes;
+    if (made.bytes > budget) made.n_small = moe__ceil_div(made.bytes - budget, saves);
+    if (made.n_small >= n) return MOE_E_BUDGET; /* the replicated one stays in full */
+    made.bytes -= made.n_small * saves;
+    double mean = moe__health_sum(n, desc->load) / (double)n;
+    for (size_t e = 0; e < n; e++) {
+        if (desc->load[e] > desc->load[made.expert]) made.expert = e;
+        formats[e] = desc->full;
+    }
+    uint64_t most_load = desc->load[made.expert], after = most_load - most_load / 2; /* half, rounded up */
+    for (size_t e = 0; e < n; e++)
+        if (e != made.expert && desc->load[e] > after) after = desc->load[e];
+    formats[n] = desc->small;
+    for (size_t i = 0; i < made.n_small; i++) formats[moe__measure_least(desc, formats, made.expert)] = desc->small;
+    if (mean > 0.0) made.imbalance_before = (double)most_load / mean, made.imbalance = (double)after / mean;
+    *out = made;
+    return MOE_OK;
+}
+
 MOE_API moe_status moe_temperature_scan_scratch(size_t n_experts, size_t top_k, size_t *bytes) {
     return moe__measure_bytes(moe__measure_scan_layout, n_experts, top_k, bytes);
 }
@@ -12761,8 +13204,10 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__SIZE(n_groups, 1, 1, 256, MOE_E_GROUPS, 0),
     MOE__SIZE(top_groups, 1, 1, 256, MOE_E_TOP_GROUPS, 0),
     MOE__SIZE(group_best, 2, 1, 256, MOE_E_GROUP_BEST, 0),
-    MOE__FLOAT(top_p, 0.4f, 0.0f, 1.0f, 0, MOE_E_TOP_P),
+    MOE__FLOAT(top_p, 0.0f, 0.0f, 1.0f, 0, MOE_E_TOP_P),
     MOE__FLOAT(threshold, MOE_OFF, -FLT_MAX, FLT_MAX, 1, MOE_E_THRESHOLD),
+    MOE__SIZE(candidates, 0, 0, MOE__ANY, MOE_OK, 0),
+    MOE__FLOAT(prune, 0.0f, 0.0f, 1.0f, 0, MOE_E_PRUNE),
     MOE__FLAG(fallback, MOE_DEFAULT, MOE_E_FALLBACK, 0),
     MOE__FLAG(random_second, MOE_OFF, MOE_E_RANDOM_SECOND, 1),
     MOE__FLAG(normalize_late, MOE_OFF, MOE_E_NORMALIZE_LATE, 0),
@@ -13007,6 +13452,8 @@ static moe_status moe__desc_defaults(moe_desc *desc) {
     if (!desc->normalize && desc->top_k > 1 && desc->gate != MOE_GATE_RELU) desc->normalize = MOE_ON;
     if (!desc->normalize) desc->normalize = MOE_OFF;
     if (desc->select == MOE_SELECT_THRESHOLD && desc->threshold == (float)MOE_OFF) desc->threshold = 0.0f;
+    if (desc->top_p == 0.0f) desc->top_p = desc->select == MOE_SELECT_LASER ? 0.8f : 0.4f;
+    if (!desc->candidates) desc->candidates = 2 * desc->top_k;
     if (desc->capacity_factor_eval == 0.0f) desc->capacity_factor_eval = desc->capacity_factor;
     return MOE_OK;
 }
@@ -13313,6 +13760,10 @@ static const moe_system moe__system_table[] = {
      "top_k=2 score=mlp gate=softmax select=top-k normalize=true temperature=1 loss.entropy=0.218 "
      "loss.kl-uniform=0.4 loss.switch=0.4 loss.prototype-orthogonality=0.05",
      "ecology number T H / (O + B) = 0.545 with O = 0, B = 0.4", "form of the losses [D]; the oracle needs a teacher"},
+    {"laser", "LASER: load-aware choice at inference", "public summary, 2025", "S",
+     "top_k=2 gate=softmax select=laser top_p=0.8 threshold=0.5 candidates=4 normalize=true loss.switch=0.01",
+     "in evaluation a token that is not certain takes the least loaded of its good experts; training is top-k",
+     "in evaluation a choice depends on the tokens before it: not batch-invariant; causal"},
     {"growth", "The growth story's top-2 entropy router", "public post, 2026-02-08", "P",
      "n_experts=3 top_k=2 gate=softmax select=top-k normalize=true loss.entropy=0.1",
      "a seed of three experts that growth splits", "weight of the entropy loss [D]"},

@@ -31,7 +31,7 @@ typedef struct config {
     const char *data, *system, *set, *isa, *out;
     size_t epochs, steps, batch, eval, threads, experts, top_k, seeds;
     uint64_t seed;
-    int tokens, no_dense, scan, json, quiet;
+    int tokens, no_dense, scan, grow, json, quiet;
     double lr, balance;
     // by the data
     size_t width[BLOCKS], shift;
@@ -319,6 +319,65 @@ static void note_epoch(const config *o, result *r, net *m, const cifar *data, ga
     fflush(human);
 }
 
+// ---- growth, with --grow ----
+
+enum { GROW_MOST = 3 }; // times the experts of the beginning, at most
+
+// DynMoE's window is an epoch: its training's loads, and the tokens that no expert took.
+typedef struct window {
+    moe_health health;
+    void *memory;
+    float unserved[FEATURES];
+    uint64_t count;
+} window;
+
+static void window_begin(window *w, const moe_layer *layer) {
+    size_t bytes = 0, experts = moe_layer_desc(layer)->n_experts;
+    free(w->memory);
+    memset(w, 0, sizeof *w);
+    nn_must(moe_health_size(experts, &bytes));
+    w->memory = allocate(1, bytes);
+    nn_must(moe_health_init(&w->health, experts, w->memory, bytes));
+}
+
+static void exchange(net *m, moe_layer *next) {
+    moe_layer_free(m->moe);
+    m->moe = next;
+}
+
+// After an epoch: what the rule or the controller decides, carried out and said. `last`: nothing begins any more, but
+// pairs get places of their own.
+static void grow(const config *o, const result *r, net *m, const window *w, size_t most, int last) {
+    FILE *human = o->json || o->quiet ? stderr : stdout;
+    moe_layer *next = NULL;
+    moe_health h;
+    size_t before = moe_layer_desc(m->moe)->n_experts, bound = moe_layer_desc(m->moe)->n_bound;
+    if (strcmp(o->system, "dynmoe") == 0) {
+        if (last) return;
+        nn_must(moe_layer_dynmoe(&next, m->moe, &w->health, w->unserved, w->count, most, o->seed + r->epochs));
+        exchange(m, next);
+        size_t now = moe_layer_desc(m->moe)->n_experts;
+        if (now != before)
+            fprintf(human, "epoch %2zu  %zu experts, %llu tokens that none took: now %zu\n", r->epochs, before,
+                    (unsigned long long)w->count, now);
+        return;
+    }
+    moe_growth *g = moe_layer_growth(m->moe);
+    nn_must(moe_layer_health(m->moe, &h));
+    g->max_experts = (int)most;
+    nn_must(moe_growth_step(g, r->test_accuracy[r->epochs - 1], &h, NULL));
+    if ((g->release || last) && bound) {
+        nn_must(moe_layer_release(&next, m->moe, 0));
+        exchange(m, next);
+        g = moe_layer_growth(m->moe);
+    }
+    if (last || g->decision != MOE_GROWTH_SPLIT) return;
+    fprintf(human, "epoch %2zu  %s\n", r->epochs, g->reason);
+    moe_growth_data seen = {.x = m->z, .n_tokens = moe_layer_tape(m->moe) ? moe_layer_tape(m->moe)->n_given : 0};
+    nn_must(moe_layer_split(&next, m->moe, g->expert, seen.n_tokens ? &seen : NULL));
+    exchange(m, next);
+}
+
 // The trained network tested again at other temperatures of its gate, as the ecology paper does [S]: what changes and
 // what stays.
 static void scan_temperatures(const config *o, net *m, const cifar *data, json *j) {
@@ -373,7 +432,10 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->experts = desc->n_experts;
     r->top_k = desc->top_k;
     r->seed = o->seed;
-    r->train_loss = allocate(o->epochs * (8 + r->experts) + (CLASSES + 2) * r->experts, sizeof(double));
+    size_t most = o->grow ? GROW_MOST * r->experts : r->experts;
+    window seen = {.memory = NULL};
+    window_begin(&seen, m->moe);
+    r->train_loss = allocate(o->epochs * (8 + most) + (CLASSES + 2) * most, sizeof(double));
     r->test_loss = r->train_loss + o->epochs;
     r->train_accuracy = r->test_loss + o->epochs;
     r->test_accuracy = r->train_accuracy + o->epochs;
@@ -382,9 +444,9 @@ static result *train(const config *o, const cifar *data, const char *name, const
     r->gamma_hi = r->gamma_lo + o->epochs;
     r->ecology = r->gamma_hi + o->epochs;
     r->load = r->ecology + o->epochs;
-    r->class_map = r->load + o->epochs * r->experts;
-    r->share = r->class_map + CLASSES * r->experts;
-    r->first = r->share + r->experts;
+    r->class_map = r->load + o->epochs * most;
+    r->share = r->class_map + CLASSES * most;
+    r->first = r->share + most;
     game played = game_new(m->moe, per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES);
     progress p = progress_begin(name, "images", total * o->batch, o->quiet);
     double busy = 0;
@@ -407,6 +469,8 @@ static result *train(const config *o, const cifar *data, const char *name, const
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
             game_take(&played, m->moe);
+            if (o->grow && strcmp(name, "dynmoe") == 0)
+                nn_must(moe_growth_unserved(moe_layer_tape(m->moe), seen.unserved, &seen.count));
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
             accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
             images += o->batch;
@@ -421,8 +485,18 @@ static result *train(const config *o, const cifar *data, const char *name, const
         }
         busy += seconds_now() - begin;
         progress_clear(&p);
+        moe_health trained;
+        nn_must(moe_layer_health(m->moe, &trained));
+        nn_must(moe_health_merge(&seen.health, &trained));
         note_epoch(o, r, m, data, &played, j, loss, accuracy, images);
+        if (!o->grow || desc->n_experts == 1) continue;
+        grow(o, r, m, &seen, most, step >= total);
+        r->experts = moe_layer_desc(m->moe)->n_experts;
+        game_free(&played);
+        played = game_new(m->moe, per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES);
+        window_begin(&seen, m->moe);
     }
+    free(seen.memory);
     r->test = test(m, &data->test, test_count(o, data), r);
     progress_clear(&p);
     nn_must(moe_layer_health(m->moe, &r->health));
@@ -833,6 +907,7 @@ static void parse(config *o, int argc, char **argv) {
         {"eval", ARGS_SIZE, &o->eval, "N", "test on the first N images only (0: all)", 0, 0},
         {"no-dense", ARGS_FLAG, &o->no_dense, NULL, "leave out the dense network that is trained for comparison", 0, 0},
         ARGS_OUT(&o->out),
+        {"grow", ARGS_FLAG, &o->grow, NULL, "experts split on a plateau (dynmoe: grow and shrink by its rule)", 0, 0},
         {"scan", ARGS_FLAG, &o->scan, NULL, "test again at temperatures of the gate from 0.1 to 5", 0, 0},
         ARGS_JSON(&o->json),
         ARGS_QUIET(&o->quiet),
@@ -876,6 +951,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     if (desc.schedule_steps) desc.schedule_steps = data->train.count / o->batch * o->epochs * 3 / 4;
     desc.weight_decay = o->decay;
     desc.seed = o->seed + 1;
+    if (o->grow && strcmp(o->system, "dynmoe") != 0) desc.growth = MOE_ON;
     desc.parallel.n_threads = o->threads;
     moe_status status = moe_desc_resolve(&desc, &desc);
     if (status) args_fail("cifar10", "--%s", moe_status_string(status));

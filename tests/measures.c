@@ -362,12 +362,125 @@ static void test_temperature_scan(void) {
     free(work);
 }
 
+/* ---- repetition, by hand: experts 0 1 | 2 3 | 4 5 | 6 7 on four ranks ---- */
+static void test_repetition(void) {
+    static const int32_t index[12] = {0, 1, 1, 0, 0, 1, -1, -1, 1, 2, 7, 4}; /* sets 01 01 01 (padding) 12 47 */
+    static const int32_t same[8] = {5, 3, 3, 5, 5, 3, 5, 3};
+    uint64_t work[8];
+    moe_repeats got, before;
+    CHECK_OK(moe_repetition(6, 8, 2, 4, index, work, &got));
+    CHECK_NEAR(got.tmi, 4, 1e-15); /* both choices on one rank: 2 of a mean of 1/2 */
+    CHECK_NEAR(got.imbalance, 7 * 4 / 10.0, 1e-15); /* rank 0 has 2 + 2 + 2 + 1 of the 10 */
+    CHECK_NEAR(got.jaccard, (1 + 1 + 1 / 3.0 + 0) / 4, 1e-15);
+    CHECK(got.longest == 3);
+    CHECK_OK(moe_repetition(4, 8, 2, 8, same, work, &got));
+    CHECK_NEAR(got.tmi, 4, 1e-15); /* one choice a rank: 1 of 1/4; the published example */
+    CHECK_NEAR(got.imbalance, 4, 1e-15);
+    CHECK(got.jaccard == 1 && got.longest == 4);
+    CHECK_OK(moe_repetition(1, 8, 2, 1, same, work, &got));
+    CHECK(got.tmi == 1 && got.imbalance == 1 && got.jaccard == 0 && got.longest == 1);
+    CHECK_OK(moe_repetition(0, 8, 2, 2, NULL, work, &got));
+    CHECK(got.imbalance == 0 && got.jaccard == 0 && got.longest == 0);
+    before = got;
+    CHECK_STATUS(moe_repetition(6, 8, 2, 3, index, work, &got), MOE_E_RANKS);
+    CHECK_STATUS(moe_repetition(6, 8, 2, 0, index, work, &got), MOE_E_RANKS);
+    CHECK_STATUS(moe_repetition(6, 7, 2, 7, index, work, &got), MOE_E_INDEX);
+    CHECK_STATUS(moe_repetition(6, 8, 2, 4, index, NULL, &got), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_repetition(6, 8, 2, 4, index, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_repetition(1, 8, 2, 4, index + 6, work, &got), MOE_E_NO_TOKENS);
+    CHECK(!memcmp(&got, &before, sizeof got));
+}
+
+/* ---- Replicate-and-Quantize ---- */
+static void test_replicate_plan(void) {
+    static const uint64_t load[6] = {10, 51, 5, 21, 4, 9}; /* 100: mean 16.67 */
+    static const double importance[6] = {3, 0, 2, 1, 9, 2};
+    moe_format_kind formats[7];
+    moe_replicate got;
+    moe_replicate_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.n_experts = 6, desc.load = load, desc.full = MOE_FORMAT_F32, desc.small = MOE_FORMAT_INT8;
+    desc.full_bytes = 100, desc.small_bytes = 30;
+    CHECK_OK(moe_replicate_plan(&desc, formats, &got)); /* 630 with the replica: one more saves 70 */
+    CHECK(got.expert == 1 && got.n_small == 1 && got.bytes_before == 600 && got.bytes == 560);
+    CHECK_NEAR(got.imbalance_before, 51 * 6 / 100.0, 1e-15);
+    CHECK_NEAR(got.imbalance, 26 * 6 / 100.0, 1e-15);
+    for (int e = 0; e < 7; e++) CHECK(formats[e] == (e == 4 || e == 6 ? MOE_FORMAT_INT8 : MOE_FORMAT_F32));
+    desc.importance = importance, desc.budget = 480; /* three: 3, then 2 and 5, not the 1 that is replicated */
+    CHECK_OK(moe_replicate_plan(&desc, formats, &got));
+    CHECK(got.n_small == 3 && got.bytes == 420);
+    for (int e = 0; e < 7; e++) CHECK(formats[e] == (e == 1 || e == 0 || e == 4 ? MOE_FORMAT_F32 : MOE_FORMAT_INT8));
+    desc.budget = 280;
+    CHECK_OK(moe_replicate_plan(&desc, formats, &got));
+    CHECK(got.n_small == 5 && got.bytes == 280 && formats[1] == MOE_FORMAT_F32);
+    desc.budget = 279;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_BUDGET);
+    desc.budget = 1000;
+    CHECK_OK(moe_replicate_plan(&desc, formats, &got));
+    CHECK(got.n_small == 0 && got.bytes == 630);
+    const uint64_t flat[6] = {9, 20, 19, 1, 1, 0}; /* the second decides */
+    desc.load = flat;
+    CHECK_OK(moe_replicate_plan(&desc, formats, &got));
+    CHECK_NEAR(got.imbalance, 19 * 6 / 50.0, 1e-15);
+    desc.small = MOE_FORMAT_F32;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_FORMAT);
+    desc.small = MOE_FORMAT_INT8, desc.small_bytes = 100;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_BUDGET);
+    desc.small_bytes = 30, desc.full_bytes = SIZE_MAX / 6;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_OVERFLOW);
+    desc.full_bytes = 100, desc.load = NULL;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_NULL_LOAD);
+    const double bad[6] = {0, 0, 0, NAN, 0, 0};
+    desc.load = load, desc.importance = bad;
+    CHECK_STATUS(moe_replicate_plan(&desc, formats, &got), MOE_E_IMPORTANCE);
+}
+/* Applied: the pair's tokens are divided about in half, and the experts take the bytes that the plan says. */
+static void test_replicate_layer(void) {
+    enum { D = 32, E = 6, T = 600 };
+    float *x = test_floats(T * D), *y = test_floats(T * D), *z = test_floats(T * D);
+    moe_layer *m = NULL, *pair = NULL, *out = NULL;
+    moe_format_kind formats[E + 1];
+    moe_replicate plan;
+    moe_replicate_desc desc;
+    moe_growth_data data;
+    moe_layer_formats into;
+    moe_desc d;
+    memset(&d, 0, sizeof d), memset(&desc, 0, sizeof desc);
+    memset(&data, 0, sizeof data), memset(&into, 0, sizeof into);
+    d.d_model = D, d.n_experts = E, d.training = MOE_OFF;
+    test_fill(x, T * D, -1, 1);
+    if (!CHECK_OK(moe_layer_new(&m, &d)) || !CHECK_OK(moe_forward(m, x, T, y))) return;
+    desc.n_experts = E, desc.load = moe_layer_tape(m)->routes.load, desc.small = MOE_FORMAT_INT8;
+    desc.full_bytes = moe_layer_expert_bytes(m, 0);
+    desc.small_bytes = desc.full_bytes * 17 / 64; /* 8.5 of 32 bits */
+    CHECK_OK(moe_replicate_plan(&desc, formats, &plan));
+    data.x = x, data.n_tokens = T;
+    CHECK_OK(moe_layer_split(&pair, m, plan.expert, &data));
+    into.by_expert = formats;
+    if (!CHECK_OK(moe_layer_quantize(pair, &into, &out))) return;
+    size_t bytes = 0;
+    for (size_t e = 0; e <= E; e++) bytes += moe_layer_expert_bytes(out, e);
+    CHECK(bytes == plan.bytes && bytes <= plan.bytes_before);
+    CHECK(moe_layer_format(out, E) == MOE_FORMAT_INT8 && moe_layer_format(out, plan.expert) == MOE_FORMAT_F32);
+    CHECK_OK(moe_forward(out, x, T, z));
+    uint64_t whole = moe_layer_tape(out)->routes.load[plan.expert], child = moe_layer_tape(out)->bound[0];
+    CHECK(whole == desc.load[plan.expert] && child > whole * 4 / 10 && child < whole * 6 / 10);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < T * D; i++) error += pow((double)z[i] - (double)y[i], 2), size += pow((double)y[i], 2);
+    CHECK(error > 0 && error < 1e-4 * size);
+    moe_layer_free(m), moe_layer_free(pair), moe_layer_free(out);
+    free(x), free(y), free(z);
+}
+
 int main(void) {
     RUN(test_crossing_uneven);
     RUN(test_index_measures);
     RUN(test_padding);
     RUN(test_tiers_and_labels);
     RUN(test_ecology);
+    RUN(test_repetition);
+    RUN(test_replicate_plan);
+    RUN(test_replicate_layer);
     RUN(test_pes);
     RUN(test_topk_count);
     RUN(test_temperature_scan);

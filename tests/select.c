@@ -599,6 +599,97 @@ static void test_auction_hard(void) { /* whatever the scores, and they need not 
     free(s), free(index);
 }
 
+/* ---- LASER ---- */
+static void test_laser_hand(void) { /* mass 0.5, candidates above 0.6 of the highest, at most 3 */
+    static const float s[6][4] = {{0.4f, 0.3f, 0.2f, 0.1f},   /* 0 and 1; 1 has less load */
+                                  {0.9f, 0.05f, 0.03f, 0.02f}, /* certain */
+                                  {0.3f, 0.29f, 0.28f, 0.13f}, /* 0, 1, 2 */
+                                  {0.28f, 0.29f, 0.3f, 0.13f}, /* 2, 1, 0: 1 and 2 have as much, 2 the higher score */
+                                  {0.5f, 0.375f, 0.0625f, 0.0625f}, /* at the mass exactly: certain */
+                                  {0.25f, 0.25f, 0.25f, 0.25f}}; /* three of them, 3 is not there */
+    static const int32_t want[6] = {1, 0, 2, 2, 0, 1};
+    float window[4] = {5, 1, 1, 0};
+    int32_t index[6];
+    CHECK_OK(moe_laser(6, 4, 1, 0.5f, 0.6f, 3, &s[0][0], window, index, NULL, 0));
+    for (int i = 0; i < 6; i++) CHECK(index[i] == want[i]);
+    CHECK(window[0] == 7 && window[1] == 3 && window[2] == 3 && window[3] == 0);
+    float two[4] = {9, 0, 3, 4};
+    CHECK_OK(moe_laser(1, 4, 2, 1.0f, 0, 4, s[0], two, index, NULL, 0)); /* least two, the higher score first */
+    CHECK(index[0] == 1 && index[1] == 2 && two[1] == 1 && two[2] == 4);
+    two[1] = two[2] = 8;
+    CHECK_OK(moe_laser(1, 4, 2, 1.0f, 0.99f, 4, s[0], two, index, NULL, 0)); /* one candidate: the top two anyway */
+    CHECK(index[0] == 0 && index[1] == 1);
+    CHECK_OK(moe_laser(1, 4, 2, 1.0f, 0, 3, s[0], two, index, NULL, 0)); /* 3 is no candidate */
+    CHECK(index[0] == 1 && index[1] == 2);
+}
+static void test_laser(void) {
+    size_t with = 0;
+    for (int i = 0; i < 300; i++) {
+        size_t rows = 1 + test_below(30), cols = 1 + test_below(40), k = 1 + test_below(cols);
+        size_t c = k + test_below(cols), uncertain = 0;
+        float mass = test_uniform(0, 1), threshold = i % 4 ? test_uniform(0, 1) : -1.0f, *s = test_floats(rows * cols);
+        float *window = test_floats(cols), *load = test_floats(cols);
+        int32_t *index = test_ints(rows * k), *order = test_ints(cols);
+        fill_scores(s, rows * cols, 0);
+        if (i % 3 == 0) for (size_t j = 0; j < rows * cols; j++) s[j] = (float)test_below(4);
+        CHECK_OK(moe_softmax(rows, cols, 1, s, s));
+        for (size_t e = 0; e < cols; e++) window[e] = load[e] = (float)test_below(6);
+        CHECK_OK(moe_laser(rows, cols, k, mass, threshold, c, s, window, index, NULL, 0));
+        for (size_t r = 0; r < rows; r++) {
+            const float *row = s + r * cols;
+            double all = 0, top = 0;
+            size_t have = k, at = 0;
+            naive_topk(cols, cols, row, NULL, order);
+            for (size_t e = 0; e < cols; e++) all += row[e];
+            for (size_t j = 0; j < k; j++) top += row[order[j]];
+            if (fabs(top - (double)mass * all) < 1e-6) { /* too near to say: take it as it came */
+                for (size_t j = 0; j < k; j++) load[index[r * k + j]] += 1;
+                continue;
+            }
+            if (top < (double)mass * all) {
+                for (have = 0; have < cols && have < c && row[order[have]] > threshold * row[order[0]];) have++;
+                if (have < k) have = k;
+                uncertain++;
+            }
+            for (size_t j = 0; j < have; j++) { /* chosen if fewer than k are before it by load, then by score */
+                size_t before = 0;
+                for (size_t l = 0; l < have; l++) {
+                    float mine = load[order[j]], other = load[order[l]];
+                    before += other < mine || (!(other > mine) && l < j);
+                }
+                if (before < k) CHECK(at < k && index[r * k + at++] == order[j]);
+            }
+            CHECK(at == k);
+            for (size_t j = 0; j < k; j++) load[index[r * k + j]] += 1;
+        }
+        CHECK_SAME(window, load, cols);
+        free(s), free(window), free(load), free(index), free(order);
+        with += uncertain;
+    }
+    CHECK(with > 500);
+}
+static void test_laser_refused(void) {
+    float s[8] = {0.1f, 0.2f, 0.3f, 0.4f, 0.4f, 0.3f, 0.2f, 0.1f}, window[4] = {1, 2, 3, 4}, same[4] = {1, 2, 3, 4};
+    int32_t index[8];
+    CHECK_STATUS(moe_laser(2, 4, 2, 1.5f, 0, 4, s, window, index, NULL, 0), MOE_E_TOP_P);
+    CHECK_STATUS(moe_laser(2, 4, 2, NAN, 0, 4, s, window, index, NULL, 0), MOE_E_TOP_P);
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, NAN, 4, s, window, index, NULL, 0), MOE_E_THRESHOLD);
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, 0, 1, s, window, index, NULL, 0), MOE_E_CANDIDATES);
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, 0, 2, s, NULL, index, NULL, 0), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_laser(2, 4, 5, 1, 0, 5, s, window, index, NULL, 0), MOE_E_TOP_K);
+    test_fail_at = 0;
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, 0, 2, s, window, index, NULL, 0), MOE_E_NO_MEMORY);
+    test_fail_at = -1;
+    s[7] = NAN;
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, 0, 2, s, window, index, NULL, 0), MOE_E_NAN_LOGITS);
+    CHECK(index[0] == -1 && index[3] == -1);
+    CHECK_SAME(window, same, 4); /* none of them touched it */
+    s[7] = 0.1f;
+    window[2] = INFINITY;
+    CHECK_STATUS(moe_laser(2, 4, 2, 1, 0, 2, s, window, index, NULL, 0), MOE_E_WINDOW);
+    CHECK_OK(moe_laser(0, 4, 2, 1, 0, 2, NULL, same, NULL, NULL, 0));
+}
+
 /* ---- scratch of our own: an allocation that fails is said, and nothing is left ---- */
 static void test_alloc(void) {
     float s[8] = {0, 1, 2, 3, 4, 5, 6, 7}, out[8], r[4];
@@ -691,6 +782,9 @@ int main(void) {
     RUN(test_groups);
     RUN(test_threshold);
     RUN(test_top_p);
+    RUN(test_laser_hand);
+    RUN(test_laser);
+    RUN(test_laser_refused);
     RUN(test_expert_choice);
     RUN(test_sinkhorn);
     RUN(test_hungarian);

@@ -633,12 +633,119 @@ static void test_one_weight(void) {
 
 static void test_nothing_is_left(void) { CHECK(test_live_blocks == 0); }
 
+/* ---- LASER: balance at inference, over the batch and over batches ---- */
+static double busiest(const moe_tape *t) {
+    uint64_t most = 0;
+    for (size_t e = 0; e < E; e++)
+        if (t->routes.load[e] > most) most = t->routes.load[e];
+    return (double)most * E / (double)(t->n_tokens * 2);
+}
+static void test_laser(void) {
+    enum { T = 400, HALF = 170 };
+    static int32_t first[T * 2], plain[T * 2], want[T * 2];
+    float window[E] = {0};
+    moe_layer *topk = row(NULL, ""), *m = row(NULL, "select=laser top_p=0.6 threshold=0.2 candidates=5");
+    if (!topk || !m) return;
+    tokens(T);
+    lean(topk, 3, 1.0f), lean(m, 3, 1.0f);
+    const moe_tape *t = go(topk, T, 1);
+    memcpy(plain, t->index, sizeof plain);
+    double before = busiest(t);
+    t = go(m, T, 0);
+    CHECK(!memcmp(t->index, plain, sizeof plain)); /* training: top-k */
+    t = go(m, T, 1);
+    memcpy(first, t->index, sizeof first);
+    CHECK(busiest(t) < before / 1.3);
+    CHECK_OK(moe_laser(T, E, 2, 0.6f, 0.2f, 5, t->scores, window, want, NULL, 0));
+    CHECK(!memcmp(first, want, sizeof first) && memcmp(first, plain, sizeof first));
+    for (size_t e = 0; e < E; e++) CHECK((uint64_t)window[e] == t->routes.load[e]);
+    for (size_t i = 0; i < T; i++) { /* weights of the chosen, normalised */
+        double p[2];
+        for (size_t k = 0; k < 2; k++) p[k] = (double)t->prob[i * E + (size_t)t->index[i * 2 + k]];
+        CHECK_NEAR(t->weight[i * 2], p[0] / (p[0] + p[1]), 1e-6);
+    }
+    memset(window, 0, sizeof window); /* cut in two with a window: as in one piece */
+    moe_layer_side(m)->window = window;
+    moe_layer_side(m)->evaluate = 1;
+    CHECK_OK(moe_forward(m, x, HALF, y));
+    CHECK(!memcmp(moe_layer_tape(m)->index, first, HALF * 2 * sizeof *first));
+    CHECK_OK(moe_forward(m, x + HALF * D, T - HALF, y));
+    CHECK(!memcmp(moe_layer_tape(m)->index, first + HALF * 2, (T - HALF) * 2 * sizeof *first));
+    window[2] = NAN;
+    CHECK_STATUS(moe_forward(m, x, T, y), MOE_E_WINDOW);
+    moe_layer_free(topk), moe_layer_free(m);
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D;
+    d.select = MOE_SELECT_LASER;
+    CHECK_OK(moe_desc_resolve(&d, &d));
+    CHECK(d.candidates == 4 && d.top_p == 0.8f);
+    d.candidates = 1;
+    CHECK_STATUS(moe_desc_resolve(&d, &d), MOE_E_CANDIDATES);
+    m = row(NULL, "select=laser top_p=0.6 threshold=0.2 candidates=5 gate=softmax-selected"); /* by prob as well */
+    if (!m) return;
+    lean(m, 3, 1.0f);
+    CHECK(!memcmp(go(m, T, 1)->index, first, sizeof first));
+    moe_layer_free(m);
+}
+
+/* ---- pruning by SimBal's tau ---- */
+static void check_prune(const char *more, float tau, int fallback) {
+    enum { T = 200 };
+    static int32_t all[T * 4];
+    char fields[200];
+    moe_layer *plain = row(NULL, more);
+    snprintf(fields, sizeof fields, "%s prune=%g fallback=%s", more, (double)tau, fallback ? "true" : "false");
+    moe_layer *m = row(NULL, fields);
+    if (!plain || !m) return;
+    size_t gone = 0, stay = 0, none = 0;
+    tokens(T);
+    memcpy(all, go(plain, T, 1)->index, sizeof all);
+    const moe_tape *t = go(m, T, 0);
+    CHECK(!memcmp(t->index, all, sizeof all)); /* training: nobody */
+    t = go(m, T, 1);
+    for (size_t i = 0; i < T; i++) {
+        double sum = 0, kept = 0;
+        for (size_t k = 0; k < 4; k++) {
+            size_t e = (size_t)all[i * 4 + k];
+            double p = strstr(more, "sigmoid") ? 1 / (1 + exp(-(double)t->logits[i * E + e])) : t->prob[i * E + e];
+            int stays = p >= (double)tau || (fallback && k == 0);
+            if (fabs(p - (double)tau) > 1e-6) CHECK(t->index[i * 4 + k] == (stays ? (int32_t)e : -1));
+            if (t->index[i * 4 + k] < 0) CHECK(t->weight[i * 4 + k] == 0.0f);
+            else kept += p;
+            gone += t->index[i * 4 + k] < 0;
+            sum += (double)t->weight[i * 4 + k];
+        }
+        none += kept <= 0;
+        CHECK_NEAR(sum, kept > 0, 1e-6); /* normalised over those that stay */
+        stay += choices(t, i);
+    }
+    CHECK(gone > 20 && stay > 20 && t->routes.n_routes == stay);
+    if (fallback) CHECK(none == 0);
+    moe_layer_free(plain), moe_layer_free(m);
+}
+static void test_prune(void) {
+    check_prune("top_k=4", 0.12f, 1);
+    check_prune("top_k=4", 0.2f, 0);
+    check_prune("top_k=4 gate=softmax-selected", 0.12f, 1);
+    check_prune("top_k=4 gate=sigmoid", 0.55f, 1);
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D;
+    d.prune = 1.5f;
+    CHECK_STATUS(moe_desc_resolve(&d, &d), MOE_E_PRUNE);
+    d.prune = NAN;
+    CHECK_STATUS(moe_desc_resolve(&d, &d), MOE_E_PRUNE);
+}
+
 int main(void) {
     RUN(test_softmax_topk);
     RUN(test_gshard);
     RUN(test_expert_choice);
     RUN(test_deepseek_v3);
     RUN(test_top_p);
+    RUN(test_laser);
+    RUN(test_prune);
     RUN(test_sinkhorn);
     RUN(test_base);
     RUN(test_sparsemixer);

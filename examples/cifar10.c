@@ -345,14 +345,16 @@ static void exchange(net *m, moe_layer *next) {
     m->moe = next;
 }
 
-// After an epoch: what the rule or the controller decides, carried out and said. `last`: nothing begins any more, but
-// pairs get places of their own.
+static int by_dynmoe(const config *o) { return strcmp(o->system, "dynmoe") == 0; }
+
+// After an epoch: what DynMoE's rule or the controller decides, carried out and said. `last`: nothing begins any more,
+// but pairs get places of their own.
 static void grow(const config *o, const result *r, net *m, const window *w, size_t most, int last) {
     FILE *human = o->json || o->quiet ? stderr : stdout;
     moe_layer *next = NULL;
     moe_health h;
     size_t before = moe_layer_desc(m->moe)->n_experts, bound = moe_layer_desc(m->moe)->n_bound;
-    if (strcmp(o->system, "dynmoe") == 0) {
+    if (by_dynmoe(o)) {
         if (last) return;
         nn_must(moe_layer_dynmoe(&next, m->moe, &w->health, w->unserved, w->count, most, o->seed + r->epochs));
         exchange(m, next);
@@ -469,7 +471,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
             cifar_batch_make(&b, &s->parallel);
             net_forward(m, o->batch, 1);
             game_take(&played, m->moe);
-            if (o->grow && strcmp(name, "dynmoe") == 0)
+            if (o->grow && desc->n_experts > 1 && by_dynmoe(o))
                 nn_must(moe_growth_unserved(moe_layer_tape(m->moe), seen.unserved, &seen.count));
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
             accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
@@ -951,7 +953,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     if (desc.schedule_steps) desc.schedule_steps = data->train.count / o->batch * o->epochs * 3 / 4;
     desc.weight_decay = o->decay;
     desc.seed = o->seed + 1;
-    if (o->grow && strcmp(o->system, "dynmoe") != 0) desc.growth = MOE_ON;
+    if (o->grow && !by_dynmoe(o)) desc.growth = MOE_ON;
     desc.parallel.n_threads = o->threads;
     moe_status status = moe_desc_resolve(&desc, &desc);
     if (status) args_fail("cifar10", "--%s", moe_status_string(status));

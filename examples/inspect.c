@@ -1247,16 +1247,10 @@ static void write_csv(const config *o, const table *const *tables, size_t n) {
 // The routers that the repository carries, from the current folder or from that of the program.
 static const char *sample_path(const char *program) {
     static char path[1200];
-    static const char file[] = "examples/data/router.npy";
-    const char *slash = strrchr(program, '/');
-    FILE *f = fopen(file, "rb");
-    snprintf(path, sizeof path, "%s", file);
-    if (!f && slash) {
-        snprintf(path, sizeof path, "%.*s/../%s", (int)(slash - program), program, file);
-        f = fopen(path, "rb");
-    }
-    if (!f) args_fail("inspect", "no files given, and the sample %s is not there", file);
-    fclose(f);
+    char folder[1100];
+    if (!sample_folder(program, "examples/data", "router.npy", folder, sizeof folder))
+        args_fail("inspect", "no files given, and the sample examples/data/router.npy is not there");
+    snprintf(path, sizeof path, "%s/router.npy", folder);
     return path;
 }
 

@@ -71,12 +71,7 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
         snprintf(path, sizeof path, "%s/test_batch.bin", folder);
         cifar_read(&c->test, path);
     } else {
-        const char *slash = strrchr(argv0, '/');
-        snprintf(folder, sizeof folder, "examples/data");
-        if (!file_exists(folder, "cifar10_train.bin"))
-            snprintf(folder, sizeof folder, "%.*s/../examples/data", slash ? (int)(slash - argv0) : 1,
-                     slash ? argv0 : ".");
-        if (!file_exists(folder, "cifar10_train.bin"))
+        if (!sample_folder(argv0, "examples/data", "cifar10_train.bin", folder, sizeof folder))
             die("the sample examples/data/cifar10_train.bin was not found: run from the folder of the repository, or "
                 "give --data DIR");
         snprintf(path, sizeof path, "%s/cifar10_train.bin", folder);

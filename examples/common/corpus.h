@@ -50,15 +50,13 @@ EX_FUNC size_t corpus_words(const char *text, size_t size) {
 // The texts; data NULL: the sample, which stands beside the sources: argv0 is build/NAME.
 EX_FUNC void corpus_load(corpus *c, const char *data, const char *argv0) {
     static const char *const name[] = {"wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"};
-    char beside[1024];
-    const char *slash = strrchr(argv0, '/'), *dir = data ? data : "examples/data/wikitext2";
+    char sample[1024];
+    const char *dir = data ? data : "examples/data/wikitext2";
     *c = (corpus){.sample = !data};
-    snprintf(beside, sizeof beside, "%.*s/../examples/data/wikitext2", slash ? (int)(slash - argv0) : 1,
-             slash ? argv0 : ".");
+    if (!data && sample_folder(argv0, dir, name[0], sample, sizeof sample)) dir = sample;
     for (int i = 0; i < CORPUS_PARTS; i++) {
         struct corpus_part *p = &c->part[i];
         p->text = corpus_read(dir, name[i], &p->size);
-        if (!p->text && !data) p->text = corpus_read(beside, name[i], &p->size);
         if (!p->text || !p->size) die("cannot read %s in %s (nor in %s/wikitext-2)", name[i], dir, dir);
         p->words = corpus_words(p->text, p->size);
     }

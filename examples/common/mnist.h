@@ -106,7 +106,6 @@ EX_FUNC void mnist_read_idx(mnist_set *set, const char *folder, const char *pref
 // examples/data, looked for from the current folder and from that of the program (argv0).
 EX_FUNC void mnist_load(mnist *m, const char *folder, const char *argv0) {
     char in[1100], path[1200];
-    const char *slash = strrchr(argv0, '/');
     memset(m, 0, sizeof *m);
     if (folder) {
         snprintf(in, sizeof in, "%s", folder);
@@ -119,10 +118,7 @@ EX_FUNC void mnist_load(mnist *m, const char *folder, const char *argv0) {
         mnist_read_idx(&m->test, in, "t10k");
         return;
     }
-    snprintf(in, sizeof in, "examples/data");
-    if (!file_exists(in, "mnist_train.bin"))
-        snprintf(in, sizeof in, "%.*s/../examples/data", slash ? (int)(slash - argv0) : 1, slash ? argv0 : ".");
-    if (!file_exists(in, "mnist_train.bin"))
+    if (!sample_folder(argv0, "examples/data", "mnist_train.bin", in, sizeof in))
         die("the sample examples/data/mnist_train.bin was not found: run from the folder of the repository, or give "
             "--data DIR");
     snprintf(path, sizeof path, "%s/mnist_train.bin", in);

@@ -96,6 +96,16 @@ EX_FUNC int file_exists(const char *folder, const char *file) {
     return f != NULL;
 }
 
+// The folder of the repository (with its part `under`: "examples/data") that holds `file`, looked for from the current
+// folder and from that of the program, build/NAME = argv0. 0: it is in neither.
+EX_FUNC int sample_folder(const char *argv0, const char *under, const char *file, char *folder, size_t size) {
+    const char *slash = strrchr(argv0, '/');
+    snprintf(folder, size, "%s", under);
+    if (file_exists(folder, file)) return 1;
+    snprintf(folder, size, "%.*s/../%s", slash ? (int)(slash - argv0) : 1, slash ? argv0 : ".", under);
+    return file_exists(folder, file);
+}
+
 // Goes to byte `at` of a file, beyond 2 GB too. 0 if that fails.
 EX_FUNC int file_seek(FILE *f, uint64_t at) {
 #ifdef _WIN32

@@ -15425,7 +15425,7 @@ static moe_status moe__growth_expert(const moe__growth_map *map, size_t expert) 
 }
 
 /* -- the lists -- */
-static float moe__growth_half(int halved) { return 1.0f - 0.5f * (float)halved; }
+static float moe__growth_half(int halved) { return 1.0f - 0.5f * (float)halved; } /* exact */
 static void moe__growth_next(moe__growth_map *map, int which) { /* one more thing, made of nothing yet */
     moe__growth_list *list = &map->list[which];
     list->first[++list->n] = list->n_links;
@@ -15712,7 +15712,7 @@ static void moe__growth_principal(const moe__run *run, size_t n, const uint32_t 
     above = along[index[0]];
     for (size_t i = 1; i < n / 2; i++)
         if (along[index[i]] < above) above = along[index[i]];
-    *offset = 0.5f * above + 0.5f * below;
+    *offset = 0.5f * above + 0.5f * below; /* exact */
     if (!(above > *offset)) *offset = below;
     for (size_t i = 0; i < n; i++) far = moe__fma(share, fabsf(along[i] - *offset), far);
     if (!(far >= FLT_MIN)) return;
@@ -15913,11 +15913,11 @@ static void moe__growth_redraw(moe_layer *layer, size_t g, size_t count, const i
             mean += value / (double)total;
             squares += value * value / (double)total;
         }
-        double deviation = sqrt(moe__larger(squares - mean * mean, 0.0));
+        double deviation = sqrt(moe__larger(squares - moe__times(mean, mean), 0.0));
         for (size_t i = 0; i < total; i++) {
             size_t at = moe__growth_weight(plan, id, (size_t)unit[i / each], i % each);
             moe__normal_at(seed, 64 + (uint64_t)id, (uint64_t)g << 40 | i, 1, &drawn);
-            block[at] = (float)(mean + deviation * (double)drawn);
+            block[at] = (float)(mean + moe__times(deviation, (double)drawn));
             for (int part = MOE_PART_MOMENT1; part <= MOE_PART_MOMENT2; part++)
                 if (layer->part[part]) layer->part[part][g * plan->expert + at] = 0.0f;
         }
@@ -15942,7 +15942,7 @@ static void moe__growth_noise(const moe__growth_map *map, size_t a, size_t b, fl
         if (!plan->count[id] || !moe__plan_tensors[id].decay) continue;
         for (size_t i = 0; i < n; i++) {
             double value = (double)up[moe__plan_in_block(plan, id, i / columns, i % columns)];
-            squares += value * value;
+            squares += value * value; /* exact */
         }
         float size = noise * (float)sqrt(squares / (double)n), drawn;
         for (size_t i = 0; i < n; i++) {
@@ -16138,7 +16138,7 @@ static void moe__growth_join(const moe__growth_align *all, size_t F, size_t d, s
         double square = 0.0;
         for (size_t c = 0; c < d; c++) {
             double apart = all->mean[i / F * d + c] - all->mean[i % F * d + c];
-            square += apart * apart;
+            square += moe__times(apart, apart);
         }
         far[i] = sqrt(square);
     }
@@ -16150,7 +16150,7 @@ static void moe__growth_join(const moe__growth_align *all, size_t F, size_t d, s
                 if (all->size[i] > 0.0 && all->size[k] > 0.0)
                     if (a == F || far[i * F + k] < far[a * F + b]) a = i, b = k;
         for (size_t i = 0; i < F; i++) {
-            double joined = all->size[a] * far[a * F + i] + all->size[b] * far[b * F + i];
+            double joined = moe__times(all->size[a], far[a * F + i]) + moe__times(all->size[b], far[b * F + i]);
             far[a * F + i] = far[i * F + a] = joined / (all->size[a] + all->size[b]);
             if (all->cluster[i] == b) all->cluster[i] = (uint32_t)a;
         }
@@ -16333,8 +16333,8 @@ static void moe__growth_routes_worth(const moe_tape *tape, moe_worth_kind kind, 
             double squares = 0.0, weight = (double)routes->weight[route];
             if (kind == MOE_WORTH_GATE) sum += weight;
             for (size_t i = 0; i < plan->d && kind == MOE_WORTH_SALIENCY && e < plan->F; i++)
-                squares += (double)out[i] * (double)out[i];
-            sum += weight * sqrt(squares);
+                squares += (double)out[i] * (double)out[i]; /* exact */
+            sum += moe__times(weight, sqrt(squares));
         }
         worth[e] = sum / (double)moe__max(1, end - begin);
         if (kind == MOE_WORTH_USAGE) worth[e] = (double)routes->load[e] / (double)tape->n_tokens;
@@ -16471,7 +16471,7 @@ static void moe__growth_decimal(moe__text *text, double value, int decimals) {
     for (int i = 0; i < decimals; i++) unit *= 10;
     if (value < 0.0) moe__text_char(text, '-');
     value = moe__smaller(fabs(value), 1e12);
-    uint64_t whole = (uint64_t)(value * (double)unit + 0.5);
+    uint64_t whole = (uint64_t)(moe__times(value, (double)unit) + 0.5);
     moe__text_u64(text, whole / unit);
     moe__text_char(text, '.');
     while (unit > 1) {

@@ -50,8 +50,8 @@ TEST_FLAGS = $(FLAGS) -O2 -Itests/lib
 SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 # the library once for all suites, unless a suite has it in itself (tests/lib/test.h)
 ALONE = $(if $(shell grep -l '^.define MOE_IMPLEMENTATION' $<),,$(1))
-# a suite that has it in itself without SIMD is compiled quickly: what it tests is not speed
-QUICK = $(if $(shell grep -l '^.define MOE_NO_SIMD' $<),-O0)
+# a suite that has it in itself is compiled quickly: what it tests is not speed
+QUICK = $(if $(shell grep -l '^.define MOE_NO_SIMD' $<),-O0,$(call ALONE,,-O1))
 $(BUILD)/moe_test.o: tests/lib/moe.c moe.h | $(BUILD)
 	$(CC) $(TEST_FLAGS) -c $< -o $@
 $(BUILD)/moe_sanitized.o: tests/lib/moe.c moe.h | $(BUILD)

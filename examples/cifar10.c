@@ -347,37 +347,50 @@ static void exchange(net *m, moe_layer *next) {
 
 static int by_dynmoe(const config *o) { return strcmp(o->system, "dynmoe") == 0; }
 
-// After an epoch: what DynMoE's rule or the controller decides, carried out and said. `last`: nothing begins any more,
-// but pairs get places of their own.
-static void grow(const config *o, const result *r, net *m, const window *w, size_t most, int last) {
-    FILE *human = o->json || o->quiet ? stderr : stdout;
+// What has changed, for people and in a line of its own.
+static void note_growth(const config *o, const result *r, const net *m, const char *reason, json *j) {
+    const moe_desc *desc = moe_layer_desc(m->moe);
+    size_t now = desc->n_experts + desc->n_bound;
+    fprintf(o->json || o->quiet ? stderr : stdout, "epoch %2zu  %s: now %zu\n", r->epochs, reason, now);
+    json_begin(j);
+    json_text(j, "event", "growth");
+    json_whole(j, "epoch", r->epochs);
+    json_whole(j, "experts", now);
+    json_text(j, "reason", reason);
+    json_end(j);
+}
+
+static void grow_by_dynmoe(const config *o, const result *r, net *m, const window *w, size_t most, json *j) {
     moe_layer *next = NULL;
-    moe_health h;
-    size_t before = moe_layer_desc(m->moe)->n_experts, bound = moe_layer_desc(m->moe)->n_bound;
-    if (by_dynmoe(o)) {
-        if (last) return;
-        nn_must(moe_layer_dynmoe(&next, m->moe, &w->health, w->unserved, w->count, most, o->seed + r->epochs));
-        exchange(m, next);
-        size_t now = moe_layer_desc(m->moe)->n_experts;
-        if (now != before)
-            fprintf(human, "epoch %2zu  %zu experts, %llu tokens that none took: now %zu\n", r->epochs, before,
-                    (unsigned long long)w->count, now);
-        return;
-    }
+    char reason[100];
+    size_t before = moe_layer_desc(m->moe)->n_experts;
+    nn_must(moe_layer_dynmoe(&next, m->moe, &w->health, w->unserved, w->count, most, o->seed + r->epochs));
+    exchange(m, next);
+    snprintf(reason, sizeof reason, "%zu experts, %llu tokens that none took", before, (unsigned long long)w->count);
+    if (moe_layer_desc(next)->n_experts != before) note_growth(o, r, m, reason, j);
+}
+
+// After an epoch: what the controller decides, carried out and said. `last`: nothing begins any more, but pairs get
+// places of their own.
+static void grow_by_controller(const config *o, const result *r, net *m, size_t most, int last, json *j) {
     moe_growth *g = moe_layer_growth(m->moe);
+    moe_layer *next = NULL;
+    char reason[sizeof g->reason];
+    moe_health h;
     nn_must(moe_layer_health(m->moe, &h));
     g->max_experts = (int)most;
     nn_must(moe_growth_step(g, r->test_accuracy[r->epochs - 1], &h, NULL));
-    if ((g->release || last) && bound) {
+    if ((g->release || last) && moe_layer_desc(m->moe)->n_bound) {
         nn_must(moe_layer_release(&next, m->moe, 0));
         exchange(m, next);
         g = moe_layer_growth(m->moe);
     }
     if (last || g->decision != MOE_GROWTH_SPLIT) return;
-    fprintf(human, "epoch %2zu  %s\n", r->epochs, g->reason);
     moe_growth_data seen = {.x = m->z, .n_tokens = moe_layer_tape(m->moe) ? moe_layer_tape(m->moe)->n_given : 0};
+    memcpy(reason, g->reason, sizeof reason);
     nn_must(moe_layer_split(&next, m->moe, g->expert, seen.n_tokens ? &seen : NULL));
     exchange(m, next);
+    note_growth(o, r, m, reason, j);
 }
 
 // The trained network tested again at other temperatures of its gate, as the ecology paper does [S]: what changes and
@@ -492,7 +505,8 @@ static result *train(const config *o, const cifar *data, const char *name, const
         nn_must(moe_health_merge(&seen.health, &trained));
         note_epoch(o, r, m, data, &played, j, loss, accuracy, images);
         if (!o->grow || desc->n_experts == 1) continue;
-        grow(o, r, m, &seen, most, step >= total);
+        if (!by_dynmoe(o)) grow_by_controller(o, r, m, most, step >= total, j);
+        else if (step < total) grow_by_dynmoe(o, r, m, &seen, most, j);
         r->experts = moe_layer_desc(m->moe)->n_experts;
         game_free(&played);
         played = game_new(m->moe, per_epoch < GAME_BATCHES ? per_epoch : GAME_BATCHES);

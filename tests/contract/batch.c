@@ -4,7 +4,7 @@
  * break it. */
 #include "test.h"
 
-enum { E = 8, SEQ = 4, MAX_TOKENS = 240, MAX_D = 264 };
+enum { E = 8, SEQ = 4, MAX_TOKENS = 120, MAX_D = 264 };
 static float x[MAX_TOKENS * MAX_D], whole[MAX_TOKENS * MAX_D], x2[MAX_TOKENS * MAX_D], y[MAX_TOKENS * MAX_D];
 static float dy[MAX_TOKENS * MAX_D];
 static uint32_t id[MAX_TOKENS], id2[MAX_TOKENS];
@@ -115,11 +115,11 @@ static void test_every_instruction_set(void) {
     }
 }
 static void test_two_threads(void) {
-    shape s = {32, 24, 200, 2};
+    shape s = {32, 24, 104, 2};
     check_systems(&s);
 }
 static void test_over_blocks(void) { /* widths beyond a block of the products */
-    shape s = {MAX_D, 260, TEST_SANITIZED ? 72 : 200, 2};
+    shape s = {MAX_D, 260, TEST_SANITIZED ? 72 : 104, 2};
     check_systems(&s);
 }
 

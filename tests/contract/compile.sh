@@ -68,11 +68,13 @@ for cc in $compilers; do
         "$dir/user.o"
     check "link C and C++ $cc" $cc "$dir/user.o" "$dir/$cc.o" -o "$dir/user" -lm
     check "run C and C++ $cc" "$dir/user"
-    check "included before it is implemented $cc" $cc -std=c99 $warnings -I. -DUSER_IMPLEMENTS \
+    check "included before it is implemented $cc" $cc -std=c99 $warnings -I. -DUSER_IMPLEMENTS -DMOE_NO_SIMD \
         tests/contract/compile/user.c -o "$dir/user" -lm
     check "run it $cc" "$dir/user"
-    check "static, first $cc" $cc -std=c99 -I. -DALONE=first -c tests/contract/compile/alone.c -o "$dir/first.o"
-    check "static, second $cc" $cc -std=c99 -I. -DALONE=second -DALONE_MAIN -c tests/contract/compile/alone.c -o \
+    check "static, first $cc" $cc -std=c99 -I. -DMOE_NO_SIMD -DALONE=first -c tests/contract/compile/alone.c -o \
+        "$dir/first.o"
+    check "static, second $cc" $cc -std=c99 -I. -DMOE_NO_SIMD -DALONE=second -DALONE_MAIN -c \
+        tests/contract/compile/alone.c -o \
         "$dir/second.o"
     check "static, linked $cc" $cc "$dir/first.o" "$dir/second.o" -o "$dir/alone" -lm
     check "static, run $cc" "$dir/alone"
@@ -88,9 +90,11 @@ cp moe.h "$dir/project/lib/include/"
 cp tests/contract/compile/implementation.c "$dir/project/src/a.c"
 printf '#define MOE_IMPLEMENTATION\n#include "../lib/include/moe.h"\n' >"$dir/project/src/b.c"
 for cc in $compilers; do
-    check "header in a directory, $cc" sh -c "cd '$dir/project' && $cc -Ilib/include -fsyntax-only src/a.c"
-    check "header by a relative path, $cc" sh -c "cd '$dir/project' && $cc -fsyntax-only src/b.c"
-    check "header from elsewhere, $cc" sh -c "cd '$dir/project/src' && $cc -I../lib/include -fsyntax-only a.c"
+    check "header in a directory, $cc" sh -c "cd '$dir/project' && $cc -Ilib/include -DMOE_NO_SIMD \
+        -fsyntax-only src/a.c"
+    check "header by a relative path, $cc" sh -c "cd '$dir/project' && $cc -DMOE_NO_SIMD -fsyntax-only src/b.c"
+    check "header from elsewhere, $cc" sh -c "cd '$dir/project/src' && $cc -I../lib/include -DMOE_NO_SIMD \
+        -fsyntax-only a.c"
 done
 
 # ---- symbols ----
@@ -104,7 +108,7 @@ if command -v nm >/dev/null 2>&1; then
         check "only moe_* is exported, $cc" fails exported "$dir/$cc.o"
         check "static exports nothing of it, $cc" sh -c "! nm -g --defined-only '$dir/first.o' | grep -q ' moe_'"
         # shellcheck disable=SC2086
-        check "modes, $cc" $cc -std=c99 -DMOE_NO_STDIO '-DMOE_MALLOC(n,c)=my_malloc(n,c)' \
+        check "modes, $cc" $cc -std=c99 -DMOE_NO_SIMD -DMOE_NO_STDIO '-DMOE_MALLOC(n,c)=my_malloc(n,c)' \
             '-DMOE_FREE(p,c)=my_free(p,c)' \
             -include tests/contract/compile/allocator.h -I. -c tests/contract/compile/implementation.c -o "$dir/modes.o"
         check "MOE_NO_STDIO opens no file, $cc" fails imported "$dir/modes.o" \
@@ -139,7 +143,7 @@ if [ -n "$cblas" ] && ! gcc -I"$cblas" "$dir/links.c" -o "$dir/links" -lopenblas
     skip MOE_USE_CBLAS "cblas.h without a libopenblas to link"
 elif [ -n "$cblas" ]; then
     for cc in $compilers; do
-        check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" \
+        check "MOE_USE_CBLAS $cc" $cc -std=c99 -DMOE_NO_SIMD -DMOE_USE_CBLAS -DUSER_IMPLEMENTS -I. -I"$cblas" \
             tests/contract/compile/user.c \
             -o "$dir/cblas" -lopenblas -lm
         check "MOE_USE_CBLAS runs $cc" "$dir/cblas"

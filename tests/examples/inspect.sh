@@ -12,13 +12,17 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 $cc -fopenmp -x c - -o "$dir/none" 2>/dev/null <<END && openmp=-fopenmp
 int main(void) { return 0; }
 END
+# the library as the sanitized suites have it
+build=${BUILD:-build}
+make -s CC="$cc" BUILD="$build" "$build/moe_sanitized.o" || exit 1
 # shellcheck disable=SC2086
 check "it compiles without warnings" $cc -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror -O1 -g1 \
-    $openmp -I. \
-    -fsanitize=address,undefined -fno-sanitize-recover=all examples/inspect.c -o "$dir/inspect" -lm
+    $openmp -I. -DMOE_NO_IMPLEMENTATION \
+    -fsanitize=address,undefined -fno-sanitize-recover=all examples/inspect.c tests/lib/plain.c \
+    "$build/moe_sanitized.o" -o "$dir/inspect" -lm
 export ASAN_OPTIONS=detect_leaks=0 # what lives until the end of a program is not freed
-check "the maker of test files compiles" $cc -std=c99 -O1 -I. -DOUT="\"$dir/\"" tests/examples/inspect_files.c -o \
-    "$dir/make" -lm
+check "the maker of test files compiles" $cc -std=c99 -O0 -DMOE_NO_SIMD -I. -DOUT="\"$dir/\"" \
+    tests/examples/inspect_files.c -o "$dir/make" -lm
 [ "$failed" -eq 0 ] || finish
 check "test files" "$dir/make"
 limit=

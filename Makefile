@@ -1,6 +1,7 @@
 # make run     train on the real CIFAR-10 sample of this repository, print the health table, write out/
 # make test    everything that a change must pass; ends with "N passed, N failed"
 # make bench   speed, as a share of this machine's limits (PEERS=1: other libraries beside it)
+# make experiments-quick   what the sources claim, put to a test: minutes (make experiments ARGS="--data data": hours)
 # make data    download the full CIFAR-10 into data/ (curl)
 # make install PREFIX=/usr/local
 # Needs a C compiler and make. OpenMP is used where the compiler has it.
@@ -15,17 +16,21 @@ CFLAGS ?= -O3
 FLAGS = -std=c99 $(WARN) $(CFLAGS) -ffp-contract=off $(OPENMP) $(CPPFLAGS) -I.
 LIBS = -lm
 
-EXAMPLES = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
+# an MPI compiler, for the one example that is made of several processes; without it that one is left out
+MPICC ?= $(shell command -v mpicc 2>/dev/null)
+OF_MPI = $(BUILD)/expert_parallel
+EXAMPLES = $(filter-out $(if $(MPICC),,$(OF_MPI)),$(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c)))
 BENCHES = $(patsubst bench/%.c,$(BUILD)/bench_%,$(wildcard bench/*.c))
 # a suite is a .c file: tests/gate.c -> build/test/gate, tests/contract/bits.c -> build/test/contract/bits;
 # sanitized: build/sanitized/...
 NO_SUITE = tests/contract/golden.c tests/examples/inspect_files.c tests/examples/npy_near.c
 SUITES = $(filter-out $(NO_SUITE),$(wildcard tests/*.c tests/contract/*.c tests/examples/*.c))
 TESTS = $(SUITES:tests/%.c=$(BUILD)/test/%)
-SANITIZED = $(SUITES:tests/%.c=$(BUILD)/sanitized/%)
+# balance trains for minutes under the sanitizers, and calls nothing that other suites do not
+SANITIZED = $(filter-out $(BUILD)/sanitized/balance,$(SUITES:tests/%.c=$(BUILD)/sanitized/%))
 SCRIPTS = $(wildcard tests/contract/*.sh tests/examples/*.sh)
 
-.PHONY: all run test bench data install clean help
+.PHONY: all run test bench experiments experiments-quick sizes data install clean help
 all: $(EXAMPLES) $(BENCHES)
 
 help:
@@ -42,11 +47,14 @@ $(BUILD)/moe.o: tests/contract/compile/implementation.c moe.h | $(BUILD)
 $(BUILD)/%: examples/%.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUILD)
 	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
 
+$(OF_MPI): examples/expert_parallel.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUILD)
+	OMPI_CC="$(CC)" MPICH_CC="$(CC)" $(MPICC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
+
 $(BUILD)/bench_%: bench/%.c $(BUILD)/moe.o $(wildcard bench/*.h examples/common/*.h) | $(BUILD)
 	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
 
 TEST_NEEDS = moe.h $(wildcard tests/lib/*.h examples/common/*.h)
-TEST_FLAGS = $(FLAGS) -O2 -Itests/lib
+TEST_FLAGS = $(FLAGS) -O2 -Itests/lib -pthread
 SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 # the library once for all suites, unless a suite has it in itself (tests/lib/test.h)
 ALONE = $(if $(shell grep -l '^.define MOE_IMPLEMENTATION' $<),,$(1))
@@ -74,6 +82,16 @@ bench: $(BENCHES)
 	$(BUILD)/bench_routing
 	$(BUILD)/bench_losses $(ARGS)
 	$(BUILD)/bench_growth --quick
+	$(BUILD)/bench_scale --quick
+
+experiments: $(BUILD)/experiments
+	$(BUILD)/experiments $(ARGS)
+experiments-quick: $(BUILD)/experiments
+	$(BUILD)/experiments --quick $(ARGS)
+
+# code, weights, RAM and stack of a Cortex-M4 build (docs/embedded.md)
+sizes:
+	@CC="$(CC)" sh tests/examples/embedded.sh | grep -e '^sizes' -e '^skipped' -e FAILED
 
 data:
 	sh examples/data/fetch.sh data

@@ -65,6 +65,7 @@
  *     >>tape         moe__tape_         -                     a tape's memory
  *     >>passes       moe__pass_         -                     forward and backward of router and experts
  *     >>layer        moe__layer_        -                     parameters, gradients, optimiser
+ *     >>parallel     moe__parallel_     -                     a layer whose experts lie on ranks
  *     >>growth       moe__growth_       moe__growth_actions   experts that split, merge, die and come back
  *     >>json         moe__json_         -                     reading JSON
  *     >>safetensors  moe__file_         moe__file_dtypes      reading safetensors
@@ -115,6 +116,11 @@
  *   MOE_NO_SIMD          scalar kernels only
  *   MOE_SOFT_FMA         fmaf of our own, for a C library whose fmaf is wrong (mingw-w64's is, and is not used)
  *   MOE_NO_STDIO         no functions that open files (the memory forms remain)
+ *   MOE_NO_TRAINING      for inference alone: training is refused, and nothing that it needs is compiled in
+ *   MOE_NO_FORMATS       experts in float32 alone
+ *   MOE_NO_TEXT          no names of fields and rows: a desc is filled in as a struct, not read or written
+ *   MOE_ONLY_SCORE, _NOISE, _GATE, _SELECT, _COMBINE, _EXPERT   the one row of a table that this build has, for a
+ *                        small program: #define MOE_ONLY_GATE MOE_GATE_SOFTMAX (docs/embedded.md)
  *   MOE_NO_OPENMP        ignore OpenMP even when compiled with it
  *   MOE_FILENAME         this file's name, if you renamed it (default "moe.h"): it includes itself
  *   MOE_USE_CBLAS        moe_gemm without a_fill goes through cblas_sgemm (you link it; outside the same-bits
@@ -505,7 +511,26 @@ typedef enum moe_error_kind {
     X(MOE_E_PRUNE, 288, ARGUMENT, "prune", "must be 0 to 1")                                                         \
     X(MOE_E_IMPORTANCE, 289, NUMBER, "importance", "NaN or infinite")                                                \
     X(MOE_E_BUDGET, 290, ARGUMENT, "budget",                                                                         \
-      "too small even with all but the replicated expert in the small format, or that format is not smaller")
+      "too small even with all but the replicated expert in the small format, or that format is not smaller")      \
+    X(MOE_E_REPLICA, 291, ARGUMENT, "replica",                                                                       \
+      "an expert without a network, one that is half of a bound pair, twice the same, or more than there are")       \
+    X(MOE_E_NULL_RANKS, 292, ARGUMENT, "ranks", "must not be NULL")                                                  \
+    X(MOE_E_EP_ENGINE, 293, ARGUMENT, "engine",                                                                      \
+      "must not be NULL, its rank below its size, and with a size above 1 it needs its three functions")             \
+    X(MOE_E_EP_DESC, 294, SUPPORT, "desc",                                                                           \
+      "cannot be spread over ranks: combine = soft or merge, score = subspace, n_codes, n_bound, weight formats, "   \
+      "clip_norm, controller = quantile, or a loss that is no mean over tokens")                                     \
+    X(MOE_E_EP_EXCHANGE, 295, IO, "engine", "one of its functions failed: a rank is gone or late")                   \
+    X(MOE_E_EP_COUNTS, 296, NUMBER, "counts", "a rank announces more rows than its tokens can have")                 \
+    X(MOE_E_EP_ROWS, 297, NUMBER, "rows", "a row that came from another rank is NaN or infinite")                    \
+    X(MOE_E_EP_DIFFER, 298, STATE, "ranks",                                                                          \
+      "have not the same desc, step and number of forwards, or did not see the same counts")                         \
+    X(MOE_E_OVERLAP, 299, ARGUMENT, "output",                                                                        \
+      "overlaps an array that is read or written beside it: dx and dy, side.d_previous and either, d_logits and "      \
+      "scores or d_scores")                                                                                          \
+    X(MOE_E_NOT_FILE, 300, IO, "path", "is a device, a pipe or a socket, not a file")                                \
+    X(MOE_E_ONLY, 301, SUPPORT, "desc",                                                                              \
+      "asks for a row, a format or training that this build leaves out (MOE_ONLY_..., MOE_NO_TRAINING, MOE_NO_FORMATS)")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -1049,6 +1074,8 @@ MOE_API moe_status moe_aggregate_scratch(size_t n, size_t d_model, size_t *bytes
 typedef struct moe_loss_args {
     /* shape: T tokens, E experts */
     size_t n_tokens, n_experts;
+    size_t mean_tokens;  /* what a mean over tokens divides by, where these are a part of them: z, entropy, certainty,
+                            and what is made of prob with the load or P; 0 = n_tokens */
     size_t top_k;        /* k: choices of a token */
     size_t d_model;      /* d: width of a token or latent token, of an output, of a router's column; a matrix's rows */
     size_t d_ff;         /* f: columns of the matrix */
@@ -1300,7 +1327,7 @@ MOE_API moe_status moe_tape_tokens(moe_tape *tape, const float *x, size_t n_toke
 /* y (n, d) = sum over a token's routes of weight * expert(x), plus the shared experts. */
 MOE_API moe_status moe_experts_forward(moe_tape *tape, const float *params, float *y);
 /* d_params += ... (moe_experts_count floats, panel layout; or = if `fresh`), d_weight (n_routes) = ... (may be
- * NULL), dx (n, d) += ... (may be NULL). */
+ * NULL), dx (n, d) += ... (may be NULL; not over dy). */
 MOE_API moe_status moe_experts_backward(moe_tape *tape, const float *params, const float *dy, int fresh,
                                         float *d_params, float *d_weight, float *dx);
 
@@ -1431,12 +1458,12 @@ typedef struct moe_repeats {
 MOE_API moe_status moe_repetition(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_ranks, const int32_t *index,
                                   uint64_t *work, moe_repeats *out);
 
-/* Replicate-and-Quantize, after [S]: the expert with the highest load gets a replica, in a small format, which takes
- * half of its tokens [D]; then the least important others go to that format, ties to the lowest number, until the
- * experts' bytes are within the budget. In a layer: moe_layer_split makes the replica, a bound expert whose format is
- * the one after the networks', and moe_layer_quantize with formats as by_expert the rest. */
+/* Replicate-and-Quantize, after [S]: the experts with the highest load get a replica each, in a small format, which
+ * takes half of its tokens [D]; then the least important others go to that format, ties to the lowest number, until the
+ * experts' bytes are within the budget. Applied to a layer: moe_layer_replicate. */
 typedef struct moe_replicate_desc {
     size_t n_experts;
+    size_t n_replicas;         /* 0 = 1, as published; more: so many of the heaviest [D] */
     const uint64_t *load;      /* (E) of a calibration: moe_health.load */
     const double *importance;  /* (E) as of moe_layer_worth; NULL = the load */
     moe_format_kind full, small;
@@ -1444,12 +1471,13 @@ typedef struct moe_replicate_desc {
     size_t budget;                  /* 0 = what the experts take in full */
 } moe_replicate_desc;
 typedef struct moe_replicate {
-    size_t expert, n_small;        /* which is replicated; how many go to the small format beside the replica */
+    size_t n_replicas, n_small;    /* how many go to the small format beside the replicas */
     size_t bytes_before, bytes;
-    double imbalance_before, imbalance; /* max / mean load; after: of E + 1 parts, by the mean of E */
+    double imbalance_before, imbalance; /* max / mean load; after: of all parts, by the mean of E */
 } moe_replicate;
-/* formats (E + 1) */
-MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, moe_format_kind *formats, moe_replicate *out);
+/* replica (R): the experts that get one, the heaviest first; formats (E + R): of the experts, then of the replicas */
+MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, size_t *replica, moe_format_kind *formats,
+                                      moe_replicate *out);
 
 /* Pairwise expert similarity [P]: mean over tokens of 2 / (E (E - 1)) sum_{i<j} cos(o_i, o_j), outputs (T, E, d) of ALL
  * experts; the cosine with a zero output is 0 [D]; one expert gives 0. work (E). */
@@ -1617,7 +1645,7 @@ MOE_API moe_status moe_feedback_fit(size_t n_steps, size_t n_experts, double dt,
  * Experts lie on ranks, expert e on rank e P / E, rounded down. From their loads: who computes what. In integers, ties
  * by number: every rank that has the loads of all makes the same plan. */
 typedef struct moe_ep_desc {
-    size_t n_experts, n_ranks; /* n_ranks divides n_experts */
+    size_t n_experts, n_ranks; /* n_ranks divides n_experts; for moe_ranks_new the layer's and the engine's */
     int llep; /* least-loaded expert parallelism, after [P+C]: what is above a rank's capacity goes to the least loaded
                  ranks, and the expert's weights with it. 0: standard, all to the rank that holds the expert */
     double lambda;       /* largest / mean load from which on LLEP acts; 0 = 1.3 */
@@ -1673,22 +1701,29 @@ typedef struct moe_layer_formats {
     moe_format_kind format;            /* of all experts, */
     const moe_format_kind *by_expert;  /* or of each: (n_experts that are networks, then the shared), or NULL */
     int train_router;                  /* MOE_ON, else off, whatever desc.training says */
+    size_t n_replicas;                 /* of moe_layer_quantize: so many bound experts more, copies of these, behind */
+    const size_t *replica;             /* those that there are; each takes every second token of its original, so that
+                                          with the original's format the output keeps its bits */
 } moe_layer_formats;
 /* From a float32 layer, which stays as it is and is yours; the new one begins with a fresh optimiser. Of its experts
  * moe_layer_get gives the weights as they now are; moe_layer_set takes biases, not matrices. */
 MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_formats *formats, moe_layer **out);
 /* Initial router, and experts that are zero until moe_layer_pack fills them. */
 MOE_API moe_status moe_layer_new_formats(moe_layer **out, const moe_desc *desc, const moe_layer_formats *formats);
+/* Replicate-and-Quantize of a float32 layer: the plan for its experts, carried out. What desc leaves 0 or NULL is the
+ * layer's: n_experts, the load (its health since the reset), the bytes of an expert. made may be NULL. */
+MOE_API moe_status moe_layer_replicate(const moe_layer *layer, const moe_replicate_desc *desc, moe_layer **out,
+                                       moe_replicate *made);
 /* An expert's format (MOE_FORMAT_COUNT past the last), and the bytes that its weights and biases take. */
 MOE_API moe_format_kind moe_layer_format(const moe_layer *layer, size_t expert);
 MOE_API size_t moe_layer_expert_bytes(const moe_layer *layer, size_t expert);
 
 /* y (n, d) = the layer's output for tokens x (n, d); n = 0 is allowed. Keeps what backward needs in the layer's own
- * tape, which grows as needed. x need not stay. Add the residual yourself. */
+ * tape, which grows as needed. x need not stay: y may be x, or overlap it. Add the residual yourself. */
 MOE_API moe_status moe_forward(moe_layer *layer, const float *x, size_t n_tokens, float *y);
 /* Gradients of the last moe_forward are added to the layer's, auxiliary losses included: one backward for each
  * forward (it uses up the tape). dy (n, d) is the gradient of your loss by y; dx (n, d) is set to the gradient by x, or
- * NULL. */
+ * NULL. dx and dy must not overlap (MOE_E_OVERLAP). */
 MOE_API moe_status moe_backward(moe_layer *layer, const float *dy, float *dx);
 /* One optimiser step with learning rate lr; then the gradients count as zero. The controller sees what the backward
  * calls since the last step saw, of any tape: loads, and for quantile their scores; a forward without a backward does
@@ -1699,6 +1734,8 @@ MOE_API moe_status moe_step(moe_layer *layer, float lr);
  * Backward writes the layer's gradients, so one at a time. */
 MOE_API moe_status moe_forward_tape(const moe_layer *layer, moe_tape *tape, const float *x, size_t n_tokens, float *y);
 MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const float *dy, float *dx);
+/* moe_experts_forward with the layer's experts, in whatever formats: a routing of your own, or one replayed. */
+MOE_API moe_status moe_layer_experts(const moe_layer *layer, moe_tape *tape, float *y);
 
 /* What the next moe_forward calls take as their tape's side; mask, sequence_begin, evaluate, top_k, temperature, id,
  * previous, d_previous and teacher are yours to set (and to clear). NULL for NULL. */
@@ -1751,6 +1788,46 @@ typedef enum moe_part_kind {
 MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, const char *name, float *out,
                                  size_t count);
 MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const char *name, const float *in, size_t count);
+
+/* ==== a layer over ranks ======================================================================
+ * Level 3 across processes: each rank has the same layer and its own tokens, in the order of ranks those of one batch;
+ * rank r computes experts r E / P to (r + 1) E / P, and with llep also rows of others. How ranks speak is yours: */
+typedef struct moe_ep_engine {
+    size_t rank, size; /* with size 1 the functions may be NULL */
+    /* All ranks call the same one in the same order. Not 0: it failed, and must then fail on every rank, whatever
+     * that one was doing, or did not do in time. */
+    int (*exchange)(void *context, const void *send, const size_t *send_bytes, void *receive,
+                    const size_t *receive_bytes);   /* all-to-all-v: bytes (P), one rank's after the other's */
+    int (*sum)(void *context, uint64_t *values, size_t n); /* all-reduce: each becomes its sum over the ranks */
+    int (*broadcast)(void *context, size_t root, void *bytes, size_t n);
+    void *context;
+} moe_ep_engine;
+
+typedef struct moe_ranks moe_ranks;
+typedef struct moe_ep_report {
+    const moe_ep *plan; /* of the last forward; its first and count are of experts that are networks */
+    size_t n_rows;      /* that this rank computed in it */
+    uint64_t row_bytes, weight_bytes, other_bytes; /* sent to other ranks since moe_ranks_new: rows there and back;
+                           experts' weights and gradients; counts, statistics and what all ranks have */
+} moe_ep_report;
+
+/* The layer must stay; its optimiser's step is yours, moe_step on every rank. plan: llep, lambda, alpha, min_tokens,
+ * by_expert (NULL: standard). What cannot be spread: MOE_E_EP_DESC. */
+MOE_API moe_status moe_ranks_new(moe_ranks **out, moe_layer *layer, const moe_ep_engine *engine,
+                                 const moe_ep_desc *plan);
+MOE_API void moe_ranks_free(moe_ranks *ranks); /* NULL allowed */
+/* As moe_forward and moe_backward, with moe_layer_side, of this rank's tokens (0 allowed). Every rank must call them.
+ * If one fails on a rank, it fails on all, as a rule with the status of the first that did. Bits: y, dx and after
+ * moe_step the parameters are those of one rank with all tokens, wherever no expert was split (llep) and selection and
+ * capacity do not look beyond a rank's tokens. What fails before gradients move leaves them as they were; after
+ * MOE_E_EP_EXCHANGE or MOE_E_EP_ROWS in a backward they are to be dropped (moe_layer_scale_grads by 0). */
+MOE_API moe_status moe_ep_forward(moe_ranks *ranks, const float *x, size_t n_tokens, float *y);
+MOE_API moe_status moe_ep_backward(moe_ranks *ranks, const float *dy, float *dx);
+/* A rank steps and knows its own experts alone. This gives every rank the parameters and moments of all: before
+ * moe_layer_save, moe_layer_hash or moe_forward. */
+MOE_API moe_status moe_ep_gather(moe_ranks *ranks);
+MOE_API const moe_ep_report *moe_ranks_report(const moe_ranks *ranks); /* NULL for NULL */
+MOE_API const moe_tape *moe_ranks_tape(const moe_ranks *ranks); /* of this rank's tokens; NULL before a forward */
 
 /* ==== growth =============================================================================
  * Experts that split, settle, merge, die and come back. Every operation makes a NEW layer, *out, by the layer's own
@@ -2133,7 +2210,9 @@ MOE_API moe_status moe_layer_load_memory(moe_layer **out, const void *bytes, siz
 /* The same from an open view; after an error view->fault is the tensor that is missing, unlike the layer's or NaN. */
 MOE_API moe_status moe_layer_load_file(moe_layer **out, moe_file *view, const moe_desc *surroundings);
 #ifndef MOE_NO_STDIO
-/* Written to path + ".part" and renamed when complete, so that a failure leaves an old file whole. */
+/* Written to a new file path + ".part" (".part1" ..., if that is there), brought to the disk and renamed: a failure, or
+ * another save to the same path, leaves an old file whole. Of a symbolic link the target is replaced. After MOE_KIND_IO
+ * errno is the system's reason. (Without POSIX: no links, nothing waits for the disk.) */
 MOE_API moe_status moe_layer_save(const moe_layer *layer, int with_optimizer, const char *path);
 MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_desc *surroundings);
 #endif
@@ -2155,6 +2234,17 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #include <string.h>
 #ifndef MOE_NO_STDIO
 #include <stdio.h>
+#if defined(__unix__) || defined(__APPLE__)
+#define MOE__POSIX 1
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+#if defined(__STRICT_ANSI__) && !defined(__cplusplus) && !(_POSIX_C_SOURCE + 0 >= 200112) /* -std=c99 hides these */
+int (fileno)(FILE *file);
+int fsync(int file);
+ssize_t readlink(const char *path, char *to, size_t size);
+#endif
+#endif
 #endif
 #if !defined(MOE_MALLOC) || !defined(MOE_FREE)
 #include <stdlib.h>
@@ -2195,6 +2285,9 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #define MOE__NEON 1
 #include <arm_neon.h>
 #endif
+#if !defined(MOE__X86) && !defined(MOE__NEON)
+#define MOE__ONE_PASS 1 /* of the kernels: the compiler knows their table, and leaves out what nothing calls */
+#endif
 #if defined(_OPENMP) && !defined(MOE_NO_OPENMP)
 #define MOE__OPENMP 1
 #include <omp.h>
@@ -2205,11 +2298,13 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 
 #if defined(__GNUC__)
 #define MOE__INLINE static inline __attribute__((always_inline))
+#define MOE__APART static __attribute__((noinline)) /* its stack is not its caller's */
 #define MOE__PREFETCH_L1(address) __builtin_prefetch((address), 0, 3)
 #define MOE__PREFETCH_L2(address) __builtin_prefetch((address), 0, 2)
 #define MOE__ALIGN64 __attribute__((aligned(64)))
 #elif defined(_MSC_VER)
 #define MOE__INLINE static __forceinline
+#define MOE__APART static __declspec(noinline)
 #define MOE__ALIGN64 __declspec(align(64))
 #ifdef MOE__X86
 #define MOE__PREFETCH_L1(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
@@ -2217,6 +2312,7 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
 #endif
 #else
 #define MOE__INLINE static inline
+#define MOE__APART static
 #define MOE__ALIGN64
 #endif
 #ifndef MOE__PREFETCH_L1
@@ -2239,6 +2335,34 @@ static float moe__fma(float a, float b, float c) {
 }
 #else
 #define moe__fma(a, b, c) fmaf((a), (b), (c))
+#endif
+
+/* Builds with less. A table stays whole; but where its only row is known, the compiler needs neither the table nor what
+ * its other rows name. */
+#ifndef MOE_ONLY_SCORE
+#define MOE_ONLY_SCORE 0
+#endif
+#ifndef MOE_ONLY_NOISE
+#define MOE_ONLY_NOISE 0
+#endif
+#ifndef MOE_ONLY_GATE
+#define MOE_ONLY_GATE 0
+#endif
+#ifndef MOE_ONLY_SELECT
+#define MOE_ONLY_SELECT 0
+#endif
+#ifndef MOE_ONLY_COMBINE
+#define MOE_ONLY_COMBINE 0
+#endif
+#ifndef MOE_ONLY_EXPERT
+#define MOE_ONLY_EXPERT 0
+#endif
+#define MOE__PICK(stage, kind) (MOE_ONLY_##stage ? (size_t)MOE_ONLY_##stage : (size_t)(kind))
+#define MOE__MAY(stage, kind) (!MOE_ONLY_##stage || (int)MOE_ONLY_##stage == (int)(kind))
+#ifdef MOE_NO_TRAINING
+#define MOE__TRAINS(flag) ((void)(flag), 0)
+#else
+#define MOE__TRAINS(flag) (flag)
 #endif
 
 typedef struct moe__status_row { moe_status code; moe_error_kind kind; const char *field, *sentence; } moe__status_row;
@@ -2287,6 +2411,12 @@ static int moe__add_size(size_t left, size_t right, size_t *out) {
     if (left > SIZE_MAX - right) return 0;
     *out = left + right;
     return 1;
+}
+
+/* Do n floats at a and m at b share any? Of NULL, or of no floats: no. */
+static int moe__overlap(const float *a, size_t n, const float *b, size_t m) {
+    uintptr_t at = (uintptr_t)a, other = (uintptr_t)b;
+    return a && b && n && m && at < other + m * sizeof(float) && other < at + n * sizeof(float);
 }
 
 /* The number's bits, and back. */
@@ -2827,15 +2957,17 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, row_int8, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                      \
     X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))
 
+typedef void moe__kernel_tile(const moe__tile *tile);
+typedef void moe__kernel_act(size_t rows, const float *z0, const float *z1, float *h);
+/* z -> dz, h -> w h in place; part[r * part_ld] = this panel's share of <h, dh> */
+typedef void moe__kernel_act_back(size_t rows, const float *weight, float *z0, float *z1, float *h, const float *dh,
+                                  float *part, size_t part_ld);
 typedef struct moe__kernels {
     moe_isa_kind isa;
     size_t mr, tile; /* most rows, and columns, of a tile */
-    void (*nn[MOE__MAX_MR + 1])(const moe__tile *);
-    void (*tn[MOE__MAX_MR + 1])(const moe__tile *);
-    void (*act[MOE_EXPERT_COUNT])(size_t rows, const float *z0, const float *z1, float *h);
-    /* z -> dz, h -> w h in place; part[r * part_ld] = this panel's share of <h, dh> */
-    void (*act_back[MOE_EXPERT_COUNT])(size_t rows, const float *weight, float *z0, float *z1, float *h,
-                                       const float *dh, float *part, size_t part_ld);
+    moe__kernel_tile *const *nn, *const *tn; /* (MOE__MAX_MR + 1) */
+    moe__kernel_act *const *act;             /* (MOE_EXPERT_COUNT) */
+    moe__kernel_act_back *const *act_back;
 #define MOE__X(result, name, parameters) result (*name) parameters;
     MOE__KERNEL_LIST(MOE__X)
 #undef MOE__X
@@ -3098,11 +3230,9 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
                 MOE__LINE_##name(MOE__ROW_USE)                                                           \
             }                                                                                            \
         }                                                                                                \
-        MOE__ALIGN64 float rest[32 * 32];                                                                \
-        if (rows) MOE__K(fetch_##name)(rows, words, rest);                                               \
-        for (size_t r = 0; r < rows; r++) {                                                              \
-            moe__v low = moe__v_load(rest + r * 32), high = moe__v_load(rest + r * 32 + 16);             \
-            MOE__ROW_USE                                                                                 \
+        if (rows) {                                                                                      \
+            MOE__BEFORE_##name                                                                           \
+            for (; rows; words += 16) MOE__LINE_##name(if (rows) { MOE__ROW_USE rows--; })               \
         }                                                                                                \
         moe__v_store(c, c0);                                                                             \
         moe__v_store(c + 16, c1);                                                                        \
@@ -4006,9 +4136,6 @@ MOE__WIDEN(bfloat)
 MOE__FETCH(bf16, 1)
 MOE__FETCH(int8, 2)
 MOE__FETCH(int4, 4)
-MOE__FN void MOE__K(fetch_f32)(size_t rows, const void *panel, float *to) {
-    memcpy(to, panel, rows * 32 * sizeof(float));
-}
 MOE__ONE_ROW(f32, 1, 1024)
 MOE__ONE_ROW(bf16, 1, 1024)
 MOE__ONE_ROW(int8, 2, 512)
@@ -4030,9 +4157,13 @@ MOE__FN void MOE__K(sum_rows)(size_t rows, size_t cols, const float *x, double *
 }
 
 #define MOE__X(result, name, parameters) , MOE__K(name)
+static moe__kernel_tile *const MOE__K(nn)[] = {0 MOE__SIZES(MOE__NN_ENTRY)};
+static moe__kernel_tile *const MOE__K(tn)[] = {0 MOE__SIZES(MOE__TN_ENTRY)};
+static moe__kernel_act *const MOE__K(act)[] = MOE__ACT_BOTH(forward);
+static moe__kernel_act_back *const MOE__K(act_back)[] = MOE__ACT_BOTH(backward);
 static const moe__kernels MOE__S(moe__kernels_) = {
-    (moe_isa_kind)MOE__PASS, MOE__MR, MOE__NT * MOE__VL, {0 MOE__SIZES(MOE__NN_ENTRY)}, {0 MOE__SIZES(MOE__TN_ENTRY)},
-    MOE__ACT_BOTH(forward), MOE__ACT_BOTH(backward) MOE__KERNEL_LIST(MOE__X)};
+    (moe_isa_kind)MOE__PASS, MOE__MR, MOE__NT * MOE__VL, MOE__K(nn), MOE__K(tn), MOE__K(act), MOE__K(act_back)
+    MOE__KERNEL_LIST(MOE__X)};
 
 #undef MOE__X
 #undef MOE__FN
@@ -4141,6 +4272,9 @@ static const moe__kernels *moe__dispatch_kernels(moe_isa_kind isa) {
 }
 
 static const moe__kernels *moe__dispatched(void) {
+#ifdef MOE__ONE_PASS
+    return &moe__kernels_scalar;
+#endif
     const moe__kernels *kernels = MOE__ATOMIC_LOAD(moe__dispatch_active);
     if (!kernels) {
         kernels = moe__dispatch_kernels(MOE_ISA_AUTO);
@@ -4268,6 +4402,13 @@ static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_
         memset(dst + cols, 0, (MOE__W - cols) * sizeof(float));
     }
 }
+/* Where a block has the field of an element: its word, and how far it is shifted. */
+static size_t moe__format_word(const moe__format *format, size_t row, size_t column, unsigned *shift) {
+    size_t per = 16 / format->bits; /* rows of a line */
+    *shift = (unsigned)(row % per * 2 + column / 16) * format->bits;
+    return ((size_t)format->scaled + row / per) * 16 + column % 16;
+}
+#ifndef MOE_NO_FORMATS
 /* The bfloat16 nearest to a float, ties to even; never infinite. And the lowest that is not below x >= 0. */
 static uint32_t moe__format_bfloat(float x) {
     uint32_t bits = moe__bits_of(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
@@ -4276,12 +4417,6 @@ static uint32_t moe__format_bfloat(float x) {
 }
 static uint32_t moe__format_bfloat_up(float x) { return (moe__bits_of(x) + 0xffffu) >> 16; }
 
-/* Where a block has the field of an element: its word, and how far it is shifted. */
-static size_t moe__format_word(const moe__format *format, size_t row, size_t column, unsigned *shift) {
-    size_t per = 16 / format->bits; /* rows of a line */
-    *shift = (unsigned)(row % per * 2 + column / 16) * format->bits;
-    return ((size_t)format->scaled + row / per) * 16 + column % 16;
-}
 /* Lines of a block |= the fields of `rows` rows, 32 apart; the words were 0. */
 static void moe__format_lines(unsigned bits, const uint32_t *field, size_t rows, uint32_t *words) {
     uint32_t mask = 0xffffffffu >> (32 - bits);
@@ -4311,7 +4446,8 @@ static uint32_t moe__format_scale(float high, float most) {
 /* q = the integer nearest to w / scale, ties to even, at most `most`: |w - scale q| <= scale / 2. */
 static void moe__format_int_block(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits,
                                   uint32_t *words) {
-    uint32_t scale[MOE__W] = {0}, field[MOE__W * MOE__W] = {0};
+    uint32_t scale[MOE__W] = {0}, field[4 * MOE__W];
+    size_t line = 16 / bits; /* rows */
     float high[MOE__W] = {0}, most = (float)((1 << (bits - 1)) - 1);
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) high[c] = fabsf(src[r * ld + c]) > high[c] ? fabsf(src[r * ld + c]) : high[c];
@@ -4319,14 +4455,18 @@ static void moe__format_int_block(const float *src, size_t ld, size_t rows, size
         scale[c] = moe__format_scale(high[c], most);
         high[c] = scale[c] ? moe__float_of(scale[c] << 16) : 1.0f; /* of zeros */
     }
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) {
-            float q = src[r * ld + c] / high[c] + 12582912.0f - 12582912.0f; /* 1.5 2^23: rounds */
-            q = q > most ? most : q;
-            field[r * MOE__W + c] = (uint32_t)(int32_t)(q < -most ? -most : q);
-        }
     moe__format_lines(16, scale, 1, words);
-    moe__format_lines(bits, field, rows, words + 16);
+    for (size_t from = 0; from < rows; from += line) {
+        size_t end = moe__min(rows, from + line);
+        memset(field, 0, sizeof field);
+        for (size_t r = from; r < end; r++)
+            for (size_t c = 0; c < cols; c++) {
+                float q = src[r * ld + c] / high[c] + 12582912.0f - 12582912.0f; /* 1.5 2^23: rounds */
+                q = q > most ? most : q;
+                field[(r - from) * MOE__W + c] = (uint32_t)(int32_t)(q < -most ? -most : q);
+            }
+        moe__format_lines(bits, field, end - from, words += 16);
+    }
 }
 static void moe__format_int_pack(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits, void *panel) {
     unsigned char *block = (unsigned char *)panel;
@@ -4355,12 +4495,19 @@ MOE__FORMAT_ROW(f32)
 MOE__FORMAT_KERNELS(bf16)
 MOE__FORMAT_KERNELS(int8)
 MOE__FORMAT_KERNELS(int4)
+#define MOE__FORMAT(...) __VA_ARGS__
+#else /* no layer has another than the first: MOE_E_ONLY */
+#define MOE__FORMAT(...) NULL, NULL, NULL
+#endif
 static const moe__format moe__format_table[MOE_FORMAT_COUNT] = {
-    {"f32", MOE_DTYPE_F32, 32, 4096, 0, moe__format_f32_pack, NULL, moe__format_f32_row},
-    {"bf16", MOE_DTYPE_BF16, 16, 2048, 0, moe__format_bf16_pack, moe__format_bf16_fetch, moe__format_bf16_row},
-    {"int8", MOE_DTYPE_I8, 8, 1088, 1, moe__format_int8_pack, moe__format_int8_fetch, moe__format_int8_row},
-    {"int4", MOE_DTYPE_U8, 4, 576, 1, moe__format_int4_pack, moe__format_int4_fetch, moe__format_int4_row},
+    {"f32", MOE_DTYPE_F32, 32, 4096, 0, MOE__FORMAT(moe__format_f32_pack, NULL, moe__format_f32_row)},
+    {"bf16", MOE_DTYPE_BF16, 16, 2048, 0,
+     MOE__FORMAT(moe__format_bf16_pack, moe__format_bf16_fetch, moe__format_bf16_row)},
+    {"int8", MOE_DTYPE_I8, 8, 1088, 1,
+     MOE__FORMAT(moe__format_int8_pack, moe__format_int8_fetch, moe__format_int8_row)},
+    {"int4", MOE_DTYPE_U8, 4, 576, 1, MOE__FORMAT(moe__format_int4_pack, moe__format_int4_fetch, moe__format_int4_row)},
 };
+#undef MOE__FORMAT
 MOE__NAME_API(format, moe__format_table, MOE_FORMAT_COUNT)
 
 /* Where a matrix of weights lies, and in which format. */
@@ -4392,11 +4539,16 @@ MOE__INLINE moe__weights moe__format_from(moe__weights weights, size_t panel) {
     weights.data = moe__format_at(&weights, panel, 0);
     return weights;
 }
+#ifdef MOE_NO_FORMATS
+#define MOE__FORMAT_HAS(format, function) 0
+#else
+#define MOE__FORMAT_HAS(format, function) ((format)->function != NULL)
+#endif
 /* Rows of a panel, from the first of a block, as floats, 32 apart: where they lie, or fetched into the buffer. */
 MOE__INLINE const float *moe__format_rows(const moe__kernels *kernels, const moe__weights *weights, size_t panel,
                                           size_t row, size_t rows, float *buffer) {
     const void *at = moe__format_at(weights, panel, row);
-    if (!weights->format->fetch) return (const float *)at;
+    if (!MOE__FORMAT_HAS(weights->format, fetch)) return (const float *)at;
     weights->format->fetch(kernels, at, rows, buffer);
     return buffer;
 }
@@ -4513,7 +4665,7 @@ static void moe__product_sweep(const moe__kernels *kernels, size_t rows, size_t 
 static const float *moe__product_next(const moe__weights *weights, size_t k, size_t group, size_t end, size_t row,
                                       size_t panel, size_t panels, const void *after) {
     const void *next = after;
-    if (weights->format->fetch) return NULL;
+    if (MOE__FORMAT_HAS(weights->format, fetch)) return NULL;
     if (row < end) next = moe__format_at(weights, panel, row);
     else if (panel + 1 < panels) next = moe__format_at(weights, panel + 1, group);
     else if (end < k) next = moe__format_at(weights, 0, end);
@@ -4533,12 +4685,13 @@ static void moe__product_row(const moe__kernels *kernels, size_t k, const float 
         memcpy(c, sum, bytes);
     }
 }
-/* c (rows, cols) = or += a (rows, k) b (k, cols); after: read next, or NULL */
+/* c (rows, cols) = or += a (rows, k) b (k, cols); after: read next, or NULL. buffer: room for what is fetched,
+ * MOE__KC * MOE__W floats (or k rows, if those are fewer), aligned to 64 bytes; NULL where b is in floats. */
 static void moe__product_weights(const moe__kernels *kernels, size_t rows, size_t k, const float *a, size_t a_panel,
-                                 const moe__weights *b, const moe__product_target *to, int fresh, const void *after) {
-    MOE__ALIGN64 float buffer[MOE__KC * MOE__W];
+                                 const moe__weights *b, const moe__product_target *to, int fresh, const void *after,
+                                 float *buffer) {
     size_t panels = moe__ceil_div(to->cols, MOE__W);
-    if (rows == 1 && b->format->row) {
+    if (rows == 1 && MOE__FORMAT_HAS(b->format, row)) {
         moe__product_row(kernels, k, a, a_panel, b, to, fresh);
         return;
     }
@@ -4558,7 +4711,7 @@ static void moe__product_weights(const moe__kernels *kernels, size_t rows, size_
 static void moe__product(const moe__kernels *kernels, size_t rows, size_t k, const float *a, size_t a_panel,
                          const float *b, const moe__product_target *to, int fresh, const float *after) {
     moe__weights weights = moe__format_f32(b, k);
-    moe__product_weights(kernels, rows, k, a, a_panel, &weights, to, fresh, after);
+    moe__product_weights(kernels, rows, k, a, a_panel, &weights, to, fresh, after, NULL);
 }
 
 /* 32 rows x 32 columns at src, of which `rows` and `cols` exist, transposed into dst; the rest is zero */
@@ -4573,12 +4726,14 @@ static void moe__product_transpose_block(const moe__kernels *kernels, const floa
         for (size_t c = 0; c < moe__min(cols, MOE__W); c++) dst[c * MOE__W + r] = src[r * ld + c];
 }
 
-/* c (rows, cols) = a (rows, n) w^T, or += where to->init is NULL: w (k, n) in panels; c's columns: rows k0 .. of w */
+/* c (rows, cols) = a (rows, n) w^T, or += where to->init is NULL: w (k, n) in panels; c's columns: rows k0 .. of w.
+ * chunk: room for what is turned, as the buffer above, and behind it MOE__W * MOE__W floats. */
 static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, size_t n, const float *a, size_t a_panel,
-                                   const moe__weights *w, size_t k, size_t k0, const moe__product_target *to) {
-    MOE__ALIGN64 float chunk[MOE__KC * MOE__W], buffer[MOE__W * MOE__W];
+                                   const moe__weights *w, size_t k, size_t k0, const moe__product_target *to,
+                                   float *chunk) {
+    float *buffer = chunk + moe__min(MOE__KC, moe__ceil_div(n, MOE__W) * MOE__W) * MOE__W;
     size_t stride = w->stride;
-    int direct = !w->format->fetch;
+    int direct = !MOE__FORMAT_HAS(w->format, fetch);
     for (size_t group = 0; group < n; group += MOE__KG)
         for (size_t panel = 0; panel * MOE__W < to->cols; panel++)
             for (size_t col = group; col < moe__min(n, group + MOE__KG); col += MOE__KC) {
@@ -4594,12 +4749,6 @@ static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, siz
                                    !col && to->init, NULL);
             }
 }
-static void moe__product_t(const moe__kernels *kernels, size_t rows, size_t n, const float *a, size_t a_panel,
-                           const float *w, size_t k, size_t k0, const moe__product_target *to) {
-    moe__weights weights = moe__format_f32(w, k);
-    moe__product_weights_t(kernels, rows, n, a, a_panel, &weights, k, k0, to);
-}
-
 /* c (m, n) = or += a^T b, summed over `rows`; a: one panel (rows, 32), m columns of it are used; b: (rows, n <= 32) */
 static void moe__product_outer(const moe__kernels *kernels, size_t rows, size_t m, const float *a, const float *b,
                                size_t ldb, float *c, size_t ldc, size_t n, int fresh) {
@@ -4624,11 +4773,13 @@ static void moe__product_fill(const float *src, size_t ld, size_t row, size_t ro
 /* The same of the transpose: element (r, c) of the panel is src[(col + c) * ld + row + r]. */
 static void moe__product_fill_t(const moe__kernels *kernels, const float *src, size_t ld, size_t row, size_t rows,
                                 size_t col, size_t cols, float *dst) {
-    MOE__ALIGN64 float block[MOE__W * MOE__W];
-    for (size_t r = 0; r < rows; r += MOE__W) {
+    for (size_t r = 0; r < rows; r += MOE__W, dst += MOE__W * MOE__W) {
+        const float *block = src + col * ld + row + r;
         size_t exist = moe__min(MOE__W, rows - r);
-        moe__product_transpose_block(kernels, src + col * ld + row + r, ld, cols, exist, block);
-        memcpy(dst + r * MOE__W, block, exist * MOE__W * sizeof(float));
+        if (exist == MOE__W && cols == MOE__W) kernels->transpose(block, ld, dst);
+        else
+            for (size_t i = 0; i < exist; i++)
+                for (size_t c = 0; c < MOE__W; c++) dst[i * MOE__W + c] = c < cols ? block[c * ld + i] : 0.0f;
     }
 }
 
@@ -5353,9 +5504,11 @@ static uint64_t moe__placement_largest(size_t count, const uint64_t *loads) {
         if (loads[i] > largest) largest = loads[i];
     return largest;
 }
-static moe_status moe__placement_args(const moe_ep_desc *desc, const uint64_t *load, uint64_t *sum) {
+static moe_status moe__placement_args(const moe_ep_desc *desc) {
     if (desc->lambda != 0.0 && !(desc->lambda >= 1.0 && moe__finite_double(desc->lambda))) return MOE_E_EP_LAMBDA;
-    if (desc->alpha != 0.0 && !(desc->alpha > 0.0 && desc->alpha <= 1e6)) return MOE_E_EP_ALPHA;
+    return desc->alpha != 0.0 && !(desc->alpha > 0.0 && desc->alpha <= 1e6) ? MOE_E_EP_ALPHA : MOE_OK;
+}
+static moe_status moe__placement_total(const moe_ep_desc *desc, const uint64_t *load, uint64_t *sum) {
     if (!load) return MOE_E_NULL_LOAD;
     *sum = 0;
     for (size_t e = 0; e < desc->n_experts; e++) {
@@ -5373,7 +5526,8 @@ MOE_API moe_status moe_ep_plan(const moe_ep_desc *desc, const uint64_t *load, mo
     if (!plan) return MOE_E_NULL_OUT;
     memset(&made, 0, sizeof made);
     moe_status status = moe_ep_plan_size(desc, &needed);
-    if (!status) status = moe__placement_args(desc, load, &made.n_tokens);
+    if (!status) status = moe__placement_args(desc);
+    if (!status) status = moe__placement_total(desc, load, &made.n_tokens);
     if (!status) status = moe__arena_over(&arena, memory, bytes, needed);
     if (status) return status;
     planner.plan = &made;
@@ -5419,6 +5573,7 @@ typedef struct moe__run_now { /* what holds for one forward and its backward */
     size_t k;                          /* choices of a token */
     float inv_t, prob_inv_t, prob_t;   /* 1 / temperature of the gate, of prob; the latter */
     uint64_t draw;
+    size_t first, total; /* these tokens are first, first + 1, ... of so many: a rank's are a part of the batch */
 } moe__run_now;
 
 /* What a tape keeps. (a, b, 32): panels. */
@@ -5458,6 +5613,9 @@ typedef struct moe__run_experts {
     float *z, *h;               /* before and after the activation, as panels */
     float *out;                 /* outputs, row-major, plan.ldo; in backward the gathered dy, then dx */
     float *part, *d_weight;     /* (rows, h panels) shares of <h, dh>; (T S) */
+    float *work;                /* (workers, work_each): a block of z or dh of some rows, then at work_chunk what a
+        product fetches or turns */
+    size_t workers, work_each, work_chunk;
     float *view, *d_view;       /* with plan.view: (T) what a token less its mean is multiplied by; (T, d) gradient by
         what the experts see */
 } moe__run_experts;
@@ -5514,12 +5672,15 @@ typedef struct moe__run_given {
     const float *bias;    /* (E) added to what the selection sees; NULL = none */
     const float *experts; /* the experts' parameters and gradients, for what the router does with them */
     float *d_experts;
+    size_t first, total;  /* total 0: the batch is all there is */
 } moe__run_given;
 
 typedef struct moe__run {
     const moe_desc *desc;
     const moe__plan *plan;
-    const moe__kernels *kernels;
+#ifndef MOE__ONE_PASS
+    const moe__kernels *kernels; /* MOE__KERNELS */
+#endif
     moe_tape *tape;
     moe__run_memory *memory;
     moe__run_given given;
@@ -5531,6 +5692,7 @@ typedef struct moe__run {
     float *y, *d_router, *d_params, *d_weight;
     float *dx; /* in the router's backward: where the gradient by what the router sees goes */
     int fresh; /* the gradients are set, not added to */
+    size_t n_away; /* the first so many groups of rows are computed elsewhere */
     const uint32_t *kept, *dy_kept; /* rows of what the caller gives by token, and of dy; NULL: in order */
 } moe__run;
 
@@ -5539,11 +5701,18 @@ static void moe__run_begin(moe__run *run, const moe__plan *plan, moe_tape *tape)
     memset(run, 0, sizeof *run);
     run->plan = plan;
     run->desc = &plan->desc;
+#ifndef MOE__ONE_PASS
     run->kernels = moe__dispatched();
+#endif
     run->tape = tape;
     run->memory = tape->memory;
     run->kept = run->dy_kept = tape->kept;
 }
+#ifdef MOE__ONE_PASS
+#define MOE__KERNELS(run) ((void)(run), &moe__kernels_scalar)
+#else
+#define MOE__KERNELS(run) ((run)->kernels)
+#endif
 /* Where the caller's arrays have token t, and its row of dy. */
 static size_t moe__run_row(const moe__run *run, size_t t) { return run->kept ? run->kept[t] : t; }
 static const float *moe__run_dy(const moe__run *run, size_t t) {
@@ -5620,7 +5789,7 @@ static size_t moe__run_most_sequences(const moe__plan *plan, size_t count) { /* 
 }
 /* The row of random numbers of token t: a sequence that goes one way has one. */
 static size_t moe__run_draw_row(const moe__run *run, size_t t) {
-    return run->plan->by_sequence ? moe__run_sequence_of(run, t) : t;
+    return run->plan->by_sequence ? moe__run_sequence_of(run, t) : run->memory->now.first + t;
 }
 
 /* The tokens as panels: panel p of token t, of which the last has fewer columns than 32; and run->x into them. */
@@ -5676,7 +5845,7 @@ static void moe__score_map_pack(const moe__score_map *map) {
 static void moe__score_map_forward(const moe__score_map *map, float *out, int panels, size_t t0, size_t t1) {
     const moe__run *run = map->run;
     moe__product_target to = moe__score_target(run, out, map->cols, panels, t0);
-    moe__product(run->kernels, t1 - t0, map->rows, map->in + t0 * MOE__W, run->tape->n_tokens * MOE__W,
+    moe__product(MOE__KERNELS(run), t1 - t0, map->rows, map->in + t0 * MOE__W, run->tape->n_tokens * MOE__W,
                  run->memory->score.packed, &to, 1, NULL);
 }
 static void moe__score_map_task_matrix(void *arg, size_t panel, size_t worker) { /* 32 rows of d_matrix */
@@ -5685,7 +5854,7 @@ static void moe__score_map_task_matrix(void *arg, size_t panel, size_t worker) {
     (void)worker;
     for (size_t t = 0; t < tokens; t += MOE__KC)
         for (size_t c = 0; c < map->cols; c += MOE__W)
-            moe__product_outer(map->run->kernels, moe__min(MOE__KC, tokens - t), rows,
+            moe__product_outer(MOE__KERNELS(map->run), moe__min(MOE__KC, tokens - t), rows,
                                map->in + row * tokens + t * MOE__W, map->d_out + c * tokens + t * MOE__W, MOE__W,
                                map->d_matrix + row * map->cols + c, map->cols, moe__min(MOE__W, map->cols - c), 0);
 }
@@ -5695,7 +5864,8 @@ static void moe__score_map_task_in(void *arg, size_t block, size_t worker) {
     size_t tokens = run->tape->n_tokens, t0 = MOE__BLOCK_BEGIN(block), t1 = MOE__BLOCK_END(block, tokens);
     moe__product_target to = moe__score_target(run, map->d_in, map->rows, map->d_in_panels, t0);
     (void)worker;
-    moe__product(run->kernels, t1 - t0, map->cols, map->d_out + t0 * MOE__W, tokens * MOE__W, run->memory->score.packed,
+    const float *packed = run->memory->score.packed;
+    moe__product(MOE__KERNELS(run), t1 - t0, map->cols, map->d_out + t0 * MOE__W, tokens * MOE__W, packed,
                  &to, map->d_in_panels, NULL);
 }
 static void moe__score_map_backward(moe__score_map *map) {
@@ -5705,7 +5875,7 @@ static void moe__score_map_backward(moe__score_map *map) {
     if (map->d_matrix) moe__threads_run(parallel, tokens, work, panels, moe__score_map_task_matrix, map);
     if (!map->d_in) return;
     for (size_t r = 0; r < map->rows; r += MOE__W) /* the matrix transposed (cols, rows) */
-        moe__product_fill_t(run->kernels, map->matrix, map->cols, 0, map->cols, r, moe__min(MOE__W, map->rows - r),
+        moe__product_fill_t(MOE__KERNELS(run), map->matrix, map->cols, 0, map->cols, r, moe__min(MOE__W, map->rows - r),
                             run->memory->score.packed + r * map->cols);
     moe__threads_run(parallel, tokens, work, moe__ceil_div(tokens, MOE__TOKENS), moe__score_map_task_in, map);
 }
@@ -5721,7 +5891,7 @@ static void moe__score_to_panels(const moe__run *run, const float *rows, size_t 
 static float moe__score_row_dot(const moe__run *run, const float *a, const float *b, size_t width) {
     size_t panel = run->tape->n_tokens * MOE__W;
     float sum = 0.0f;
-    for (size_t p = 0; p * MOE__W < width; p++) sum += run->kernels->dot(MOE__W, a + p * panel, b + p * panel);
+    for (size_t p = 0; p * MOE__W < width; p++) sum += MOE__KERNELS(run)->dot(MOE__W, a + p * panel, b + p * panel);
     return sum;
 }
 static float moe__score_row_mean(const moe__run *run, const float *row, size_t width) {
@@ -5737,7 +5907,7 @@ static void moe__score_row_scale(const moe__run *run, float scale, float *row, s
 /* The row-major `to` (width) += scale times the row. */
 static void moe__score_row_add(const moe__run *run, float scale, const float *row, size_t width, float *to) {
     for (size_t i = 0; i < width; i += MOE__W)
-        run->kernels->axpy(moe__min(MOE__W, width - i), scale, row + moe__score_at(run, i), to + i);
+        MOE__KERNELS(run)->axpy(moe__min(MOE__W, width - i), scale, row + moe__score_at(run, i), to + i);
 }
 static float moe__score_inverse_root(float square) { return square >= FLT_MIN ? 1.0f / sqrtf(square) : 0.0f; }
 
@@ -5865,7 +6035,7 @@ static void moe__score_project(const moe__run *run, size_t t0, size_t t1) { /* -
             moe__score_row_unit(run, score->x + t * MOE__W, y, d, 1);
             for (size_t i = 0; i < d; i += MOE__W) { /* silu in place; its derivative is made again from x */
                 float *part = y + moe__score_at(run, i);
-                run->kernels->act[MOE_EXPERT_SILU](1, part, NULL, part);
+                MOE__KERNELS(run)->act[MOE_EXPERT_SILU](1, part, NULL, part);
             }
         }
     if (latent->proj) {
@@ -5883,8 +6053,8 @@ static void moe__score_project(const moe__run *run, size_t t0, size_t t1) { /* -
     if (latent->act < MOE__LENGTH)
         for (size_t c = 0; c < L; c += MOE__W) {
             float *y = score->latent + t0 * MOE__W + moe__score_at(run, c);
-            if (latent->act == MOE__RELU) run->kernels->act[MOE_EXPERT_RELU](t1 - t0, y, NULL, y);
-            if (latent->act == MOE__TANH) run->kernels->tanh((t1 - t0) * MOE__W, y, y);
+            if (latent->act == MOE__RELU) MOE__KERNELS(run)->act[MOE_EXPERT_RELU](t1 - t0, y, NULL, y);
+            if (latent->act == MOE__TANH) MOE__KERNELS(run)->tanh((t1 - t0) * MOE__W, y, y);
         }
 }
 static void moe__score_latent_prepare(const moe__run *run) {
@@ -5908,7 +6078,7 @@ static void moe__score_latent_forward(const moe__run *run, size_t t0, size_t t1)
     if (!out) out = run->tape->logits;
     moe__score_map_forward(&map, out, 0, t0, t1);
     if (bias)
-        for (size_t t = t0; t < t1; t++) run->kernels->axpy(N, 1.0f, bias, out + t * N);
+        for (size_t t = t0; t < t1; t++) MOE__KERNELS(run)->axpy(N, 1.0f, bias, out + t * N);
 }
 
 /* The gradient by the latent rows -> that before the activation, in place. */
@@ -5936,7 +6106,7 @@ static void moe__score_silu_back(const moe__run *run, const float *x, float *y, 
         float z[MOE__W], h[MOE__W];
         memcpy(z, y + at, sizeof z);
         memcpy(h, z, sizeof h);
-        run->kernels->act_back[MOE_EXPERT_SILU](1, &one, z, NULL, h, grad + at, &part, 1);
+        MOE__KERNELS(run)->act_back[MOE_EXPERT_SILU](1, &one, z, NULL, h, grad + at, &part, 1);
         memcpy(grad + at, z, sizeof z);
     }
     moe__score_row_unit_back(run, y, grad, d, 1, inverse);
@@ -6032,10 +6202,10 @@ static moe_status moe__score_subspace_fits(const moe_desc *desc) {
 static moe_status moe__score_subspace_layout(const moe__plan *plan, size_t n_tokens, int training, moe__arena *arena,
                                              moe__run_score *memory) {
     size_t panels;
-    (void)training;
     if (!moe__mul(plan->E, plan->hp, &panels) || panels > SIZE_MAX / MOE__W) return MOE_E_OVERFLOW;
     memory->latent = moe__take_floats(arena, n_tokens, panels * MOE__W);
     memory->x_inverse = moe__take_floats(arena, n_tokens, 1);
+    if (training) memory->columns = moe__take_floats(arena, panels * MOE__W, plan->dp * MOE__W); /* bases, turned */
     return MOE_OK;
 }
 static const float *moe__score_basis(const moe__run *run, size_t e) {
@@ -6052,12 +6222,24 @@ static void moe__score_subspace_forward(const moe__run *run, size_t t0, size_t t
     for (size_t e = 0; e < E; e++) {
         float *u = moe__score_subspace_u(run, e);
         moe__product_target to = moe__score_target(run, u, f, 1, t0);
-        moe__product(run->kernels, t1 - t0, d, x + t0 * MOE__W, to.panel, moe__score_basis(run, e), &to, 1, NULL);
+        moe__product(MOE__KERNELS(run), t1 - t0, d, x + t0 * MOE__W, to.panel, moe__score_basis(run, e), &to, 1, NULL);
         for (size_t t = t0; t < t1; t++) {
             float length = sqrtf(moe__score_row_dot(run, u + t * MOE__W, u + t * MOE__W, f));
             run->tape->logits[t * E + e] = norm[t] > 0.0f ? length / norm[t] : 0.0f;
         }
     }
+}
+/* The basis of an expert with rows and columns changed, as panels of d. */
+static float *moe__score_subspace_turned(const moe__run *run, size_t e) {
+    return run->memory->score.columns + e * run->plan->dp * run->plan->hp * MOE__W * MOE__W;
+}
+static void moe__score_subspace_turn(const moe__run *run, size_t e) {
+    size_t d = run->plan->d, length = run->plan->hp * MOE__W;
+    float *to = moe__score_subspace_turned(run, e);
+    for (size_t row = 0; row < d; row += MOE__W)
+        for (size_t i = 0; i < length; i += MOE__W, to += MOE__W * MOE__W)
+            moe__product_transpose_block(MOE__KERNELS(run), moe__score_basis(run, e) + i * d + row * MOE__W, MOE__W,
+                                         d - row, MOE__W, to);
 }
 static void moe__score_subspace_dx(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, d = run->plan->d;
@@ -6073,8 +6255,8 @@ static void moe__score_subspace_dx(const moe__run *run, size_t t0, size_t t1) {
         }
         if (!run->dx) continue;
         moe__product_target to = {run->dx + t0 * d, d, MOE__W, d, NULL, 0};
-        moe__product_t(run->kernels, t1 - t0, run->plan->hp * MOE__W, u + t0 * MOE__W, run->tape->n_tokens * MOE__W,
-                       moe__score_basis(run, e), d, 0, &to);
+        moe__product(MOE__KERNELS(run), t1 - t0, run->plan->hp * MOE__W, u + t0 * MOE__W, run->tape->n_tokens * MOE__W,
+                     moe__score_subspace_turned(run, e), &to, 0, NULL);
     }
 }
 static void moe__score_subspace_dv(const moe__run *run, size_t i) { /* i: an expert and a panel of d */
@@ -6083,10 +6265,11 @@ static void moe__score_subspace_dv(const moe__run *run, size_t i) { /* i: an exp
     float *dv = run->given.d_experts + e * run->plan->expert + row * MOE__W;
     for (size_t t = 0; t < T; t += MOE__KC)
         for (size_t p = 0; p < run->plan->hp; p++)
-            moe__product_outer(run->kernels, moe__min(MOE__KC, T - t), moe__min(MOE__W, d - row), x + t * MOE__W,
+            moe__product_outer(MOE__KERNELS(run), moe__min(MOE__KC, T - t), moe__min(MOE__W, d - row), x + t * MOE__W,
                                du + (p * T + t) * MOE__W, MOE__W, dv + p * d * MOE__W, MOE__W, MOE__W, 0);
 }
 static void moe__score_subspace_backward(const moe__run *run) {
+    if (run->dx) moe__run_over(run, run->plan->E, run->plan->d * run->plan->f, moe__score_subspace_turn);
     moe__run_over_blocks(run, moe__score_subspace_dx);
     if (run->given.d_experts)
         moe__run_over(run, run->plan->E * run->plan->dp, run->tape->n_tokens * run->plan->d, moe__score_subspace_dv);
@@ -6151,16 +6334,16 @@ static const moe__score_row moe__score_table[MOE_SCORE_COUNT] = {
 #undef MOE__LATENT
 #undef MOE__PLAIN
 static const moe__score_latent *moe__score_latent_of(const moe__plan *plan) {
-    return &moe__score_table[plan->desc.score].latent;
+    return &moe__score_table[MOE__PICK(SCORE, plan->desc.score)].latent;
 }
 static int moe__score_is_latent(moe_score_kind kind) {
-    return moe__score_table[kind].forward == moe__score_latent_forward;
+    return moe__score_table[MOE__PICK(SCORE, kind)].forward == moe__score_latent_forward;
 }
 
 /* The score's part of a tape. tokens: the tape's own, which are what the router sees unless jittered or averaged. */
 static moe_status moe__score_layout(const moe__plan *plan, size_t n_tokens, int training, moe__arena *arena,
                                     float *tokens, moe__run_score *memory) {
-    const moe__score_row *row = &moe__score_table[plan->desc.score];
+    const moe__score_row *row = &moe__score_table[MOE__PICK(SCORE, plan->desc.score)];
     int apart = plan->jitter || plan->by_sequence || plan->view;
     size_t pack = moe__score_map_floats(plan->L, plan->N); /* the router's matrices take turns there */
     if (row->latent.proj) pack = moe__max(pack, moe__score_map_floats(plan->d, plan->L));
@@ -6180,7 +6363,8 @@ static void moe__score_residual_add(const moe__run *run, size_t t0, size_t t1) {
     if (!matrix || !previous) return;
     for (size_t t = t0; t < t1; t++)
         for (size_t i = 0; i < E; i++)
-            run->kernels->axpy(E, previous[moe__run_row(run, t) * E + i], matrix + i * E, run->tape->logits + t * E);
+            MOE__KERNELS(run)->axpy(E, previous[moe__run_row(run, t) * E + i], matrix + i * E,
+                                    run->tape->logits + t * E);
 }
 static void moe__score_residual_backward(const moe__run *run) {
     const float *matrix = moe__run_tensor(run, MOE__R_RESIDUAL), *previous = run->tape->side.previous;
@@ -6190,8 +6374,8 @@ static void moe__score_residual_backward(const moe__run *run) {
     for (size_t t = 0; t < run->tape->n_tokens; t++) {
         const float *d_logits = run->memory->d_logits + t * E;
         for (size_t i = 0, at = moe__run_row(run, t) * E; i < E; i++, at++) {
-            if (d_matrix) run->kernels->axpy(E, previous[at], d_logits, d_matrix + i * E);
-            if (d_previous) d_previous[at] += run->kernels->dot(E, matrix + i * E, d_logits);
+            if (d_matrix) MOE__KERNELS(run)->axpy(E, previous[at], d_logits, d_matrix + i * E);
+            if (d_previous) d_previous[at] += MOE__KERNELS(run)->dot(E, matrix + i * E, d_logits);
         }
     }
 }
@@ -6224,7 +6408,7 @@ MOE__NAME_API(noise, moe__noise_table, MOE_NOISE_COUNT)
 
 static moe_status moe__noise_layout(const moe__plan *plan, size_t n_tokens, moe__arena *arena, moe_tape *tape,
                                     moe__run_noise *memory) {
-    const moe__noise_row *row = &moe__noise_table[plan->desc.noise];
+    const moe__noise_row *row = &moe__noise_table[MOE__PICK(NOISE, plan->desc.noise)];
     if (row->normal) tape->clean = moe__take_floats(arena, n_tokens, plan->E);
     if (row->normal) tape->noise_std = moe__take_floats(arena, n_tokens, plan->E);
     if (row->learned) memory->raw = moe__take_floats(arena, n_tokens, plan->E);
@@ -6244,9 +6428,9 @@ static void moe__noise_raw(const moe__run *run, size_t t0, size_t t1) {
     moe__score_map_forward(&map, run->memory->noise.raw, 0, t0, t1);
     /* softplus r = max(r, 0) + log(1 + e^-|r|) */
     for (size_t i = 0; i < count; i++) std[i] = -fabsf(raw[i]);
-    run->kernels->exp(count, std, std);
+    MOE__KERNELS(run)->exp(count, std, std);
     for (size_t i = 0; i < count; i++) std[i] += 1.0f;
-    run->kernels->log(count, std, std);
+    MOE__KERNELS(run)->log(count, std, std);
     for (size_t i = 0; i < count; i++) {
         if (raw[i] > 0.0f) std[i] += raw[i];
         std[i] += MOE__NOISE_FLOOR;
@@ -6255,23 +6439,23 @@ static void moe__noise_raw(const moe__run *run, size_t t0, size_t t1) {
 /* The slope of softplus, sigmoid(raw) = 1 - e^-softplus(raw), at numbers [at, at + count) */
 static void moe__noise_slope(const moe__run *run, size_t at, size_t count, float *slope) {
     for (size_t i = 0; i < count; i++) slope[i] = MOE__NOISE_FLOOR - run->tape->noise_std[at + i];
-    run->kernels->exp(count, slope, slope);
+    MOE__KERNELS(run)->exp(count, slope, slope);
     for (size_t i = 0; i < count; i++) slope[i] = 1.0f - slope[i];
 }
 static void moe__noise_prepare(const moe__run *run) {
-    if (!moe__noise_table[run->desc->noise].learned) return;
+    if (!moe__noise_table[MOE__PICK(NOISE, run->desc->noise)].learned) return;
     moe__score_map map = moe__noise_map(run);
     moe__score_map_pack(&map);
     moe__run_over_blocks(run, moe__noise_raw);
 }
 static void moe__noise_add(const moe__run *run, size_t t0, size_t t1) {
-    const moe__noise_row *row = &moe__noise_table[run->desc->noise];
+    const moe__noise_row *row = &moe__noise_table[MOE__PICK(NOISE, run->desc->noise)];
     size_t E = run->plan->E, begin = t0 * E, end = t1 * E;
     float *std = run->tape->noise_std;
     if (row->normal) memcpy(run->tape->clean + begin, run->tape->logits + begin, (end - begin) * sizeof(float));
     if (row->normal && !row->learned)
         for (size_t i = begin; i < end; i++) std[i] = run->desc->noise_std;
-    if (!row->draw || !run->memory->now.training) return;
+    if (!row->draw || !MOE__TRAINS(run->memory->now.training)) return;
     for (size_t t = t0; t < t1; t++) {
         uint64_t at = (uint64_t)moe__run_draw_row(run, t) * E;
         row->draw(MOE__DRAW_KEY(run), moe__run_stream(run, MOE__USE_NOISE), at, E, run->memory->noise.draw + t * E);
@@ -6285,15 +6469,15 @@ static void moe__noise_add(const moe__run *run, size_t t0, size_t t1) {
 static void moe__noise_backward(const moe__run *run) {
     size_t count = run->tape->n_tokens * run->plan->E;
     float *raw = run->memory->noise.raw;
-    if (!moe__noise_table[run->desc->noise].learned) return;
+    if (!moe__noise_table[MOE__PICK(NOISE, run->desc->noise)].learned) return;
     memset(raw, 0, count * sizeof(float));
-    if (!run->memory->now.training) return;
+    if (!MOE__TRAINS(run->memory->now.training)) return;
     moe__noise_slope(run, 0, count, raw);
     for (size_t i = 0; i < count; i++) raw[i] = run->memory->d_logits[i] * run->memory->noise.draw[i] * raw[i];
 }
 /* From d raw, to which the loss `load` has added, to the matrix and x. */
 static void moe__noise_backward_map(const moe__run *run) {
-    if (!moe__noise_table[run->desc->noise].learned) return;
+    if (!moe__noise_table[MOE__PICK(NOISE, run->desc->noise)].learned) return;
     moe__score_map map = moe__noise_map(run);
     moe__score_to_panels(run, run->memory->noise.raw, run->plan->E);
     map.d_out = run->memory->score.d_panels;
@@ -6329,6 +6513,8 @@ MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperat
     if (status || !count) return status;
     if (!scores || !d_scores) return MOE_E_NULL_SCORES;
     if (!d_logits) return MOE_E_NULL_LOGITS;
+    if (moe__overlap(d_logits, count, d_scores, count) || moe__overlap(d_logits, count, scores, count))
+        return MOE_E_OVERLAP;
     const moe__kernels *kernels = moe__dispatched();
     float inv_t = 1.0f / temperature;
     for (size_t r = 0; r < rows; r++, scores += cols, d_scores += cols, d_logits += cols) {
@@ -6373,7 +6559,7 @@ static void moe__gate_sigmoid(const moe__run *run, size_t total, const float *lo
             scaled[i] = run->memory->now.inv_t * logits[begin + i];
             power[i] = -fabsf(scaled[i]);
         }
-        run->kernels->exp(count, power, power);
+        MOE__KERNELS(run)->exp(count, power, power);
         for (size_t i = 0; i < count; i++) scores[begin + i] = (scaled[i] < 0.0f ? power[i] : 1.0f) / (1.0f + power[i]);
     }
 }
@@ -6383,7 +6569,8 @@ static void moe__gate_sigmoid_slope(float inv_t, size_t count, const float *scor
 /* The softmax is the tape's prob, but for a temperature that is learned: prob does not have that. */
 static void moe__gate_softmax(const moe__run *run, size_t count, const float *logits, float *scores) {
     size_t E = run->plan->E;
-    for (size_t at = 0; at < count; at += E) run->kernels->softmax(E, run->memory->now.inv_t, logits + at, scores + at);
+    float inv_t = run->memory->now.inv_t;
+    for (size_t at = 0; at < count; at += E) MOE__KERNELS(run)->softmax(E, inv_t, logits + at, scores + at);
 }
 
 /* -- what a gate gives for one token: value = the weights of its choices before normalisation, 0 where there is none;
@@ -6417,7 +6604,7 @@ static void moe__gate_softmax_back(const moe__gate_token *token, float *d_weight
     float inv_t = token->inv_t, mean = 0.0f;
     for (size_t i = 0; i < token->S; i++)
         if (index[i] >= 0) mean = moe__fma(token->scores[index[i]], d_weight[i], mean);
-    token->run->kernels->axpy(token->E, -(mean * inv_t), token->scores, d_logits);
+    MOE__KERNELS(token->run)->axpy(token->E, -(mean * inv_t), token->scores, d_logits);
     for (size_t i = 0; i < token->S; i++) {
         if (index[i] < 0) continue;
         float *dz = d_logits + index[i];
@@ -6432,7 +6619,7 @@ static void moe__gate_selected_value(const moe__gate_token *token, float *weight
     size_t count = 0;
     for (size_t i = 0; i < token->S; i++)
         if (moe__gate_has(token, i)) weight[count++] = token->logits[token->index[i]];
-    if (count) token->run->kernels->softmax(count, token->inv_t, weight, weight);
+    if (count) MOE__KERNELS(token->run)->softmax(count, token->inv_t, weight, weight);
     for (size_t i = token->S; i-- > 0;) weight[i] = moe__gate_has(token, i) ? weight[--count] : 0.0f;
 }
 static void moe__gate_selected_back(const moe__gate_token *token, float *d_weight, float *d_logits) {
@@ -6477,7 +6664,7 @@ static size_t moe__gate_sparse_row(const moe__gate_token *token, size_t i, float
         size_t count = moe__min(MOE__W, E - begin);
         for (size_t l = 0; l < count; l++)
             power[l] = p[begin + l] > 0.0f ? (logits[begin + l] - highest) * token->inv_t : 0.0f;
-        token->run->kernels->exp(count, power, power);
+        MOE__KERNELS(token->run)->exp(count, power, power);
         for (size_t l = 0; l < count; l++) {
             p[begin + l] *= power[l];
             sum += p[begin + l];
@@ -6494,9 +6681,11 @@ static void moe__gate_sparse_value(const moe__gate_token *token, float *weight) 
         weight[i] = 0.0f;
         if (token->index[i] < 0) continue;
         size_t best = moe__gate_sparse_row(token, i, token->work);
-        moe__run_uniforms(run, MOE__USE_KEEP, (uint64_t)token->t * token->S + i, 1, 0.0f, 1.0f, &drawn);
+        moe__run_uniforms(run, MOE__USE_KEEP, (run->memory->now.first + token->t) * (uint64_t)token->S + i, 1, 0.0f,
+                          1.0f, &drawn);
         weight[i] = token->work[token->index[i]];
-        if (run->memory->now.training && (int32_t)best != token->index[i] && !(drawn > 0.75f)) weight[i] *= 1.0f / 3.0f;
+        if (!MOE__TRAINS(run->memory->now.training) || (int32_t)best == token->index[i] || drawn > 0.75f) continue;
+        weight[i] *= 1.0f / 3.0f;
     }
 }
 static void moe__gate_sparse_back(const moe__gate_token *token, float *d_weight, float *d_logits) {
@@ -6505,7 +6694,7 @@ static void moe__gate_sparse_back(const moe__gate_token *token, float *d_weight,
         moe__gate_sparse_row(token, i, token->work);
         /* the third is not in the gradient [C] */
         float back = d_weight[i] * token->work[token->index[i]] * token->inv_t;
-        token->run->kernels->axpy(token->E, -back, token->work, d_logits);
+        MOE__KERNELS(token->run)->axpy(token->E, -back, token->work, d_logits);
         d_logits[token->index[i]] += back;
     }
 }
@@ -6546,7 +6735,7 @@ MOE__NAME_API(gate, moe__gate_table, MOE_GATE_COUNT)
 /* The gate's part of a tape, which has logits and prob. */
 static moe_status moe__gate_layout(const moe__plan *plan, size_t n_tokens, int training, moe__arena *arena,
                                    moe_tape *tape, moe__run_gate *memory) {
-    moe__gate_scores_are scores = moe__gate_table[plan->desc.gate].scores;
+    moe__gate_scores_are scores = moe__gate_table[MOE__PICK(GATE, plan->desc.gate)].scores;
     tape->scores = tape->prob;
     if (scores == MOE__SCORES_LOGITS) tape->scores = tape->logits;
     if (scores == MOE__SCORES_OWN || (scores == MOE__SCORES_PROB && plan->desc.learn_temperature == MOE_ON))
@@ -6561,7 +6750,8 @@ static moe_status moe__gate_layout(const moe__plan *plan, size_t n_tokens, int t
 static void moe__gate_scores(const moe__run *run, size_t t0, size_t t1) {
     size_t begin = t0 * run->plan->E, count = (t1 - t0) * run->plan->E;
     float *scores = run->memory->gate.scores;
-    if (scores) moe__gate_table[run->desc->gate].own(run, count, run->tape->logits + begin, scores + begin);
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
+    if (scores) gate->own(run, count, run->tape->logits + begin, scores + begin);
 }
 /* d_logits += d_scores by the slope of scores of the gate's own. */
 static void moe__gate_scores_back(const moe__run *run, const float *d_scores) {
@@ -6570,12 +6760,13 @@ static void moe__gate_scores_back(const moe__run *run, const float *d_scores) {
     for (size_t begin = 0; begin < total; begin += MOE__W) {
         size_t count = moe__min(MOE__W, total - begin);
         float *dz = run->memory->d_logits + begin;
-        moe__gate_table[run->desc->gate].slope(run->memory->now.inv_t, count, run->tape->scores + begin, slope);
+        moe__gate_table[MOE__PICK(GATE, run->desc->gate)].slope(run->memory->now.inv_t, count,
+                                                               run->tape->scores + begin, slope);
         for (size_t i = 0; i < count; i++) dz[i] = moe__fma(slope[i], d_scores[begin + i], dz[i]);
     }
 }
 static void moe__gate_own_back(const moe__gate_token *token, float *d_weight, float *d_logits) {
-    const moe__gate_row *gate = &moe__gate_table[token->run->desc->gate];
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, token->run->desc->gate)];
     for (size_t i = 0; i < token->S; i++) {
         float slope;
         if (token->index[i] < 0) continue;
@@ -6596,7 +6787,8 @@ static void moe__gate_random_second(const moe__run *run, size_t t, int32_t *inde
     for (size_t i = 1; i < run->plan->S; i++) {
         float drawn;
         if (index[i] < 0) continue;
-        moe__run_uniforms(run, MOE__USE_SECOND, (uint64_t)t * run->plan->S + i, 1, 0.0f, 1.0f, &drawn);
+        moe__run_uniforms(run, MOE__USE_SECOND, (run->memory->now.first + t) * (uint64_t)run->plan->S + i, 1, 0.0f,
+                          1.0f, &drawn);
         if (!((float)run->desc->top_k * weight[i] > drawn)) moe__gate_take_away(index + i, weight + i);
     }
 }
@@ -6626,11 +6818,11 @@ static void moe__gate_scale(const moe__run *run, float *weight) {
     for (size_t i = 0; i < run->plan->S; i++) weight[i] *= run->desc->weight_scale;
 }
 static int moe__gate_normalized(const moe__run *run) {
-    return run->desc->normalize == MOE_ON && !moe__gate_table[run->desc->gate].normalizes;
+    return run->desc->normalize == MOE_ON && !moe__gate_table[MOE__PICK(GATE, run->desc->gate)].normalizes;
 }
 /* Whether the weights are those over the choices before random second, of which those that stay keep theirs. */
 static int moe__gate_keeps(const moe__run *run) {
-    if (!run->memory->now.training || run->desc->random_second != MOE_ON) return 0;
+    if (!MOE__TRAINS(run->memory->now.training) || run->desc->random_second != MOE_ON) return 0;
     return !moe__gate_normalized(run) || run->desc->normalize_late != MOE_ON;
 }
 /* Scores whose sum is so small that some may have underflowed have no shares that can be computed. Those of a softmax
@@ -6639,7 +6831,7 @@ static int moe__gate_keeps(const moe__run *run) {
 #define MOE__GATE_TINY 1e-30f /* exp is 0 below e^-86.5: against this sum that is less than a rounding */
 static int moe__gate_underflows(moe__gate_token *token, float sum) {
     const moe__run *run = token->run;
-    if (!(sum < MOE__GATE_TINY) || !moe__gate_table[run->desc->gate].exponential) return 0;
+    if (!(sum < MOE__GATE_TINY) || !moe__gate_table[MOE__PICK(GATE, run->desc->gate)].exponential) return 0;
     token->none = (int32_t)run->plan->F;
     token->none_end = (int32_t)(run->plan->F + run->desc->n_zero);
     return 1;
@@ -6650,12 +6842,12 @@ static void moe__gate_shares_of(moe__gate_token *token, float *weight) {
 /* index -> weight of a block of tokens; may take choices away (random second, expert dropout) */
 static void moe__gate_weights(const moe__run *run, size_t t0, size_t t1) {
     size_t S = run->plan->S;
-    int training = run->memory->now.training, keeps = moe__gate_keeps(run);
+    int training = MOE__TRAINS(run->memory->now.training), keeps = moe__gate_keeps(run);
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         int32_t *index = run->tape->index + t * S;
         float *weight = run->tape->weight + t * S;
-        moe__gate_table[run->desc->gate].value(&token, weight);
+        moe__gate_table[MOE__PICK(GATE, run->desc->gate)].value(&token, weight);
         moe__gate_zero_experts(run, index, weight);
         if (keeps && moe__gate_normalized(run)) moe__gate_shares_of(&token, weight);
         if (training && run->desc->random_second == MOE_ON) moe__gate_random_second(run, t, index, weight);
@@ -6666,7 +6858,7 @@ static void moe__gate_weights(const moe__run *run, size_t t0, size_t t1) {
 }
 /* memory->gate.d_weight -> memory->d_logits; d_weight is then the gradient by the gate's value */
 static void moe__gate_weights_back(const moe__run *run, size_t t0, size_t t1) {
-    const moe__gate_row *gate = &moe__gate_table[run->desc->gate];
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         float *d_weight = run->memory->gate.d_weight + t * token.S;
@@ -6707,8 +6899,8 @@ static void moe__gate_shares_back(const moe__run *run, const float *shares, floa
     size_t E = run->plan->E;
     for (size_t t = 0; t < run->tape->n_tokens; t++, shares += E, d_shares += E) {
         if (!moe__gate_row_underflows(run, t)) continue;
-        float *dz = run->memory->d_logits + t * E, mean = run->kernels->dot(E, shares, d_shares);
-        run->kernels->slope(E, run->memory->now.inv_t, 1.0f, mean, d_shares, shares, dz);
+        float *dz = run->memory->d_logits + t * E, mean = MOE__KERNELS(run)->dot(E, shares, d_shares);
+        MOE__KERNELS(run)->slope(E, run->memory->now.inv_t, 1.0f, mean, d_shares, shares, dz);
         memset(d_shares, 0, E * sizeof(float));
     }
     moe__gate_scores_back(run, run->memory->select.work);
@@ -6717,13 +6909,13 @@ static void moe__gate_shares_back(const moe__run *run, const float *shares, floa
 /* Gradients of the gate's own parameters, after moe__gate_weights_back and before anything else adds to d_logits: with
  * z' = z e^log_scale, d log_scale = sum dz z; a learned threshold g stands against z, so d g = -sum of choices [D]. */
 static void moe__gate_params_back(const moe__run *run) {
-    const moe__gate_row *gate = &moe__gate_table[run->desc->gate];
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
     size_t E = run->plan->E, n_tokens = run->tape->n_tokens;
     float *d_scale = moe__run_grad(run, MOE__R_SCALE), *d_threshold = moe__run_grad(run, MOE__R_THRESHOLD);
     const float *threshold = moe__run_tensor(run, MOE__R_THRESHOLD);
     if (d_scale)
         for (size_t t = 0; t < n_tokens; t++)
-            *d_scale += run->kernels->dot(E, run->memory->d_logits + t * E, run->tape->logits + t * E);
+            *d_scale += MOE__KERNELS(run)->dot(E, run->memory->d_logits + t * E, run->tape->logits + t * E);
     if (!threshold) return;
     for (size_t pair = 0; pair < n_tokens * run->plan->S; pair++) {
         int32_t e = run->tape->index[pair];
@@ -6858,29 +7050,25 @@ MOE_API moe_status moe_top_p(size_t rows, size_t cols, size_t top_k, float p, co
 }
 
 /* -- the k highest of many, in the same time whatever they are. The numbers' bits, turned so that they order as the
- * numbers do, are counted in three passes, each among those that share the upper bits found so far:
- *
- *     31 ... 21 | 20 ... 10 | 9 ... 0     2048, 2048, 1024 bins; from the top bin down, the one that holds the
- *       first       second     third      k-th highest gives the next bits -- */
+ * numbers do, are counted in four passes of 256 bins, from the upper bits down, each among those that share the bits
+ * found so far: from the top bin down, the one that holds the k-th highest gives the next bits -- */
 static uint32_t moe__select_order(float x) { /* -0 with 0; no NaN */
     uint32_t bits = moe__bits_of(x + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 /* The turned bits of the rank-th highest of `total` numbers (0 < rank <= total). *above: how many are higher. */
 static uint32_t moe__select_kth(size_t total, size_t rank, const float *values, size_t *above) {
-    static const int shift[] = {21, 10, 0}, width[] = {11, 11, 10};
-    uint32_t prefix = 0, count[2048];
+    uint32_t prefix = 0, count[256];
     *above = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        uint32_t bins = (uint32_t)1 << width[pass], bin = bins - 1;
-        int top = shift[pass] + width[pass];
-        memset(count, 0, bins * sizeof(uint32_t));
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        uint32_t bin = 255;
+        memset(count, 0, sizeof count);
         for (size_t i = 0; i < total; i++) {
             uint32_t bits = moe__select_order(values[i]);
-            if ((uint64_t)(bits ^ prefix) >> top == 0) count[bits >> shift[pass] & (bins - 1)]++;
+            if ((uint64_t)(bits ^ prefix) >> (shift + 8) == 0) count[bits >> shift & 255]++;
         }
         while (*above + count[bin] < rank) *above += count[bin--];
-        prefix |= bin << shift[pass];
+        prefix |= bin << shift;
     }
     return prefix;
 }
@@ -7180,7 +7368,8 @@ static void moe__select_no_choice(const moe__run *run, size_t t, size_t from) {
     for (size_t i = from; i < run->plan->S; i++) moe__select_index(run, t)[i] = -1;
 }
 static int moe__select_fallback(const moe__run *run) {
-    return run->desc->fallback == MOE_ON || (run->desc->fallback == MOE_DEFAULT && !run->memory->now.training);
+    if (run->desc->fallback == MOE_DEFAULT) return !MOE__TRAINS(run->memory->now.training);
+    return run->desc->fallback == MOE_ON;
 }
 static moe_status moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, top_k = moe__min(run->memory->now.k, E), step = 1;
@@ -7226,7 +7415,7 @@ static size_t moe__select_sample(const moe__gate_token *token, size_t i, size_t 
     const moe__run *run = token->run;
     float top = -FLT_MAX, gumbel;
     for (size_t e = 0; e < token->E; e++) {
-        uint64_t at = ((uint64_t)token->t * token->S + i) * token->E + e;
+        uint64_t at = ((run->memory->now.first + token->t) * (uint64_t)token->S + i) * token->E + e;
         if (!(token->work[e] > 0.0f)) continue;
         moe__gumbel_at(MOE__DRAW_KEY(run), moe__run_stream(run, MOE__USE_SAMPLE), at, 1, &gumbel);
         float value = moe__fma(token->logits[e], token->inv_t, gumbel);
@@ -7242,7 +7431,7 @@ static moe_status moe__select_sampled(const moe__run *run, size_t t0, size_t t1)
         moe__select_no_choice(run, t, 0);
         for (size_t i = 0; i < moe__min(run->memory->now.k, run->plan->E); i++) {
             size_t best = moe__gate_sparse_row(&token, i, token.work);
-            if (run->memory->now.training) best = moe__select_sample(&token, i, best);
+            if (MOE__TRAINS(run->memory->now.training)) best = moe__select_sample(&token, i, best);
             moe__select_index(run, t)[i] = (int32_t)best;
         }
     }
@@ -7261,7 +7450,7 @@ static moe_status moe__select_sinkhorn(const moe__run *run) {
     size_t T = run->tape->n_tokens, E = run->plan->E, top_k = run->memory->now.k;
     const float *plan = memory->seen;
     moe_status status = MOE_OK;
-    if (run->memory->now.training) {
+    if (MOE__TRAINS(run->memory->now.training)) {
         plan = memory->work;
         status = moe_sinkhorn(T, E, run->desc->sinkhorn_epsilon, run->desc->sinkhorn_iterations, memory->seen,
                               memory->work, memory->scratch, memory->scratch_bytes);
@@ -7275,14 +7464,14 @@ static moe_status moe__select_sinkhorn(const moe__run *run) {
 static moe_status moe__select_auction(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
     size_t T = run->tape->n_tokens, E = run->plan->E;
-    if (!run->memory->now.training) return moe_topk(T, E, 1, memory->seen, run->tape->index, NULL);
+    if (!MOE__TRAINS(run->memory->now.training)) return moe_topk(T, E, 1, memory->seen, run->tape->index, NULL);
     return moe_auction(T, E, memory->seen, run->tape->index, memory->scratch, memory->scratch_bytes);
 }
 /* The first choice is the highest; the others are drawn one after the other by softmax(logits), without replacement. */
 static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, top_k = run->memory->now.k;
     moe_status status = moe__select_topk(run, t0, t1);
-    if (!run->memory->now.training) return status;
+    if (!MOE__TRAINS(run->memory->now.training)) return status;
     for (size_t t = t0; t < t1 && !status; t++) {
         const float *seen = moe__select_seen(run, t);
         float *drawn = run->memory->select.work + t * E;
@@ -7290,7 +7479,7 @@ static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) 
         moe__gumbel_at(MOE__DRAW_KEY(run), moe__run_stream(run, MOE__USE_SAMPLE), at, E, drawn);
         for (size_t e = 0; e < E; e++) drawn[e] = moe__fma(seen[e], run->memory->now.inv_t, drawn[e]);
         drawn[*moe__select_index(run, t)] = INFINITY;
-        if (!run->kernels->topk(1, E, top_k, drawn, moe__select_index(run, t), NULL)) status = MOE_E_NAN_SCORES;
+        if (!MOE__KERNELS(run)->topk(1, E, top_k, drawn, moe__select_index(run, t), NULL)) status = MOE_E_NAN_SCORES;
     }
     return status;
 }
@@ -7308,7 +7497,7 @@ static moe_status moe__select_laser(const moe__run *run) {
     for (size_t t = 0; t < run->tape->n_tokens && !status; t++) {
         const float *seen = moe__select_seen(run, t);
         int32_t *index = moe__select_index(run, t);
-        if (run->memory->now.training) status = moe_topk(1, E, top_k, seen, index, NULL);
+        if (MOE__TRAINS(run->memory->now.training)) status = moe_topk(1, E, top_k, seen, index, NULL);
         else
             status = moe_laser(1, E, top_k, desc->top_p, desc->threshold, desc->candidates, seen, window, index,
                                memory->scratch, memory->scratch_bytes);
@@ -7358,13 +7547,13 @@ static const moe__select_row moe__select_table[MOE_SELECT_COUNT] = {
 MOE__NAME_API(select, moe__select_table, MOE_SELECT_COUNT)
 
 static int moe__select_suits_gate(const moe_desc *desc) {
-    moe_gate_kind gate = moe__select_table[desc->select].gate;
-    moe_select_kind select = moe__gate_table[desc->gate].select;
+    moe_gate_kind gate = moe__select_table[MOE__PICK(SELECT, desc->select)].gate;
+    moe_select_kind select = moe__gate_table[MOE__PICK(GATE, desc->gate)].select;
     return (!gate || gate == desc->gate) && (!select || select == desc->select);
 }
 static moe_status moe__select_layout(const moe__plan *plan, size_t n_tokens, moe__arena *arena,
                                      moe__run_select *memory) {
-    const moe__select_row *row = &moe__select_table[plan->desc.select];
+    const moe__select_row *row = &moe__select_table[MOE__PICK(SELECT, plan->desc.select)];
     moe_status status = MOE_OK;
     if (row->scratch) status = row->scratch(n_tokens, plan->E, &memory->scratch_bytes);
     memory->view = moe__take_floats(arena, n_tokens, plan->E);
@@ -7375,8 +7564,8 @@ static moe_status moe__select_layout(const moe__plan *plan, size_t n_tokens, moe
 
 /* What a selection looks at when nothing interferes. */
 static const float *moe__select_selection_base(const moe__run *run) {
-    const moe__gate_row *gate = &moe__gate_table[run->desc->gate];
-    int sees = moe__select_table[run->desc->select].sees_logits;
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
+    int sees = moe__select_table[MOE__PICK(SELECT, run->desc->select)].sees_logits;
     if (sees == 1 || gate->sees_logits) return run->tape->logits;
     if (sees == 2 && gate->scores == MOE__SCORES_LOGITS) return run->tape->prob;
     return run->tape->scores;
@@ -7384,7 +7573,7 @@ static const float *moe__select_selection_base(const moe__run *run) {
 /* What the selection sees of a block of tokens, where it is not simply logits or scores: with the bias, in warm-up
  * random numbers, and without the experts of other ranks while gating dropout holds. */
 static void moe__select_view(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, T = run->tape->n_tokens, ranks = run->desc->n_ranks;
+    size_t E = run->plan->E, ranks = run->desc->n_ranks;
     const moe__run_now *now = &run->memory->now;
     const float *base = moe__select_selection_base(run), *bias = run->given.bias;
     if (run->memory->select.seen != run->memory->select.view) return;
@@ -7396,7 +7585,7 @@ static void moe__select_view(const moe__run *run, size_t t0, size_t t1) {
             for (size_t e = 0; e < E; e++) view[e] = base[t * E + e] + (bias ? bias[e] : 0.0f);
         if (!now->local) continue;
         for (size_t e = 0; e < E; e++)
-            if (e * ranks / E != t * ranks / T) view[e] = -INFINITY;
+            if (e * ranks / E != (now->first + t) * ranks / now->total) view[e] = -INFINITY;
     }
 }
 /* Choices that gating dropout forbids were made for want of others; in evaluation weak ones are pruned. */
@@ -7406,7 +7595,7 @@ static void moe__select_filter(const moe__run *run, size_t t0, size_t t1) {
     const float *scores = run->tape->scores;
     float least = now->training ? 0.0f : run->desc->prune;
     int keep = moe__select_fallback(run);
-    if (moe__gate_table[run->desc->gate].scores == MOE__SCORES_LOGITS) scores = run->tape->prob;
+    if (moe__gate_table[MOE__PICK(GATE, run->desc->gate)].scores == MOE__SCORES_LOGITS) scores = run->tape->prob;
     if (!now->local && !now->skip && !(least > 0.0f)) return;
     for (size_t p = t0 * S; p < t1 * S; p++) {
         int32_t *choice = run->tape->index + p;
@@ -7613,8 +7802,9 @@ static size_t moe__routes_expert(const moe_routes *routes, uint32_t route) {
     return low;
 }
 
-/* -- bound pairs (growth): the router knows the parent alone. Behind the routes, which count for it, its tokens are
- * divided by the side of a plane on which their latent row is:
+/* -- bound pairs (growth, replicas): the router knows the parent alone. Behind the routes, which count for it, its
+ * tokens are divided by the side of a plane on which their latent row is; a replica has a plane of zeros, which has no
+ * sides: there every second token is the child's:
  *
  *     routes of the parent, before   0 2 3 5 6 8        tokens 2, 5, 6 above the plane
  *                            after   0 3 8 | 2 5 6      the child computes those from `middle` on -- */
@@ -7651,7 +7841,7 @@ static float moe__routes_side(const moe__run *run, const float *plane, size_t t)
     const float *row = moe__score_last_product(run).in + t * MOE__W;
     float sum = 0.0f;
     for (size_t i = 0; i < run->plan->L; i += MOE__W)
-        sum += run->kernels->dot(moe__min(MOE__W, run->plan->L - i), row + moe__score_at(run, i), plane + i);
+        sum += MOE__KERNELS(run)->dot(moe__min(MOE__W, run->plan->L - i), row + moe__score_at(run, i), plane + i);
     return sum;
 }
 /* The token's one route of expert e becomes route `to` of it. */
@@ -7662,17 +7852,25 @@ static void moe__routes_move(moe_routes *routes, size_t e, uint32_t token, float
     routes->token[to] = token;
     routes->weight[to] = weight;
 }
+static int moe__routes_no_plane(size_t L, const float *plane) {
+    size_t i = 0;
+    while (i < L && plane[i] == 0.0f) i++;
+    return i == L;
+}
 static void moe__routes_divide_pair(const moe__run *run, size_t i) {
     moe_routes *routes = &run->tape->routes;
     const moe__run_pairs *pairs = &run->memory->pairs;
     const float *plane = moe__run_tensor(run, MOE__R_PAIR) + i * run->plan->L;
     float offset = moe__run_tensor(run, MOE__R_PAIR_OFFSET)[i];
     size_t parent = pairs->parent[i], moved = 0;
-    uint32_t at = routes->begin[parent];
+    uint32_t begin = routes->begin[parent], at = begin;
+    int turns = moe__routes_no_plane(run->plan->L, plane);
     for (uint32_t route = at; route < routes->begin[parent + 1]; route++) {
         uint32_t token = routes->token[route];
         float weight = routes->weight[route];
-        if (moe__routes_side(run, plane, token) > offset) {
+        int child = (int)((route - begin) & 1);
+        if (!turns) child = moe__routes_side(run, plane, token) > offset;
+        if (child) {
             pairs->token[moved] = token;
             pairs->weight[moved++] = weight;
         } else moe__routes_move(routes, parent, token, weight, at++);
@@ -7762,6 +7960,23 @@ static const moe__experts_row moe__experts_table[MOE_EXPERT_COUNT] = {
 };
 MOE__NAME_API(expert, moe__experts_table, MOE_EXPERT_COUNT)
 
+/* Room for each worker: z of a block of rows, where the tape does not keep it, or dh; and a chunk of a matrix. */
+static void moe__experts_work(moe__run_memory *memory, moe__arena *arena) {
+    const moe__plan *plan = &memory->plan;
+    moe__run_experts *experts = &memory->experts;
+    size_t rows = moe__min(MOE__MB, memory->n_rows), longest = moe__max(plan->dp, moe__max(plan->hp, plan->zp));
+    if (!MOE__TRAINS(memory->training)) {
+        longest = moe__max(plan->dp, plan->hp); /* no product is turned */
+        rows *= plan->gated + 1;
+        if (!MOE__FORMAT_HAS(&moe__format_table[MOE_FORMAT_BF16], fetch)) longest = 0;
+    }
+    size_t chunk = moe__min(MOE__KC, longest * MOE__W);
+    experts->workers = moe_workers(&plan->desc.parallel);
+    experts->work_chunk = rows * MOE__W;
+    experts->work_each = (rows + chunk) * MOE__W;
+    if (MOE__TRAINS(memory->training)) experts->work_each += MOE__W * MOE__W;
+    experts->work = moe__take_floats(arena, experts->workers, experts->work_each);
+}
 /* Memory for groups whose own experts compute up to n_routed rows, of which gathered ones are copied; the shared
  * experts all n. */
 static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t n_own, size_t n_routed, size_t gathered,
@@ -7780,7 +7995,8 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
     experts->h = moe__take_floats(arena, memory->n_rows, plan->hp * MOE__W);
     experts->out = moe__take_floats(arena, memory->n_rows, plan->ldo);
     if (plan->view) experts->view = moe__take_floats(arena, n, 1);
-    if (!memory->training) return MOE_OK;
+    moe__experts_work(memory, arena);
+    if (!MOE__TRAINS(memory->training)) return MOE_OK;
     experts->z = moe__take_floats(arena, memory->n_rows, plan->zp * MOE__W);
     experts->part = moe__take_floats(arena, memory->n_rows, plan->hp);
     experts->d_weight = moe__take_floats(arena, slots, 1);
@@ -7818,7 +8034,7 @@ static void moe__experts_view_back(const moe__run *run, size_t t0, size_t t1) { 
             for (size_t i = 0; i < d; i++)
                 grad[i] = moe__fma(-along / size, x[moe__score_at(run, i)], grad[i] - mean / (float)d);
         }
-        run->kernels->axpy(d, scale, grad, run->dx + token * d);
+        MOE__KERNELS(run)->axpy(d, scale, grad, run->dx + token * d);
     }
 }
 
@@ -7836,6 +8052,7 @@ static void moe__experts_view_back(const moe__run *run, size_t t0, size_t t1) { 
 typedef struct moe__experts_share { /* of a task: rows [row, row + rows) of the group, units [unit, end) */
     const moe__run_group *group;
     size_t row, rows, unit, end;
+    float *work, *chunk; /* the worker's */
 } moe__experts_share;
 typedef void moe__experts_body(const moe__run *run, const moe__experts_share *share);
 typedef struct moe__experts_call {
@@ -7850,7 +8067,6 @@ static void moe__experts_task(void *arg, size_t i, size_t worker) {
     const moe__run_experts *experts = &call->run->memory->experts;
     moe__experts_share share;
     size_t low = 0, high = experts->n_groups; /* the last group whose first task is <= i and that has any */
-    (void)worker;
     while (high - low > 1) {
         size_t middle = low + (high - low) / 2;
         if (experts->first_task[middle] <= i) low = middle;
@@ -7864,6 +8080,8 @@ static void moe__experts_task(void *arg, size_t i, size_t worker) {
     share.rows = base + (block < more);
     share.unit = i % call->chunks * call->chunk;
     share.end = moe__min(call->units, share.unit + call->chunk);
+    share.work = experts->work + worker * experts->work_each;
+    share.chunk = share.work + experts->work_chunk;
     call->body(call->run, &share);
 }
 /* cap: most units of a chunk; 0 = any */
@@ -7871,18 +8089,22 @@ static void moe__experts_phase(const moe__run *run, size_t units, size_t most, s
     const moe__plan *plan = run->plan;
     moe__run_experts *experts = &run->memory->experts;
     moe__experts_call call = {run, body, units, most, units, 1};
-    size_t tasks = 0, blocks = 0, workers = moe_workers(&run->desc->parallel);
-    for (size_t g = 0; g < experts->n_groups; g++) blocks += moe__experts_blocks(experts->group[g].rows, most);
+    moe_parallel parallel = run->desc->parallel;
+    size_t tasks = 0, blocks = 0, workers = moe__min(moe_workers(&parallel), experts->workers);
+    parallel.n_threads = workers; /* those that the tape has room for */
+    for (size_t g = 0; g < run->n_away; g++) experts->first_task[g] = 0;
+    for (size_t g = run->n_away; g < experts->n_groups; g++)
+        blocks += moe__experts_blocks(experts->group[g].rows, most);
     if (workers > 1) call.chunk = moe__max(1, moe__min(units, blocks * units / (workers * 16)));
     if (cap) call.chunk = moe__min(call.chunk, cap);
     call.chunks = moe__ceil_div(units, call.chunk);
-    for (size_t g = 0; g < experts->n_groups; g++) {
+    for (size_t g = run->n_away; g < experts->n_groups; g++) {
         experts->first_task[g] = tasks;
         tasks += moe__experts_blocks(experts->group[g].rows, most) * call.chunks;
     }
     experts->first_task[experts->n_groups] = tasks;
     size_t rows = experts->shared_row + (plan->G - plan->networks) * run->tape->n_tokens;
-    moe__threads_run(&run->desc->parallel, rows, plan->expert, tasks, moe__experts_task, &call);
+    moe__threads_run(&parallel, rows, plan->expert, tasks, moe__experts_task, &call);
 }
 
 /* Rows of k columns that fill a megabyte of L2. */
@@ -7917,13 +8139,12 @@ static void moe__experts_up(const moe__run *run, const moe__experts_share *share
     const moe__run_group *group = share->group;
     const float *x = group->x + share->row * MOE__W;
     size_t panels = plan->gated + 1;
-    MOE__ALIGN64 float scratch[2 * MOE__MB * MOE__W];
     for (size_t unit = share->unit; unit < share->end; unit++)
         for (size_t row = 0; row < share->rows; row += MOE__MB) {
             moe__weights w1 = moe__format_from(group->block.w1, unit * panels);
             size_t rows = moe__min(MOE__MB, share->rows - row), at = share->row + row;
-            moe__product_target z = {scratch, MOE__W, MOE__MB * MOE__W, panels * MOE__W, moe__product_zeros, 0};
-            if (run->memory->training) {
+            moe__product_target z = {share->work, MOE__W, rows * MOE__W, panels * MOE__W, moe__product_zeros, 0};
+            if (MOE__TRAINS(run->memory->training)) {
                 z.c = moe__experts_panel(run->memory->experts.z, plan->zp, group, unit * panels, at);
                 z.panel = group->rows * MOE__W;
             }
@@ -7931,10 +8152,10 @@ static void moe__experts_up(const moe__run *run, const moe__experts_share *share
                 z.init = group->block.b1 + unit * panels * MOE__W;
                 z.init_panel = MOE__W;
             }
-            moe__product_weights(run->kernels, rows, plan->d, x + row * MOE__W, group->x_panel, &w1, &z, 1,
-                                 moe__format_at(&w1, panels, 0));
+            moe__product_weights(MOE__KERNELS(run), rows, plan->d, x + row * MOE__W, group->x_panel, &w1, &z, 1,
+                                 moe__format_at(&w1, panels, 0), share->chunk);
             float *h = moe__experts_panel(run->memory->experts.h, plan->hp, group, unit, at);
-            run->kernels->act[run->desc->expert](rows, z.c, z.c + z.panel, h);
+            MOE__KERNELS(run)->act[MOE__PICK(EXPERT, run->desc->expert)](rows, z.c, z.c + z.panel, h);
         }
 }
 static void moe__experts_down(const moe__run *run, const moe__experts_share *share) { /* o = h W2 + b2 */
@@ -7947,8 +8168,8 @@ static void moe__experts_down(const moe__run *run, const moe__experts_share *sha
         to.init = group->block.b2 + share->unit * MOE__W;
         to.init_panel = MOE__W;
     }
-    moe__product_weights(run->kernels, share->rows, plan->f, h, group->rows * MOE__W, &w2, &to, 1,
-                         moe__format_at(&w2, share->end - share->unit, 0));
+    moe__product_weights(MOE__KERNELS(run), share->rows, plan->f, h, group->rows * MOE__W, &w2, &to, 1,
+                         moe__format_at(&w2, share->end - share->unit, 0), share->chunk);
 }
 static void moe__experts_forward(const moe__run *run) {
     const moe__plan *plan = run->plan;
@@ -7983,8 +8204,7 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
     moe__run_experts *experts = &run->memory->experts;
     const float *dy = moe__experts_panel(experts->out, plan->dp, group, 0, share->row);
     size_t panels = plan->gated + 1, panel = group->rows * MOE__W;
-    MOE__ALIGN64 float dh[MOE__MB * MOE__W];
-    moe__product_target to = {dh, MOE__W, MOE__W, MOE__W, moe__product_zeros, 0};
+    moe__product_target to = {share->work, MOE__W, MOE__W, MOE__W, moe__product_zeros, 0};
     for (size_t unit = share->unit; unit < share->end; unit++)
         for (size_t row = 0; row < share->rows; row += MOE__MB) {
             size_t rows = moe__min(MOE__MB, share->rows - row), at = share->row + row;
@@ -7992,9 +8212,10 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
             float *z = moe__experts_panel(experts->z, plan->zp, group, unit * panels, at);
             float *h = moe__experts_panel(experts->h, plan->hp, group, unit, at);
             float *part = experts->part + (group->begin + at) * plan->hp + unit;
-            moe__product_weights_t(run->kernels, rows, plan->d, dy + row * MOE__W, panel, &group->block.w2, plan->f,
-                                   unit * MOE__W, &to);
-            run->kernels->act_back[run->desc->expert](rows, weight, z, z + panel, h, dh, part, plan->hp);
+            moe__product_weights_t(MOE__KERNELS(run), rows, plan->d, dy + row * MOE__W, panel, &group->block.w2,
+                                   plan->f, unit * MOE__W, &to, share->chunk);
+            MOE__KERNELS(run)->act_back[MOE__PICK(EXPERT, run->desc->expert)](rows, weight, z, z + panel, h, to.c,
+                                                                              part, plan->hp);
         }
 }
 /* Of a row of a group: <dy, o> = <h W2, dy> + <b2, dy>, the panels' shares in order. dy (d), row-major */
@@ -8003,7 +8224,7 @@ static float moe__experts_weight_back(const moe__run *run, const moe__run_group 
     float sum = 0.0f;
     for (size_t unit = 0; unit < plan->hp; unit++)
         sum += run->memory->experts.part[(group->begin + row) * plan->hp + unit];
-    if (plan->bias) sum += run->kernels->dot(plan->d, group->block.b2, dy);
+    if (plan->bias) sum += MOE__KERNELS(run)->dot(plan->d, group->block.b2, dy);
     return sum;
 }
 static void moe__experts_weights_back(const moe__run *run, const moe__experts_share *share) {
@@ -8021,7 +8242,7 @@ static void moe__experts_outer(const moe__run *run, const moe__experts_share *sh
     for (size_t t = 0; t < rows; t += MOE__TB)
         for (size_t n = 0; n < n_panels; n++)
             for (size_t unit = share->unit; unit < share->end; unit++)
-                moe__product_outer(run->kernels, moe__min(MOE__TB, rows - t), moe__min(MOE__W, m - unit * MOE__W),
+                moe__product_outer(MOE__KERNELS(run), moe__min(MOE__TB, rows - t), moe__min(MOE__W, m - unit * MOE__W),
                                    a + unit * a_panel + t * MOE__W, b + (n * rows + t) * MOE__W, MOE__W,
                                    dw + (n * m + unit * MOE__W) * MOE__W, MOE__W, MOE__W, share->group->fresh && !t);
 }
@@ -8043,14 +8264,14 @@ static void moe__experts_x_back(const moe__run *run, const moe__experts_share *s
     const moe__run_group *group = share->group;
     const float *dz = moe__experts_panel(run->memory->experts.z, plan->zp, group, 0, share->row);
     moe__product_target to = moe__experts_out(run, share);
-    moe__product_weights_t(run->kernels, share->rows, plan->zp * MOE__W, dz, group->rows * MOE__W, &group->block.w1,
-                           plan->d, share->unit * MOE__W, &to);
+    moe__product_weights_t(MOE__KERNELS(run), share->rows, plan->zp * MOE__W, dz, group->rows * MOE__W,
+                           &group->block.w1, plan->d, share->unit * MOE__W, &to, share->chunk);
 }
 /* Gradients of an expert's biases; all of them where no token came and the gradient is fresh. g: a group */
 static void moe__experts_biases_back(const moe__run *run, size_t g) {
     const moe__plan *plan = run->plan;
     const moe__run_experts *experts = &run->memory->experts;
-    const moe__run_group *group = &experts->group[g];
+    const moe__run_group *group = &experts->group[run->n_away + g];
     float *dw = group->d_params;
     if (group->fresh && !group->rows) memset(dw, 0, plan->expert * sizeof(float));
     if (!plan->bias) return;
@@ -8061,12 +8282,13 @@ static void moe__experts_biases_back(const moe__run *run, size_t g) {
     for (size_t unit = 0; unit < plan->zp; unit++)
         for (size_t row = 0; row < group->rows; row++) {
             const float *dz = moe__experts_panel(experts->z, plan->zp, group, unit, row);
-            run->kernels->axpy(MOE__W, 1.0f, dz, dw + plan->b1 + unit * MOE__W);
+            MOE__KERNELS(run)->axpy(MOE__W, 1.0f, dz, dw + plan->b1 + unit * MOE__W);
         }
     for (size_t unit = 0; unit < plan->dp; unit++)
         for (size_t row = 0; row < group->rows; row++) {
             const float *dy = moe__experts_panel(experts->out, plan->dp, group, unit, row);
-            run->kernels->axpy(MOE__W, group->weight ? group->weight[row] : 1.0f, dy, dw + plan->b2 + unit * MOE__W);
+            float weight = group->weight ? group->weight[row] : 1.0f;
+            MOE__KERNELS(run)->axpy(MOE__W, weight, dy, dw + plan->b2 + unit * MOE__W);
         }
 }
 /* From the gathered dy to the parameters' gradients; fresh: some group's gradient is set. */
@@ -8076,7 +8298,8 @@ static void moe__experts_params_back(const moe__run *run, int fresh) {
     if (run->d_weight && !run->memory->losses.d_out)
         moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__experts_weights_back);
     if (run->stock) return; /* frozen */
-    if (fresh || plan->bias) moe__run_over(run, run->memory->experts.n_groups, plan->expert, moe__experts_biases_back);
+    if (fresh || plan->bias)
+        moe__run_over(run, run->memory->experts.n_groups - run->n_away, plan->expert, moe__experts_biases_back);
     moe__experts_phase(run, plan->hp, SIZE_MAX, 8, moe__experts_w2_back);
     moe__experts_phase(run, plan->dp, SIZE_MAX, 8, moe__experts_w1_back);
 }
@@ -8264,12 +8487,12 @@ MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, co
 /* Row t of all tokens' panels: y += a x, and <w, x>. */
 static void moe__combine_token_axpy(const moe__run *run, float a, size_t token, float *y) {
     for (size_t p = 0; p < run->plan->dp; p++)
-        run->kernels->axpy(moe__run_columns(run, p), a, moe__run_token(run, p, token), y + p * MOE__W);
+        MOE__KERNELS(run)->axpy(moe__run_columns(run, p), a, moe__run_token(run, p, token), y + p * MOE__W);
 }
 static float moe__combine_token_dot(const moe__run *run, const float *w, size_t token) {
     float sum = 0.0f;
     for (size_t p = 0; p < run->plan->dp; p++)
-        sum += run->kernels->dot(moe__run_columns(run, p), moe__run_token(run, p, token), w + p * MOE__W);
+        sum += MOE__KERNELS(run)->dot(moe__run_columns(run, p), moe__run_token(run, p, token), w + p * MOE__W);
     return sum;
 }
 
@@ -8290,7 +8513,7 @@ static moe__combine_special_kind moe__combine_special(const moe__run *run, size_
     constant->dw = constant->dv = NULL;
     if (run->d_params) constant->dw = run->d_params + w, constant->dv = run->d_params + v;
     for (int k = 0; k < 2; k++) z[k] = moe__combine_token_dot(run, constant->w + (size_t)k * d, token);
-    run->kernels->softmax(2, 1.0f, z, constant->a);
+    MOE__KERNELS(run)->softmax(2, 1.0f, z, constant->a);
     return MOE__CONSTANT;
 }
 static void moe__combine_special_add(const moe__run *run, size_t expert, size_t token, float weight, float *y) {
@@ -8299,7 +8522,7 @@ static void moe__combine_special_add(const moe__run *run, size_t expert, size_t 
     if (kind == MOE__COPY) moe__combine_token_axpy(run, weight, token, y);
     if (kind == MOE__CONSTANT) {
         moe__combine_token_axpy(run, weight * constant.a[0], token, y);
-        run->kernels->axpy(run->plan->d, weight * constant.a[1], constant.v, y);
+        MOE__KERNELS(run)->axpy(run->plan->d, weight * constant.a[1], constant.v, y);
     }
 }
 /* What the two gates of a constant expert get: dz = weight * a (da - <a, da>), da = (<dy, x>, <dy, v>). Returns
@@ -8307,7 +8530,7 @@ static void moe__combine_special_add(const moe__run *run, size_t expert, size_t 
 static float moe__combine_constant_dz(const moe__run *run, const moe__combine_constant *constant, size_t token,
                                       float weight, float dz[2]) {
     const float *dy = moe__run_dy(run, token);
-    float da[2] = {moe__combine_token_dot(run, dy, token), run->kernels->dot(run->plan->d, dy, constant->v)};
+    float da[2] = {moe__combine_token_dot(run, dy, token), MOE__KERNELS(run)->dot(run->plan->d, dy, constant->v)};
     float mean = moe__fma(constant->a[0], da[0], constant->a[1] * da[1]);
     for (int k = 0; k < 2; k++) dz[k] = weight * constant->a[k] * (da[k] - mean);
     return mean;
@@ -8317,11 +8540,11 @@ static void moe__combine_special_dx(const moe__run *run, size_t expert, size_t t
     size_t d = run->plan->d;
     float dz[2];
     moe__combine_special_kind kind = moe__combine_special(run, expert, token, &constant);
-    if (kind == MOE__COPY) run->kernels->axpy(d, weight, moe__run_dy(run, token), dx);
+    if (kind == MOE__COPY) MOE__KERNELS(run)->axpy(d, weight, moe__run_dy(run, token), dx);
     if (kind != MOE__CONSTANT) return;
     moe__combine_constant_dz(run, &constant, token, weight, dz);
-    run->kernels->axpy(d, weight * constant.a[0], moe__run_dy(run, token), dx);
-    for (size_t k = 0; k < 2; k++) run->kernels->axpy(d, dz[k], constant.w + k * d, dx);
+    MOE__KERNELS(run)->axpy(d, weight * constant.a[0], moe__run_dy(run, token), dx);
+    for (size_t k = 0; k < 2; k++) MOE__KERNELS(run)->axpy(d, dz[k], constant.w + k * d, dx);
 }
 /* Special expert `index`: gradients of its weights and parameters, its routes in order */
 static void moe__combine_special_back(const moe__run *run, size_t index) {
@@ -8336,7 +8559,7 @@ static void moe__combine_special_back(const moe__run *run, size_t index) {
         if (kind == MOE__CONSTANT) {
             dw = moe__combine_constant_dz(run, &constant, token, run->weight[route], dz);
             for (size_t k = 0; k < 2; k++) moe__combine_token_axpy(run, dz[k], token, constant.dw + k * d);
-            run->kernels->axpy(d, run->weight[route] * constant.a[1], moe__run_dy(run, token), constant.dv);
+            MOE__KERNELS(run)->axpy(d, run->weight[route] * constant.a[1], moe__run_dy(run, token), constant.dv);
         }
         if (run->d_weight) run->d_weight[route] = dw;
     }
@@ -8409,7 +8632,7 @@ static void moe__combine_sum_mix(const moe__run *run, size_t token, float *y) {
         if (route == MOE_NONE || run->weight[route] == 0.0f) continue; /* also where a robust weight shuts out a NaN */
         float weight = run->weight[route];
         if (route < routes->begin[plan->F])
-            run->kernels->axpy(plan->d, weight, run->memory->experts.out + route * plan->ldo, y);
+            MOE__KERNELS(run)->axpy(plan->d, weight, run->memory->experts.out + route * plan->ldo, y);
         else moe__combine_special_add(run, moe__routes_expert(routes, route), token, weight, y);
     }
 }
@@ -8421,7 +8644,7 @@ static void moe__combine_sum_mix_back(const moe__run *run, size_t token, float *
         uint32_t route = routes->slot[token * plan->S + s];
         if (route == MOE_NONE) continue;
         if (route < routes->begin[plan->F])
-            run->kernels->axpy(plan->d, 1.0f, run->memory->experts.out + route * plan->ldo, dx);
+            MOE__KERNELS(run)->axpy(plan->d, 1.0f, run->memory->experts.out + route * plan->ldo, dx);
         else moe__combine_special_dx(run, moe__routes_expert(routes, route), token, run->weight[route], dx);
     }
 }
@@ -8453,7 +8676,7 @@ static moe_status moe__combine_soft_layout(moe__run_memory *memory, size_t n_tok
     combine->soft = moe__take_floats(arena, n_tokens, N);
     combine->mix = moe__take_floats(arena, n_tokens, N);
     combine->dispatch = moe__take_floats(arena, n_tokens, N);
-    if (!memory->training) return MOE_OK;
+    if (!MOE__TRAINS(memory->training)) return MOE_OK;
     combine->d_soft = moe__take_floats(arena, n_tokens, N);
     combine->d_mix = moe__take_floats(arena, n_tokens, N);
     combine->d_dispatch = moe__take_floats(arena, n_tokens, N);
@@ -8471,7 +8694,7 @@ static const float *moe__combine_soft_out(const moe__run *run, size_t token, siz
 static void moe__combine_soft_weights(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, N = run->plan->N, slots = N / E;
     float inv_t = run->memory->now.inv_t;
-    if (!run->memory->combine.soft) return;
+    if (!MOE__MAY(COMBINE, MOE_COMBINE_SOFT) || !run->memory->combine.soft) return;
     for (size_t token = t0; token < t1; token++) {
         const float *z = run->memory->combine.soft + token * N;
         float *work = run->memory->combine.mix + token * N;
@@ -8479,9 +8702,9 @@ static void moe__combine_soft_weights(const moe__run *run, size_t t0, size_t t1)
         else {
             for (size_t slot = 0; slot < N; slot++) work[slot] = z[slot] * inv_t;
             for (size_t expert = 0; expert < E; expert++)
-                run->tape->logits[token * E + expert] = run->kernels->lse(slots, work + expert * slots) / inv_t;
+                run->tape->logits[token * E + expert] = MOE__KERNELS(run)->lse(slots, work + expert * slots) / inv_t;
         }
-        run->kernels->softmax(N, inv_t, z, work);
+        MOE__KERNELS(run)->softmax(N, inv_t, z, work);
     }
 }
 /* A sequence: softmax over its tokens for each slot: columns of (T, N). */
@@ -8498,7 +8721,7 @@ static void moe__combine_soft_dispatch(const moe__run *run, size_t sequence) {
                 if (z[token * N + c] > top[c]) top[c] = z[token * N + c];
         for (size_t token = t0; token < t1; token++) {
             for (size_t c = 0; c < cols; c++) weight[token * N + c] = (z[token * N + c] - top[c]) * inv_t;
-            run->kernels->exp(cols, weight + token * N, weight + token * N);
+            MOE__KERNELS(run)->exp(cols, weight + token * N, weight + token * N);
             for (size_t c = 0; c < cols; c++) sum[c] += weight[token * N + c];
         }
         for (size_t token = t0; token < t1; token++)
@@ -8524,8 +8747,9 @@ static void moe__combine_soft_read(const moe__run *run, size_t slot, const float
             size_t token = moe__run_sequence_begin(run, sequence), end = moe__run_sequence_end(run, sequence);
             for (; token < end; token++) {
                 float share = weight[token * N + slot];
-                if (!dy) run->kernels->axpy(MOE__W, share, moe__run_token(run, p, token), out);
-                else run->kernels->axpy(moe__run_columns(run, p), share, moe__run_dy(run, token) + p * MOE__W, out);
+                if (!dy) MOE__KERNELS(run)->axpy(MOE__W, share, moe__run_token(run, p, token), out);
+                else
+                    MOE__KERNELS(run)->axpy(moe__run_columns(run, p), share, moe__run_dy(run, token) + p * MOE__W, out);
             }
         }
 }
@@ -8542,12 +8766,12 @@ static void moe__combine_soft_gather(const moe__run *run) { moe__combine_soft_ov
 static void moe__combine_soft_mix(const moe__run *run, size_t token, float *y) {
     const float *weight = run->memory->combine.mix + token * run->plan->N;
     for (size_t slot = 0; slot < run->plan->N; slot++)
-        run->kernels->axpy(run->plan->d, weight[slot], moe__combine_soft_out(run, token, slot), y);
+        MOE__KERNELS(run)->axpy(run->plan->d, weight[slot], moe__combine_soft_out(run, token, slot), y);
 }
 static void moe__combine_soft_mix_back(const moe__run *run, size_t token, float *dx) {
     const float *weight = run->memory->combine.dispatch + token * run->plan->N;
     for (size_t slot = 0; slot < run->plan->N; slot++)
-        run->kernels->axpy(run->plan->d, weight[slot], moe__combine_soft_out(run, token, slot), dx);
+        MOE__KERNELS(run)->axpy(run->plan->d, weight[slot], moe__combine_soft_out(run, token, slot), dx);
 }
 /* d_mix_tn = <dy_t, o_n>, before o is used for dy; d_dispatch_tn = <x_t, dx_n>, after o holds dx of the slots */
 static void moe__combine_soft_d_mix(const moe__run *run, size_t t0, size_t t1) {
@@ -8555,7 +8779,7 @@ static void moe__combine_soft_d_mix(const moe__run *run, size_t t0, size_t t1) {
     float *d_mix = run->memory->combine.d_mix + t0 * N;
     for (size_t token = t0; token < t1; token++)
         for (size_t slot = 0; slot < N; slot++)
-            *d_mix++ = run->kernels->dot(d, moe__run_dy(run, token), moe__combine_soft_out(run, token, slot));
+            *d_mix++ = MOE__KERNELS(run)->dot(d, moe__run_dy(run, token), moe__combine_soft_out(run, token, slot));
 }
 static void moe__combine_soft_d_dispatch(const moe__run *run, size_t t0, size_t t1) {
     size_t N = run->plan->N;
@@ -8584,7 +8808,7 @@ static void moe__combine_soft_logits(const moe__run *run, size_t sequence) {
     float inv_t = run->memory->now.inv_t, mean[MOE__W];
     for (size_t token = t0; token < t1; token++) {
         const float *c = combine->mix + token * N, *dc = combine->d_mix + token * N;
-        float along = run->kernels->dot(N, c, dc);
+        float along = MOE__KERNELS(run)->dot(N, c, dc);
         for (size_t slot = 0; slot < N; slot++)
             combine->d_soft[token * N + slot] = inv_t * c[slot] * (dc[slot] - along);
     }
@@ -8614,12 +8838,12 @@ static void moe__combine_soft_back(const moe__run *run) {
     moe__run_over_sequences(run, N * 4, moe__combine_soft_logits);
     if (!d_scale) return;
     for (size_t token = 0; token < T; token++)
-        *d_scale += run->kernels->dot(N, combine->d_soft + token * N, combine->soft + token * N);
+        *d_scale += MOE__KERNELS(run)->dot(N, combine->d_soft + token * N, combine->soft + token * N);
 }
 /* What the auxiliary losses put into memory->d_logits goes on to the slots: by each slot's share of its expert. */
 static void moe__combine_soft_losses_back(const moe__run *run) {
     size_t E = run->plan->E, slots = moe__combine_soft_slots(run);
-    if (!run->memory->combine.soft) return;
+    if (!MOE__MAY(COMBINE, MOE_COMBINE_SOFT) || !run->memory->combine.soft) return;
     for (size_t i = 0; i < run->tape->n_tokens * E; i++) { /* a token and an expert */
         const float *mix = run->memory->combine.mix + i * slots;
         float *dz = run->memory->combine.d_soft + i * slots, sum = 0.0f;
@@ -8646,7 +8870,7 @@ static int moe__combine_merge_rows(const moe__plan *plan, size_t n_tokens, size_
 static moe_status moe__combine_merge_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
     size_t count = moe__run_most_sequences(&memory->plan, n_tokens);
     memory->combine.merged = moe__take_floats(arena, count, memory->plan.expert);
-    if (memory->training) memory->combine.d_merged = moe__take_floats(arena, count, memory->plan.expert);
+    if (MOE__TRAINS(memory->training)) memory->combine.d_merged = moe__take_floats(arena, count, memory->plan.expert);
     return MOE_OK;
 }
 static void moe__combine_merge_groups(const moe__run *run) {
@@ -8677,7 +8901,7 @@ static void moe__combine_merge_span(const moe__run *run, size_t item) {
         uint32_t route = routes->slot[token * run->plan->S + k];
         if (route == MOE_NONE) continue;
         const float *params = run->params + moe__routes_expert(routes, route) * length;
-        run->kernels->axpy(count, routes->weight[route], params + at, to);
+        MOE__KERNELS(run)->axpy(count, routes->weight[route], params + at, to);
     }
 }
 static void moe__combine_merge_gather(const moe__run *run) {
@@ -8695,15 +8919,15 @@ static void moe__combine_merge_expert(const moe__run *run, size_t expert) {
         const float *dw = run->memory->combine.d_merged + moe__run_sequence_of(run, token) * length;
         if (run->d_weight) run->d_weight[route] = 0.0f;
         if (moe__run_place(run, token)) continue; /* a sequence's weights are those of its first token */
-        run->kernels->axpy(length, routes->weight[route], dw, to);
-        if (run->d_weight) run->d_weight[route] = run->kernels->dot(length, dw, run->params + expert * length);
+        MOE__KERNELS(run)->axpy(length, routes->weight[route], dw, to);
+        if (run->d_weight) run->d_weight[route] = MOE__KERNELS(run)->dot(length, dw, run->params + expert * length);
     }
 }
 static void moe__combine_merge_back(const moe__run *run) {
     moe__run_over(run, run->plan->F, run->plan->expert * moe__run_sequences(run) * 2, moe__combine_merge_expert);
 }
 static void moe__combine_merge_mix(const moe__run *run, size_t token, float *y) {
-    run->kernels->axpy(run->plan->d, 1.0f, run->memory->experts.out + token * run->plan->ldo, y);
+    MOE__KERNELS(run)->axpy(run->plan->d, 1.0f, run->memory->experts.out + token * run->plan->ldo, y);
 }
 
 /* -- robust: w = g r / sum g r, r the reliability; r is constant in the gradient [D] -- */
@@ -8793,7 +9017,7 @@ static void moe__combine_input_mix(const moe__run *run, size_t token, float *y) 
     for (size_t s = 0; s < run->plan->S; s++) {
         uint32_t route = run->tape->routes.slot[token * run->plan->S + s];
         if (route != MOE_NONE)
-            run->kernels->axpy(run->plan->d, 1.0f, run->memory->experts.out + route * run->plan->ldo, y);
+            MOE__KERNELS(run)->axpy(run->plan->d, 1.0f, run->memory->experts.out + route * run->plan->ldo, y);
     }
 }
 static void moe__combine_input_weights(const moe__run *run, size_t t0, size_t t1) { /* of the rows' dx: <dx, x> */
@@ -8812,7 +9036,8 @@ static void moe__combine_input_mix_back(const moe__run *run, size_t token, float
     for (size_t s = 0; s < run->plan->S; s++) {
         uint32_t route = run->tape->routes.slot[token * run->plan->S + s];
         if (route == MOE_NONE) continue;
-        run->kernels->axpy(run->plan->d, run->weight[route], run->memory->experts.out + route * run->plan->ldo, dx);
+        MOE__KERNELS(run)->axpy(run->plan->d, run->weight[route],
+                                run->memory->experts.out + route * run->plan->ldo, dx);
     }
 }
 
@@ -8851,24 +9076,26 @@ static const moe__combine_row moe__combine_table[MOE_COMBINE_COUNT] = {
      moe__combine_sum_gather_dy, NULL, moe__combine_input_rows_back, moe__combine_input_mix_back},
 };
 MOE__NAME_API(combine, moe__combine_table, MOE_COMBINE_COUNT)
-static const moe__combine_row *moe__combine_of(const moe__run *run) { return &moe__combine_table[run->desc->combine]; }
+static const moe__combine_row *moe__combine_of(const moe__run *run) {
+    return &moe__combine_table[MOE__PICK(COMBINE, run->desc->combine)];
+}
 
 /* Routed experts whose parameters a token uses. */
 static size_t moe__combine_used(const moe__plan *plan) {
-    if (moe__combine_table[plan->desc.combine].by_sequence) return 1;
+    if (moe__combine_table[MOE__PICK(COMBINE, plan->desc.combine)].by_sequence) return 1;
     if (plan->desc.combine == MOE_COMBINE_SOFT) return plan->F;
     return moe__min(plan->F, plan->desc.top_k + (plan->desc.n_codes != 0));
 }
 /* The experts' memory, and that of the combination. */
 static moe_status moe__combine_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
-    const moe__combine_row *row = &moe__combine_table[memory->plan.desc.combine];
+    const moe__combine_row *row = &moe__combine_table[MOE__PICK(COMBINE, memory->plan.desc.combine)];
     size_t n_routed, n_own = memory->plan.networks, gathered;
     if (!row->rows(&memory->plan, n_tokens, &n_routed)) return MOE_E_OVERFLOW;
     gathered = n_routed;
     if (row->by_sequence) n_own = moe__run_most_sequences(&memory->plan, n_tokens), gathered = 0;
     if (memory->plan.desc.shared_gate == MOE_ON) {
         memory->combine.shared_gate = moe__take_floats(arena, n_tokens, 1);
-        if (memory->training) memory->combine.d_shared_gate = moe__take_floats(arena, n_tokens, 1);
+        if (MOE__TRAINS(memory->training)) memory->combine.d_shared_gate = moe__take_floats(arena, n_tokens, 1);
     }
     moe_status status = moe__experts_layout(memory, n_tokens, n_own, n_routed, gathered, arena);
     if (!status && row->layout) status = row->layout(memory, n_tokens, arena);
@@ -8892,7 +9119,8 @@ static void moe__combine_groups(moe__run *run) {
 static void moe__combine_shared(const moe__run *run, float weight, size_t token, float *y) {
     const moe__run_experts *experts = &run->memory->experts;
     for (size_t g = experts->n_own; g < experts->n_groups; g++)
-        run->kernels->axpy(run->plan->d, weight, experts->out + (experts->group[g].begin + token) * run->plan->ldo, y);
+        MOE__KERNELS(run)->axpy(run->plan->d, weight,
+                                experts->out + (experts->group[g].begin + token) * run->plan->ldo, y);
 }
 /* The weight of the shared experts, 1 or sigmoid(x . w); then what w and x get: dz = s (1 - s) sum <dy, o>. */
 static float moe__combine_shared_weight(const moe__run *run, size_t token) {
@@ -8900,7 +9128,7 @@ static float moe__combine_shared_weight(const moe__run *run, size_t token) {
     float *gate = run->memory->combine.shared_gate, z[2] = {0.0f, 0.0f};
     if (!gate) return 1.0f;
     z[0] = moe__combine_token_dot(run, w, token);
-    run->kernels->softmax(2, 1.0f, z, z);
+    MOE__KERNELS(run)->softmax(2, 1.0f, z, z);
     gate[token] = z[0];
     return z[0];
 }
@@ -8914,13 +9142,13 @@ static void moe__combine_shared_dz(const moe__run *run, size_t t0, size_t t1) {
         sum *= gate * (1.0f - gate);
         run->memory->combine.d_shared_gate[token] = sum;
         const float *w = run->params + moe__plan_offset(run->plan, MOE__T_SHARED_GATE);
-        if (run->dx) run->kernels->axpy(d, sum, w, run->dx + token * d);
+        if (run->dx) MOE__KERNELS(run)->axpy(d, sum, w, run->dx + token * d);
     }
 }
 static void moe__combine_shared_dw(const moe__run *run, size_t panel) {
     float *dw = run->d_params + moe__plan_offset(run->plan, MOE__T_SHARED_GATE) + panel * MOE__W;
     for (size_t token = 0; token < run->tape->n_tokens; token++)
-        run->kernels->axpy(moe__run_columns(run, panel), run->memory->combine.d_shared_gate[token],
+        MOE__KERNELS(run)->axpy(moe__run_columns(run, panel), run->memory->combine.d_shared_gate[token],
                            moe__run_token(run, panel, token), dw);
 }
 static void moe__combine_mix(const moe__run *run, size_t t0, size_t t1) {
@@ -8937,23 +9165,29 @@ static void moe__combine_mix_back(const moe__run *run, size_t t0, size_t t1) {
         moe__combine_of(run)->mix_back(run, token, run->dx + token * run->plan->d);
     }
 }
-static void moe__combine_forward(moe__run *run) {
-    const moe__combine_row *row = moe__combine_of(run);
+/* Each direction in parts: what the groups read; then their outputs; or parameters' gradients, and the rows' dx. After
+ * the first part the rows of the first run->n_away groups may be computed elsewhere: their inputs stand in experts.x,
+ * their dy in experts.out, as panels; before the last one outputs, or dx, must stand in experts.out, row-major. */
+static void moe__combine_forward_begin(moe__run *run) {
     moe__combine_groups(run);
-    row->gather(run);
+    moe__combine_of(run)->gather(run);
+}
+static void moe__combine_forward_end(moe__run *run) {
+    const moe__combine_row *row = moe__combine_of(run);
     moe__experts_forward(run);
     if (row->weigh) row->weigh(run);
     moe__run_over_blocks(run, moe__combine_mix);
 }
-
-static void moe__combine_backward(moe__run *run) {
-    const moe__plan *plan = run->plan;
-    const moe__combine_row *row = moe__combine_of(run);
+static void moe__combine_backward_begin(moe__run *run) {
     moe__run_experts *experts = &run->memory->experts;
     moe__combine_groups(run);
-    row->gather_dy(run);
+    moe__combine_of(run)->gather_dy(run);
     if (run->memory->losses.d_out)
         for (size_t g = 0; g < experts->n_own; g++) experts->group[g].weight = NULL; /* in dy now */
+}
+static void moe__combine_backward_params(moe__run *run) {
+    const moe__plan *plan = run->plan;
+    const moe__combine_row *row = moe__combine_of(run);
     moe__experts_params_back(run, run->fresh || row->by_sequence);
     if (run->fresh) memset(run->d_params + plan->special, 0, (plan->experts - plan->special) * sizeof(float));
     if (plan->E > plan->F)
@@ -8963,6 +9197,9 @@ static void moe__combine_backward(moe__run *run) {
         moe__run_over(run, plan->dp, run->tape->n_tokens * MOE__W, moe__combine_shared_dw);
     }
     if (row->back) row->back(run);
+}
+static void moe__combine_backward_end(moe__run *run) {
+    const moe__combine_row *row = moe__combine_of(run);
     if (!run->dx && !row->rows_back) return;
     moe__experts_rows_back(run);
     if (row->rows_back) row->rows_back(run);
@@ -8990,7 +9227,7 @@ typedef struct moe__run_codes {
     int ready;              /* code and x are of the tape's tokens */
 } moe__run_codes;
 
-static moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
+MOE__APART moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
     moe__run_codes codes;
     moe__plan *plan = &codes.memory.plan;
     size_t d = memory->plan.d, count = memory->plan.desc.n_codes;
@@ -9014,7 +9251,7 @@ static moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens, mo
     codes.out = moe__take_floats(arena, n_tokens, d);
     codes.inv_out = moe__take_floats(arena, n_tokens, 1);
     codes.gate = moe__take_floats(arena, n_tokens, 2);
-    if (memory->training) {
+    if (MOE__TRAINS(memory->training)) {
         codes.x = moe__take_floats(arena, n_tokens, d);
         codes.d_other = moe__take_floats(arena, n_tokens, d);
         codes.d_out = moe__take_floats(arena, n_tokens, d);
@@ -9061,7 +9298,7 @@ static float moe__codes_input(const moe__run *run, const float *x, size_t code, 
     memcpy(in, moe__run_tensor(run, MOE__R_CODEBOOK) + code * d, d * sizeof(float));
     if (share > 0.0f)
         for (size_t c = 0; c < d; c++) in[c] = moe__fma(share, in[c] - x[c], (1.0f - share) * x[c]);
-    return moe__codes_ln(run->kernels, d, in, in);
+    return moe__codes_ln(MOE__KERNELS(run), d, in, in);
 }
 static void moe__codes_nearest(const moe__run *run, size_t t0, size_t t1) { /* nearest code, its LN, the two weights */
     moe__run_codes *codes = run->memory->codes;
@@ -9072,7 +9309,7 @@ static void moe__codes_nearest(const moe__run *run, size_t t0, size_t t1) { /* n
         float best = 0.0f, z[2] = {0.0f, 0.0f};
         size_t code = 0;
         for (size_t c = 0; c < run->desc->n_codes; c++) { /* |x - C|^2 without |x|^2 */
-            float far = moe__fma(-2.0f, run->kernels->dot(d, x, codebook + c * d), codes->square[c]);
+            float far = moe__fma(-2.0f, MOE__KERNELS(run)->dot(d, x, codebook + c * d), codes->square[c]);
             if (!c || far < best) best = far, code = c;
         }
         if (codes->x) memcpy(codes->x + token * d, x, d * sizeof(float));
@@ -9081,7 +9318,7 @@ static void moe__codes_nearest(const moe__run *run, size_t t0, size_t t1) { /* n
         (void)moe__codes_input(run, x, code, codes->in + token * d);
         for (size_t c = 0; c < d; c++)
             for (size_t k = 0; k < 2; k++) z[k] = moe__fma(x[c], gate[c * 2 + k], z[k]);
-        run->kernels->softmax(2, 1.0f, z, codes->gate + token * 2);
+        MOE__KERNELS(run)->softmax(2, 1.0f, z, codes->gate + token * 2);
     }
 }
 static void moe__codes_mix(const moe__run *run, size_t t0, size_t t1) { /* out = LN(o); y = g_0 y + g_1 out */
@@ -9089,22 +9326,27 @@ static void moe__codes_mix(const moe__run *run, size_t t0, size_t t1) { /* out =
     size_t d = run->plan->d;
     for (size_t token = t0; token < t1; token++) {
         float *y = run->y + token * d, *out = codes->out + token * d;
-        codes->inv_out[token] = moe__codes_ln(run->kernels, d, out, out);
+        codes->inv_out[token] = moe__codes_ln(MOE__KERNELS(run), d, out, out);
         memcpy(codes->other + token * d, y, d * sizeof(float));
         for (size_t c = 0; c < d; c++) y[c] *= codes->gate[token * 2];
-        run->kernels->axpy(d, codes->gate[token * 2 + 1], out, y);
+        MOE__KERNELS(run)->axpy(d, codes->gate[token * 2 + 1], out, y);
     }
 }
-/* After the other branch: run has x, y, router, params. */
-static moe_status moe__codes_forward(const moe__run *run) {
+/* Before the other branch, while x is there: y may lie over it. */
+static void moe__codes_begin(const moe__run *run) {
     moe__run_codes *codes = run->memory->codes;
-    size_t d = run->plan->d, n = run->tape->n_tokens;
+    size_t d = run->plan->d;
     for (size_t c = 0; c < run->desc->n_codes; c++) {
         const float *code = moe__run_tensor(run, MOE__R_CODEBOOK) + c * d;
-        codes->square[c] = run->kernels->dot(d, code, code);
+        codes->square[c] = MOE__KERNELS(run)->dot(d, code, code);
     }
     moe__run_over_blocks(run, moe__codes_nearest);
     codes->ready = 1;
+}
+/* After it: run has y, router, params. */
+static moe_status moe__codes_forward(const moe__run *run) {
+    moe__run_codes *codes = run->memory->codes;
+    size_t n = run->tape->n_tokens;
     codes->tape.n_tokens = n;
     moe_status status = moe__routes_fill(&codes->tape.routes, n, codes->expert, NULL, 0, NULL, MOE_ORDER_TOKEN);
     if (status) return status;
@@ -9112,7 +9354,8 @@ static moe_status moe__codes_forward(const moe__run *run) {
     inner.x = codes->in;
     inner.y = codes->out;
     moe__run_over_blocks(&inner, moe__run_pack_tokens);
-    moe__combine_forward(&inner);
+    moe__combine_forward_begin(&inner);
+    moe__combine_forward_end(&inner);
     moe__run_over_blocks(run, moe__codes_mix);
     return MOE_OK;
 }
@@ -9121,7 +9364,7 @@ static moe_status moe__codes_forward(const moe__run *run) {
 static void moe__codes_split_block(const moe__run *run, size_t t0, size_t t1) {
     moe__run_codes *codes = run->memory->codes;
     size_t d = run->plan->d;
-    const moe__kernels *kernels = run->kernels;
+    const moe__kernels *kernels = MOE__KERNELS(run);
     const float *gate = moe__run_tensor(run, MOE__R_BRANCH);
     for (size_t token = t0; token < t1; token++) {
         const float *dy = moe__run_dy(run, token), *out = codes->out + token * d;
@@ -9159,15 +9402,17 @@ static void moe__codes_backward(const moe__run *run) {
     inner.dy = codes->d_out;
     inner.d_params = run->d_params;
     inner.dx = codes->in;
-    moe__combine_backward(&inner);
+    moe__combine_backward_begin(&inner);
+    moe__combine_backward_params(&inner);
+    moe__combine_backward_end(&inner);
     if (!run->dx) return;
     float straight = 1.0f;
     if (run->desc->code_share > 0.0f) straight = 1.0f - run->desc->code_share;
     for (size_t token = 0; token < n; token++) { /* back through LN, and straight through the code to x */
         float *d_in = codes->in + token * d, *in = codes->d_out + token * d; /* made again; d_out is used up */
         float inv = moe__codes_input(run, codes->x + token * d, (size_t)codes->code[token], in);
-        moe__codes_ln_back(run->kernels, d, in, inv, d_in);
-        run->kernels->axpy(d, straight, d_in, run->dx + token * d);
+        moe__codes_ln_back(MOE__KERNELS(run), d, in, inv, d_in);
+        MOE__KERNELS(run)->axpy(d, straight, d_in, run->dx + token * d);
     }
 }
 
@@ -9485,7 +9730,7 @@ static double moe__loss_through_softmax(const moe__loss_slope *slope, float coef
     const moe__kernels *kernels = moe__dispatched();
     const moe_loss_args *args = slope->args;
     size_t T = args->n_tokens, E = args->n_experts;
-    float c[MOE__SLOPES], scaled[MOE__SLOPES], step = coefficient / (args->temperature * (float)T);
+    float c[MOE__SLOPES], scaled[MOE__SLOPES], step = coefficient / (args->temperature * (float)args->mean_tokens);
     int whole = E <= MOE__SLOPES;
     double sum = 0.0;
     for (size_t t = 0; t < T; t++) {
@@ -9507,7 +9752,7 @@ static double moe__loss_through_softmax(const moe__loss_slope *slope, float coef
             kernels->slope(n, step, slope->scale, mean, c, p + e, args->d_logits + t * E + e);
         }
     }
-    return sum / (double)T;
+    return sum / (double)args->mean_tokens;
 }
 /* The same where the value is not that mean. */
 static void moe__loss_add_slope(const moe__loss_slope *slope, float coefficient) {
@@ -9541,7 +9786,7 @@ static double moe__loss_even(const moe_loss_args *args, size_t n_groups, double 
             sum += moe__times(P[i], (double)args->load[group]);
         }
     }
-    return sum * scale / (double)T;
+    return sum * scale / (double)args->mean_tokens;
 }
 /* As in GShard and Switch [C]; DeepSeekMoE's expert level is the same [K]; loads of the global batch after Qwen [C]. */
 static double moe__loss_switch(const moe_loss_args *args, float coefficient) {
@@ -9744,7 +9989,7 @@ static double moe__loss_z(const moe_loss_args *args, float coefficient) {
     const moe__kernels *kernels = moe__dispatched();
     size_t T = args->n_tokens, E = args->n_experts;
     double sum = 0.0;
-    float step = 2.0f * coefficient / (float)T;
+    float step = 2.0f * coefficient / (float)args->mean_tokens;
     for (size_t t = 0; t < T; t++) {
         const float *z = args->logits + t * E;
         float lse = kernels->lse(E, z);
@@ -9758,7 +10003,7 @@ static double moe__loss_z(const moe_loss_args *args, float coefficient) {
             kernels->axpy(count, step * lse, p, args->d_logits + t * E + e);
         }
     }
-    return sum / (double)T;
+    return sum / (double)args->mean_tokens;
 }
 
 /* -- scores, weights, noise -- */
@@ -9783,7 +10028,7 @@ static double moe__loss_variance(const moe_loss_args *args, float coefficient) {
 static double moe__loss_relu_l1(const moe_loss_args *args, float coefficient) {
     size_t T = args->n_tokens, E = args->n_experts;
     if (!args->counted) return 0.0;
-    double sum = 0.0, scale = (double)E / ((double)args->top_k * (double)args->counted * (double)T);
+    double sum = 0.0, scale = (double)E / ((double)args->top_k * (double)args->counted * (double)args->mean_tokens);
     for (size_t t = 0; t < T; t++)
         for (size_t e = 0; e < E; e++) {
             size_t i = t * E + e;
@@ -10165,7 +10410,7 @@ static moe_status moe__balance_layout(moe_tape *tape, moe__run_memory *memory, s
     moe__run_losses *losses = &memory->losses;
     size_t blocks = moe__ceil_div(count, MOE__TOKENS), sequences = 1, counts;
     (void)tape;
-    if (!memory->training) return MOE_OK;
+    if (!MOE__TRAINS(memory->training)) return MOE_OK;
     if (plan->desc.sequence) sequences = moe__max(moe__ceil_div(count, plan->desc.sequence), 1);
     if (!moe__mul(sequences, plan->E, &counts)) return MOE_E_OVERFLOW;
     losses->teacher = (int32_t *)moe__take(arena, count, sizeof(int32_t));
@@ -10191,11 +10436,12 @@ static const int32_t *moe__balance_teacher(const moe__run *run) {
 static moe_loss_args moe__balance_args(const moe__run *run, const uint64_t *load) {
     const moe_tape *tape = run->tape;
     moe_loss_args args = moe__loss_args_of(tape->n_tokens, run->plan->E, run->plan->S);
+    args.mean_tokens = run->memory->now.total;
     args.n_ranks = run->desc->n_ranks;
     args.temperature = run->memory->now.prob_t;
     args.prob = tape->prob;
     args.scores = tape->prob;
-    if (moe__gate_table[run->desc->gate].scores == MOE__SCORES_OWN) args.scores = tape->scores;
+    if (moe__gate_table[MOE__PICK(GATE, run->desc->gate)].scores == MOE__SCORES_OWN) args.scores = tape->scores;
     args.logits = tape->logits;
     args.index = tape->index;
     args.teacher = moe__balance_teacher(run);
@@ -10278,19 +10524,21 @@ static moe_status moe__balance_add_communication(const moe__run *run, moe_loss_a
 static moe_status moe__balance_add_locality(const moe__run *run, moe_loss_args *args, float coefficient,
                                             double *value) {
     const moe__run_losses *losses = &run->memory->losses;
-    size_t T = args->n_tokens, E = args->n_experts, n_ranks = args->n_ranks, used = 0, end;
+    const moe__run_now *now = &run->memory->now;
+    size_t T = now->total, E = args->n_experts, n_ranks = args->n_ranks, used = 0, end;
+    size_t last = now->first + args->n_tokens;
     double v, sum = 0.0;
     moe_status status = MOE_OK;
-    for (size_t home = 0; home < moe__min(n_ranks, T); home++)
+    for (size_t home = 0; home < n_ranks; home++)
         used += moe__ceil_div(home * T, n_ranks) < moe__ceil_div((home + 1) * T, n_ranks);
     args->smoothing = 0.01f;
     args->rank_prob = losses->rank_prob;
-    for (size_t begin = 0; args->home < n_ranks && !status; args->home++, begin = end) {
-        end = moe__ceil_div((args->home + 1) * T, n_ranks); /* tokens with t n_ranks / T == home */
+    for (size_t begin = now->first; args->home < n_ranks && !status; args->home++, begin = moe__max(begin, end)) {
+        end = moe__min(last, moe__ceil_div((args->home + 1) * T, n_ranks)); /* tokens with t n_ranks / T == home */
         if (end <= begin) continue;
-        args->n_tokens = end - begin;
-        args->prob = run->tape->prob + begin * E;
-        args->d_logits = run->memory->d_logits + begin * E;
+        args->n_tokens = args->mean_tokens = end - begin;
+        args->prob = run->tape->prob + (begin - now->first) * E;
+        args->d_logits = run->memory->d_logits + (begin - now->first) * E;
         status = moe_mean_scores(args->n_tokens, E, args->prob, losses->mean_of_batch);
         if (!status) status = moe_rank_prob(E, n_ranks, losses->mean_of_batch, losses->rank_prob);
         if (!status) status = moe_loss(MOE_LOSS_LOCALITY, args, coefficient / (float)used, &v);
@@ -10382,7 +10630,7 @@ static void moe__balance_load_back(const moe__run *run, const float *threshold, 
         for (size_t i = 0; i < 2; i++) {
             size_t highest = at + place[i];
             d_logits[highest] += sum[i];
-            if (!learned || !run->memory->now.training) continue;
+            if (!learned || !MOE__TRAINS(run->memory->now.training)) continue;
             moe__noise_slope(run, highest, 1, &slope);
             raw[highest] = moe__fma(sum[i] * run->memory->noise.draw[highest], slope, raw[highest]);
         }
@@ -10574,6 +10822,7 @@ MOE_API moe_status moe_loss(moe_loss_kind kind, const moe_loss_args *args, float
     if (status) return status;
     moe_loss_args own = *args;
     if (own.temperature == 0.0f) own.temperature = 1.0f;
+    if (!own.mean_tokens) own.mean_tokens = own.n_tokens;
     if (count) result = moe__balance_losses[kind].value(&own, coefficient);
     if (value) *value = result;
     return MOE_OK;
@@ -10609,6 +10858,7 @@ static moe_status moe__balance_add(const moe__run *run, const uint64_t *load, mo
         const moe__balance_row *row = &moe__balance_losses[i];
         float coefficient = moe__balance_coefficient(run, (moe_loss_kind)i);
         if (!(run->desc->loss[i] > 0.0f) || row->when != when) continue;
+        if (row->reads == MOE__READS(ROUTER) && run->memory->now.first) continue; /* once for all parts */
         moe_loss_args args = moe__balance_args(run, load);
         if (row->reads == MOE__READS(ROUTER)) { /* of soft slots, columns */
             args.d_model = run->plan->L;
@@ -11690,50 +11940,66 @@ MOE_API moe_status moe_repetition(size_t n_tokens, size_t n_experts, size_t top_
     return MOE_OK;
 }
 
-/* The least important expert that is still in full, but not `but`; n_experts: there is none. */
-static size_t moe__measure_least(const moe_replicate_desc *desc, const moe_format_kind *formats, size_t but) {
+/* The least important expert that is still in full and has no replica. */
+static size_t moe__measure_least(const moe_replicate_desc *desc, const moe_format_kind *formats) {
     size_t n = desc->n_experts, least = n;
     double best = 0.0;
     for (size_t e = 0; e < n; e++) {
         double value = desc->importance ? desc->importance[e] : (double)desc->load[e];
-        if (e == but || formats[e] != desc->full || (least < n && !(value < best))) continue;
+        if (formats[e] != desc->full || (least < n && !(value < best))) continue;
         least = e;
         best = value;
     }
     return least;
 }
-MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, moe_format_kind *formats, moe_replicate *out) {
+/* The heaviest expert that is in no format yet. */
+static size_t moe__measure_heaviest(const moe_replicate_desc *desc, const moe_format_kind *formats) {
+    size_t n = desc->n_experts, heaviest = n;
+    for (size_t e = 0; e < n; e++)
+        if (formats[e] != MOE_FORMAT_COUNT && (heaviest == n || desc->load[e] > desc->load[heaviest])) heaviest = e;
+    return heaviest;
+}
+MOE_API moe_status moe_replicate_plan(const moe_replicate_desc *desc, size_t *replica, moe_format_kind *formats,
+                                      moe_replicate *out) {
     moe_replicate made;
     if (!desc) return MOE_E_NULL_DESC;
-    if (!formats || !out) return MOE_E_NULL_OUT;
-    size_t n = desc->n_experts, budget, most;
+    if (!replica || !formats || !out) return MOE_E_NULL_OUT;
+    size_t n = desc->n_experts, n_replicas = desc->n_replicas + !desc->n_replicas, budget, most;
     if (!n || n > MOE__MAX_EXPERTS) return MOE_E_N_EXPERTS;
+    if (n_replicas > n) return MOE_E_REPLICA;
     if (!desc->load) return MOE_E_NULL_LOAD;
     if ((unsigned)desc->full >= MOE_FORMAT_COUNT || (unsigned)desc->small >= MOE_FORMAT_COUNT) return MOE_E_FORMAT;
     if (desc->full == desc->small) return MOE_E_FORMAT;
     if (!desc->small_bytes || desc->small_bytes >= desc->full_bytes) return MOE_E_BUDGET;
-    if (!moe__mul(n + 1, desc->full_bytes, &most)) return MOE_E_OVERFLOW;
+    if (!moe__mul(2 * n, desc->full_bytes, &most)) return MOE_E_OVERFLOW;
     for (size_t e = 0; e < n && desc->importance; e++)
         if (!moe__finite_double(desc->importance[e])) return MOE_E_IMPORTANCE;
     memset(&made, 0, sizeof made);
-    made.bytes_before = most - desc->full_bytes;
-    made.bytes = made.bytes_before + desc->small_bytes;
+    made.n_replicas = n_replicas;
+    made.bytes_before = most / 2;
+    made.bytes = made.bytes_before + n_replicas * desc->small_bytes;
     budget = desc->budget ? desc->budget : made.bytes_before;
     size_t saves = desc->full_bytes - desc->small_bytes;
     if (made.bytes > budget) made.n_small = moe__ceil_div(made.bytes - budget, saves);
-    if (made.n_small >= n) return MOE_E_BUDGET; /* the replicated one stays in full */
+    if (made.n_small > n - n_replicas) return MOE_E_BUDGET; /* the replicated ones stay in full */
     made.bytes -= made.n_small * saves;
-    double mean = moe__health_sum(n, desc->load) / (double)n;
-    for (size_t e = 0; e < n; e++) {
-        if (desc->load[e] > desc->load[made.expert]) made.expert = e;
-        formats[e] = desc->full;
+    uint64_t heaviest = 0, after = 0;
+    for (size_t e = 0; e < n; e++) formats[e] = desc->full;
+    for (size_t i = 0; i < n_replicas; i++) { /* marked: not to be made small, nor replicated again */
+        replica[i] = moe__measure_heaviest(desc, formats);
+        formats[replica[i]] = MOE_FORMAT_COUNT;
+        formats[n + i] = desc->small;
     }
-    uint64_t most_load = desc->load[made.expert], after = most_load - most_load / 2; /* half, rounded up */
-    for (size_t e = 0; e < n; e++)
-        if (e != made.expert && desc->load[e] > after) after = desc->load[e];
-    formats[n] = desc->small;
-    for (size_t i = 0; i < made.n_small; i++) formats[moe__measure_least(desc, formats, made.expert)] = desc->small;
-    if (mean > 0.0) made.imbalance_before = (double)most_load / mean, made.imbalance = (double)after / mean;
+    for (size_t e = 0; e < n; e++) {
+        uint64_t load = desc->load[e];
+        if (load > heaviest) heaviest = load;
+        if (formats[e] == MOE_FORMAT_COUNT) load -= load / 2; /* half, rounded up */
+        if (load > after) after = load;
+    }
+    for (size_t i = 0; i < made.n_small; i++) formats[moe__measure_least(desc, formats)] = desc->small;
+    for (size_t i = 0; i < n_replicas; i++) formats[replica[i]] = desc->full;
+    double mean = moe__health_sum(n, desc->load) / (double)n;
+    if (mean > 0.0) made.imbalance_before = (double)heaviest / mean, made.imbalance = (double)after / mean;
     *out = made;
     return MOE_OK;
 }
@@ -13129,13 +13395,14 @@ typedef struct moe__desc_field {
     const char *name;
     size_t offset, size;
     moe__desc_field_type type;
-    double unset, lowest, highest;  /* in place of 0; what a value must lie between */
+    float unset, lowest, highest;   /* in place of 0; what a value must lie between */
     int off;                        /* MOE_OFF is allowed as well */
     moe_status status;              /* of a value that is not allowed */
     int memory;                     /* the layout of a layer or a tape depends on it */
     const char *(*value_name)(int); /* NULL for no such value */
 } moe__desc_field;
 
+#ifndef MOE_NO_TEXT
 static const char *moe__desc_flag_word(int v) {
     if (v == MOE_DEFAULT) return "null";
     if (v == MOE_ON) return "true";
@@ -13147,23 +13414,30 @@ MOE__WORD(score) MOE__WORD(gate) MOE__WORD(select) MOE__WORD(expert) MOE__WORD(o
 MOE__WORD(noise) MOE__WORD(combine) MOE__WORD(schedule) MOE__WORD(init) MOE__WORD(control)
 MOE__WORD(load) MOE__WORD(round)
 #undef MOE__WORD
+#define MOE__TEXT(member) #member
+#define MOE__WORDS(kind) moe__desc_##kind##_word
+#else
+static const char *moe__desc_no_word(int v) { (void)v; return NULL; }
+#define MOE__TEXT(member) ""
+#define MOE__WORDS(kind) moe__desc_no_word
+#endif
 
 /* THE FIELD TABLE: one row is all that knows a field of moe_desc; defaults, checks, JSON, moe_desc_set, a file's
  * metadata and whether a tape fits follow from it. Only a default that depends on other fields (0 here) and what must
  * fit together stand below, in code: moe__desc_defaults, moe__desc_fit_numbers, moe__desc_fit_stages. In the order of
  * the struct; of several bad fields the first is reported. */
 #define MOE__ROW(member, type, unset, lowest, highest, off, status, memory, word)                                      \
-    {#member, offsetof(moe_desc, member), sizeof(((moe_desc *)0)->member), MOE__FIELD_##type,                          \
+    {MOE__TEXT(member), offsetof(moe_desc, member), sizeof(((moe_desc *)0)->member), MOE__FIELD_##type,                \
      unset, lowest, highest, off, status, memory, word}
 #define MOE__SIZE(member, unset, lowest, highest, status, memory)                                                      \
     MOE__ROW(member, SIZE, unset, lowest, highest, 0, status, memory, NULL)
 #define MOE__FLOAT(member, unset, lowest, highest, off, status)                                                        \
     MOE__ROW(member, FLOAT, unset, lowest, highest, off, status, 0, NULL)
 #define MOE__FLAG(member, unset, status, memory)                                                                       \
-    MOE__ROW(member, FLAG, unset, MOE_OFF, MOE_ON, 0, status, memory, moe__desc_flag_word)
+    MOE__ROW(member, FLAG, unset, MOE_OFF, MOE_ON, 0, status, memory, MOE__WORDS(flag))
 #define MOE__ENUM(member, word, unset, count, status, memory)                                                          \
-    MOE__ROW(member, ENUM, unset, 0, count - 1, 0, status, memory, moe__desc_##word##_word)
-#define MOE__ANY 1.9e19 /* no whole number is above it */
+    MOE__ROW(member, ENUM, unset, 0, count - 1, 0, status, memory, MOE__WORDS(word))
+#define MOE__ANY 1.9e19f /* no whole number is above it */
 static const moe__desc_field moe__desc_fields[] = {
     /*                    unset, lowest, highest, [off,] status, [memory] */
     MOE__SIZE(d_model, 0, 1, MOE__ANY, MOE_E_D_MODEL, 1),
@@ -13264,8 +13538,10 @@ static int moe__desc_field_at(size_t i, moe__desc_field *field, char name[32]) {
     if (loss >= MOE_LOSS_COUNT) return 0;
     *field = moe__desc_fields[i - loss];
     if (field->type != MOE__FIELD_LOSS) return 1;
+#ifndef MOE_NO_TEXT
     moe__text_add(&text, "loss.");
     moe__text_add(&text, moe_loss_name((moe_loss_kind)loss));
+#endif
     moe__text_end(&text);
     field->name = name;
     field->offset += loss * sizeof(float);
@@ -13414,39 +13690,41 @@ MOE_API moe_status moe_desc_parse(moe_desc *desc, const char *text, size_t *at) 
 /* -- defaults and checks -- */
 static moe_status moe__desc_resolve_field(const moe__desc_field *field, moe_desc *desc) {
     moe__desc_value value = moe__desc_load(field, desc);
-    double number;
+    float number;
     switch (field->type) {
     case MOE__FIELD_SIZE: case MOE__FIELD_U64:
         if (!value.whole) value.whole = (uint64_t)field->unset;
-        number = (double)value.whole;
+        number = (float)value.whole;
         break;
     case MOE__FIELD_FLOAT: case MOE__FIELD_LOSS:
-        if (value.number == 0.0f) value.number = (float)field->unset;
-        number = (double)value.number;
+        if (value.number == 0.0f) value.number = field->unset;
+        number = value.number;
         break;
     default:
         if (!value.choice) value.choice = (int)field->unset;
-        number = (double)value.choice;
+        number = (float)value.choice;
     }
     moe__desc_store(field, &value, desc);
-    if (field->off && number == (double)MOE_OFF) return MOE_OK;
+    if (field->off && number == (float)MOE_OFF) return MOE_OK;
     if (!(number >= field->lowest && number <= field->highest)) return field->status; /* NaN as well */
     return MOE_OK;
 }
 /* Defaults that depend on other fields. */
 static moe_status moe__desc_defaults(moe_desc *desc) {
-    const moe__experts_row *expert = &moe__experts_table[desc->expert];
+    const moe__experts_row *expert = &moe__experts_table[MOE__PICK(EXPERT, desc->expert)];
     if (!desc->d_ff) {
         if (!moe__mul(desc->d_model, expert->wide, &desc->d_ff)) return MOE_E_OVERFLOW;
         desc->d_ff = moe__max(1, desc->d_ff / expert->narrow);
     }
-    if (!desc->top_k) desc->top_k = desc->n_experts > 1 && !moe__select_table[desc->select].one ? 2 : 1;
+    int one = desc->n_experts <= 1 || moe__select_table[MOE__PICK(SELECT, desc->select)].one;
+    if (!desc->top_k) desc->top_k = one ? 1 : 2;
     if (!desc->top_k_min) desc->top_k_min = desc->top_k;
     if (!desc->d_router && desc->score == MOE_SCORE_HALF_COSINE) desc->d_router = 16;
     if (!desc->d_router && desc->score == MOE_SCORE_PROJECTED) desc->d_router = moe__max(1, desc->n_experts / 2);
     if (!desc->d_router && desc->score == MOE_SCORE_TANH) desc->d_router = 8 * desc->n_experts;
     if (!desc->d_router) desc->d_router = moe__max(1, desc->d_model / 2);
-    if (!desc->router_bias) desc->router_bias = moe__score_table[desc->score].latent.out_bias ? MOE_ON : MOE_OFF;
+    int biased = moe__score_table[MOE__PICK(SCORE, desc->score)].latent.out_bias;
+    if (!desc->router_bias) desc->router_bias = biased ? MOE_ON : MOE_OFF;
     if (!desc->route_sequence && desc->combine == MOE_COMBINE_MERGE) desc->route_sequence = MOE_ON;
     if (!desc->route_sequence) desc->route_sequence = MOE_OFF;
     if (!desc->normalize && desc->top_k > 1 && desc->gate != MOE_GATE_RELU) desc->normalize = MOE_ON;
@@ -13461,17 +13739,17 @@ static moe_status moe__desc_defaults(moe_desc *desc) {
  * task reaches it then. SparseMixer's estimator does not need one. */
 static int moe__desc_one_weight(const moe_desc *desc) {
     int one = desc->gate == MOE_GATE_SOFTMAX_SELECTED || desc->combine == MOE_COMBINE_ROBUST;
-    if (desc->normalize == MOE_ON && !moe__gate_table[desc->gate].normalizes) one = 1;
+    if (desc->normalize == MOE_ON && !moe__gate_table[MOE__PICK(GATE, desc->gate)].normalizes) one = 1;
     if (desc->training == MOE_OFF || desc->freeze_router == MOE_ON) return 0;
-    if (desc->top_k != 1 || desc->n_experts == 1 || moe__select_table[desc->select].all) return 0;
-    return one && moe__score_table[desc->score].backward != NULL;
+    if (desc->top_k != 1 || desc->n_experts == 1 || moe__select_table[MOE__PICK(SELECT, desc->select)].all) return 0;
+    return one && moe__score_table[MOE__PICK(SCORE, desc->score)].backward != NULL;
 }
 /* What must fit together: what the stages' rows ask, what concerns several of them, and the numbers. */
 static moe_status moe__desc_fit_stages(const moe_desc *desc) {
-    const moe__select_row *select = &moe__select_table[desc->select];
+    const moe__select_row *select = &moe__select_table[MOE__PICK(SELECT, desc->select)];
     moe_status (*const fits[4])(const moe_desc *) = {
-        moe__experts_table[desc->expert].fits, moe__score_table[desc->score].fits,
-        moe__combine_table[desc->combine].fits, select->fits
+        moe__experts_table[MOE__PICK(EXPERT, desc->expert)].fits, moe__score_table[MOE__PICK(SCORE, desc->score)].fits,
+        moe__combine_table[MOE__PICK(COMBINE, desc->combine)].fits, select->fits
     };
     int lambda = desc->controller == MOE_CONTROL_RELU_LAMBDA, adaptive = desc->controller == MOE_CONTROL_ADAPTIVE;
     if (!moe__select_suits_gate(desc)) return MOE_E_GATE_SELECT;
@@ -13498,7 +13776,7 @@ static moe_status moe__desc_fit_stages(const moe_desc *desc) {
         if (desc->combine == MOE_COMBINE_SOFT || desc->combine == MOE_COMBINE_MERGE) return MOE_E_N_BOUND;
     }
     if (desc->router_bias == MOE_ON && !moe__score_is_latent(desc->score)) return MOE_E_ROUTER_BIAS;
-    moe_status lacks = moe__balance_check(desc);
+    moe_status lacks = MOE__TRAINS(1) ? moe__balance_check(desc) : MOE_OK;
     if (lacks) return lacks;
     if (lambda && (desc->gate != MOE_GATE_RELU || !(desc->loss[MOE_LOSS_RELU_L1] > 0.0f))) return MOE_E_CONTROLLER;
     if (adaptive && !(desc->loss[MOE_LOSS_SWITCH] > 0.0f)) return MOE_E_CONTROLLER;
@@ -13536,7 +13814,7 @@ static moe_status moe__desc_resolve(moe_desc *desc) {
 /* Elements of each tensor, and where the router's begin. */
 static moe_status moe__desc_tensors(moe__plan *plan) {
     const moe_desc *desc = &plan->desc;
-    const moe__score_latent *latent = &moe__score_table[desc->score].latent;
+    const moe__score_latent *latent = &moe__score_table[MOE__PICK(SCORE, desc->score)].latent;
 #define MOE__THERE(id, name, axes, decay, start, axis, stream, format, there)                                          \
     plan->count[MOE__##id] = (there) != 0;
     MOE__ROUTER_TENSORS(MOE__THERE) MOE__EXPERT_TENSORS(MOE__THERE) MOE__CONSTANT_TENSORS(MOE__THERE)
@@ -13565,11 +13843,11 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     plan->E = desc->n_experts;
     plan->F = desc->n_experts - desc->n_zero - desc->n_copy - desc->n_constant;
     plan->S = desc->top_k;
-    if (moe__select_table[desc->select].all) plan->S = plan->E;
+    if (moe__select_table[MOE__PICK(SELECT, desc->select)].all) plan->S = plan->E;
     plan->L = plan->d;
-    if (moe__score_table[desc->score].latent.proj) plan->L = desc->d_router;
+    if (moe__score_table[MOE__PICK(SCORE, desc->score)].latent.proj) plan->L = desc->d_router;
     plan->N = plan->E * desc->soft_slots;
-    plan->gated = moe__experts_table[desc->expert].gated != 0;
+    plan->gated = moe__experts_table[MOE__PICK(EXPERT, desc->expert)].gated != 0;
     plan->bias = desc->bias == MOE_ON;
     plan->dp = moe__ceil_div(plan->d, MOE__W);
     plan->hp = moe__ceil_div(plan->f, MOE__W);
@@ -13599,11 +13877,18 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     return status;
 }
 /* The plan of a desc: its effective values, checked, and their extents. */
+/* Has this build what the desc asks for? */
+static int moe__desc_built(const moe_desc *desc) {
+    return MOE__MAY(SCORE, desc->score) && MOE__MAY(NOISE, desc->noise) && MOE__MAY(GATE, desc->gate) &&
+           MOE__MAY(SELECT, desc->select) && MOE__MAY(COMBINE, desc->combine) && MOE__MAY(EXPERT, desc->expert) &&
+           (MOE__TRAINS(1) || desc->training == MOE_OFF);
+}
 static moe_status moe__desc_plan(const moe_desc *in, moe__plan *plan) {
     if (!in) return MOE_E_NULL_DESC;
     if (!moe__arithmetic_ok()) return MOE_E_ARITHMETIC;
     moe_desc desc = *in;
     moe_status status = moe__desc_resolve(&desc);
+    if (!status && !moe__desc_built(&desc)) status = MOE_E_ONLY;
     if (status) return status;
     memset(plan, 0, sizeof *plan);
     plan->desc = desc;
@@ -13919,7 +14204,7 @@ MOE_API void moe_tape_free(moe_tape *tape) {
 static moe_status moe__pass_run(moe__run *run, const moe__plan *plan, moe_tape *tape) {
     if (!tape) return MOE_E_NULL_TAPE;
     const moe_side *side = &tape->side;
-    moe__run_given given = {side->step, side->draw, side->bias, side->experts, side->d_experts};
+    moe__run_given given = {side->step, side->draw, side->bias, side->experts, side->d_experts, 0, 0};
     if (plan != &tape->memory->plan && !moe__desc_same_memory(plan, &tape->memory->plan)) return MOE_E_TAPE_DESC;
     moe__run_begin(run, plan, tape);
     run->given = given;
@@ -13933,7 +14218,7 @@ static moe_status moe__pass_temperatures(const moe__run *run) {
     moe__run_now *now = &run->memory->now;
     const float *scale = moe__run_tensor(run, MOE__R_SCALE);
     float temperature = desc->temperature, given = run->tape->side.temperature;
-    if (desc->temperature_end != 0.0f)
+    if (MOE__TRAINS(1) && desc->temperature_end != 0.0f)
         (void)moe_schedule_temperature(desc->schedule, run->given.step, desc->schedule_steps, desc->temperature,
                                        desc->temperature_end, &temperature);
     if (given != 0.0f && !moe__temperature_ok(given)) return MOE_E_TEMPERATURE;
@@ -13945,7 +14230,7 @@ static moe_status moe__pass_temperatures(const moe__run *run) {
     float limit = 20.0f, within = *scale; /* e^20, e^-20: sharper or softer than these no float32 can tell */
     if (within > limit) within = limit;
     if (within < -limit) within = -limit;
-    run->kernels->exp(1, &within, &now->inv_t);
+    MOE__KERNELS(run)->exp(1, &within, &now->inv_t);
     return MOE_OK;
 }
 static moe_status moe__pass_now(const moe__run *run) {
@@ -13958,14 +14243,16 @@ static moe_status moe__pass_now(const moe__run *run) {
     if (run->given.bias && !moe__all_finite(run->plan->E, run->given.bias)) return MOE_E_NAN_BIAS;
     now->training = !side->evaluate && desc->training != MOE_OFF;
     now->draw = run->given.draw;
-    now->random = now->training && step < desc->random_steps;
+    now->first = run->given.first;
+    now->total = run->given.total ? run->given.total : run->tape->n_tokens;
+    now->random = MOE__TRAINS(now->training) && step < desc->random_steps;
     now->k = desc->top_k;
     if (side->top_k) now->k = moe__min(side->top_k, desc->top_k);
-    else if (now->training && desc->schedule_steps)
+    else if (MOE__TRAINS(now->training) && desc->schedule_steps)
         (void)moe_schedule_k(desc->schedule, step, desc->schedule_steps, desc->top_k_min, desc->top_k, &now->k);
     moe_status status = moe__pass_temperatures(run);
     if (status) return status;
-    if (now->training && desc->gate_drop > 0.0f) {
+    if (MOE__TRAINS(now->training) && desc->gate_drop > 0.0f) {
         moe__uniform_at(MOE__DRAW_KEY(run), moe__run_stream_of(0, MOE__USE_GATE_DROP), step, 1, 0.0f, 1.0f, &draw);
         now->skip = draw < desc->gate_drop && desc->gate_drop_experts == MOE_ON;
         now->local = draw < desc->gate_drop && !now->skip;
@@ -14008,6 +14295,13 @@ static void moe__pass_together(const moe__run *run, float *rows) {
 static void moe__pass_apart(const moe__run *run, float *rows) {
     if (!run->kept || !rows) return;
     for (size_t i = run->tape->n_tokens; i-- > 0;) moe__pass_swap(run, rows, i);
+}
+/* A backward reads dy while it writes dx and side.d_previous. (A forward has read all of x before it writes y.) */
+static moe_status moe__pass_apart_from(const moe__run *run, const float *dy, const float *dx) {
+    size_t n = run->tape->n_given, d = n * run->plan->d, E = n * run->plan->E;
+    const float *previous = run->tape->side.d_previous;
+    int bad = moe__overlap(dx, d, dy, d) || moe__overlap(previous, E, dy, d) || moe__overlap(previous, E, dx, d);
+    return bad ? MOE_E_OVERLAP : MOE_OK;
 }
 static void moe__pass_y(const moe__run *run, float *y) { /* a masked token's y is 0 */
     size_t at = run->tape->n_tokens * run->plan->d, end = run->tape->n_given * run->plan->d;
@@ -14056,7 +14350,8 @@ static moe_status moe__pass_begin(moe__run *run, const float *x, size_t n) {
 static void moe__pass_jitter(const moe__run *run, size_t row, size_t p, float *x) {
     float factor[MOE__W], width = run->desc->jitter;
     size_t cols = moe__run_columns(run, p);
-    if (!run->plan->jitter || !run->memory->now.training) return;
+    if (!run->plan->by_sequence) row += run->memory->now.first;
+    if (!run->plan->jitter || !MOE__TRAINS(run->memory->now.training)) return;
     moe__run_uniforms(run, MOE__USE_JITTER, (uint64_t)row * run->plan->d + p * MOE__W, cols, 1.0f - width,
                       1.0f + width, factor);
     for (size_t c = 0; c < cols; c++) x[c] *= factor[c];
@@ -14078,7 +14373,7 @@ static void moe__pass_sequence(const moe__run *run, size_t i) { /* score.x of a 
         float *mean = moe__pass_seen(run, p, t0);
         memset(mean, 0, MOE__W * sizeof(float));
         for (size_t token = t0; token < t1; token++)
-            run->kernels->axpy(MOE__W, 1.0f, moe__run_token(run, p, token), mean);
+            MOE__KERNELS(run)->axpy(MOE__W, 1.0f, moe__run_token(run, p, token), mean);
         for (size_t c = 0; c < MOE__W; c++) mean[c] = mean[c] / (float)(t1 - t0);
         moe__pass_jitter(run, i, p, mean);
         for (size_t token = t0 + 1; token < t1; token++)
@@ -14093,7 +14388,7 @@ static void moe__pass_tokens_back(const moe__run *run, size_t t0, size_t t1) {
     size_t d = run->plan->d;
     for (size_t token = t0; token < t1; token++) {
         moe__pass_jitter_back(run, token, run->memory->score.dx + token * d);
-        run->kernels->axpy(d, 1.0f, run->memory->score.dx + token * d, run->dx + token * d);
+        MOE__KERNELS(run)->axpy(d, 1.0f, run->memory->score.dx + token * d, run->dx + token * d);
     }
 }
 static void moe__pass_sequence_back(const moe__run *run, size_t i) {
@@ -14101,9 +14396,9 @@ static void moe__pass_sequence_back(const moe__run *run, size_t i) {
     float *first = run->memory->score.dx + t0 * d;
     for (size_t token = t0; token < t1; token++) moe__pass_jitter_back(run, i, run->memory->score.dx + token * d);
     for (size_t token = t0 + 1; token < t1; token++)
-        run->kernels->axpy(d, 1.0f, run->memory->score.dx + token * d, first);
+        MOE__KERNELS(run)->axpy(d, 1.0f, run->memory->score.dx + token * d, first);
     for (size_t token = t0; token < t1; token++)
-        run->kernels->axpy(d, 1.0f / (float)(t1 - t0), first, run->dx + token * d);
+        MOE__KERNELS(run)->axpy(d, 1.0f / (float)(t1 - t0), first, run->dx + token * d);
 }
 
 /* -- the router's forward -- */
@@ -14111,7 +14406,7 @@ static void moe__pass_sequence_back(const moe__run *run, size_t i) {
 static int moe__pass_finite(const moe__run *run, size_t t0, size_t t1) {
     const float *soft = run->memory->combine.soft;
     if (soft && !moe__all_finite((t1 - t0) * run->plan->N, soft + t0 * run->plan->N)) return 0;
-    if (!moe__score_table[run->desc->score].blind) return 1;
+    if (!moe__score_table[MOE__PICK(SCORE, run->desc->score)].blind) return 1;
     for (size_t p = 0; p < run->plan->dp; p++)
         if (!moe__all_finite((t1 - t0) * MOE__W, moe__run_token(run, p, t0))) return 0;
     return 1;
@@ -14126,7 +14421,7 @@ static int moe__pass_logits_finite(const moe__run *run, size_t t0, size_t t1) {
 }
 static int moe__pass_y_finite(const moe__run *run, size_t t0, size_t t1) {
     size_t d = run->plan->d;
-    return run->kernels->all_finite((t1 - t0) * d, run->y + t0 * d);
+    return MOE__KERNELS(run)->all_finite((t1 - t0) * d, run->y + t0 * d);
 }
 static int moe__pass_ok(const moe__run *run, moe_status about, size_t t0, size_t t1) {
     if (about == MOE_E_NAN_Y) return moe__pass_y_finite(run, t0, t1);
@@ -14147,7 +14442,7 @@ static moe_status moe__pass_failed(const moe__run *run) {
 }
 static void moe__pass_route_block(const moe__run *run, size_t t0, size_t t1) {
     size_t E = run->plan->E, S = run->plan->S, count = (t1 - t0) * E;
-    const moe__score_row *score = &moe__score_table[run->desc->score];
+    const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, run->desc->score)];
     float *z = run->tape->logits + t0 * E;
     moe_status *failed = run->memory->failed + t0 / MOE__TOKENS;
     memset(run->tape->index + t0 * S, 0xff, (t1 - t0) * S * sizeof(int32_t)); /* -1: whatever fails, no choice */
@@ -14162,13 +14457,13 @@ static void moe__pass_route_block(const moe__run *run, size_t t0, size_t t1) {
             if (z[i] < 0.0f) z[i] = 0.0f;
     if (!moe__pass_logits_finite(run, t0, t1)) return;
     for (size_t token = t0; token < t1; token++)
-        run->kernels->softmax(E, run->memory->now.prob_inv_t, run->tape->logits + token * E,
+        MOE__KERNELS(run)->softmax(E, run->memory->now.prob_inv_t, run->tape->logits + token * E,
                               run->tape->prob + token * E);
     moe__gate_scores(run, t0, t1);
     moe__select_view(run, t0, t1);
     *failed = MOE_OK;
-    if (!moe__select_table[run->desc->select].select) return;
-    *failed = moe__select_table[run->desc->select].select(run, t0, t1);
+    if (!moe__select_table[MOE__PICK(SELECT, run->desc->select)].select) return;
+    *failed = moe__select_table[MOE__PICK(SELECT, run->desc->select)].select(run, t0, t1);
     if (!*failed) moe__pass_weights(run, t0, t1);
 }
 static void moe__pass_pack_and_route(const moe__run *run, size_t t0, size_t t1) {
@@ -14194,8 +14489,8 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     const moe_desc *desc = run->desc;
     moe_tape *tape = run->tape;
     moe__run_memory *memory = run->memory;
-    const moe__score_row *score = &moe__score_table[desc->score];
-    const moe__select_row *select = &moe__select_table[desc->select];
+    const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, desc->score)];
+    const moe__select_row *select = &moe__select_table[MOE__PICK(SELECT, desc->select)];
     moe_status status = moe__pass_begin(run, x, n);
     if (status) return status;
     n = tape->n_tokens;
@@ -14206,7 +14501,7 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     if (select->even && memory->now.training && n % desc->n_experts) return MOE_E_UNEVEN;
     /* the common case in one pass over the tokens; what prepares over the whole batch needs all of them first */
     int one_pass = memory->score.x == memory->tokens && score->latent.act == MOE__RAW &&
-        !moe__noise_table[desc->noise].learned;
+        !moe__noise_table[MOE__PICK(NOISE, desc->noise)].learned;
     if (!one_pass) moe__run_over_blocks(run, moe__pass_tokens);
     if (run->plan->by_sequence)
         moe__run_over_sequences(run, run->plan->d, moe__pass_sequence);
@@ -14215,7 +14510,7 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     moe__run_over_blocks(run, one_pass ? moe__pass_pack_and_route : moe__pass_route_block);
     status = moe__pass_failed(run);
     if (status) return status;
-    if (memory->combine.soft)
+    if (MOE__MAY(COMBINE, MOE_COMBINE_SOFT) && memory->combine.soft)
         moe__run_over_sequences(run, run->plan->N * 16, moe__combine_soft_dispatch);
     if (select->batch && n) {
         status = select->batch(run);
@@ -14257,7 +14552,7 @@ static moe_status moe__pass_logits_back(const moe__run *run, const uint64_t *loa
     status = moe__balance_add(run, load, MOE__LOSS_ON_LOGITS);
     if (status) return status;
     moe__combine_soft_losses_back(run);
-    if (moe__score_table[run->desc->score].relu)
+    if (moe__score_table[MOE__PICK(SCORE, run->desc->score)].relu)
         for (size_t i = 0; i < count; i++)
             if (!(run->tape->logits[i] > 0.0f)) run->memory->d_logits[i] = 0.0f;
     return MOE_OK;
@@ -14267,7 +14562,7 @@ static moe_status moe__pass_route_back(moe__run *run, const float *d_weight, flo
     const moe_desc *desc = run->desc;
     moe_tape *tape = run->tape;
     moe__run_memory *memory = run->memory;
-    const moe__score_row *score = &moe__score_table[desc->score];
+    const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, desc->score)];
     size_t n = tape->n_tokens;
     if (!run->router && run->plan->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
     if (!(memory->state & MOE__STATE_ROUTED) || !memory->training) return MOE_E_NO_FORWARD;
@@ -14309,10 +14604,10 @@ static moe_status moe__pass_outputs(const moe__run *run) {
     if (status) run->memory->state &= ~MOE__STATE_FORWARD;
     return status;
 }
-static moe_status moe__pass_experts(moe__run *run, float *y) {
+static moe_status moe__pass_experts_begin(moe__run *run, float *y) {
     moe__run_memory *memory = run->memory;
     const moe_routes *routes = &run->tape->routes;
-    int soft = memory->combine.soft != NULL, in_place = moe__combine_table[run->desc->combine].by_sequence;
+    int soft = memory->combine.soft != NULL, in_place = moe__combine_of(run)->by_sequence;
     if (!run->params) return MOE_E_NULL_PARAMS;
     if (!(memory->state & MOE__STATE_TOKENS) || routes->n_tokens != run->tape->n_tokens) return MOE_E_NO_ROUTES;
     if (soft && !(memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES; /* the slots' weights */
@@ -14322,9 +14617,17 @@ static moe_status moe__pass_experts(moe__run *run, float *y) {
     memory->n_routes = routes->n_routes;
     if (run->plan->view && !(memory->state & MOE__STATE_VIEW)) moe__run_over_blocks(run, moe__experts_view);
     memory->state |= MOE__STATE_VIEW;
-    moe__combine_forward(run);
-    if (memory->training) memory->state |= MOE__STATE_FORWARD;
+    moe__combine_forward_begin(run);
+    return MOE_OK;
+}
+static moe_status moe__pass_experts_end(moe__run *run) {
+    moe__combine_forward_end(run);
+    if (MOE__TRAINS(run->memory->training)) run->memory->state |= MOE__STATE_FORWARD;
     return moe__pass_outputs(run);
+}
+static moe_status moe__pass_experts(moe__run *run, float *y) {
+    moe_status status = moe__pass_experts_begin(run, y);
+    return status ? status : moe__pass_experts_end(run);
 }
 /* The loss on the outputs of a block of tokens, while they are there: its gradient by them, and each weight's gradient.
  * */
@@ -14355,7 +14658,7 @@ static void moe__pass_output_loss(const moe__run *run, size_t t0, size_t t1) {
             if (slot[s] == MOE_NONE) continue;
             memset(losses->d_out + slot[s] * ld, 0, ld * sizeof(float));
             memcpy(losses->d_out + slot[s] * ld, d_out + n * d, d * sizeof(float));
-            if (run->d_weight) run->d_weight[slot[s]] = run->kernels->dot(d, moe__run_dy(run, token), out + n * d);
+            if (run->d_weight) run->d_weight[slot[s]] = MOE__KERNELS(run)->dot(d, moe__run_dy(run, token), out + n * d);
             n++;
         }
     }
@@ -14371,7 +14674,8 @@ static void moe__pass_output_losses(const moe__run *run) {
         losses->output_loss += losses->block_loss[i];
 }
 /* The gradients are added to d_params, or with run->fresh set. */
-static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *d_params, float *d_weight, float *dx) {
+static moe_status moe__pass_experts_back_begin(moe__run *run, const float *dy, float *d_params, float *d_weight,
+                                               float *dx) {
     moe__run_memory *memory = run->memory;
     const moe_routes *routes = &run->tape->routes;
     if (!run->params) return MOE_E_NULL_PARAMS;
@@ -14389,10 +14693,20 @@ static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *
         run->dx = memory->experts.d_view;
         memset(run->dx, 0, run->tape->n_tokens * run->plan->d * sizeof(float));
     }
-    moe__combine_backward(run);
-    if (run->dx == dx) return MOE_OK;
+    moe__combine_backward_begin(run);
+    return MOE_OK;
+}
+static void moe__pass_experts_back_end(moe__run *run, float *dx) {
+    moe__combine_backward_end(run);
+    if (run->dx == dx) return;
     run->dx = dx;
     moe__run_over_blocks(run, moe__experts_view_back);
+}
+static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *d_params, float *d_weight, float *dx) {
+    moe_status status = moe__pass_experts_back_begin(run, dy, d_params, d_weight, dx);
+    if (status) return status;
+    moe__combine_backward_params(run);
+    moe__pass_experts_back_end(run, dx);
     return MOE_OK;
 }
 
@@ -14414,6 +14728,7 @@ MOE_API moe_status moe_route_backward(moe_tape *tape, const float *router, const
                                       float *dx) {
     moe__run run;
     moe_status status = moe__pass_own(&run, tape, router, NULL);
+    if (!status) status = moe__pass_apart_from(&run, NULL, dx);
     if (status) return status;
     moe__pass_together(&run, dx);
     status = moe__pass_route_back(&run, d_weight, d_router, dx);
@@ -14442,6 +14757,7 @@ MOE_API moe_status moe_experts_backward(moe_tape *tape, const float *params, con
                                         float *d_params, float *d_weight, float *dx) {
     moe__run run;
     moe_status status = moe__pass_own(&run, tape, NULL, params);
+    if (!status) status = moe__pass_apart_from(&run, dy, dx);
     if (status) return status;
     run.fresh = fresh;
     moe__pass_together(&run, dx);
@@ -14615,7 +14931,7 @@ static void moe__layer_retract(void *arg, size_t e, size_t worker) {
     const moe_layer *layer = (const moe_layer *)arg;
     (void)worker;
     float *block = layer->part[MOE_PART_PARAMS] + e * layer->plan.expert;
-    moe__experts_table[layer->plan.desc.expert].stepped(&layer->plan, block);
+    moe__experts_table[MOE__PICK(EXPERT, layer->plan.desc.expert)].stepped(&layer->plan, block);
 }
 static void moe__layer_init_expert(void *arg, size_t e, size_t worker) {
     const moe_layer *layer = (const moe_layer *)arg;
@@ -14626,7 +14942,7 @@ static void moe__layer_init_expert(void *arg, size_t e, size_t worker) {
     }
     for (int id = MOE__T_W1; id <= MOE__T_B2; id++)
         moe__plan_initial(&layer->plan, id, e, layer->part[MOE_PART_PARAMS]);
-    if (moe__experts_table[layer->plan.desc.expert].stepped) moe__layer_retract(arg, e, worker);
+    if (moe__experts_table[MOE__PICK(EXPERT, layer->plan.desc.expert)].stepped) moe__layer_retract(arg, e, worker);
 }
 static void moe__layer_init_others(moe_layer *layer) { /* the router and the constant experts */
     const moe__plan *plan = &layer->plan;
@@ -14776,8 +15092,11 @@ MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc) {
 }
 /* The plan of a layer without its experts' floats. */
 static moe_status moe__layer_plan_formats(const moe_layer_formats *formats, moe__plan *plan) {
-    if (moe__score_table[plan->desc.score].experts || plan->ortho_loss) return MOE_E_FORMAT_DESC;
-    if (moe__combine_table[plan->desc.combine].by_sequence) return MOE_E_FORMAT_DESC;
+#ifdef MOE_NO_FORMATS
+    return MOE_E_ONLY;
+#endif
+    if (moe__score_table[MOE__PICK(SCORE, plan->desc.score)].experts || plan->ortho_loss) return MOE_E_FORMAT_DESC;
+    if (moe__combine_table[MOE__PICK(COMBINE, plan->desc.combine)].by_sequence) return MOE_E_FORMAT_DESC;
     for (size_t e = 0; e < plan->G; e++)
         if ((unsigned)moe__layer_kind(formats, e) >= MOE_FORMAT_COUNT) return MOE_E_FORMAT;
     plan->desc.training = formats->train_router == MOE_ON ? MOE_ON : MOE_OFF;
@@ -14796,30 +15115,105 @@ MOE_API moe_status moe_layer_new_formats(moe_layer **out, const moe_desc *desc, 
     if (!status) moe__layer_begin(*out);
     return status;
 }
-typedef struct moe__layer_repack { const moe_layer *from; moe_layer *to; } moe__layer_repack;
+typedef struct moe__layer_repack {
+    const moe_layer *from;
+    moe_layer *to;
+    const moe_layer_formats *formats;
+} moe__layer_repack;
 static void moe__layer_repack_expert(void *arg, size_t e, size_t worker) {
     const moe__layer_repack *repack = (const moe__layer_repack *)arg;
     const moe__plan *plan = &repack->to->plan;
+    size_t old = repack->from->plan.networks, of = e;
     (void)worker;
-    moe__plan_stock_pack(plan, &repack->to->stock, e, repack->from->part[MOE_PART_PARAMS] + e * plan->expert);
+    if (e >= plan->networks) of = e - (plan->networks - old);
+    else if (e >= old) of = repack->formats->replica[e - old];
+    moe__plan_stock_pack(plan, &repack->to->stock, e, repack->from->part[MOE_PART_PARAMS] + of * plan->expert);
+}
+/* The tensors that are not experts', and the replicas' originals. */
+static moe_status moe__layer_repack_others(const moe__layer_repack *repack) {
+    const moe__plan *old = &repack->from->plan, *plan = &repack->to->plan;
+    float *params = repack->to->part[MOE_PART_PARAMS], *parent = params + moe__plan_offset(plan, MOE__R_PAIR_PARENT);
+    for (int id = 0; id < MOE__T_COUNT; id++)
+        if (moe__plan_tensors[id].region != MOE__IN_EXPERTS && old->count[id])
+            memcpy(params + moe__plan_offset(plan, id),
+                   repack->from->part[MOE_PART_PARAMS] + moe__plan_offset(old, id), old->count[id] * sizeof(float));
+    for (size_t i = old->desc.n_bound; i < plan->desc.n_bound; i++) {
+        size_t expert = repack->formats->replica[i - old->desc.n_bound];
+        if (expert >= plan->F) return MOE_E_REPLICA;
+        for (size_t k = 0; k < i; k++)
+            if (parent[k] == (float)expert) return MOE_E_REPLICA;
+        parent[i] = (float)expert;
+    }
+    return MOE_OK;
 }
 MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_formats *formats, moe_layer **out) {
+    moe_layer *made;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     if (!layer) return MOE_E_NULL_LAYER;
+    if (!formats) return MOE_E_FORMAT;
     if (layer->stock.kind) return MOE_E_QUANTISED;
-    const float *params = layer->part[MOE_PART_PARAMS];
     const moe__plan *plan = &layer->plan;
-    if (!moe__all_finite(layer->n_floats, params)) return MOE_E_NAN_PARAMS;
-    moe_status status = moe_layer_new_formats(out, &plan->desc, formats);
+    if (!moe__all_finite(layer->n_floats, layer->part[MOE_PART_PARAMS])) return MOE_E_NAN_PARAMS;
+    if (formats->n_replicas > plan->F || (formats->n_replicas && !formats->replica)) return MOE_E_REPLICA;
+    moe_desc desc = plan->desc;
+    desc.n_bound += formats->n_replicas;
+    moe_status status = moe_layer_new_formats(&made, &desc, formats);
     if (status) return status;
-    moe__layer_repack repack = {layer, *out};
-    moe_run(&plan->desc.parallel, plan->G, moe__layer_repack_expert, &repack);
-    memcpy((*out)->part[MOE_PART_PARAMS], params + plan->special, (*out)->n_floats * sizeof(float));
-    memcpy((*out)->control.state, layer->control.state, layer->control.n_state * sizeof(float));
-    (*out)->step = layer->step;
-    (*out)->draws = layer->draws;
+    moe__layer_repack repack = {layer, made, formats};
+    status = moe__layer_repack_others(&repack);
+    if (status) {
+        moe_layer_free(made);
+        return status;
+    }
+    moe_run(&plan->desc.parallel, made->plan.G, moe__layer_repack_expert, &repack);
+    memcpy(made->control.state, layer->control.state, layer->control.n_state * sizeof(float));
+    made->step = layer->step;
+    made->draws = layer->draws;
+    *out = made;
     return MOE_OK;
+}
+/* desc is whole. Formats in their order: of the plan's experts, of what is bound already, the replicas, the shared. */
+static moe_status moe__layer_replicate(const moe_layer *layer, const moe_replicate_desc *desc, size_t *replica,
+                                       moe_format_kind *formats, moe_layer **out, moe_replicate *made) {
+    size_t E = desc->n_experts, n = desc->n_replicas, bound = layer->plan.desc.n_bound, end = layer->plan.G + n;
+    moe_layer_formats into;
+    moe_status status = moe_replicate_plan(desc, replica, formats, made);
+    if (status) return status;
+    for (size_t i = E + n; i < end; i++) formats[i] = desc->full;
+    for (size_t i = 0; i < bound; i++) formats[E + i] = desc->full;
+    for (size_t i = 0; i < n; i++) formats[E + bound + i] = desc->small;
+    memset(&into, 0, sizeof into);
+    into.by_expert = formats;
+    into.n_replicas = n;
+    into.replica = replica;
+    return moe_layer_quantize(layer, &into, out);
+}
+MOE_API moe_status moe_layer_replicate(const moe_layer *layer, const moe_replicate_desc *desc, moe_layer **out,
+                                       moe_replicate *made) {
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (!desc) return MOE_E_NULL_DESC;
+    moe_replicate_desc whole = *desc;
+    moe_replicate unseen;
+    const moe__plan *plan = &layer->plan;
+    void *context = plan->desc.alloc_context;
+    whole.n_experts = plan->F;
+    whole.n_replicas += !desc->n_replicas;
+    if (desc->n_experts && desc->n_experts != plan->F) return MOE_E_N_EXPERTS;
+    if (whole.n_replicas > plan->F) return MOE_E_REPLICA;
+    if ((unsigned)desc->full >= MOE_FORMAT_COUNT || (unsigned)desc->small >= MOE_FORMAT_COUNT) return MOE_E_FORMAT;
+    if (!desc->load) whole.load = layer->health.load;
+    if (!desc->full_bytes) whole.full_bytes = moe__plan_stock_bytes(plan, desc->full);
+    if (!desc->small_bytes) whole.small_bytes = moe__plan_stock_bytes(plan, desc->small);
+    size_t count = plan->G + whole.n_replicas; /* as many experts in memory: twice these words do not overflow */
+    size_t *replica = (size_t *)moe__alloc(context, 2 * count * sizeof(size_t));
+    if (!replica) return MOE_E_NO_MEMORY;
+    moe_format_kind *formats = (moe_format_kind *)(void *)(replica + count);
+    moe_status status = moe__layer_replicate(layer, &whole, replica, formats, out, made ? made : &unseen);
+    moe__free(context, replica);
+    return status;
 }
 MOE_API moe_format_kind moe_layer_format(const moe_layer *layer, size_t expert) {
     if (!layer || expert >= layer->plan.G) return MOE_FORMAT_COUNT;
@@ -14864,6 +15258,7 @@ static moe_status moe__layer_forward(const moe_layer *layer, moe_tape *tape, uin
     if (status) return status;
     run.given.draw = draw;
     status = moe__pass_route(&run, x, n);
+    if (!status && tape->memory->codes) moe__codes_begin(&run);
     if (!status) status = moe__pass_experts(&run, y);
     if (!status && tape->memory->codes) {
         status = moe__codes_forward(&run);
@@ -14879,6 +15274,16 @@ MOE_API moe_status moe_forward_tape(const moe_layer *layer, moe_tape *tape, cons
     return moe__layer_forward(layer, tape, tape->side.draw, x, count, y);
 }
 
+MOE_API moe_status moe_layer_experts(const moe_layer *layer, moe_tape *tape, float *y) {
+    moe__run run;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (!tape) return MOE_E_NULL_TAPE;
+    moe_status status = moe__layer_run(layer, tape, &run);
+    if (!status) status = moe__pass_experts(&run, y);
+    if (!status) moe__pass_y(&run, y);
+    return status;
+}
+
 MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const float *dy, float *dx) {
     if (!layer) return MOE_E_NULL_LAYER;
     const moe__plan *plan = &layer->plan;
@@ -14892,6 +15297,7 @@ MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const flo
     moe_status status = moe__layer_run(layer, tape, &run);
     if (!status) status = moe__balance_ready(&run);
     if (!status) status = moe__layer_score_room(layer, tape->n_tokens);
+    if (!status) status = moe__pass_apart_from(&run, dy, dx);
     if (status) return status;
     float *d_router = moe__layer_router(layer, MOE_PART_GRADS), *d_weight = tape->memory->experts.d_weight;
     if (dx) memset(dx, 0, tape->n_given * plan->d * sizeof(float));
@@ -15016,7 +15422,7 @@ MOE_API moe_status moe_step(moe_layer *layer, float lr) {
         if (decay >= 0) status = moe__layer_step_span(layer, &args, at, end, decay);
     }
     if (status) return status;
-    if (moe__experts_table[plan->desc.expert].stepped && !layer->stock.kind)
+    if (moe__experts_table[MOE__PICK(EXPERT, plan->desc.expert)].stepped && !layer->stock.kind)
         moe__threads_run(&plan->desc.parallel, plan->G, plan->f * plan->f * plan->d * 4, plan->G, moe__layer_retract,
                          layer);
     layer->step++;
@@ -15300,6 +15706,641 @@ MOE_API uint64_t moe_layer_hash(const moe_layer *layer) {
     return hash;
 }
 
+/* ==== >>parallel ==============================================================================
+ * A layer whose experts lie on ranks. The router, shared and constant experts are on every rank and see the rank's own
+ * tokens; rows of the other experts travel to who computes them, and their outputs home again:
+ *
+ *     rank 0   x -route-> rows  --exchange-->  | rows of rank 0, 1, ... | -experts-> --exchange-->  rows -combine-> y
+ *     rank 1   x -route-> rows  --exchange-->  | rows of rank 0, 1, ... | -experts-> --exchange-->  rows -combine-> y
+ *                   |                   (a tape of their own, one route a row)
+ *                   counts (P, E), to all: so every rank makes the same plan, and knows the length of every message
+ *
+ * The same bits as on one rank: rows arrive in the order of ranks, so an expert's gradient is one chain over the whole
+ * batch's tokens as ever. What all ranks have gets its gradient in the same order: rank 0 adds its tokens', rank 1 goes
+ * on from there, ..., and the last tells all. Where llep splits an expert, its gradients are made apart, and added at
+ * home in the order of the ranks: the one place where rounding differs.
+ *
+ * No rank may wait for one that has given up. So none does between two agreements, at which all say how they are; an
+ * agreement stands before every exchange whose lengths or contents something that can fail has made. Uses layer. */
+struct moe_ranks {
+    moe_layer *layer;
+    moe_ep_engine engine;
+    moe_ep_desc desc;
+    moe_ep plan;
+    moe_ep_report report;
+    moe_tape *tape, *rows;     /* of the rank's tokens; of the rows that it computes */
+    size_t first, total;       /* the rank's tokens among all */
+    uint64_t *table;           /* (P, width) of an agreement */
+    uint64_t *routes, *before; /* (P, F) rows of each rank and expert; of it, on the ranks before */
+    uint64_t *load, *top1;     /* (E) of all tokens, for the losses */
+    double *mean;              /* (E) */
+    size_t *out_rows, *in_rows, *out_bytes, *in_bytes; /* (P) */
+    size_t n_in;
+    void *plan_memory, *memory; /* memory: of the arrays below, for these tokens */
+    size_t plan_bytes, bytes;
+    uint32_t *route;           /* (n_routes) in the order in which they travel */
+    int32_t *expert;           /* (n_in) of each row that came */
+    float *home, *here, *work; /* messages of the rank's own rows, and of those that came; (n_in, 2 d + 1) */
+};
+#define MOE__PARALLEL_COUNTS 4 /* what controllers read beside the load */
+
+/* -- the engine -- */
+static moe_status moe__parallel_exchange(moe_ranks *ranks, const void *send, const size_t *send_bytes, void *receive,
+                                         const size_t *receive_bytes, uint64_t *sent) {
+    const moe_ep_engine *engine = &ranks->engine;
+    if (engine->size == 1) {
+        if (*send_bytes) memcpy(receive, send, *send_bytes);
+        return MOE_OK;
+    }
+    for (size_t rank = 0; rank < engine->size; rank++)
+        if (rank != engine->rank) *sent += send_bytes[rank];
+    return engine->exchange(engine->context, send, send_bytes, receive, receive_bytes) ? MOE_E_EP_EXCHANGE : MOE_OK;
+}
+/* Messages of `unit` floats for each of the counts; back: the other way round. */
+static moe_status moe__parallel_rows(moe_ranks *ranks, size_t unit, int back) {
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        ranks->out_bytes[rank] = ranks->out_rows[rank] * unit * sizeof(float);
+        ranks->in_bytes[rank] = ranks->in_rows[rank] * unit * sizeof(float);
+    }
+    uint64_t *sent = &ranks->report.row_bytes;
+    if (back) return moe__parallel_exchange(ranks, ranks->here, ranks->in_bytes, ranks->home, ranks->out_bytes, sent);
+    return moe__parallel_exchange(ranks, ranks->home, ranks->out_bytes, ranks->here, ranks->in_bytes, sent);
+}
+static moe_status moe__parallel_broadcast(moe_ranks *ranks, size_t root, void *bytes, size_t n) {
+    const moe_ep_engine *engine = &ranks->engine;
+    if (engine->size == 1 || !n) return MOE_OK;
+    if (engine->rank == root) ranks->report.other_bytes += (uint64_t)n * (engine->size - 1);
+    return engine->broadcast(engine->context, root, bytes, n) ? MOE_E_EP_EXCHANGE : MOE_OK;
+}
+/* A table (P, 1 + width) of zeros; the rank's own row, without the first column, which is its status. */
+static uint64_t *moe__parallel_row(moe_ranks *ranks, size_t width) {
+    memset(ranks->table, 0, ranks->engine.size * (1 + width) * sizeof(uint64_t));
+    return ranks->table + ranks->engine.rank * (1 + width) + 1;
+}
+static const uint64_t *moe__parallel_row_of(const moe_ranks *ranks, size_t rank, size_t width) {
+    return ranks->table + rank * (1 + width) + 1;
+}
+/* All ranks get all rows, and the status of the first that has one. */
+static moe_status moe__parallel_agree(moe_ranks *ranks, moe_status status, size_t width) {
+    const moe_ep_engine *engine = &ranks->engine;
+    size_t count = engine->size * (1 + width);
+    ranks->table[engine->rank * (1 + width)] = (uint64_t)status;
+    if (engine->size > 1) {
+        ranks->report.other_bytes += count * sizeof(uint64_t);
+        if (engine->sum(engine->context, ranks->table, count)) return MOE_E_EP_EXCHANGE;
+    }
+    for (size_t rank = 0; rank < engine->size; rank++) {
+        uint64_t said = ranks->table[rank * (1 + width)];
+        if (said) return said < MOE_STATUS_COUNT ? (moe_status)said : MOE_E_EP_COUNTS;
+    }
+    return MOE_OK;
+}
+/* An agreement on one number that must be the same everywhere. */
+static moe_status moe__parallel_seal(moe_ranks *ranks, moe_status status, uint64_t seal) {
+    *moe__parallel_row(ranks, 1) = seal;
+    status = moe__parallel_agree(ranks, status, 1);
+    for (size_t rank = 0; rank < ranks->engine.size && !status; rank++)
+        if (*moe__parallel_row_of(ranks, rank, 1) != seal) status = MOE_E_EP_DIFFER;
+    return status;
+}
+/* What every rank adds to, in the order of the ranks: each goes on from what the one before it has. */
+typedef moe_status moe__parallel_turn(moe_ranks *ranks, void *user);
+static moe_status moe__parallel_chain(moe_ranks *ranks, void *sums, size_t bytes, moe__parallel_turn *turn, void *user,
+                                      moe_status *own) {
+    const moe_ep_engine *engine = &ranks->engine;
+    moe_status status = MOE_OK;
+    for (size_t rank = 0; rank < engine->size && !status; rank++) {
+        int me = engine->rank == rank, next = engine->rank == rank + 1;
+        if (me && !*own) *own = turn(ranks, user);
+        if (rank + 1 == engine->size || !bytes) continue;
+        memset(ranks->out_bytes, 0, engine->size * sizeof(size_t));
+        memset(ranks->in_bytes, 0, engine->size * sizeof(size_t));
+        if (me) ranks->out_bytes[rank + 1] = bytes;
+        if (next) ranks->in_bytes[rank] = bytes;
+        status = moe__parallel_exchange(ranks, sums, ranks->out_bytes, sums, ranks->in_bytes,
+                                        &ranks->report.other_bytes);
+    }
+    return status ? status : moe__parallel_broadcast(ranks, engine->size - 1, sums, bytes);
+}
+
+/* -- making one -- */
+static int moe__parallel_fits(const moe_layer *layer) {
+    const moe_desc *desc = &layer->plan.desc;
+    static const moe_loss_kind means[] = {
+        MOE_LOSS_SWITCH, MOE_LOSS_Z, MOE_LOSS_IMPORTANCE, MOE_LOSS_ENTROPY, MOE_LOSS_CERTAINTY, MOE_LOSS_KL_UNIFORM,
+        MOE_LOSS_KL_REVERSE, MOE_LOSS_L2_UNIFORM, MOE_LOSS_RANK, MOE_LOSS_LOCALITY, MOE_LOSS_RELU_L1, MOE_LOSS_SIMBAL,
+        MOE_LOSS_DIVERSE_SIMPLE, MOE_LOSS_PROTOTYPE_ORTHOGONALITY, MOE_LOSS_PROTOTYPE_DIVERSITY};
+    for (int i = 0; i < MOE_LOSS_COUNT; i++) {
+        int fits = !(desc->loss[i] > 0.0f);
+        for (size_t k = 0; k < sizeof means / sizeof *means; k++) fits |= means[k] == (moe_loss_kind)i;
+        if (!fits) return 0;
+    }
+    if (desc->combine == MOE_COMBINE_SOFT || desc->combine == MOE_COMBINE_MERGE || desc->n_codes) return 0;
+    if (moe__score_table[desc->score].experts || desc->n_bound || layer->stock.kind) return 0;
+    return !(desc->clip_norm > 0.0f) && desc->controller != MOE_CONTROL_QUANTILE;
+}
+static void moe__parallel_layout(moe_ranks *ranks, size_t E, size_t F, size_t size, moe__arena *arena) {
+    size_t width = moe__max(2 * E, MOE_LOSS_COUNT + MOE__PARALLEL_COUNTS) + 1;
+    size_t **count[] = {&ranks->out_rows, &ranks->in_rows, &ranks->out_bytes, &ranks->in_bytes};
+    (void)moe__take(arena, 1, sizeof(moe_ranks));
+    ranks->table = (uint64_t *)moe__take(arena, size, width * sizeof(uint64_t));
+    ranks->routes = (uint64_t *)moe__take(arena, size, F * sizeof(uint64_t));
+    ranks->before = (uint64_t *)moe__take(arena, size, F * sizeof(uint64_t));
+    ranks->load = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
+    ranks->top1 = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
+    ranks->mean = (double *)moe__take(arena, E, sizeof(double));
+    for (size_t i = 0; i < sizeof count / sizeof *count; i++)
+        *count[i] = (size_t *)moe__take(arena, size, sizeof(size_t));
+    ranks->plan_memory = moe__take(arena, ranks->plan_bytes, 1);
+}
+MOE_API moe_status moe_ranks_new(moe_ranks **out, moe_layer *layer, const moe_ep_engine *engine,
+                                 const moe_ep_desc *plan) {
+    moe_ranks made;
+    moe__arena arena = {NULL, 0, 0};
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (!engine || engine->rank >= engine->size) return MOE_E_EP_ENGINE;
+    if (engine->size > 1 && (!engine->exchange || !engine->sum || !engine->broadcast)) return MOE_E_EP_ENGINE;
+    if (!moe__parallel_fits(layer)) return MOE_E_EP_DESC;
+    memset(&made, 0, sizeof made);
+    if (plan) made.desc = *plan;
+    made.desc.n_experts = layer->plan.F;
+    made.desc.n_ranks = engine->size;
+    made.layer = layer;
+    made.engine = *engine;
+    moe_status status = moe_ep_plan_size(&made.desc, &made.plan_bytes);
+    if (!status) status = moe__placement_args(&made.desc);
+    if (status) return status;
+    moe__parallel_layout(&made, layer->plan.E, layer->plan.F, engine->size, &arena);
+    if (arena.overflow) return MOE_E_OVERFLOW;
+    void *memory = moe__alloc(layer->plan.desc.alloc_context, arena.used);
+    if (!memory) return MOE_E_NO_MEMORY;
+    memset(&arena, 0, sizeof arena);
+    arena.base = (unsigned char *)memory;
+    moe__parallel_layout(&made, layer->plan.E, layer->plan.F, engine->size, &arena);
+    *out = (moe_ranks *)memory;
+    **out = made;
+    (*out)->report.plan = &(*out)->plan;
+    return MOE_OK;
+}
+MOE_API void moe_ranks_free(moe_ranks *ranks) {
+    if (!ranks) return;
+    void *context = ranks->layer->plan.desc.alloc_context;
+    moe_tape_free(ranks->tape);
+    moe_tape_free(ranks->rows);
+    moe__free(context, ranks->memory);
+    moe__free(context, ranks);
+}
+MOE_API const moe_ep_report *moe_ranks_report(const moe_ranks *ranks) { return ranks ? &ranks->report : NULL; }
+MOE_API const moe_tape *moe_ranks_tape(const moe_ranks *ranks) { return ranks ? ranks->tape : NULL; }
+static moe_status moe__parallel_tape(moe_tape **tape, const moe_desc *desc, size_t count) {
+    if (*tape && count <= (*tape)->memory->max_tokens) return MOE_OK;
+    moe_tape *bigger;
+    moe_status status = moe_tape_new(&bigger, desc, count, desc->training);
+    if (status) return status;
+    moe_tape_free(*tape);
+    *tape = bigger;
+    return MOE_OK;
+}
+
+/* -- who computes what -- */
+/* The counts of all ranks -> routes, before, and the plan. */
+static moe_status moe__parallel_plan(moe_ranks *ranks) {
+    size_t F = ranks->layer->plan.F, size = ranks->engine.size;
+    moe_ep_desc desc = ranks->desc;
+    memset(ranks->load, 0, F * sizeof(uint64_t));
+    for (size_t rank = 0; rank < size; rank++)
+        for (size_t e = 0; e < F; e++) {
+            uint64_t rows = moe__parallel_row_of(ranks, rank, F)[e];
+            if (rows > ranks->total) return MOE_E_EP_COUNTS; /* of a rank's tokens, each at most once */
+            ranks->routes[rank * F + e] = rows;
+            ranks->before[rank * F + e] = ranks->load[e];
+            ranks->load[e] += rows;
+            if (ranks->load[e] > ranks->total) return MOE_E_EP_COUNTS;
+        }
+    desc.llep = desc.llep && !ranks->tape->dropped; /* gating dropout: nothing is to leave its rank */
+    return moe_ep_plan(&desc, ranks->load, &ranks->plan, ranks->plan_memory, ranks->plan_bytes);
+}
+/* The rows that go from one rank to another, by expert, then in token order: how many; with lists, which. */
+static size_t moe__parallel_between(const moe_ranks *ranks, size_t from, size_t to, uint32_t *route, int32_t *expert) {
+    const moe_ep *plan = &ranks->plan;
+    size_t F = plan->n_experts, rows = 0;
+    for (size_t e = 0; e < F; e++) {
+        uint64_t begin = ranks->before[from * F + e], end = begin + ranks->routes[from * F + e];
+        for (size_t i = 0; i < plan->count[e]; i++) {
+            const moe_ep_part *part = plan->part + plan->first[e] + i;
+            uint64_t at = begin > part->begin ? begin : part->begin;
+            if (part->rank != to) continue;
+            for (; at < end && at < part->end; at++, rows++) {
+                if (route) route[rows] = ranks->tape->routes.begin[e] + (uint32_t)(at - begin);
+                if (expert) expert[rows] = (int32_t)e;
+            }
+        }
+    }
+    return rows;
+}
+/* The next expert from e on whose weights go from its home to a rank; the end of the home's block: none. */
+static size_t moe__parallel_next(const moe_ranks *ranks, size_t home, size_t to, size_t e) {
+    const moe_ep *plan = &ranks->plan;
+    size_t end = (home + 1) * (plan->n_experts / plan->n_ranks);
+    if (home == to) return end;
+    for (; e < end; e++)
+        for (size_t i = 0; i < plan->count[e]; i++)
+            if (plan->part[plan->first[e] + i].rank == to) return e;
+    return end;
+}
+static size_t moe__parallel_moved(const moe_ranks *ranks, size_t home, size_t to) {
+    size_t each = ranks->plan.n_experts / ranks->plan.n_ranks, count = 0;
+    for (size_t e = home * each; (e = moe__parallel_next(ranks, home, to, e)) < (home + 1) * each; e++) count++;
+    return count;
+}
+/* Memory for this forward and its backward: it is the same block as before where that is large enough. */
+static void moe__parallel_buffers(moe_ranks *ranks, size_t out_moved, size_t in_moved, moe__arena *arena) {
+    size_t d = ranks->layer->plan.d, n_out = ranks->tape->routes.n_routes, n_in = ranks->n_in;
+    size_t expert = ranks->layer->plan.expert;
+    ranks->route = (uint32_t *)moe__take(arena, n_out, sizeof(uint32_t));
+    ranks->expert = (int32_t *)moe__take(arena, n_in, sizeof(int32_t));
+    ranks->home = moe__take_floats(arena, 1, moe__max(n_out * (d + 1), out_moved * expert));
+    ranks->here = moe__take_floats(arena, 1, moe__max(n_in * (d + 1), in_moved * expert));
+    ranks->work = moe__take_floats(arena, n_in, 2 * d + 1);
+}
+static moe_status moe__parallel_prepare(moe_ranks *ranks) {
+    const moe__plan *plan = &ranks->layer->plan;
+    size_t me = ranks->engine.rank, out_moved = 0, in_moved = 0, out = 0, in = 0;
+    moe__arena arena = {NULL, 0, 0};
+    ranks->n_in = 0;
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        ranks->out_rows[rank] = moe__parallel_between(ranks, me, rank, NULL, NULL);
+        ranks->in_rows[rank] = moe__parallel_between(ranks, rank, me, NULL, NULL);
+        ranks->n_in += ranks->in_rows[rank];
+        out_moved += moe__parallel_moved(ranks, me, rank);
+        in_moved += moe__parallel_moved(ranks, rank, me);
+    }
+    ranks->report.n_rows = ranks->n_in;
+    moe__parallel_buffers(ranks, out_moved, in_moved, &arena);
+    if (arena.overflow) return MOE_E_OVERFLOW;
+    if (arena.used > ranks->bytes) {
+        void *bigger = moe__alloc(plan->desc.alloc_context, arena.used);
+        if (!bigger) return MOE_E_NO_MEMORY;
+        moe__free(plan->desc.alloc_context, ranks->memory);
+        ranks->memory = bigger;
+        ranks->bytes = arena.used;
+    }
+    memset(&arena, 0, sizeof arena);
+    arena.base = (unsigned char *)ranks->memory;
+    moe__parallel_buffers(ranks, out_moved, in_moved, &arena);
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        out += moe__parallel_between(ranks, me, rank, ranks->route + out, NULL);
+        in += moe__parallel_between(ranks, rank, me, NULL, ranks->expert + in);
+    }
+    moe_desc desc = moe__layer_experts_desc(&plan->desc, plan->F);
+    desc.top_k = 1;
+    desc.training = plan->desc.training;
+    return moe__parallel_tape(&ranks->rows, &desc, ranks->n_in);
+}
+
+/* -- what travels -- */
+/* Weights to who helps; with `back` the gradients home, where they are added. Of an expert that moves there are two
+ * sides, the home's and the helper's: a rank is the one for some, the other for others. *mine: what is wrong. */
+static void moe__parallel_copy(moe_ranks *ranks, int helper, int back, int receive, moe_status *mine) {
+    moe_layer *layer = ranks->layer;
+    size_t expert = layer->plan.expert, each = ranks->plan.n_experts / ranks->plan.n_ranks;
+    float *block = layer->part[back ? MOE_PART_GRADS : MOE_PART_PARAMS];
+    float *message = helper ? ranks->here : ranks->home;
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        size_t home = ranks->engine.rank, to = rank;
+        if (helper) home = rank, to = ranks->engine.rank;
+        size_t e = home * each;
+        for (; (e = moe__parallel_next(ranks, home, to, e)) < (home + 1) * each; e++, message += expert) {
+            float *weights = block + e * expert;
+            if (receive && !*mine && !moe__all_finite(expert, message)) *mine = MOE_E_EP_ROWS;
+            if (!receive) memcpy(message, weights, expert * sizeof(float));
+            else if (!back) memcpy(weights, message, expert * sizeof(float));
+            else moe__dispatched()->axpy(expert, 1.0f, message, weights);
+            if (!receive && back) memset(weights, 0, expert * sizeof(float));
+        }
+    }
+}
+static moe_status moe__parallel_weights(moe_ranks *ranks, int back, moe_status *mine) {
+    size_t bytes = ranks->layer->plan.expert * sizeof(float), me = ranks->engine.rank;
+    size_t *out = ranks->out_bytes, *in = ranks->in_bytes;
+    uint64_t *sent = &ranks->report.weight_bytes;
+    moe_status status;
+    if (!ranks->plan.n_moved) return MOE_OK;
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        out[rank] = moe__parallel_moved(ranks, me, rank) * bytes;
+        in[rank] = moe__parallel_moved(ranks, rank, me) * bytes;
+    }
+    moe__parallel_copy(ranks, back, back, 0, mine);
+    if (back) status = moe__parallel_exchange(ranks, ranks->here, in, ranks->home, out, sent);
+    else status = moe__parallel_exchange(ranks, ranks->home, out, ranks->here, in, sent);
+    if (!status) moe__parallel_copy(ranks, !back, back, 1, mine);
+    return status;
+}
+/* The rank's rows, d numbers each out of panels, and with `width` d + 1 their weights -> home; and back from there what
+ * came, and the gradients by the weights. */
+static void moe__parallel_pack(const moe_ranks *ranks, const moe__run *run, float *panels, size_t width) {
+    const moe__plan *plan = run->plan;
+    for (size_t i = 0; i < run->tape->routes.begin[plan->F]; i++) {
+        float *to = ranks->home + i * width;
+        size_t expert = moe__routes_expert(&run->tape->routes, ranks->route[i]);
+        const moe__run_group *group = run->memory->experts.group + expert;
+        size_t row = ranks->route[i] - group->begin;
+        for (size_t unit = 0; unit < plan->dp; unit++)
+            memcpy(to + unit * MOE__W, moe__experts_panel(panels, plan->dp, group, unit, row),
+                   moe__run_columns(run, unit) * sizeof(float));
+        if (width == plan->d) continue;
+        to[plan->d] = 1.0f;
+        if (group->weight) to[plan->d] = group->weight[row];
+    }
+}
+static void moe__parallel_unpack(const moe_ranks *ranks, const moe__run *run, size_t width) {
+    size_t d = run->plan->d, ldo = run->plan->ldo;
+    for (size_t i = 0; i < run->tape->routes.begin[run->plan->F]; i++)
+        memcpy(run->memory->experts.out + ranks->route[i] * ldo, ranks->home + i * width, d * sizeof(float));
+}
+static void moe__parallel_unpack_weights(const moe_ranks *ranks, const moe__run *run) {
+    size_t d = run->plan->d;
+    for (size_t i = 0; i < run->tape->routes.begin[run->plan->F]; i++)
+        run->d_weight[ranks->route[i]] = ranks->home[i * (d + 1) + d];
+}
+
+/* -- forward -- */
+static uint64_t moe__parallel_hash(const moe_ranks *ranks, int evaluate) {
+    const moe_layer *layer = ranks->layer;
+    const moe_ep_desc *plan = &ranks->desc;
+    char text[3900];
+    uint64_t count[] = {layer->step, layer->draws, (uint64_t)evaluate, (uint64_t)plan->llep, plan->min_tokens,
+                        (uint64_t)plan->by_expert};
+    double number[] = {plan->lambda, plan->alpha};
+    uint64_t hash = moe_hash(0, text, moe__min(sizeof text - 1, moe_desc_json(&layer->plan.desc, text, sizeof text)));
+    hash = moe_hash(hash, number, sizeof number);
+    return moe_hash(hash, count, sizeof count);
+}
+/* How many tokens each rank has, and whether all have the same layer. */
+static moe_status moe__parallel_begin(moe_ranks *ranks, const float *x, size_t n, const float *y) {
+    moe_layer *layer = ranks->layer;
+    const unsigned char *mask = layer->side.mask;
+    uint64_t *row, seal = moe__parallel_hash(ranks, layer->side.evaluate);
+    moe_status status = MOE_OK;
+    if (n && !x) status = MOE_E_NULL_X;
+    else if (n && !y) status = MOE_E_NULL_Y;
+    else status = moe__parallel_tape(&ranks->tape, &layer->plan.desc, n);
+    row = moe__parallel_row(ranks, 2);
+    row[0] = seal;
+    for (size_t i = 0; i < n; i++) row[1] += !mask || mask[i];
+    status = moe__parallel_agree(ranks, status, 2);
+    ranks->first = ranks->total = 0;
+    for (size_t rank = 0; rank < ranks->engine.size && !status; rank++) {
+        const uint64_t *said = moe__parallel_row_of(ranks, rank, 2);
+        if (rank == ranks->engine.rank) ranks->first = ranks->total;
+        if (said[0] != seal) status = MOE_E_EP_DIFFER;
+        else if (said[1] > MOE__MAX_INDEX - ranks->total) status = MOE_E_EP_COUNTS;
+        else ranks->total += (size_t)said[1];
+    }
+    return status;
+}
+static moe_status moe__parallel_run(const moe_ranks *ranks, moe__run *run) {
+    moe_status status = moe__layer_run(ranks->layer, ranks->tape, run);
+    run->given.draw = ranks->layer->draws;
+    run->given.first = ranks->first;
+    run->given.total = ranks->total;
+    return status;
+}
+/* The rows that came -> their outputs, in their place. */
+static moe_status moe__parallel_outputs(moe_ranks *ranks) {
+    moe__run run;
+    size_t d = ranks->layer->plan.d;
+    if (!moe__all_finite(ranks->n_in * d, ranks->here)) return MOE_E_EP_ROWS;
+    moe_status status = moe_tape_tokens(ranks->rows, ranks->here, ranks->n_in);
+    if (!status)
+        status = moe__routes_fill(&ranks->rows->routes, ranks->n_in, ranks->expert, NULL, 0, NULL, MOE_ORDER_TOKEN);
+    if (!status) status = moe__pass_own(&run, ranks->rows, NULL, ranks->layer->part[MOE_PART_PARAMS]);
+    if (!status) status = moe__pass_experts_begin(&run, ranks->work);
+    if (status) return status;
+    moe__experts_forward(&run);
+    if (run.memory->training) run.memory->state |= MOE__STATE_FORWARD;
+    for (size_t i = 0; i < ranks->n_in; i++)
+        memcpy(ranks->here + i * d, run.memory->experts.out + ranks->rows->routes.slot[i] * run.plan->ldo,
+               d * sizeof(float));
+    return MOE_OK;
+}
+static moe_status moe__parallel_route(moe_ranks *ranks, moe__run *run, const float *x, size_t n) {
+    size_t F = ranks->layer->plan.F;
+    moe_status status = moe__parallel_run(ranks, run);
+    if (!status) status = moe__pass_route(run, x, n);
+    uint64_t *row = moe__parallel_row(ranks, F);
+    for (size_t e = 0; e < F && !status; e++) row[e] = ranks->tape->routes.begin[e + 1] - ranks->tape->routes.begin[e];
+    status = moe__parallel_agree(ranks, status, F);
+    if (status) return status;
+    status = moe__parallel_plan(ranks);
+    if (!status) status = moe__parallel_prepare(ranks);
+    size_t bytes = ranks->engine.size * F * sizeof(uint64_t);
+    return moe__parallel_seal(ranks, status, moe_hash(0, ranks->routes, bytes));
+}
+static moe_status moe__parallel_forward(moe_ranks *ranks, const float *x, size_t n, float *y) {
+    moe__run run;
+    size_t d = ranks->layer->plan.d;
+    moe_status status = moe__parallel_begin(ranks, x, n, y), mine = MOE_OK;
+    if (status) return status;
+    ranks->tape->side = ranks->layer->side;
+    status = moe__parallel_route(ranks, &run, x, n);
+    if (!status) status = moe__parallel_weights(ranks, 0, &mine);
+    if (status) return status;
+    if (!mine) mine = moe__pass_experts_begin(&run, y);
+    if (!mine) moe__parallel_pack(ranks, &run, run.memory->experts.x, d);
+    status = moe__parallel_seal(ranks, mine, 0);
+    if (!status) status = moe__parallel_rows(ranks, d, 0);
+    if (status) return status;
+    status = moe__parallel_seal(ranks, moe__parallel_outputs(ranks), 0);
+    if (!status) status = moe__parallel_rows(ranks, d, 1);
+    if (status) return status;
+    moe__parallel_unpack(ranks, &run, d);
+    run.n_away = run.memory->experts.n_own;
+    status = moe__parallel_seal(ranks, moe__pass_experts_end(&run), 0);
+    if (!status) moe__pass_y(&run, y);
+    return status;
+}
+MOE_API moe_status moe_ep_forward(moe_ranks *ranks, const float *x, size_t n, float *y) {
+    if (!ranks) return MOE_E_NULL_RANKS;
+    moe_layer *layer = ranks->layer;
+    if (ranks->tape) ranks->tape->memory->state = 0;
+    moe_status status = moe__parallel_forward(ranks, x, n, y);
+    if (status) {
+        if (ranks->tape) ranks->tape->memory->state = 0;
+        return status;
+    }
+    if (ranks->tape->memory->now.training) layer->draws++;
+    return moe_health_add(&layer->health, &ranks->tape->routes, ranks->tape->prob);
+}
+
+/* -- backward -- */
+/* Loads of all tokens, for the losses. */
+static moe_status moe__parallel_loads(moe_ranks *ranks, moe_status status) {
+    size_t E = ranks->layer->plan.E;
+    uint64_t *row = moe__parallel_row(ranks, 2 * E);
+    for (size_t e = 0; e < E && !status; e++) {
+        row[e] = ranks->tape->routes.load[e];
+        row[E + e] = ranks->tape->routes.top1[e];
+    }
+    status = moe__parallel_agree(ranks, status, 2 * E);
+    memset(ranks->load, 0, E * sizeof(uint64_t));
+    memset(ranks->top1, 0, E * sizeof(uint64_t));
+    for (size_t rank = 0; rank < ranks->engine.size && !status; rank++)
+        for (size_t e = 0; e < E; e++) {
+            const uint64_t *said = moe__parallel_row_of(ranks, rank, 2 * E);
+            if (said[e] > ranks->total || said[E + e] > said[e]) status = MOE_E_EP_COUNTS;
+            ranks->load[e] += said[e];
+            ranks->top1[e] += said[E + e];
+        }
+    return status;
+}
+static moe_status moe__parallel_add_mean(moe_ranks *ranks, void *user) {
+    size_t E = ranks->layer->plan.E;
+    (void)user;
+    for (size_t t = 0; t < ranks->tape->n_tokens; t++)
+        for (size_t e = 0; e < E; e++) ranks->mean[e] += (double)ranks->tape->prob[t * E + e];
+    return MOE_OK;
+}
+/* P of all tokens, if a loss reads it. */
+static moe_status moe__parallel_mean(moe_ranks *ranks) {
+    size_t E = ranks->layer->plan.E;
+    moe_status own = MOE_OK, status = MOE_OK;
+    int wanted = 0;
+    for (int i = 0; i < MOE_LOSS_COUNT; i++)
+        wanted |= ranks->layer->plan.desc.loss[i] > 0.0f && moe__balance_losses[i].reads & MOE__READS(MEAN);
+    if (!wanted) return MOE_OK;
+    for (size_t e = 0; e < E; e++) ranks->mean[e] = 0.0;
+    status = moe__parallel_chain(ranks, ranks->mean, E * sizeof(double), moe__parallel_add_mean, NULL, &own);
+    for (size_t e = 0; e < E && ranks->total; e++) ranks->mean[e] /= (double)ranks->total;
+    ranks->tape->side.mean = ranks->mean;
+    return status;
+}
+/* The rows' dy and weights that came -> their dx and the gradients of the weights, and of the experts. */
+static moe_status moe__parallel_rows_back(moe_ranks *ranks) {
+    moe_layer *layer = ranks->layer;
+    size_t d = layer->plan.d, n = ranks->n_in;
+    float *dy = ranks->work, *dx = dy + n * d, *d_weight = dx + n * d;
+    moe_routes *routes = &ranks->rows->routes;
+    for (size_t i = 0; i < n; i++) {
+        memcpy(dy + i * d, ranks->here + i * (d + 1), d * sizeof(float));
+        routes->weight[routes->slot[i]] = ranks->here[i * (d + 1) + d];
+    }
+    if (n) memset(dx, 0, n * d * sizeof(float));
+    moe_status status = moe_experts_backward(ranks->rows, layer->part[MOE_PART_PARAMS], dy, 0,
+                                             layer->part[MOE_PART_GRADS], d_weight, dx);
+    for (size_t i = 0; i < n; i++) {
+        memcpy(ranks->here + i * (d + 1), dx + i * d, d * sizeof(float));
+        ranks->here[i * (d + 1) + d] = d_weight[routes->slot[i]];
+    }
+    return status;
+}
+/* This rank's turn at what all ranks have: shared and constant experts, the router. */
+typedef struct moe__parallel_back { moe__run *run; float *dx; } moe__parallel_back;
+static moe_status moe__parallel_router_back(moe_ranks *ranks, void *user) {
+    const moe__parallel_back *back = (const moe__parallel_back *)user;
+    moe__run *run = back->run;
+    size_t d = run->plan->d;
+    if (!moe__all_finite(run->tape->routes.begin[run->plan->F] * (d + 1), ranks->home)) return MOE_E_EP_ROWS;
+    run->n_away = run->memory->experts.n_own;
+    moe__parallel_unpack_weights(ranks, run);
+    moe__combine_backward_params(run);
+    moe__parallel_unpack(ranks, run, d + 1);
+    moe__pass_experts_back_end(run, back->dx);
+    return moe__pass_route_back(run, run->d_weight, moe__layer_router(ranks->layer, MOE_PART_GRADS), back->dx);
+}
+/* What controllers read, and the values of the losses, of all ranks. */
+static moe_status moe__parallel_counts(moe_ranks *ranks, moe_status status) {
+    moe_layer *layer = ranks->layer;
+    size_t width = MOE_LOSS_COUNT + MOE__PARALLEL_COUNTS;
+    uint64_t *const count[MOE__PARALLEL_COUNTS] = {&layer->selected, &layer->dropped, &layer->zeros, &layer->counted};
+    uint64_t before[MOE__PARALLEL_COUNTS], *row = moe__parallel_row(ranks, width);
+    for (size_t i = 0; i < MOE__PARALLEL_COUNTS; i++) before[i] = *count[i];
+    if (!status) moe__layer_count_add(layer, ranks->tape);
+    for (size_t i = 0; i < MOE__PARALLEL_COUNTS; i++) row[i] = *count[i] - before[i];
+    memcpy(row + MOE__PARALLEL_COUNTS, ranks->tape->loss, sizeof ranks->tape->loss);
+    status = moe__parallel_agree(ranks, status, width);
+    if (status) return status;
+    for (size_t i = 0; i < MOE__PARALLEL_COUNTS; i++) *count[i] = before[i];
+    memset(ranks->tape->loss, 0, sizeof ranks->tape->loss);
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        const uint64_t *said = moe__parallel_row_of(ranks, rank, width);
+        double loss[MOE_LOSS_COUNT];
+        memcpy(loss, said + MOE__PARALLEL_COUNTS, sizeof loss);
+        for (size_t i = 0; i < MOE__PARALLEL_COUNTS; i++) *count[i] += said[i];
+        for (int i = 0; i < MOE_LOSS_COUNT; i++) { /* of P, which all have, the value; else a sum of parts */
+            double sum = moe__balance_losses[i].reads & MOE__READS(MEAN) ? 0.0 : ranks->tape->loss[i];
+            if (loss[i] != 0.0) ranks->tape->loss[i] = sum + loss[i];
+        }
+    }
+    if (layer->plan.desc.controller != MOE_CONTROL_NONE)
+        for (size_t e = 0; e < layer->plan.E; e++) layer->load[e] += ranks->load[e] - ranks->tape->routes.load[e];
+    memcpy(layer->loss, ranks->tape->loss, sizeof layer->loss);
+    return MOE_OK;
+}
+static moe_status moe__parallel_ready(moe_ranks *ranks, moe__run *run, const float *dy) {
+    const int both = MOE__STATE_ROUTED | MOE__STATE_FORWARD;
+    moe_layer *layer = ranks->layer;
+    if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
+    if (!ranks->tape || (ranks->tape->memory->state & both) != both) return MOE_E_NO_FORWARD;
+    if (ranks->tape->n_given && !dy) return MOE_E_NULL_DY;
+    moe_status status = moe__parallel_run(ranks, run);
+    return status ? status : moe__balance_ready(run);
+}
+static moe_status moe__parallel_backward(moe_ranks *ranks, moe__run *run, const float *dy, float *dx) {
+    moe_layer *layer = ranks->layer;
+    float *grads = layer->part[MOE_PART_GRADS];
+    size_t d = layer->plan.d, own = layer->plan.networks * layer->plan.expert;
+    moe__parallel_back back = {run, dx};
+    moe_side *side = &ranks->tape->side;
+    side->load = ranks->load;
+    side->first = ranks->top1;
+    side->counted = ranks->total;
+    moe_status status = moe__parallel_mean(ranks), mine = MOE_OK;
+    if (status) return status;
+    status = moe__pass_experts_back_begin(run, dy, grads, ranks->tape->memory->experts.d_weight, dx);
+    if (!status) moe__parallel_pack(ranks, run, run->memory->experts.out, d + 1);
+    status = moe__parallel_seal(ranks, status, 0);
+    if (!status) status = moe__parallel_rows(ranks, d + 1, 0);
+    if (status) return status;
+    if (!moe__all_finite(ranks->n_in * (d + 1), ranks->here)) status = MOE_E_EP_ROWS;
+    status = moe__parallel_seal(ranks, status, 0);
+    if (status) return status;
+    if (layer->fresh) moe__layer_zero_grads(layer); /* nothing can fail from here on but the engine */
+    layer->fresh = 0;
+    mine = moe__parallel_rows_back(ranks);
+    status = moe__parallel_rows(ranks, d + 1, 1);
+    if (!status)
+        status = moe__parallel_chain(ranks, grads + own, (layer->n_floats - own) * sizeof(float),
+                                     moe__parallel_router_back, &back, &mine);
+    if (!status) status = moe__parallel_weights(ranks, 1, &mine); /* these messages go where the rows were */
+    return status ? status : moe__parallel_counts(ranks, mine);
+}
+MOE_API moe_status moe_ep_backward(moe_ranks *ranks, const float *dy, float *dx) {
+    moe__run run;
+    if (!ranks) return MOE_E_NULL_RANKS;
+    moe_status status = moe__parallel_loads(ranks, moe__parallel_ready(ranks, &run, dy));
+    if (status) return status;
+    moe_side given = ranks->tape->side;
+    if (dx) memset(dx, 0, ranks->tape->n_given * ranks->layer->plan.d * sizeof(float));
+    status = moe__parallel_backward(ranks, &run, dy, dx);
+    ranks->tape->side = given;
+    moe__pass_apart(&run, dx);
+    return status;
+}
+MOE_API moe_status moe_ep_gather(moe_ranks *ranks) {
+    if (!ranks) return MOE_E_NULL_RANKS;
+    const moe_layer *layer = ranks->layer;
+    size_t block = layer->plan.F / ranks->engine.size * layer->plan.expert;
+    moe_status status = moe__parallel_seal(ranks, MOE_OK, moe__parallel_hash(ranks, 0));
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        for (size_t rank = 0; rank < ranks->engine.size && !status; rank++)
+            if (layer->part[part] && part != MOE_PART_GRADS)
+                status = moe__parallel_broadcast(ranks, rank, layer->part[part] + rank * block, block * sizeof(float));
+    return status;
+}
+
 /* ==== >>growth ================================================================================
  * Experts that split, settle, merge, die and come back: operations that make a new layer out of an old one, and the
  * controller that says when. Uses layer. All operations are one: lists say of what old things each new thing is made,
@@ -15518,7 +16559,7 @@ static void moe__growth_network(void *arg, size_t g, size_t worker) {
     drawn.desc.seed = map->seed;
     for (int id = MOE__T_W1; id <= MOE__T_B2 && end == begin; id++)
         moe__plan_initial(&drawn, id, g, map->made->part[MOE_PART_PARAMS]);
-    if (moe__experts_table[plan->desc.expert].stepped) moe__layer_retract(map->made, g, worker);
+    if (moe__experts_table[MOE__PICK(EXPERT, plan->desc.expert)].stepped) moe__layer_retract(map->made, g, worker);
 }
 
 /* -- and plain tensors, element by element: an index of an axis that has a list comes from the old indices linked to
@@ -15956,7 +16997,7 @@ static void moe__growth_noise(const moe__growth_map *map, size_t a, size_t b, fl
     moe__normal_at(map->seed, 3, 0, plan->L, map->plane);
     moe__growth_lean(map, a, map->plane, size, 0.0f);
     moe__growth_lean(map, b, map->plane, -size, 0.0f);
-    if (!moe__experts_table[plan->desc.expert].stepped) return;
+    if (!moe__experts_table[MOE__PICK(EXPERT, plan->desc.expert)].stepped) return;
     moe__layer_retract(map->made, a, 0);
     moe__layer_retract(map->made, b, 0);
 }
@@ -16231,13 +17272,13 @@ MOE_API moe_status moe_layer_revive(moe_layer **out, const moe_layer *layer, siz
 /* What the weights of a token sum to when all logits are 0; 0: no one number. */
 static float moe__growth_weights(const moe__plan *plan) {
     const moe_desc *desc = &plan->desc;
-    const moe__select_row *select = &moe__select_table[desc->select];
+    const moe__select_row *select = &moe__select_table[MOE__PICK(SELECT, desc->select)];
     float k = (float)desc->top_k, E = (float)plan->E, scale = desc->weight_scale;
     if (plan->F != plan->E || desc->combine == MOE_COMBINE_SOFT || desc->gate == MOE_GATE_RELU) return 0.0f;
     if (desc->combine != MOE_COMBINE_SUM || desc->select == MOE_SELECT_ALL) k = E;
     if (desc->gate == MOE_GATE_SPARSEMIXER) return 0.0f;
     if (desc->combine == MOE_COMBINE_ROBUST) return 1.0f;
-    if (desc->normalize == MOE_ON || moe__gate_table[desc->gate].normalizes) return scale;
+    if (desc->normalize == MOE_ON || moe__gate_table[MOE__PICK(GATE, desc->gate)].normalizes) return scale;
     if (select->all && desc->select != MOE_SELECT_ALL) return 0.0f;
     return desc->gate == MOE_GATE_SIGMOID ? scale * k * 0.5f : scale * (k / E);
 }
@@ -16296,7 +17337,7 @@ MOE_API moe_status moe_layer_upcycle(moe_layer **out, const moe_desc *desc, cons
         int32_t *unit = (int32_t *)(void *)(work + plan.f);
         moe__growth_slice(layer, g, g % parts, routed ? dense : &zeros, dense_ff, (float)parts / sum, 1.0f / sum);
         if (routed) moe__growth_redraw(layer, g, moe__growth_units(plan.f, share, seed, g, work, unit), unit, seed);
-        if (routed && moe__experts_table[plan.desc.expert].stepped) moe__layer_retract(layer, g, 0);
+        if (routed && moe__experts_table[MOE__PICK(EXPERT, plan.desc.expert)].stepped) moe__layer_retract(layer, g, 0);
     }
     for (size_t i = 0; i < plan.count[MOE__R_ROUTER] && !status; i++) {
         float *row = moe__layer_router(layer, MOE_PART_PARAMS) + plan.at[MOE__R_ROUTER] + i / plan.N * plan.N;
@@ -16378,12 +17419,8 @@ MOE_API moe_status moe_growth_unserved(const moe_tape *tape, float *sum, uint64_
     if (!(tape->memory->state & MOE__STATE_ROUTED)) return MOE_E_NO_ROUTES;
     if (!moe__score_is_latent(tape->memory->plan.desc.score)) return MOE_E_GROWTH_SCORE;
     moe__run run;
-    memset(&run, 0, sizeof run);
-    run.plan = &tape->memory->plan;
-    run.memory = tape->memory;
-    run.kernels = moe__dispatched();
     moe_tape view = *tape;
-    run.tape = &view;
+    moe__run_begin(&run, &tape->memory->plan, &view);
     for (size_t t = 0; t < tape->n_tokens; t++) {
         size_t s = 0;
         while (s < tape->n_slots && tape->index[t * tape->n_slots + s] < 0) s++;
@@ -16972,7 +18009,7 @@ MOE_API moe_status moe_json_number(const moe_json *json, double *out) {
  * index says where each stands.
  */
 #define MOE__FILE_HEADER_CAP 100000000u /* as in the reference implementation */
-#define MOE__FILE_FEW 512               /* names of which no index is kept */
+#define MOE__FILE_FEW 192               /* names of which no index is kept */
 
 /* The types of elements: first those of moe_dtype_kind, then those whose size alone is known. */
 static const struct { const char *npy, *safetensors; size_t bytes; } moe__file_dtypes[] = {
@@ -17843,8 +18880,8 @@ typedef struct moe__model_matrix {
 } moe__model_matrix;
 
 /* A tile at (row, column) `at`, its rows one after the other: read along the file's rows. */
-#define MOE__MODEL_TILE 32  /* lines of a tile */
-#define MOE__MODEL_LINE 128 /* elements along a line: runs of some cache lines */
+#define MOE__MODEL_TILE 16 /* lines of a tile */
+#define MOE__MODEL_LINE 48 /* elements along a line: runs of some cache lines */
 static moe_status moe__model_tile(const moe__model_matrix *m, const size_t at[2], const size_t size[2], float *tile) {
     float line[2 * MOE__MODEL_LINE];
     size_t lines = size[0], length = (size[1] - 1) * m->step + 1, columns = size[1];
@@ -18017,7 +19054,7 @@ MOE_API moe_status moe_layer_pack(moe_layer *layer, size_t first, size_t n, cons
 
 /* THE TABLE OF FAMILIES: a row is all that knows one. source: the folder in transformers' models. */
 static const moe_model_row moe__model_table[] = {
-    {"olmoe", MOE__MODEL_CONFIG "n_experts=@num_experts d_ff=@intermediate_size gate=softmax "
+    {"olmoe", MOE__MODEL_CONFIG "n_experts=@num_experts d_ff=@intermediate_size gate=@moe_gate|=softmax "
      "normalize=@norm_topk_prob|=false layer=model.layers.#.mlp. router=gate.weight " MOE__MODEL_PROJ, "C", "olmoe"},
     {"mixtral", MOE__MODEL_MIXTRAL "gate=softmax normalize=true", "C", "mixtral"},
     {"phimoe", MOE__MODEL_MIXTRAL "gate=sparsemixer select=sampled mask_jitter=@router_jitter_noise|=0.01 "
@@ -19174,7 +20211,8 @@ static moe_status moe__save_layer(moe_layer **out, moe_file *file, moe__save_sta
         if (status) file->fault = tensor;
     }
     if (status) return status;
-    moe_layer_formats formats = {MOE_FORMAT_F32, state->kind, state->plan.desc.training == MOE_OFF ? MOE_OFF : MOE_ON};
+    int train = state->plan.desc.training == MOE_OFF ? MOE_OFF : MOE_ON;
+    moe_layer_formats formats = {MOE_FORMAT_F32, state->kind, train, 0, NULL};
     if (state->kind) status = moe_layer_new_formats(out, &state->plan.desc, &formats);
     else status = moe_layer_new(out, &state->plan.desc);
     return status ? status : moe__save_fill(*out, file, state->with_optimizer);
@@ -19240,32 +20278,91 @@ static moe_status moe__save_cause(moe_status otherwise) {
 #endif
     return otherwise;
 }
-static moe_status moe__save_to(const moe_layer *layer, int with_optimizer, const char *part, const char *path) {
-    errno = 0;
-    FILE *file = fopen(part, "wb");
+/* Is a file at the path, or nothing? Else what is there instead. */
+static moe_status moe__save_look(const char *path) {
+#ifdef MOE__POSIX
+    struct stat there;
+    if (stat(path, &there)) return MOE_OK;
+    if (S_ISDIR(there.st_mode)) return MOE_E_FOLDER;
+    if (!S_ISREG(there.st_mode)) return MOE_E_NOT_FILE;
+#else
+    (void)path;
+#endif
+    return MOE_OK;
+}
+/* Where symbolic links lead: path, of `room` bytes, becomes what the last one names. */
+static moe_status moe__save_follow(char *path, char *target, size_t room) {
+#ifdef MOE__POSIX
+    for (int links = 0; links < 40; links++) {
+        ssize_t length = readlink(path, target, room);
+        if (length < 0) return MOE_OK; /* no link */
+        char *slash = strrchr(path, '/'), *at = path;
+        if (slash && target[0] != '/') at = slash + 1; /* from the link's folder */
+        if ((size_t)length >= room - (size_t)(at - path)) return MOE_E_OPEN;
+        memcpy(at, target, (size_t)length);
+        at[length] = 0;
+    }
+    return MOE_E_OPEN;
+#else
+    (void)path, (void)target, (void)room;
+    return MOE_OK;
+#endif
+}
+/* A new file beside path, under the first free name of path.part, path.part1 ...: saves at one time have one each. */
+static FILE *moe__save_open(const char *path, char *part, size_t room) {
+#if defined(__MINGW32__) && !defined(_UCRT)
+    static const char mode[] = "wb";
+#else
+    static const char mode[] = "wbx";
+#endif
+    FILE *file = NULL;
+    for (uint64_t i = 0; i < 1000; i++) {
+        moe__text text = {part, room, 0};
+        moe__text_add(&text, path);
+        moe__text_add(&text, ".part");
+        if (i) moe__text_u64(&text, i);
+        moe__text_end(&text);
+        file = fopen(part, mode);
+#ifdef EEXIST
+        if (!file && errno == EEXIST) continue;
+#endif
+        break;
+    }
+    return file;
+}
+static moe_status moe__save_to(const moe_layer *layer, int with_optimizer, const char *path, char *part, size_t room) {
+    moe_status status = moe__save_look(path);
+    if (status) return status;
+    FILE *file = moe__save_open(path, part, room);
     if (!file) return moe__save_cause(MOE_E_OPEN);
-    moe_status status = moe__save_write(layer, with_optimizer, file);
+    status = moe__save_write(layer, with_optimizer, file);
     if ((fflush(file) || ferror(file)) && !status) status = MOE_E_WRITE;
-    if (fclose(file) && !status) status = MOE_E_WRITE;
+#ifdef MOE__POSIX
+    if (!status && fsync(fileno(file))) status = MOE_E_WRITE; /* a name never stands for bytes not on the disk */
+#endif
+    int reason = errno;
+    if (fclose(file) && !status) status = MOE_E_WRITE, reason = errno;
 #ifdef _WIN32
     if (!status) (void)remove(path); /* rename does not replace there */
 #endif
-    if (!status && rename(part, path)) status = moe__save_cause(MOE_E_WRITE);
-    if (status) (void)remove(part);
+    if (!status && rename(part, path)) status = moe__save_cause(MOE_E_WRITE), reason = errno;
+    if (status) (void)remove(part), errno = reason;
     return status;
 }
 MOE_API moe_status moe_layer_save(const moe_layer *layer, int with_optimizer, const char *path) {
-    size_t header, total, length;
+    size_t header, total, room;
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
     if (status) return status;
     if (!path) return MOE_E_NULL_PATH;
-    length = strlen(path);
-    char *part = (char *)moe__alloc(layer->plan.desc.alloc_context, length + sizeof ".part");
-    if (!part) return MOE_E_NO_MEMORY;
-    memcpy(part, path, length);
-    memcpy(part + length, ".part", sizeof ".part");
-    status = moe__save_to(layer, with_optimizer, part, path);
-    moe__free(layer->plan.desc.alloc_context, part);
+    void *context = layer->plan.desc.alloc_context;
+    room = strlen(path) + 4096; /* a path that a link names, or ".part999" */
+    char *to = (char *)moe__alloc(context, 2 * room);
+    if (!to) return MOE_E_NO_MEMORY;
+    memcpy(to, path, strlen(path) + 1);
+    errno = 0;
+    status = moe__save_follow(to, to + room, room - sizeof ".part999");
+    if (!status) status = moe__save_to(layer, with_optimizer, to, to + room, room);
+    moe__free(context, to);
     return status;
 }
 
@@ -19297,9 +20394,11 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
     *out = NULL;
     if (surroundings) context = surroundings->alloc_context;
     if (!path) return MOE_E_NULL_PATH;
+    moe_status status = moe__save_look(path);
+    if (status) return status;
     FILE *file = fopen(path, "rb");
     if (!file) return MOE_E_OPEN;
-    moe_status status = moe__save_read_all(file, context, &bytes, &length);
+    status = moe__save_read_all(file, context, &bytes, &length);
     if (fclose(file) && !status) status = MOE_E_READ;
     if (!status) status = moe_layer_load_memory(out, bytes, (size_t)length, surroundings);
     moe__free(context, bytes);

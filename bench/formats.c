@@ -71,7 +71,7 @@ static double error_of(const moe_layer *exact, const moe_layer *layer)
 
 static void model_make(model *m, moe_layer *exact, moe_format_kind kind)
 {
-    moe_layer_formats formats = {kind, NULL, MOE_OFF};
+    moe_layer_formats formats = {kind, NULL, MOE_OFF, 0, NULL};
     memset(m, 0, sizeof *m);
     do {
         moe_layer **layer = &m->layer[m->n_layers++];

@@ -30,7 +30,7 @@ typedef struct config {
     const char *data, *system, *set, *isa, *out, *optimizer;
     size_t epochs, steps, batch, threads, experts, top_k, width, hidden, seeds, save;
     lm_shape shape;
-    int dense, untied, resume, json, quiet;
+    int dense, untied, bf16, resume, json, quiet;
     double lr, decay, warmup;
     size_t per_epoch; // steps of an epoch
     char key[4096];              // what a checkpoint must have been made with
@@ -137,7 +137,7 @@ static void save(const config *o, const lm *m, const corpus *c, const curves *v)
     char dir[1000];
     snprintf(dir, sizeof dir, "%s/wikitext2", o->out);
     checkpoint_state_save(m, o->key, v, sizeof *v, dir);
-    if (checkpoint_fits(moe_layer_desc(m->layer[0].moe))) checkpoint_save(m, c->bpe, dir);
+    if (checkpoint_fits(moe_layer_desc(m->layer[0].moe))) checkpoint_save(m, c->bpe, o->bf16, dir);
 }
 
 static void write_layers(json *j, const routing *r, size_t layers) {
@@ -534,6 +534,7 @@ static void parse(config *o, int argc, char **argv) {
         {"dropout", ARGS_REAL, &s->dropout, "X", "of what a block adds (negative: by the data)", -1, 0.9},
         {"save", ARGS_SIZE, &o->save, "N", "a checkpoint every N steps too, not after epochs alone", 0, 0},
         {"resume", ARGS_FLAG, &o->resume, NULL, "go on from the checkpoint in OUT/wikitext2", 0, 0},
+        {"bf16", ARGS_FLAG, &o->bf16, NULL, "the model's file in bfloat16, half as large and rounded", 0, 0},
         ARGS_OUT(&o->out),
         ARGS_JSON(&o->json),
         ARGS_QUIET(&o->quiet),

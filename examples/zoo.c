@@ -42,6 +42,7 @@ typedef struct start {
     double factor;   // of the experts' last matrices; 1: as the library makes them
     double p_max;    // mean over the tokens of the highest p; NaN: the row has no softmax of logits
     size_t params, active_params;
+    double expert; // parameters of one expert
 } start;
 
 typedef struct result {
@@ -57,6 +58,7 @@ typedef struct result {
     double *gamma, *lo, *hi, ecology; // (WINDOWS): gamma_eff with its interval, NaN: not identified; T H / (O + B)
     dead_note dead; // of the same
     double taken;   // experts that a token selects there
+    double active;  // parameters that a token used there: as many experts as it selected, not as desc.top_k says
     int diverged;
     spread over_loss, over_accuracy, over_train; // over the seeds
     size_t n_diverged;                           // of the seeds
@@ -103,11 +105,31 @@ static double highest_p(const moe_tape *t, const moe_desc *desc) {
     return sum / (double)t->n_tokens;
 }
 
+// Experts with parameters: the others stand behind them.
+static size_t networks(const moe_desc *d) { return d->n_experts - d->n_zero - d->n_copy - d->n_constant; }
+static double expert_params(const moe_layer *m) {
+    const moe_desc *d = moe_layer_desc(m);
+    moe_tensor t;
+    size_t count = 0;
+    for (size_t i = 0; moe_layer_tensor(m, i, &t) == MOE_OK; i++)
+        if (strncmp(t.name, "experts.w", 9) == 0 || strncmp(t.name, "experts.b", 9) == 0) count += t.count;
+    return (double)count / (double)(networks(d) + d->n_shared);
+}
+// What a token used in the test: the start's count has top_k experts in it, where a token's own choice decides.
+static double measured_active(const result *r, const moe_desc *desc, size_t n_tokens) {
+    uint64_t chosen = 0;
+    if (desc->combine == MOE_COMBINE_SOFT || desc->combine == MOE_COMBINE_MERGE) return (double)r->start.active_params;
+    for (size_t e = 0; e < networks(desc); e++) chosen += r->health.load[e];
+    double counted = (double)(desc->top_k < networks(desc) ? desc->top_k : networks(desc));
+    return (double)r->start.active_params + r->start.expert * ((double)chosen / (double)n_tokens - counted);
+}
+
 // A first batch through a new layer. What it cannot do with these shapes is known before anything is trained.
 static start try_layer(const config *o, const char *name, const moe_desc *desc, double factor) {
     net *m = net_new(&o->e.plan, desc);
     size_t n = o->e.plan.batch * T, active = moe_layer_active_params(m->moe);
-    start at = {NAN, factor, NAN, m->bank.count + moe_layer_params(m->moe), m->bank.count + active};
+    start at = {NAN, factor, NAN, m->bank.count + moe_layer_params(m->moe), m->bank.count + active, 0};
+    at.expert = expert_params(m->moe);
     scale_output(m->moe, factor);
     for (size_t i = 0; i < o->e.plan.batch; i++) net_take(m, i, &o->e.samples.train[0], i);
     moe_layer_side(m->moe)->id = m->id;
@@ -181,7 +203,8 @@ static void train(result *r, config *o, const moe_desc *desc, progress *p, size_
     size_t count = data->train->count, steps = 0;
     double loss = 0, accuracy = 0, busy = 0;
     r->experts = desc ? desc->n_experts : 0;
-    if (!desc) r->start = (start){0, 1, NAN, m->bank.count, m->bank.count};
+    if (!desc) r->start = (start){0, 1, NAN, m->bank.count, m->bank.count, 0};
+    r->active = (double)r->start.active_params;
     r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = r->pes = NAN;
     r->load = allocate((r->experts + 3) * WINDOWS, sizeof(double));
     for (size_t i = 0; i < (r->experts + 3) * WINDOWS; i++) r->load[i] = NAN;
@@ -216,6 +239,7 @@ static void train(result *r, config *o, const moe_desc *desc, progress *p, size_
         nn_must(moe_layer_health(m->moe, &r->health));
         r->dead = dead_take(&r->health);
         r->taken = (double)r->health.n_selected / (double)(data->test.count * T);
+        r->active = measured_active(r, desc, data->test.count * T);
         if (r->experts > 1) nn_must(moe_layer_pes(m->moe, data->test.x, few * T, &r->pes));
     }
     if (r->diverged) r->train_loss = r->test_loss = r->test_accuracy = r->tokens_per_s = NAN;
@@ -253,7 +277,9 @@ static size_t notes_of(const config *o, const result *r, char note[NOTES][160]) 
     if (desc->combine == MOE_COMBINE_SOFT)
         snprintf(note[n++], 160, "experts read mixtures of tokens; all of them count as active");
     if (varies && !r->diverged && fabs(r->taken - (double)desc->top_k) > 0.1)
-        snprintf(note[n++], 160, "%.2f experts a token in the test, counted as %zu", r->taken, desc->top_k);
+        snprintf(note[n++], 160, "%.2f experts a token in the test, made as wide as if %zu", r->taken, desc->top_k);
+    if (!varies && r->active < 0.95 * (double)r->start.active_params)
+        snprintf(note[n++], 160, "experts without parameters take part of the choices");
     if (!o->as_is && r->experts > 1 && !(fabs(r->start.output / o->output - 1) < 0.1))
         snprintf(note[n++], 160, "output at the start %.3f, dense's %.3f", r->start.output, o->output);
     return n;
@@ -271,6 +297,7 @@ static void write_final(const config *o, json *j, const result *r) {
     json_real(j, "test_accuracy", r->test_accuracy);
     json_whole(j, "params", r->start.params);
     json_whole(j, "active_params", r->start.active_params);
+    json_real(j, "active_measured", r->active);
     json_real(j, "start_output", r->start.output);
     json_real(j, "start_p_max", r->start.p_max);
     json_real(j, "tokens_per_s", r->tokens_per_s);
@@ -295,6 +322,59 @@ static void write_spread(const config *o, json *j, const result *r) {
     spread_json(j, "train_loss", r->over_train);
     json_whole(j, "diverged", r->n_diverged);
     json_end(j);
+}
+
+// Spearman's: do the rows that use more parameters have the lower loss? NaN: fewer than two, or all alike.
+static double *ranks_of(size_t n, const double *x) { // the middle of those that are equal; for free()
+    double *rank = allocate(n, sizeof *rank);
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < n; k++) rank[i] += (x[k] < x[i]) + 0.5 * (x[k] == x[i]);
+    return rank;
+}
+static double rank_correlation(size_t n, const double *x, const double *y) {
+    double r = NAN, *a = ranks_of(n, x), *b = ranks_of(n, y);
+    if (n > 1 && moe_pearson(n, a, b, &r) != MOE_OK) r = NAN;
+    free(a);
+    free(b);
+    return r;
+}
+typedef struct fairness {
+    size_t n; // rows that did not diverge
+    double counted, measured, low, high;
+} fairness;
+static fairness fairness_of(const result *r, size_t n, size_t seeds) {
+    double *value = allocate(3 * n, sizeof *value), *counted = value + n, *active = counted + n;
+    fairness f = {0, NAN, NAN, INFINITY, 0};
+    for (size_t i = 0; i < n; i++) {
+        const result *row = &r[i * seeds];
+        if (!row->over_loss.n || row->diverged) continue;
+        f.low = fmin(f.low, row->active);
+        f.high = fmax(f.high, row->active);
+        counted[f.n] = (double)row->start.active_params;
+        active[f.n] = row->active;
+        value[f.n++] = row->over_loss.mean;
+    }
+    f.counted = rank_correlation(f.n, counted, value);
+    f.measured = rank_correlation(f.n, active, value);
+    free(value);
+    return f;
+}
+
+static void write_fairness(json *j, fairness f) {
+    json_begin(j);
+    json_text(j, "event", "fairness");
+    json_whole(j, "systems", f.n);
+    json_real(j, "active_params_correlation", f.counted);
+    json_real(j, "active_measured_correlation", f.measured);
+    json_real(j, "active_measured_low", f.n ? f.low : NAN);
+    json_real(j, "active_measured_high", f.n ? f.high : NAN);
+    json_end(j);
+}
+static void print_fairness(FILE *f, fairness fair) {
+    if (fair.n < 2) return;
+    fprintf(f, "\nactive parameters as used in the test: %.0f to %.0f; their rank correlation with the test loss: ",
+            fair.low, fair.high);
+    fprintf(f, "%.2f (%.2f as counted beforehand)\n", fair.measured, fair.counted);
 }
 
 // By mean test loss; what diverged with every seed stands at the end, in the order of the table.
@@ -328,7 +408,7 @@ static void row_cells(const config *o, const result *r, char cell[COLUMNS][CELL]
     spread_text(accuracy, "%.1f%%", cell[2], CELL);
     spread_text(r->over_train, "%.4f", cell[3], CELL);
     snprintf(cell[4], CELL, "%zu", r->start.params);
-    snprintf(cell[5], CELL, "%zu", r->start.active_params);
+    snprintf(cell[5], CELL, "%.0f", r->active);
     experiment_number(cell[6], "%.3f", r->start.output);
     experiment_number(cell[7], "%.0f", r->tokens_per_s);
     experiment_number(cell[8], "%.2f", h->maxvio + known);
@@ -609,6 +689,7 @@ static void run(config *o, result *r, size_t n) {
         json_real(j, "test_accuracy", without[s].test_accuracy);
         json_end(j);
     }
+    write_fairness(j, fairness_of(r, n, seeds));
     for (size_t i = 0; i < n; i++) {
         for (size_t s = 0; s < seeds; s++) write_final(o, j, &r[i * seeds + s]);
         if (seeds > 1) write_spread(o, j, &r[i * seeds]);
@@ -626,6 +707,7 @@ static void report(config *o, const result *r, size_t n) {
     experiment_close(&o->e, svg, "svg");
     write_page(o, r, n);
     (o->markdown ? print_markdown : print_table)(o, r, n + 1);
+    print_fairness(o->e.human, fairness_of(r, n, 1));
     fprintf(o->e.human, "\n%.1f s; loads and PES on the test images", seconds_now() - o->e.begin);
     if (o->seeds > 1) fprintf(o->e.human, " of seed %llu", (unsigned long long)o->e.plan.seed);
     fprintf(o->e.human, "; see %s/zoo.html, .svg, .jsonl\n", o->e.out);

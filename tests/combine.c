@@ -46,8 +46,8 @@ static void test_robust_weights(void) {
         naive_robust(k, d, row, g, (double)tau, want, want_out);
         CHECK_OK(moe_robust_weights(k, d, row, g, tau, r, out, NULL, 0));
         for (size_t e = 0; e < k && k > 2; e++) { /* with one or two all distances are equal but for rounding */
-            CHECK_NEAR(r[e], want[e], 1e-5);
-            CHECK_NEAR(out[e], want_out[e], 1e-5);
+            CHECK_NEAR(r[e], want[e], 5e-6);
+            CHECK_NEAR(out[e], want_out[e], 5e-6);
         }
         FOR_EACH_ISA(isa) {
             CHECK_OK(moe_robust_weights(k, d, row, g, tau, r, other, scratch, bytes));
@@ -139,7 +139,7 @@ static void aggregate_case(size_t n, size_t d, float trim) {
             for (size_t r = 0; r < n; r++) v[r] = (double)x[r * d + c];
             double median = median_of(v, n);
             for (size_t r = from; r < n - from; r++) want += v[r] / (double)(n - 2 * from);
-            CHECK_WITHIN(out[c], kind == MOE_AGGREGATE_MEDIAN ? median : want, 1e-6);
+            CHECK_WITHIN(out[c], kind == MOE_AGGREGATE_MEDIAN ? median : want, 2e-7);
         }
         if (kind == MOE_AGGREGATE_GEOMETRIC) { /* no point near it, nor any of the rows, has a lower sum of distances */
             for (size_t c = 0; c < d; c++) y[c] = (double)out[c];
@@ -174,10 +174,10 @@ static void test_aggregate(void) {
     CHECK_OK(moe_aggregate(MOE_AGGREGATE_GEOMETRIC, 3, 2, same, 0, out, NULL, 0));
     CHECK(out[0] == 1 && out[1] == 2);
     CHECK_OK(moe_aggregate(MOE_AGGREGATE_GEOMETRIC, 3, 1, line, 0, out, NULL, 0)); /* a point itself: the middle one */
-    CHECK_WITHIN(out[0], 1, 1e-5);
+    CHECK_WITHIN(out[0], 1, 1e-7);
     CHECK_OK(moe_aggregate(MOE_AGGREGATE_GEOMETRIC, 4, 2, square, 0, out, NULL, 0));
-    CHECK_WITHIN(out[0], 0.5, 1e-5);
-    CHECK_WITHIN(out[1], 0.5, 1e-5);
+    CHECK_WITHIN(out[0], 0.5, 1e-7);
+    CHECK_WITHIN(out[1], 0.5, 1e-7);
     /* 40% at a distance of a million: the mean follows, the others do not */
     float crowd[20];
     for (int r = 0; r < 10; r++)
@@ -229,7 +229,7 @@ static void test_soft_moe(void) {
     CHECK(largest(old, NULL, T * D) > 0.01);
     for (size_t i = 0; i < T; i++) {
         size_t from = i >= LONG && i < 2 * LONG ? LONG + order[i - LONG] : i;
-        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], old[from * D + c], 1e-6);
+        for (size_t c = 0; c < D; c++) CHECK_WITHIN(y[i * D + c], old[from * D + c], 7e-8);
     }
     test_fill(x + LONG * D, LONG * D, -1, 1);
     go(m, T, 0);
@@ -295,7 +295,7 @@ static void check_soft_loss(moe_loss_kind kind, size_t slots, double tau) {
     CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", got, count));
     for (size_t i = 0; i < count; i++) R[i] = (double)now[i];
     double want = soft_loss(kind, R, slots, tau);
-    CHECK_WITHIN(t->loss[kind], want, 2e-6 * fmax(fabs(want), 0.1));
+    CHECK_WITHIN(t->loss[kind], want, 1.9e-6 * fmax(fabs(want), 0.1));
     for (size_t i = 0; i < count; i++) {
         double h = 1e-5, keep = R[i], side[2];
         for (int k = 0; k < 2; k++) R[i] = keep + (k ? h : -h), side[k] = soft_loss(kind, R, slots, tau);
@@ -303,7 +303,7 @@ static void check_soft_loss(moe_loss_kind kind, size_t slots, double tau) {
         double slope = (side[1] - side[0]) / (2 * h);
         top = fmax(top, fabs(slope)), off = fmax(off, fabs((double)got[i] - slope));
     }
-    if (!CHECK(top > 1e-3 && off <= 4e-6 * top)) printf("    %s: %.3g of %.3g\n", set_, off, top);
+    if (!CHECK(top > 1e-3) || !CHECK_WITHIN(off / top, 0, 4e-6)) printf("    %s: %.3g of %.3g\n", set_, off, top);
     free(now), free(got), moe_layer_free(m);
 }
 static void test_soft_losses(void) {
@@ -327,7 +327,7 @@ static void test_smear(void) {
     set(m, "router.bias", b);
     go(m, T, 1);
     network(m, 5, NULL, x, T, z); /* p = (0, .., 1, .., 0): that expert */
-    for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-6);
+    for (size_t i = 0; i < T * D; i++) CHECK_WITHIN(y[i], z[i], 1e-7);
     b = get(m, "router.bias");
     b[5] = 0;
     set(m, "router.bias", b);
@@ -338,10 +338,10 @@ static void test_smear(void) {
         const float *p = t->prob + s * E;
         double sum = 0;
         for (size_t e = 0; e < E; e++) sum += (double)p[e];
-        CHECK_NEAR(sum, 1, 1e-6);
+        CHECK_NEAR(sum, 1, 7e-7);
         for (size_t i = s; i < s + SEQ; i++) CHECK_SAME(t->prob + i * E, p, E); /* one for the sequence */
         network(m, 0, p, x + s * D, SEQ, out); /* the network of the mean parameters, */
-        for (size_t i = 0; i < SEQ * D; i++) CHECK_WITHIN(y[s * D + i], out[i], 1e-5);
+        for (size_t i = 0; i < SEQ * D; i++) CHECK_WITHIN(y[s * D + i], out[i], 5e-6);
         double ensemble[SEQ * D] = {0};
         for (size_t e = 0; e < E; e++) {
             network(m, e, NULL, x + s * D, SEQ, out);

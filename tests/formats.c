@@ -54,7 +54,7 @@ static void check_values(int kind, const float *matrix, size_t rows, size_t colu
         for (size_t c = 0; c < panels * 32; c++) {
             double got = exact[(c / 32 * rows + r) * 32 + c % 32], want = c < columns ? matrix[r * columns + c] : 0;
             double high = c < columns ? highest(matrix, rows, columns, r, c) : 0;
-            CHECK(fabs(got - want) <= allowed_error(kind, want, high));
+            CHECK_WITHIN(got, want, allowed_error(kind, want, high));
         }
     FOR_EACH_ISA(isa) { /* what the kernels fetch is that, whole panels and block by block */
         MOE__ALIGN64 float got[36 * 32 * 4];
@@ -106,6 +106,7 @@ static void test_hand(void) { /* by hand: scale 1 (127 / 127, 7 / 7), ties to ev
 
 /* -- products -- */
 static void check_product(int kind, size_t rows, size_t k, size_t n) {
+    MOE__ALIGN64 static float room[(MOE__KC + MOE__W) * MOE__W];
     size_t ap = (k + 31) / 32, np = (n + 31) / 32;
     float *matrix = test_floats(k * n), *a = test_floats(ap * 32 * rows), *at = test_floats(np * 32 * rows);
     float *want = test_floats(rows * n), *got = test_floats(rows * n), *bias = test_floats(np * 32);
@@ -132,9 +133,9 @@ static void check_product(int kind, size_t rows, size_t k, size_t n) {
     }
     FOR_EACH_ISA(isa) {
         moe__product_target to = {got, n, 32, n, bias, 32}, back = {got_t, k, 32, k, moe__product_zeros, 0};
-        moe__product_weights(moe__dispatched(), rows, k, a, rows * 32, &made.weights, &to, 1, NULL);
+        moe__product_weights(moe__dispatched(), rows, k, a, rows * 32, &made.weights, &to, 1, NULL, room);
         CHECK_SAME(got, want, rows * n);
-        moe__product_weights_t(moe__dispatched(), rows, n, at, rows * 32, &made.weights, k, 0, &back);
+        moe__product_weights_t(moe__dispatched(), rows, n, at, rows * 32, &made.weights, k, 0, &back, room);
         CHECK_SAME(got_t, want_t, rows * k);
     }
     unpack(&made);
@@ -175,7 +176,7 @@ static moe_layer *layer_of(size_t i, int training) {
 static const moe_format_kind mixed[E] = {MOE_FORMAT_INT4, MOE_FORMAT_F32, MOE_FORMAT_INT8, MOE_FORMAT_BF16,
                                          MOE_FORMAT_INT4};
 static moe_layer_formats formats_of(int kind, int train_router) { /* MOE_FORMAT_COUNT: mixed */
-    moe_layer_formats formats = {(moe_format_kind)kind, NULL, train_router ? MOE_ON : MOE_OFF};
+    moe_layer_formats formats = {(moe_format_kind)kind, NULL, train_router ? MOE_ON : MOE_OFF, 0, NULL};
     if (kind == MOE_FORMAT_COUNT) formats.by_expert = mixed;
     return formats;
 }

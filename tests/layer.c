@@ -47,12 +47,13 @@ static void check_forward(const fixture *F, const moe_tape *t) {
     for (size_t i = 0; i < F->T * k; i++) CHECK((t->routes.slot[i] != MOE_NONE) == o->kept[i]);
     for (size_t e = 0; e < E; e++) CHECK(t->routes.load[e] == o->load[e]);
     CHECK(t->routes.n_dropped == o->dropped);
-    CHECK(worst_error(t->logits, o->logits, F->T * E) < limit_for(F->d.d_model));
-    CHECK(worst_error(t->prob, o->prob, F->T * E) < 6 * limit_for(F->d.d_model));
-    if (F->d.gate == MOE_GATE_SOFTMAX) CHECK(worst_error(t->scores, o->prob, F->T * E) < 6 * limit_for(F->d.d_model));
-    CHECK(worst_error(t->weight, o->weight, F->T * k) < 6 * limit_for(F->d.d_model));
+    CHECK_WITHIN(worst_error(t->logits, o->logits, F->T * E), 0, limit_for(F->d.d_model));
+    CHECK_WITHIN(worst_error(t->prob, o->prob, F->T * E), 0, 2.8 * limit_for(F->d.d_model));
+    if (F->d.gate == MOE_GATE_SOFTMAX)
+        CHECK_WITHIN(worst_error(t->scores, o->prob, F->T * E), 0, 2.8 * limit_for(F->d.d_model));
+    CHECK_WITHIN(worst_error(t->weight, o->weight, F->T * k), 0, 2.8 * limit_for(F->d.d_model));
     double e = worst_error(F->y, o->y, n);
-    if (!CHECK(e < 4 * limit_for(terms))) printf("        error of y: %.3g of its largest\n", e);
+    if (!CHECK_WITHIN(e, 0, 3.6 * limit_for(terms))) printf("        error of y: %.3g of its largest\n", e);
 }
 
 static void check_gradients(const fixture *F, double scale) {
@@ -64,11 +65,12 @@ static void check_gradients(const fixture *F, double scale) {
         CHECK_OK(moe_layer_get(F->m, MOE_PART_GRADS, oracle_names[i], g, o->count[i]));
         for (size_t j = 0; j < o->count[i]; j++) g[j] *= (float)scale;
         double e = worst_error(g, o->g[i], o->count[i]);
-        if (!CHECK(e < limit)) printf("        error of the gradient of %s: %.3g of its largest\n", oracle_names[i], e);
+        if (!CHECK_WITHIN(e, 0, limit))
+            printf("        error of the gradient of %s: %.3g of its largest\n", oracle_names[i], e);
         free(g);
     }
     double e = worst_error(F->dx, o->dx, F->T * F->d.d_model);
-    if (!CHECK(e < limit)) printf("        error of dx: %.3g of its largest\n", e);
+    if (!CHECK_WITHIN(e, 0, limit / 4)) printf("        error of dx: %.3g of its largest\n", e);
 }
 
 static void compare_with_oracle(const moe_desc *d, size_t T) {
@@ -86,8 +88,8 @@ static void compare_with_oracle(const moe_desc *d, size_t T) {
     CHECK_OK(moe_layer_losses(F.m, value, weighted));
     for (int l = 0; l < MOE_LOSS_COUNT; l++) {
         if (!(F.d.loss[l] > 0)) continue;
-        CHECK_NEAR(value[l], F.o->loss[l], 1e-5);
-        CHECK_NEAR(weighted[l], (double)F.d.loss[l] * F.o->loss[l], 1e-5);
+        CHECK_NEAR(value[l], F.o->loss[l], 8e-7);
+        CHECK_NEAR(weighted[l], (double)F.d.loss[l] * F.o->loss[l], 8e-7);
         CHECK(moe_layer_tape(F.m)->loss[l] == value[l]);
     }
     CHECK_STATUS(moe_backward(F.m, F.dy, NULL), MOE_E_NO_FORWARD); /* one backward for each forward */
@@ -126,8 +128,8 @@ static void test_oracle_by_finite_differences(void) {
                 oracle_backward(F.o);
                 for (int i = 0; i < ORACLE_PARTS; i++)
                     for (size_t j = 0; j < F.o->count[i]; j++)
-                        CHECK_WITHIN(F.o->g[i][j], slope_of(F.o, &F.o->p[i][j]), 1e-7);
-                for (size_t j = 0; j < 7 * 4; j++) CHECK_WITHIN(F.o->dx[j], slope_of(F.o, &F.o->x[j]), 1e-7);
+                        CHECK_WITHIN(F.o->g[i][j], slope_of(F.o, &F.o->p[i][j]), 1e-9);
+                for (size_t j = 0; j < 7 * 4; j++) CHECK_WITHIN(F.o->dx[j], slope_of(F.o, &F.o->x[j]), 6e-10);
                 fixture_free(&F);
             }
 }
@@ -267,7 +269,7 @@ static void test_micro_batches(void) {
             CHECK_SAME(dx, F.dx, 50 * d.d_model);
             size_t router = F.o->count[ORACLE_ROUTER];
             CHECK_SAME(parts + router, whole + router, n - router);
-            for (size_t i = 0; i < router; i++) CHECK_WITHIN(parts[i], whole[i], 1e-5);
+            for (size_t i = 0; i < router; i++) CHECK_WITHIN(parts[i], whole[i], 1e-7);
             free(whole), free(parts), free(y), free(dx);
             fixture_free(&F);
         }
@@ -408,6 +410,28 @@ static void test_layer_hash(void) {
     check_hash("n_codes=6 noise=learned router_bias=true");
 }
 
+/* Gradients that a step has used count as zero: who sets some sets the others to zero. */
+static void test_set_gradients_after_step(void) {
+    moe_desc d = desc_of(6, 9, 4, 2);
+    fixture F;
+    size_t n;
+    float given[6 * 4];
+    double norm = 0, sum = 0;
+    if (!fixture_new(&F, &d, 20)) return;
+    CHECK_OK(moe_forward(F.m, F.x, 20, F.y));
+    CHECK_OK(moe_backward(F.m, F.dy, NULL));
+    CHECK_OK(moe_step(F.m, 0.1f));
+    test_fill(given, 6 * 4, -1, 1);
+    for (int i = 0; i < 6 * 4; i++) sum += (double)given[i] * (double)given[i];
+    CHECK_OK(moe_layer_set(F.m, MOE_PART_GRADS, "router", given, 6 * 4));
+    CHECK_OK(moe_layer_grad_norm(F.m, &norm));
+    CHECK_NEAR(norm, sqrt(sum), 2e-15);
+    float *g = grads_of(F.m, F.o->count, &n);
+    CHECK_SAME(g, given, 6 * 4); /* the router's come first */
+    for (size_t i = 6 * 4; i < n; i++) CHECK(g[i] == 0.0f);
+    free(g);
+    fixture_free(&F);
+}
 static void test_norm_and_scale(void) {
     moe_desc d = desc_of(6, 9, 4, 2);
     fixture F;
@@ -420,10 +444,10 @@ static void test_norm_and_scale(void) {
     float *g = grads_of(F.m, F.o->count, &n);
     for (size_t i = 0; i < n; i++) sum += (double)g[i] * (double)g[i];
     CHECK_OK(moe_layer_grad_norm(F.m, &norm));
-    CHECK_NEAR(norm, sqrt(sum), 1e-12);
+    CHECK_NEAR(norm, sqrt(sum), 2e-15);
     CHECK_OK(moe_layer_scale_grads(F.m, 0.5f));
     CHECK_OK(moe_layer_grad_norm(F.m, &half));
-    CHECK_NEAR(half, norm / 2, 1e-12);
+    CHECK_NEAR(half, norm / 2, 2e-15);
     CHECK_OK(moe_step(F.m, 0.1f)); /* then the gradients count as zero */
     CHECK_OK(moe_layer_grad_norm(F.m, &norm));
     CHECK(norm == 0);
@@ -459,7 +483,7 @@ static void test_layer_health(void) {
         CHECK(h.load[e] == load[e]);
         top = fmax(top, (double)load[e]);
     }
-    CHECK_NEAR(h.maxvio, top / 30 - 1, 1e-12);
+    CHECK_NEAR(h.maxvio, top / 30 - 1, 2e-15);
     CHECK(h.entropy > 0 && h.entropy <= log(4) + 1e-9);
     CHECK_OK(moe_layer_health_reset(F.m));
     CHECK_OK(moe_layer_health(F.m, &h));
@@ -540,6 +564,7 @@ int main(void) {
     RUN(test_inference_only);
     RUN(test_get_set);
     RUN(test_layer_hash);
+    RUN(test_set_gradients_after_step);
     RUN(test_norm_and_scale);
     RUN(test_layer_health);
     RUN(test_nan_batch);

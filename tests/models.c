@@ -168,12 +168,12 @@ static void test_time(void) {
 }
 
 static void test_shards_twice(void) {
-    static const size_t sizes[] = {5, 512, 513, 3000};
+    static const size_t sizes[] = {5, 192, 193, 3000};
     moe_shards f;
     for (size_t i = 0; i < 4; i++) {
         char *text = index_of(sizes[i], 0);
         CHECK_OK(moe_shards_open(&f, text, strlen(text)));
-        CHECK((f.index != NULL) == (sizes[i] > 512));
+        CHECK((f.index != NULL) == (sizes[i] > 192));
         moe_shards_close(&f);
         free(text);
         text = index_of(sizes[i], 1);

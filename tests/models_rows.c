@@ -896,6 +896,13 @@ static void test_other_faults(void) {
     source.family = NULL;
     CHECK_STATUS(moe_model_open(NULL, &source), MOE_E_NULL_MODEL);
     CHECK_STATUS(moe_model_open(&model, NULL), MOE_E_NULL_MODEL);
+    memset(&model, 0, sizeof model);
+    for (int closed = 0; closed < 2; closed++) {
+        moe_model *none = closed ? &model : NULL;
+        CHECK_STATUS(moe_model_read(none, "strange", 0, 1, &number), MOE_E_NULL_MODEL);
+        CHECK_STATUS(moe_model_layer(none, 1, NULL, NULL, &layer), MOE_E_NULL_MODEL);
+        CHECK_STATUS(moe_model_desc(none, 1, &desc), MOE_E_NULL_MODEL);
+    }
     CHECK_OK(moe_model_open(&model, &source));
     CHECK_STATUS(moe_model_layer(&model, 0, NULL, NULL, &layer), MOE_E_MODEL_LAYER);
     CHECK(!strcmp(model.about, "layer 0"));

@@ -140,19 +140,19 @@ static void test_own_routing(void) {
             want += dy[j] * out[j];
             dout[j] = dy[j] * (double)weight[i];
         }
-        CHECK_WITHIN(d_weight[t->routes.slot[i]], want, 2e-5);
+        CHECK_WITHIN(d_weight[t->routes.slot[i]], want, 2e-6);
         oracle_expert_backward(o, (size_t)index[i], x, z, u, h, dout, o->dx + i / K * 11);
     }
-    CHECK(worst_error(F.y, o->y, T * 11) < 4 * limit_for(28));
-    CHECK(worst_error(F.dx, o->dx, T * 11) < 8 * limit_for(28));
+    CHECK_WITHIN(worst_error(F.y, o->y, T * 11), 0, 0.7 * limit_for(28));
+    CHECK_WITHIN(worst_error(F.dx, o->dx, T * 11), 0, limit_for(28));
     size_t each = 11 * 17;
     for (size_t e = 0; e < 5; e++) {
         moe_expert_arrays w;
         get_expert(&F, e, &w);
         CHECK_OK(moe_expert_unpack(&F.d, e, d_params, &w));
-        CHECK(worst_error(w.w1, o->g[ORACLE_W1] + e * each, each) < 8 * limit_for(54));
-        CHECK(worst_error(w.wu, o->g[ORACLE_WU] + e * each, each) < 8 * limit_for(54));
-        CHECK(worst_error(w.w2, o->g[ORACLE_W2] + e * each, each) < 8 * limit_for(54));
+        CHECK_WITHIN(worst_error(w.w1, o->g[ORACLE_W1] + e * each, each), 0, 1.6 * limit_for(54));
+        CHECK_WITHIN(worst_error(w.wu, o->g[ORACLE_WU] + e * each, each), 0, 0.9 * limit_for(54));
+        CHECK_WITHIN(worst_error(w.w2, o->g[ORACLE_W2] + e * each, each), 0, 1.2 * limit_for(54));
         free_expert(&w);
     }
     moe_tape_free(t);
@@ -185,7 +185,7 @@ static void test_loads_over_micro_batches(void) {
         t->side.load = NULL;
         mean += t->loss[MOE_LOSS_SWITCH] / 2;
     }
-    CHECK_NEAR(mean, value, 1e-6);
+    CHECK_NEAR(mean, value, 2e-15);
     for (size_t i = 0; i < router; i++) CHECK_WITHIN(parts[i] / 2, whole[i], 1e-7);
     moe_tape_free(t);
     free(R), free(whole), free(parts);
@@ -456,6 +456,18 @@ static void test_sampling_temperature(void) {
         moe_layer_free(m);
     }
 }
+/* Warm-up: every token has draws of its own. Of 4,095 pairs of neighbours an eighth chooses alike. */
+static void test_warm_up_draws(void) {
+    const double n = MAX_TOKENS - 1, p = 1.0 / E;
+    double alike = 0;
+    moe_layer *m = row(NULL, "random_steps=1 top_k=1");
+    tokens(MAX_TOKENS);
+    const moe_tape *t = go(m, MAX_TOKENS, 0);
+    for (size_t i = 1; i < MAX_TOKENS; i++) alike += t->index[i] == t->index[i - 1];
+    CHECK(fabs(alike - n * p) < 5 * sqrt(n * p * (1 - p)));
+    for (size_t e = 0; e < E; e++) CHECK(fabs((double)t->routes.load[e] - n * p) < 5 * sqrt(n * p * (1 - p)));
+    moe_layer_free(m);
+}
 /* d_previous is added to. */
 static void test_d_previous_is_added_to(void) {
     static float previous[24 * E], once[24 * E], twice[24 * E];
@@ -474,7 +486,7 @@ static void test_d_previous_is_added_to(void) {
     }
     double all = 0;
     for (size_t i = 0; i < 24 * E; i++) {
-        CHECK(fabs((double)twice[i] - 64 - (double)once[i]) < 0x1p-16);
+        CHECK_WITHIN((double)twice[i] - 64, (double)once[i], 0x1p-16);
         all += fabs((double)once[i]);
     }
     CHECK(all > 0.1);
@@ -542,6 +554,38 @@ static void test_active_params_of_the_branch(void) {
     moe_layer_free(m);
 }
 
+/* Routing kept of one forward and given to the experts of the layer, in float32 and stored otherwise: the same bits. */
+static void test_layer_experts(void) {
+    enum { TOKENS = 9, WIDTH = 8, SLOTS = 2, ALL = TOKENS * WIDTH };
+    float in[ALL], out[ALL], again[ALL], weight[TOKENS * SLOTS];
+    int32_t index[TOKENS * SLOTS];
+    moe_layer *m = row("mixtral", "d_model=8 n_experts=5 d_ff=40"), *stored = NULL;
+    moe_layer_formats formats = {.format = MOE_FORMAT_INT4};
+    moe_tape *t = NULL;
+    if (!m) return;
+    test_fill(in, ALL, -1, 1);
+    CHECK_OK(moe_layer_quantize(m, &formats, &stored));
+    CHECK_OK(moe_tape_new(&t, moe_layer_desc(m), TOKENS, MOE_OFF));
+    for (int k = 0; k < 2; k++) {
+        const moe_layer *layer = k ? stored : m;
+        CHECK_OK(moe_forward_tape(layer, t, in, TOKENS, out));
+        memcpy(index, t->index, sizeof index);
+        memcpy(weight, t->weight, sizeof weight);
+        CHECK_OK(moe_forward_tape(layer, t, out, TOKENS, again)); /* something else between */
+        CHECK_OK(moe_tape_tokens(t, in, TOKENS));
+        t->routes.n_tokens = 0;
+        CHECK_STATUS(moe_layer_experts(layer, t, again), MOE_E_NO_ROUTES);
+        CHECK_OK(moe_routes_fill(&t->routes, TOKENS, index, weight, 0, MOE_ORDER_TOKEN));
+        CHECK_STATUS(moe_layer_experts(layer, t, NULL), MOE_E_NULL_Y);
+        CHECK_OK(moe_layer_experts(layer, t, again));
+        CHECK(memcmp(out, again, sizeof out) == 0);
+        CHECK_STATUS(moe_layer_experts(NULL, t, out), MOE_E_NULL_LAYER);
+        CHECK_STATUS(moe_layer_experts(layer, NULL, out), MOE_E_NULL_TAPE);
+    }
+    moe_tape_free(t);
+    moe_layer_free(stored), moe_layer_free(m);
+}
+
 int main(void) {
     RUN(test_level_two);
     RUN(test_own_routing);
@@ -550,6 +594,7 @@ int main(void) {
     RUN(test_temperature_by_step);
     RUN(test_expert_drop_of_all);
     RUN(test_sampling_temperature);
+    RUN(test_warm_up_draws);
     RUN(test_d_previous_is_added_to);
     RUN(test_weight_zero);
     RUN(test_error_names_the_token);
@@ -559,5 +604,6 @@ int main(void) {
     RUN(test_one_huge_logit);
     RUN(test_one_finite);
     RUN(test_level_two_statuses);
+    RUN(test_layer_experts);
     return test_end();
 }

@@ -1,7 +1,13 @@
 /* A layer through safetensors and back, and every way in which such a file can lie. */
 #ifndef _WIN32
-#define _POSIX_C_SOURCE 200809L /* mkdir, rmdir, symlink, access, getpid */
+#define _POSIX_C_SOURCE 200809L /* mkdir, rmdir, symlink, access, getpid, fork, kill */
+#define _XOPEN_SOURCE 700
+#include <errno.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 #include "test.h"
@@ -601,30 +607,149 @@ static void test_disk(void) {
 }
 
 #ifndef _WIN32
-/* Places where nothing can be written leave the existing file whole. */
-static void test_unwritable(void) {
-    bytes b = small_file(1);
+/* A file's bytes are still these. */
+static void check_file(const char *name, bytes want) {
+    bytes disk = read_file(name);
+    CHECK(disk.n == want.n && !memcmp(disk.p, want.p, want.n));
+    free(disk.p);
+}
+static moe_layer *layer_of(bytes b) {
     moe_layer *m = NULL;
     CHECK_OK(moe_layer_load_memory(&m, b.p, b.n, NULL));
+    return m;
+}
+
+/* Places where nothing can be written leave the existing file whole, and nothing beside it. */
+static void test_unwritable(void) {
+    bytes b = small_file(1);
+    moe_layer *m = layer_of(b);
     CHECK_OK(moe_layer_save(m, 1, path));
-    CHECK(!mkdir(part_path, 0700)); /* the place of the new file is taken */
-    CHECK_STATUS(moe_layer_save(m, 0, path), MOE_E_FOLDER);
-    CHECK(!rmdir(part_path));
-    if (!access("/dev/full", W_OK) && CHECK(!symlink("/dev/full", part_path))) { /* the disk is full */
-        CHECK_STATUS(moe_layer_save(m, 0, path), MOE_E_WRITE);
-        CHECK(access(part_path, F_OK) != 0);
-    }
-    bytes disk = read_file(path);
-    CHECK(disk.n == b.n && !memcmp(disk.p, b.p, b.n));
-    free(disk.p);
+    struct rlimit before, limit;
+    CHECK(!getrlimit(RLIMIT_FSIZE, &before));
+    limit = before;
+    limit.rlim_cur = 512;
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    CHECK(!setrlimit(RLIMIT_FSIZE, &limit)); /* as if the disk were full */
+    moe_status s = moe_layer_save(m, 0, path);
+    CHECK_STATUS(s, MOE_E_WRITE);
+    CHECK(errno == EFBIG); /* the system's reason */
+    CHECK(!setrlimit(RLIMIT_FSIZE, &before));
+    signal(SIGXFSZ, handler);
+    CHECK(access(part_path, F_OK) != 0);
+    check_file(path, b);
+
     CHECK(!mkdir(other_path, 0700)); /* a directory: neither a file nor to be replaced by one */
     CHECK_STATUS(load_path_action(other_path), MOE_E_FOLDER);
     CHECK_STATUS(moe_layer_save(m, 0, other_path), MOE_E_FOLDER);
     CHECK(!rmdir(other_path)); /* also shows that it is empty */
-    strcat(other_path, ".part");
-    CHECK(!file_exists(other_path));
+    CHECK(!mkfifo(other_path, 0600));
+    CHECK_STATUS(load_path_action(other_path), MOE_E_NOT_FILE);
+    CHECK_STATUS(moe_layer_save(m, 0, other_path), MOE_E_NOT_FILE);
+    CHECK(!remove(other_path));
+    if (!access("/dev/full", W_OK)) {
+        CHECK(!symlink("/dev/full", other_path));
+        CHECK_STATUS(moe_layer_save(m, 0, other_path), MOE_E_NOT_FILE);
+        CHECK_STATUS(moe_layer_save(m, 0, "/dev/full"), MOE_E_NOT_FILE);
+        CHECK(!remove(other_path) && access("/dev/full.part", F_OK) != 0);
+    }
     remove(path);
     moe_layer_free(m);
+    free(b.p);
+}
+
+/* What stands under a new file's name is left alone, whatever it is. */
+static void test_part_taken(void) {
+    bytes b = small_file(1), mine = { (unsigned char *)part_path, 7 };
+    moe_layer *m = layer_of(b);
+    FILE *f = fopen(part_path, "wb");
+    if (CHECK(f != NULL)) CHECK(fwrite(mine.p, 1, mine.n, f) == mine.n && !fclose(f));
+    CHECK_OK(moe_layer_save(m, 1, path));
+    check_file(part_path, mine);
+    check_file(path, b);
+    CHECK(!remove(part_path) && !mkdir(part_path, 0700));
+    CHECK_OK(moe_layer_save(m, 0, path));
+    CHECK(!rmdir(part_path) && !remove(path));
+    moe_layer_free(m);
+    free(b.p);
+}
+
+/* Of a symbolic link the target is replaced: absolute, from its own folder, over two links, and one that is not there
+ * yet. Links in a circle are refused. */
+static void test_links(void) {
+    static char folder[540], link[560], second[560], target[560];
+    bytes b = small_file(1);
+    moe_layer *m = layer_of(b);
+    struct stat info;
+    snprintf(folder, sizeof folder, "%s", other_path);
+    snprintf(link, sizeof link, "%s/link", folder);
+    snprintf(second, sizeof second, "%s/second", folder);
+    snprintf(target, sizeof target, "%s/target", folder);
+    CHECK(!mkdir(folder, 0700));
+    const char *to[] = { "target", target };
+    for (size_t i = 0; i < 2; i++) {
+        CHECK(!symlink(to[i], link) && !symlink("./link", second));
+        CHECK_OK(moe_layer_save(m, 1, link)); /* the target is made */
+        check_file(target, b);
+        CHECK_OK(moe_layer_save(m, 0, second)); /* and replaced */
+        CHECK_OK(moe_layer_save(m, 1, second));
+        check_file(target, b);
+        CHECK(!lstat(link, &info) && S_ISLNK(info.st_mode) && !lstat(second, &info) && S_ISLNK(info.st_mode));
+        CHECK(!lstat(target, &info) && S_ISREG(info.st_mode));
+        CHECK(!remove(link) && !remove(second) && !remove(target));
+    }
+    CHECK(!symlink("second", link) && !symlink("link", second));
+    CHECK_STATUS(moe_layer_save(m, 0, link), MOE_E_OPEN);
+    CHECK(!remove(link) && !remove(second) && !rmdir(folder));
+    moe_layer_free(m);
+    free(b.p);
+}
+
+/* A process that saves a layer to the path again and again. */
+static pid_t saver(const moe_layer *m, int with_optimizer) {
+    pid_t id = fork();
+    if (id) return id;
+    for (;;) {
+        if (moe_layer_save(m, with_optimizer, path)) _exit(1);
+    }
+}
+static void wait_a_moment(long microseconds) {
+    struct timespec t = { 0, microseconds * 1000 };
+    nanosleep(&t, NULL);
+}
+/* Two processes save to one path while this one reads it; then both are killed in the middle. At any time the file is
+ * one of the two, whole. */
+static void test_saves_at_one_time(void) {
+    bytes b = small_file(1);
+    moe_layer *m = layer_of(b);
+    bytes shorter = save(m, 0);
+    size_t seen[2] = { 0, 0 };
+    for (int round = 0; round < 8; round++) {
+        CHECK_OK(moe_layer_save(m, 1, path));
+        pid_t one = saver(m, 0), two = saver(m, 1);
+        if (!CHECK(one > 0 && two > 0)) break;
+        for (int i = 0; i < 40; i++) {
+            bytes disk = read_file(path), want = disk.n == b.n ? b : shorter;
+            CHECK(disk.n == want.n && !memcmp(disk.p, want.p, want.n));
+            seen[disk.n == b.n]++;
+            free(disk.p);
+            wait_a_moment(700 + 37 * round);
+        }
+        int status;
+        CHECK(waitpid(-1, &status, WNOHANG) == 0); /* none has failed */
+        CHECK(!kill(one, SIGKILL) && !kill(two, SIGKILL));
+        CHECK(waitpid(one, &status, 0) == one && waitpid(two, &status, 0) == two);
+        CHECK_OK(load_path_action(path));
+    }
+    CHECK(seen[0] && seen[1]);
+    for (int i = 0; i < 17; i++) { /* what the killed ones left */
+        char left[540];
+        if (i) snprintf(left, sizeof left, "%s%d", part_path, i);
+        else snprintf(left, sizeof left, "%s", part_path);
+        remove(left);
+    }
+    remove(path);
+    moe_layer_free(m);
+    free(shorter.p);
     free(b.p);
 }
 #endif
@@ -693,6 +818,9 @@ int main(void) {
     RUN(test_disk);
 #ifndef _WIN32
     RUN(test_unwritable);
+    RUN(test_part_taken);
+    RUN(test_links);
+    RUN(test_saves_at_one_time);
 #endif
     RUN(test_save_load);
     return test_end();

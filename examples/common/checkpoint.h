@@ -2,7 +2,7 @@
 // tokenizer.json), which the usual Python tools load; and the state of a training, from which it goes on with the same
 // bits.
 //
-//     checkpoint_save(m, bpe, "out/wikitext2");                  // the model
+//     checkpoint_save(m, bpe, 0, "out/wikitext2");               // the model
 //     checkpoint_state_save(m, config, curves, bytes, "out/wikitext2"); // what --resume reads: training.state
 //
 // Every file is written beside its place, flushed to the disk and then renamed, so that whatever ends the program
@@ -17,16 +17,20 @@
 
 typedef struct whole_file {
     FILE *file;
-    char path[1000], part[1024];
+    char path[1000], part[1030];
     uint64_t hash;
 } whole_file;
 
 EX_FUNC whole_file whole_begin(const char *dir, const char *name) {
     whole_file f = {.hash = 1};
     if (snprintf(f.path, sizeof f.path, "%s/%s", dir, name) >= (int)sizeof f.path) die("the path %s is too long", dir);
-    snprintf(f.part, sizeof f.part, "%s.part", name);
+    long own = 0; // two programs that write to one folder do not share what they have not finished
+#ifndef _WIN32
+    own = (long)getpid();
+#endif
+    snprintf(f.part, sizeof f.part, "%.900s.%ld.part", name, own);
     f.file = open_output(dir, f.part);
-    snprintf(f.part, sizeof f.part, "%s.part", f.path);
+    snprintf(f.part, sizeof f.part, "%s.%ld.part", f.path, own);
     return f;
 }
 EX_FUNC void whole_put(whole_file *f, const void *bytes, size_t n) {
@@ -146,7 +150,7 @@ EX_FUNC int checkpoint_fits(const moe_desc *d) {
            d->threshold <= 0;
 }
 
-EX_FUNC void checkpoint_config(const lm *m, int32_t end, FILE *f) {
+EX_FUNC void checkpoint_config(const lm *m, int32_t end, int bf16, FILE *f) {
     const lm_shape *s = &m->shape;
     const moe_desc *d = moe_layer_desc(m->layer[0].moe);
     int share = d->gate == MOE_GATE_SOFTMAX_SELECTED || d->normalize == MOE_ON || d->n_experts == 1;
@@ -157,27 +161,30 @@ EX_FUNC void checkpoint_config(const lm *m, int32_t end, FILE *f) {
             "  \"intermediate_size\": %zu,\n  \"max_position_embeddings\": %zu,\n  \"model_type\": \"olmoe\",\n"
             "  \"norm_topk_prob\": %s,\n",
             (int)end, (int)end, s->d, d->d_ff, s->length, share ? "true" : "false");
+    if (d->gate == MOE_GATE_SOFTMAX_SELECTED && d->n_experts > 1) // norm_topk_prob's function in other bits
+        fprintf(f, "  \"moe_gate\": \"%s\",\n", moe_gate_name(d->gate));
     fprintf(f,
             "  \"num_attention_heads\": %zu,\n  \"num_experts\": %zu,\n  \"num_experts_per_tok\": %zu,\n"
             "  \"num_hidden_layers\": %zu,\n  \"num_key_value_heads\": %zu,\n  \"output_router_logits\": false,\n"
             "  \"pad_token_id\": null,\n  \"rms_norm_eps\": %g,\n  \"rope_scaling\": null,\n  \"rope_theta\": %.1f,\n"
-            "  \"router_aux_loss_coef\": %g,\n  \"tie_word_embeddings\": %s,\n  \"torch_dtype\": \"float32\",\n"
+            "  \"router_aux_loss_coef\": %g,\n  \"tie_word_embeddings\": %s,\n  \"torch_dtype\": \"%s\",\n"
             "  \"use_cache\": true,\n  \"vocab_size\": %zu\n}\n",
             s->heads, d->n_experts, d->top_k, s->layers, s->heads, s->epsilon, s->theta,
-            (double)d->loss[MOE_LOSS_SWITCH], s->tied ? "true" : "false", s->vocab);
+            (double)d->loss[MOE_LOSS_SWITCH], s->tied ? "true" : "false", bf16 ? "bfloat16" : "float32", s->vocab);
 }
 
-EX_FUNC void checkpoint_header(checkpoint_list *l, whole_file *f) {
+EX_FUNC void checkpoint_header(checkpoint_list *l, int bf16, whole_file *f) {
     size_t at = 0, n = 0, room = 0;
     char *text = NULL;
     for (size_t i = 0; i < l->n; i++) {
         const checkpoint_tensor *t = &l->tensor[i];
-        size_t bytes = t->rows * (t->cols ? t->cols : 1) * sizeof(float);
+        size_t bytes = t->rows * (t->cols ? t->cols : 1) * (bf16 ? 2 : sizeof(float));
         char shape[48];
         snprintf(shape, sizeof shape, t->cols ? "%zu,%zu" : "%zu", t->rows, t->cols);
         text = bpe_more(text, &room, n + 300, 1);
-        n += (size_t)snprintf(text + n, 300, "%s\"%s\":{\"dtype\":\"F32\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
-                              i ? "," : "{\"__metadata__\":{\"format\":\"pt\"},", t->name, shape, at, at + bytes);
+        n += (size_t)snprintf(text + n, 300, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
+                              i ? "," : "{\"__metadata__\":{\"format\":\"pt\"},", t->name, bf16 ? "BF16" : "F32", shape,
+                              at, at + bytes);
         at += bytes;
     }
     text = bpe_more(text, &room, n + 16, 1);
@@ -200,21 +207,35 @@ EX_FUNC void checkpoint_row(const checkpoint_tensor *t, size_t r, float *row, in
     }
 }
 
-// Little-endian machines, as all that this runs on.
-EX_FUNC void checkpoint_save(const lm *m, const bpe *b, const char *dir) {
+// Numbers in place to bfloat16, the nearest, of two as near the even one; returns the bytes that they take.
+EX_FUNC size_t checkpoint_halve(float *row, size_t n) {
+    unsigned char *to = (unsigned char *)row;
+    for (size_t i = 0; i < n; i++, to += 2) {
+        uint32_t bits;
+        memcpy(&bits, row + i, sizeof bits);
+        uint16_t half = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        memcpy(to, &half, sizeof half);
+    }
+    return 2 * n;
+}
+
+// Little-endian machines, as all that this runs on. bf16: half the bytes, each number rounded.
+EX_FUNC void checkpoint_save(const lm *m, const bpe *b, int bf16, const char *dir) {
     checkpoint_list l = checkpoint_tensors(m);
     float *row = allocate(m->shape.d + moe_layer_desc(m->layer[0].moe)->d_ff, sizeof *row);
     for (size_t i = 0; i < m->shape.layers; i++) checkpoint_get_mixture(m, i, l.experts[i], 0);
     whole_file f = whole_begin(dir, "model.safetensors");
-    checkpoint_header(&l, &f);
+    checkpoint_header(&l, bf16, &f);
     for (size_t i = 0; i < l.n; i++)
         for (size_t r = 0; r < l.tensor[i].rows; r++) {
+            size_t cols = l.tensor[i].cols ? l.tensor[i].cols : 1, bytes = cols * sizeof *row;
             checkpoint_row(&l.tensor[i], r, row, 0);
-            whole_put(&f, row, (l.tensor[i].cols ? l.tensor[i].cols : 1) * sizeof *row);
+            if (bf16) bytes = checkpoint_halve(row, cols);
+            whole_put(&f, row, bytes);
         }
     whole_end(&f);
     f = whole_begin(dir, "config.json");
-    checkpoint_config(m, (int32_t)m->shape.vocab - 1, f.file);
+    checkpoint_config(m, (int32_t)m->shape.vocab - 1, bf16, f.file);
     whole_end(&f);
     if (b) {
         f = whole_begin(dir, "tokenizer.json");

@@ -24,8 +24,9 @@ typedef struct cifar {
     int sample; // the small sample of examples/data
 } cifar;
 
-// Appends the records of a file; ends the program if it is not what it should be.
-EX_FUNC void cifar_read(cifar_set *set, const char *path) {
+// Appends the records of a file, which has so many; ends the program if it is not what it should be.
+EX_FUNC void cifar_read(cifar_set *set, const char *path, size_t records) {
+    size_t before = set->count;
     FILE *f = fopen(path, "rb");
     if (!f) die("cannot open %s: %s", path, strerror(errno));
     for (;;) {
@@ -45,6 +46,9 @@ EX_FUNC void cifar_read(cifar_set *set, const char *path) {
         if (got < 1000 * CIFAR_RECORD) break;
     }
     fclose(f);
+    if (set->count - before != records)
+        die("%s: holds %zu records of %d bytes, not %zu: cut off, or not CIFAR-10's", path, set->count - before,
+            CIFAR_RECORD, records);
 }
 
 // dir: a folder with data_batch_1.bin ... data_batch_5.bin and test_batch.bin (the official binary version), or one
@@ -66,21 +70,20 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
                 dir);
         for (int b = 1; b <= 5; b++) {
             snprintf(path, sizeof path, "%s/data_batch_%d.bin", folder, b);
-            cifar_read(&c->train, path);
+            cifar_read(&c->train, path, 10000);
         }
         snprintf(path, sizeof path, "%s/test_batch.bin", folder);
-        cifar_read(&c->test, path);
+        cifar_read(&c->test, path, 10000);
     } else {
         if (!sample_folder(argv0, "examples/data", "cifar10_train.bin", folder, sizeof folder))
             die("the sample examples/data/cifar10_train.bin was not found: run from the folder of the repository, or "
                 "give --data DIR");
         snprintf(path, sizeof path, "%s/cifar10_train.bin", folder);
-        cifar_read(&c->train, path);
+        cifar_read(&c->train, path, 1000);
         snprintf(path, sizeof path, "%s/cifar10_test.bin", folder);
-        cifar_read(&c->test, path);
+        cifar_read(&c->test, path, 290);
         c->sample = 1;
     }
-    if (!c->train.count || !c->test.count) die("%s: no records", folder);
 }
 
 EX_FUNC void cifar_free(cifar *c) {

@@ -77,8 +77,8 @@ EX_FUNC void lm_init(lm *m) { // normal numbers, 1 / sqrt(inputs) for matrices; 
     for (size_t i = 0; i < m->bank.n_tensors; i++) {
         size_t at = m->bank.tensor[i].at, count = m->bank.tensor[i].count;
         for (size_t k = 0; !m->bank.tensor[i].decay && k < count; k++) w[at + k] = 1;
-        float spread = at == m->embed ? 0.02f : at == m->head ? 0.5f * wide : wide;
-        if (m->bank.tensor[i].decay) nn_must(moe_rand_normal(s->seed, 100 + i, count, 0, spread, w + at));
+        float deviation = at == m->embed ? 0.02f : at == m->head ? 0.5f * wide : wide;
+        if (m->bank.tensor[i].decay) nn_must(moe_rand_normal(s->seed, 100 + i, count, 0, deviation, w + at));
     }
     for (size_t i = 0; i < s->layers; i++) { // what a block adds begins small
         float *out = w + m->layer[i].out, shrink = 1 / sqrtf(2 * (float)s->layers);

@@ -18,6 +18,7 @@
 #include <io.h>
 #else
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -125,6 +126,39 @@ EX_FUNC uint64_t file_size(FILE *f) {
     return file_seek(f, 0) && n > 0 ? (uint64_t)n : 0;
 }
 
+#ifndef _WIN32
+// What is mapped, so that a file which another program makes shorter meanwhile has its name in the message. The rest of
+// a page past the new end reads as zeros and is noticed by whoever checks them; a page past it ends the program.
+static struct { const char *begin, *end; char path[256]; } file_views[64];
+static size_t file_views_n;
+
+EX_FUNC void file_view_shorter(int signal_number, siginfo_t *info, void *context) {
+    static const char before[] = "error: ", after[] = ": was made shorter while it was read, or its disk failed\n";
+    const char *at = info->si_addr, *path = "a file";
+    (void)signal_number, (void)context;
+    for (size_t i = 0; i < file_views_n; i++)
+        if (at >= file_views[i].begin && at < file_views[i].end) path = file_views[i].path;
+    ssize_t written = write(2, before, sizeof before - 1);
+    written += write(2, path, strlen(path));
+    written += write(2, after, sizeof after - 1);
+    _exit(written < 0 ? 3 : 2);
+}
+EX_FUNC void file_view_watch(const char *path, const void *begin, size_t size) {
+    struct sigaction action;
+    size_t i = file_views_n;
+    if (i == sizeof file_views / sizeof file_views[0]) return; // then without its name
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = file_view_shorter;
+    action.sa_flags = SA_SIGINFO;
+    if (!i) sigaction(SIGBUS, &action, NULL);
+    size_t length = strlen(path), most = sizeof file_views[i].path - 1;
+    strcpy(file_views[i].path, length > most ? path + (length - most) : path); // the end of it, where it is too long
+    file_views[i].begin = begin;
+    file_views[i].end = (const char *)begin + size;
+    file_views_n = i + 1;
+}
+#endif
+
 // A whole file as memory that is read from disk only where it is looked at (on Windows: read). NULL if that fails; an
 // empty file has size 0. The view stays until the program ends.
 EX_FUNC const void *file_view(const char *path, size_t *size) {
@@ -148,6 +182,7 @@ EX_FUNC const void *file_view(const char *path, size_t *size) {
         p = info.st_size ? mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0) : (void *)"";
         if (p == MAP_FAILED) p = NULL;
         if (p) *size = (size_t)info.st_size;
+        if (*size) file_view_watch(path, p, *size);
     }
     close(file);
     return p;

@@ -214,6 +214,8 @@ typedef struct plot_point_chart {
     const char *const *group_name;
     int n_groups;
     int joined; // a line through the points
+    const double *mark; // (n_marks): dashed lines at these x
+    size_t n_marks;
 } plot_point_chart;
 
 EX_FUNC void plot_points(FILE *f, const plot_point_chart *c) {
@@ -237,6 +239,10 @@ EX_FUNC void plot_points(FILE *f, const plot_point_chart *c) {
     }
     fprintf(f, "<path d=\"M%.1f %.1fH%.1f\" stroke=\"" PLOT_SOFT "\"/>\n", left, bottom, right);
     plot_text(f, (left + right) / 2, bottom + 34, 11, PLOT_MIDDLE, PLOT_SOFT, "", c->x_label);
+    for (size_t i = 0; i < c->n_marks; i++)
+        if (c->mark[i] >= first && c->mark[i] <= last)
+            fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"" PLOT_SOFT "\" stroke-dasharray=\"5 4\"/>\n",
+                    left + 12 + (c->mark[i] - first) / (last - first) * (right - left - 24), top, bottom);
     for (int pass = c->joined ? 0 : 1; pass < 2; pass++) { // the line lies below the points
         int pen = 0;
         if (!pass) fputs("<path fill=\"none\" stroke=\"" PLOT_GRID "\" stroke-width=\"2\" d=\"", f);

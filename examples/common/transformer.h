@@ -286,6 +286,8 @@ typedef struct tf_acts {
     float *o, *x, *norm2, *y;           // attention before its last map; x + attention; its norm; what is added last
     float *gate, *up;                   // the MLP's, where a block has one
     moe_tape *tape;                     // the mixture's
+    const int32_t *index;               // (T, slots) who goes where, if not the router decides, and
+    const float *weight;                // (T, slots) with which weights
 } tf_acts;
 
 EX_FUNC size_t tf_max(size_t a, size_t b) { return a > b ? a : b; }
@@ -388,6 +390,12 @@ EX_FUNC void tf_swiglu(size_t n, float *gate, const float *up) {
 }
 EX_FUNC void tf_feed_forward(nn *s, const tf_block *b, tf_acts *acts, size_t rows) {
     const moe_parallel *p = &s->parallel;
+    if (b->mixture && acts->index) {
+        nn_must(moe_tape_tokens(acts->tape, acts->norm2, rows));
+        nn_must(moe_routes_fill(&acts->tape->routes, rows, acts->index, acts->weight, 0, MOE_ORDER_DEFAULT));
+        nn_must(moe_layer_experts(b->mixture, acts->tape, acts->y));
+        return;
+    }
     if (b->mixture) {
         nn_must(moe_forward_tape(b->mixture, acts->tape, acts->norm2, rows, acts->y));
         return;

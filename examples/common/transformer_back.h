@@ -221,11 +221,14 @@ EX_FUNC void tb_small(tb_attention_room *room, moe_gemm_args g) {
     nn_must(moe_gemm(&g));
 }
 
+// Of the scores: as who runs the model computes it.
+EX_FUNC float tb_scale(size_t head) { return (float)(1 / sqrt((double)head)); }
+
 // p (n, seen) of queries first ... first + n - 1, seen = first + n: their probabilities over the tokens that they see
 EX_FUNC void tb_probabilities(const tb_ops *o, tb_attention_room *room, const float *q, const float *k, size_t first,
                               size_t n) {
     size_t seen = first + n, head = o->d / o->heads;
-    float scale = 1 / sqrtf((float)head);
+    float scale = tb_scale(head);
     tb_small(room, (moe_gemm_args){.m = n,
                                    .n = seen,
                                    .k = head,
@@ -294,7 +297,7 @@ EX_FUNC void tb_attention_back_task(void *arg, size_t i, size_t worker) {
                                         .ldb = 3 * d, .tb = 1, .c = room.dp});
         tb_small(&room, (moe_gemm_args){.m = end, .n = head, .k = n, .a = room.p, .ta = 1, .b = dy + first * d,
                                         .ldb = d, .c = dv, .ldc = 3 * d, .accumulate = add});
-        tb_attention_scores_back(n, end, 1 / sqrtf((float)head), room.p, room.dp);
+        tb_attention_scores_back(n, end, tb_scale(head), room.p, room.dp);
         tb_small(&room, (moe_gemm_args){.m = n, .n = head, .k = end, .a = room.dp, .b = q + d, .ldb = wide,
                                         .c = dq + first * wide, .ldc = wide});
         tb_small(&room, (moe_gemm_args){.m = end, .n = head, .k = n, .a = room.dp, .ta = 1, .b = q + first * wide,

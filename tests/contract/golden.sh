@@ -70,7 +70,6 @@ rows_gcc() { # the two ends; what lies between them is in the other rows, with w
 rows_more() {
     rows_of gcc
     rows_of clang
-    add clang-O0 - clang -std=c99 -O0
     add g++-O2 - g++ -x c++ -std=c++11 -O2
     add clang-O2-native - clang -std=c99 $hardest
     add clang-O3-native - clang -std=gnu11 $hardest -O3
@@ -78,7 +77,6 @@ rows_more() {
     add clang++-O3-native - clang++ -x c++ -std=c++11 -O3 -march=native
     add i686-O2 - i686-linux-gnu-gcc -std=c99 -O2 -msse2 -mfpmath=sse -static
     add i686-soft-fma - i686-linux-gnu-gcc -std=c99 -O1 -msse2 -mfpmath=sse -static -DMOE_SOFT_FMA
-    add aarch64-O2 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O2 -static
     add aarch64-O3 qemu-aarch64 aarch64-linux-gnu-gcc -std=c99 -O3 -ffp-contract=fast -static
     add aarch64-clang-O2 qemu-aarch64 clang --target=aarch64-linux-gnu -std=c99 -O2 -static
     add arm-O2 qemu-arm arm-linux-gnueabihf-gcc -std=c99 -O2 -static

@@ -34,7 +34,7 @@ check "the sample" inspect
 check "help" sh -c "'$dir/inspect' --help | grep -q -- --series"
 keys() {
     inspect --json 2>/dev/null | head -n 1 | tr ',' '\n' | sed -n 's/.*"\([a-z0-9_]*\)":.*/\1/p' >"$dir/keys"
-    printf '%s\n' layer tokens experts top_k load maxvio cv \
+    printf '%s\n' layer tokens experts top_k load maxvio maxvio_batch cv \
         gini entropy effective_experts dead dead_experts dead_first gamma_eff \
         gamma_lo gamma_hi gamma_null gamma_excess excess_lo excess_hi \
         gamma_ols identified temperature l1_game l1_softmax l1_uniform l1_types_coupled \
@@ -230,6 +230,10 @@ check "by chance" near "$dir/compare.json" 2 topk_chance 0.56944444 1e-8  # (6 x
 check "churn" near "$dir/compare.json" 2 churn 0.5 1e-8
 check "load moved" near "$dir/compare.json" 2 load_moved 0.16666667 1e-8  # (2 + 0 + 1 + 1) / 24
 check "MaxVio of the other" near "$dir/compare.json" 2 other_maxvio 0.33333333 1e-8
+check "the other alone" run other.json --experts 4 "$dir/other_index.npy"
+check "MaxVio by micro-batch, each a token" near "$dir/other.json" 1 maxvio_batch 1 1e-8 # one of 4 has twice 0.5
+check "in one batch" run other1.json --experts 4 "$dir/other_index.npy" --batches 1
+check "it is that of all" near "$dir/other1.json" 1 maxvio_batch 0.33333333 1e-8
 check "the first's line is as alone" sh -c "head -n 1 '$dir/compare.json' | cmp - '$dir/hand.json'"
 check "two dumps with padding" run compare_padded.json --experts 4 "$dir/padded_index.npy" --compare \
     "$dir/padded_other.npy"

@@ -303,7 +303,7 @@ static void test_model_file(void) {
     elsewhere.seed = other.seed = 99;
     lm *again = lm_new(&elsewhere, &other, ROWS);
     CHECK(checkpoint_fits(moe_layer_desc(m->layer[0].moe)));
-    checkpoint_save(m, NULL, folder());
+    checkpoint_save(m, NULL, 0, folder());
     CHECK(lm_hash(again) != lm_hash(m));
     checkpoint_load(again, folder());
     CHECK(lm_hash(again) == lm_hash(m));

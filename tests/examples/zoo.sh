@@ -17,8 +17,8 @@ check "a result for every layer of the configuration" \
     [ "$n" -eq "$(head -n 1 "$tmp/all.out" | grep -o '"d_model":' | wc -l)" ]
 check "a result for each name" [ "$n" -eq "$(finals all | sed 's/.*"system":"\([^"]*\)".*/\1/' | sort -u | wc -l)" ]
 number='\(null\|-\{0,1\}[0-9][0-9.e+-]*\)' keys='{"event":"final","system":"[^"]*","source":"[^"]*"'
-for key in seed train_loss test_loss test_accuracy params active_params start_output start_p_max tokens_per_s maxvio \
-    load_cv load_entropy dead dead_experts dead_first dropped experts_per_token pes; do
+for key in seed train_loss test_loss test_accuracy params active_params active_measured start_output start_p_max \
+    tokens_per_s maxvio load_cv load_entropy dead dead_experts dead_first dropped experts_per_token pes; do
     keys="$keys,\"$key\":$number"
     [ $key = dead_experts ] && keys="${keys%"$number"}\[[0-9,]*\]"
 done
@@ -32,6 +32,17 @@ finals all | pick active_params >"$tmp/active"
 dense=$(sed -n 's/^dense //p' "$tmp/active")
 check "as many active parameters as dense, to 5%" awk -v dense="$dense" '
     { if ($2 < 0.95 * dense || $2 > 1.05 * dense) { print; bad = 1 } } END { exit bad || dense < 1000 }' "$tmp/active"
+# where tokens choose how many experts they take, what they took is counted: 8 experts are nearly all parameters
+finals all | sed 's/.*"system":"\([^"]*\)".*"params":\([^,]*\),"active_params":\([^,]*\),"active_measured":/\1 \2 \3 /
+    s/,.*"experts_per_token":\([^,]*\),.*/ \1/' >"$tmp/measured"
+check "active parameters as the tokens chose" awk '
+    $1 == "dense" || $1 == "switch" { n++; if ($4 != $3) { print; bad = 1 } }
+    $1 == "dynmoe" || $1 == "remoe" { n++; each = ($4 - $3) / ($5 - 2)
+        if ($5 < 2.1 || $2 - 8 * each < 0 || $2 - 8 * each > 0.05 * $2) { print; bad = 1 } }
+    $1 == "moe++" { n++; if ($4 >= $3) { print; bad = 1 } }
+    END { exit bad || n != 5 }' "$tmp/measured"
+keys='"systems":[0-9]*,"active_params_correlation":[-0-9.e]*,"active_measured_correlation":[-0-9.e]*,'
+check "and whether they explain the losses" grep -q "^{\"event\":\"fairness\",$keys" "$tmp/all.out"
 finals all | grep -v '"notes":\[.*output at the start' | pick start_output >"$tmp/output"
 dense=$(sed -n 's/^dense //p' "$tmp/output")
 check "an output as large as dense's at the start, or a note" awk -v dense="$dense" '

@@ -90,6 +90,7 @@ void test_moe_free(void *p, const void *context) { test_free(p, context); }
 /* ---- checks ---- */
 /* Counts an error and says whether its message should be printed. */
 static inline int test_error(const char *file, int line) {
+    if (getenv("TEST_ONLY")) exit(1);
     if (++test_errors > TEST_MAX_MESSAGES + 1) return 0;
     if (test_errors == TEST_MAX_MESSAGES + 1) printf("    ... and more of %s\n", test_name);
     else printf("    %s:%d: %s: ", file, line, test_name);
@@ -108,9 +109,26 @@ static inline int test_check_status(moe_status got, moe_status want, const char 
     return got == want;
 }
 
+/* -DTEST_WORST: how much of each tolerance is used is printed at the end, as tests/NAME.c:LINE: SHARE of LIMIT. None
+ * should be under a tenth: a tolerance is at most ten times the worst error that was seen. */
+#ifdef TEST_WORST
+typedef struct test_use { const char *file; int line; double share, limit; } test_use;
+static test_use test_worst[2000];
+static inline void test_used(double error, double limit, const char *file, int line) {
+    test_use *use = test_worst, *end = test_worst + sizeof test_worst / sizeof *test_worst - 1;
+    while (use < end && use->file && (use->line != line || strcmp(use->file, file) != 0)) use++;
+    if (use == end || !(limit > 0)) return;
+    if (!use->file || !(error / limit <= use->share)) use->share = error / limit, use->limit = limit;
+    use->file = file, use->line = line;
+}
+#else
+#define test_used(error, limit, file, line) ((void)0)
+#endif
+
 /* limit: the largest |a - b| allowed; infinities are near only themselves, NaN is near nothing */
 static inline int test_check_within(double a, double b, double limit, const char *text, const char *file, int line) {
     int ok = a == b || (isfinite(a) && isfinite(b) && fabs(a - b) <= limit);
+    test_used(a == b ? 0 : fabs(a - b), limit, file, line);
     if (!ok && test_error(file, line))
         printf("%s: %.9g and %.9g differ by %.3g, over %.3g\n", text, a, b, fabs(a - b), limit);
     return ok;
@@ -154,7 +172,10 @@ static inline int test_check_same(const float *a, const float *b, size_t n, cons
 #define CHECK_SAME(a, b, n) test_check_same((a), (b), (n), #a " == " #b, __FILE__, __LINE__)
 
 /* ---- running ---- */
+/* TEST_ONLY in the environment: this test alone, to its first error. */
 static inline void test_run(const char *name, void (*test)(void)) {
+    const char *only = getenv("TEST_ONLY");
+    if (only && strcmp(only, name) != 0) return;
     test_name = name;
     test_errors = 0;
     test();
@@ -174,6 +195,10 @@ static inline void test_skip(const char *name, const char *reason) {
 
 /* The suite's last line; the value is for main to return. */
 static inline int test_end(void) {
+#ifdef TEST_WORST
+    for (const test_use *use = test_worst; use->file; use++)
+        printf("%s:%d: %.3g of %.3g\n", use->file, use->line, use->share, use->limit);
+#endif
     printf("%d passed, %d failed", test_passed, test_failed);
     if (test_skipped) printf(", %d skipped", test_skipped);
     printf("\n");

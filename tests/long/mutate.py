@@ -7,21 +7,22 @@ an environment variable switches on: so each suite is built once.
     tests/long/mutate.py [--count 300] [--seed 1] [--room NAME,...] [--line N] [--jobs 2]
         [--suites NAME,...] [--most SECONDS] [--minutes M]
 
-A change is noticed if a suite fails, crashes or does not end. Only suites that run the function count: the room's own
-first, then the others, fastest first; those slower than --most seconds (default 10) only if they are the room's own,
-and none over six times that. A change that does not compile, or
+A change is noticed if a test fails, crashes or does not end. Only tests that run the function count: the quick ones of
+the room's own suites first, then all others, fastest first; those slower than --most seconds of the processor (default
+10) only if they are the room's own, and none over a minute. A change that does not compile, or
 that compiles at -O1 to the same code as before, is none. Survivors whose line of code stands in mutants.txt, with why
 they change nothing that is promised, are counted apart. Ends with "N changes: ...", status 1 if
 a survivor is not explained."""
-import argparse, glob, os, random, re, shutil, subprocess, sys, tempfile, threading, time
+import argparse, glob, math, os, random, re, shutil, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CC = os.environ.get("CC", "gcc")
 FLAGS = ["-std=c99", "-w", "-DMOE_NO_SIMD", "-DTEST_SANITIZED=1", "-Itests/lib"]
+SLOW = ["balance", "passes", "systems"] # worth optimising with the library in them
 # a room's own suites, where they are not named as it is
 OWN = {"tape": ["tape", "passes"], "losses": ["losses", "balance"], "balance": ["balance", "losses"],
-       "models": ["models", "safetensors"], "systems": ["systems", "systems_rows", "authors"],
+       "models": ["models", "models_rows", "safetensors"], "systems": ["systems", "systems_rows", "authors"],
        "score": ["score", "passes", "balance"], "gate": ["gate", "passes", "balance"], "run": ["run", "passes"],
        "select": ["select", "passes", "balance"], "experts": ["experts", "passes"], "combine": ["combine", "passes"],
        "kernels": ["kernels", "products"], "layer": ["layer", "save"], "threads": ["threads", "contract/bits"],
@@ -90,10 +91,12 @@ def changes(code, begin, end):
         found.append((*inside, "0 && (" + text + ")"))
     for m in re.finditer(r"(!)(?=[\w(])", body):
         add(m, 1, "")
-    for m in re.finditer(r"(?<=[;{})\n] )\s*((?:break|continue|return|[\w>.\[\]*+ -]+ [-+*/|&]?= [^;{}]*|\w+\([^;{}]*\)|"
+    for m in re.finditer(r"(?<=[;{})\n] )\s*((?:break|continue|return|[\w>.\[\]*+ -]+ [-+*/|&]?= [^;{}]*|"
+                         r"\w+\([^;{}]*\)|"
                          r"[\w>.\[\]-]+(?:\+\+|--)))(?=;)", body):
         statement = m.group(1)
-        if not re.match(r"(?:const |static |size_t |u?int\w* |float |double |char |void |moe_\w+ \**\w|struct )", statement):
+        if not re.match(r"(?:const |static |size_t |u?int\w* |float |double |char |void |moe_\w+ \**\w|struct )",
+                        statement):
             add(m, 1, "")
     for m in re.finditer(r"(?<=[(,])\s?([\w.>&*\[\]-]+)(, )([\w.>&*\[\]-]+)(?=[,)])", body):
         if m.group(1) != m.group(3):
@@ -104,9 +107,19 @@ def changes(code, begin, end):
 class Suite:
     def __init__(self, name, work):
         self.name, self.file = name, "tests/%s.c" % name
-        self.alone = "\n#define MOE_IMPLEMENTATION" in "\n" + open(self.file).read()
+        text = open(self.file).read()
+        self.alone = "\n#define MOE_IMPLEMENTATION" in "\n" + text
         self.program = os.path.join(work, name.replace("/", "."))
-        self.seconds, self.hits = None, set()
+        self.tests = sorted(set(re.findall(r"\bRUN(?:_IF)?\((?:[^;]*, )?(test_\w+)[,)]", text)))
+
+
+class Test:
+    """One test of a suite, or where these depend on one another all of it."""
+    def __init__(self, suite, name, seconds, hits):
+        self.suite, self.name, self.seconds, self.hits = suite, name, seconds, hits
+
+    def environment(self):
+        return {"TEST_ONLY": self.name} if self.name else {}
 
 
 class Change:
@@ -121,13 +134,16 @@ class Change:
 
 
 def run(command, limit=900, environment=None):
-    """(status, what it printed to standard error); -1 where it had to be stopped."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=limit,
-                              stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
-        return done.returncode, done.stderr.decode(errors="replace")
-    except subprocess.TimeoutExpired:
-        return -1, ""
+    """(status, what it printed to standard error, seconds); limit and seconds are of the processor, so that other work
+    on the machine changes nothing. The status is below 0 where it had to be stopped."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(["sh", "-c", 'ulimit -t "$0"; exec "$@"', str(math.ceil(limit)), *command],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                                   env={**os.environ, **(environment or {})})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return process.returncode, said.read().decode(errors="replace"), used.ru_utime + used.ru_stime
 
 
 SWITCH = """
@@ -158,6 +174,7 @@ class Runner:
         self.suites = {n: Suite(n, self.work) for n in names if n != "contract/golden"}
         if options.suites:
             self.suites = {n: s for n, s in self.suites.items() if n in options.suites.split(",")}
+        self.tests, self.plain, self.lock = [], None, threading.Lock()
         rooms = rooms_of(self.text)
         self.first = self.text.index("\n", self.text.index("*/", rooms[0][0])) + 1
         self.bodies = [(b + at, e + at) for at, stop, _ in rooms for b, e in bodies(self.code[at:stop])]
@@ -198,8 +215,8 @@ class Runner:
         for _ in range(12):
             text, lines = self.with_all(changes)
             self.header(where, text)
-            status, said = run([CC, *FLAGS, "-O1", "-fmax-errors=0", "-I" + where, "-I.", "-c", "tests/lib/moe.c", "-o",
-                                os.path.join(self.work, "moe.o")])
+            status, said, _ = run([CC, *FLAGS, "-O1", "-fmax-errors=0", "-I" + where, "-I.", "-c", "tests/lib/moe.c",
+                                "-o", os.path.join(self.work, "moe.o")])
             if status == 0:
                 return where
             bad = {int(n) for n in re.findall(r"moe\.h:(\d+):\d+: (?:fatal )?error", said)}
@@ -211,47 +228,61 @@ class Runner:
         sys.exit("too many changes do not compile")
 
     def prepare(self, changes):
-        """Each suite built once, with all changes; what it runs of them, and how long it takes, as nothing is changed."""
+        """Each suite built once, with all changes; what each test runs of them, and how long it takes."""
         where = self.compile_all(changes)
 
         def one(suite):
             library = [] if suite.alone else [os.path.join(self.work, "moe.o")]
-            status, said = run([CC, *FLAGS, "-O0", "-I" + where, "-I.", suite.file, *library, "-o", suite.program, "-lm"])
-            hits, begin = suite.program + ".hits", time.time()
-            if status == 0:
-                status, _ = run([suite.program], 6 * self.options.most, {"MOE_MUTANT_HITS": hits})
-            suite.seconds = time.time() - begin if status == 0 else None
-            if suite.seconds is None:
-                print("left out: %s (%s)" % (suite.name, "over %d s" % (6 * self.options.most) if status == -1 else
-                                             "fails: " + said[:500]), flush=True)
-            else:
-                suite.hits = {n for n, hit in enumerate(open(hits, "rb").read()) if hit}
+            optimise = "-O0" if suite.alone and suite.name not in SLOW else "-O1"
+            status, said, _ = run([CC, *FLAGS, optimise, "-I" + where, "-I.", suite.file, *library, "-o", suite.program,
+                                   "-lm"])
+            if status:
+                return print("left out: %s does not compile: %s" % (suite.name, said[:500]), flush=True)
+            tests = [self.trial(suite, name) for name in suite.tests]
+            if not tests or not all(tests): # all of it then
+                tests = [self.trial(suite, None)]
+            for t in tests:
+                if not t or t.hits is None:
+                    why = "%s takes over a minute" % t.name if t else "fails"
+                    print("left out: %s %s" % (suite.name, why), flush=True)
+            self.tests += [t for t in tests if t and t.hits is not None]
 
         with ThreadPoolExecutor(self.options.jobs) as pool:
             list(pool.map(one, self.suites.values()))
 
+    def trial(self, suite, name):
+        """A test as nothing is changed; None if it fails, without hits if it takes too long."""
+        hits = suite.program + ".hits"
+        test = Test(suite, name, 0, None)
+        status, _, test.seconds = run([suite.program], 60, {"MOE_MUTANT_HITS": hits, **test.environment()})
+        if status < 0:
+            return test
+        if status:
+            return None
+        test.hits = {n for n, hit in enumerate(open(hits, "rb").read()) if hit}
+        return test
+
     def same_code(self, change):
         """Is it the same to the compiler?"""
-        if not hasattr(self, "plain"):
-            self.plain = self.plain_object("plain", self.text)
+        with self.lock:
+            if self.plain is None:
+                self.plain = self.plain_object("plain", self.text)
         where = "only%d" % threading.get_ident()
         return self.plain_object(where, self.text[:change.begin] + change.new + self.text[change.end:]) == self.plain
 
     def plain_object(self, where, text):
         where = os.path.join(self.work, where)
         self.header(where, text)
-        status, _ = run([CC, *FLAGS, "-O1", "-I" + where, "-c", "tests/lib/moe.c", "-o", where + ".o"])
+        status, _, _ = run([CC, *FLAGS, "-O1", "-I" + where, "-c", "tests/lib/moe.c", "-o", where + ".o"])
         return open(where + ".o", "rb").read() if status == 0 else None
 
     def noticed_by(self, number, change):
         own = OWN.get(change.room, [change.room])
-        can = [s for s in self.suites.values() if s.seconds is not None and number in s.hits]
-        can.sort(key=lambda s: (s.name not in own or s.seconds > 4, s.seconds))
-        for suite in can:
-            if suite.seconds > self.options.most and suite.name not in own:
-                continue
-            if run([suite.program], 4 * suite.seconds + 5, {"MOE_MUTANT": str(number)})[0] != 0:
-                return suite.name
+        can = [t for t in self.tests if number in t.hits and (t.seconds <= self.options.most or t.suite.name in own)]
+        can.sort(key=lambda t: (t.suite.name not in own or t.seconds > 1, t.seconds))
+        for test in can:
+            if run([test.suite.program], 4 * test.seconds + 5, {"MOE_MUTANT": str(number), **test.environment()})[0]:
+                return test.suite.name
         return None
 
 
@@ -313,6 +344,7 @@ def main():
     p.add_argument("--minutes", type=float, default=1e9, help="begin no other change after so long")
     options = p.parse_args()
     os.chdir(ROOT)
+    os.makedirs("build", exist_ok=True) # where suites write
     runner = Runner(options)
     counts = {"noticed": 0, "explained": 0, "survived": 0, "none": 0}
     known, lock, start = explained(), threading.Lock(), time.time()

@@ -1,0 +1,507 @@
+/* A layer over ranks against the plain layer with all tokens. The ranks are threads of which one runs at a time: it
+ * hands over where it waits for the others. */
+#include "test.h"
+
+#include <pthread.h>
+#include <time.h>
+
+enum { MOST_RANKS = 8, D = 16 };
+
+/* -- an engine in one process -- */
+typedef enum fault { NO_FAULT, FAILS, LATE, BAD_COUNT, BAD_ROW, ALLOCATION } fault;
+typedef struct hall {
+    pthread_mutex_t lock;
+    pthread_cond_t bell;
+    size_t size, arrived, round;
+    int broken;
+    const void *send[MOST_RANKS];
+    const size_t *bytes[MOST_RANKS];
+    size_t root, calls, limit; /* of all ranks' functions */
+    fault kind;                /* of the last rank, */
+    size_t at;                 /* at its call number so many */
+    size_t done[MOST_RANKS];   /* calls of each rank */
+} hall;
+typedef struct seat { hall *in; size_t rank; } seat;
+
+/* All have come, or somebody is missing too long. */
+static int meet(hall *in) {
+    struct timespec until;
+    size_t round = in->round;
+    if (in->broken) return 1;
+    if (++in->arrived == in->size) {
+        in->arrived = 0;
+        in->round++;
+        pthread_cond_broadcast(&in->bell);
+        return 0;
+    }
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += in->kind == LATE ? 1 : 60; /* s; a machine may be busy */
+    while (in->round == round && !in->broken)
+        if (pthread_cond_timedwait(&in->bell, &in->lock, &until)) in->broken = 1;
+    if (in->broken) pthread_cond_broadcast(&in->bell);
+    return in->broken;
+}
+/* The fault of this call, if it is its turn. */
+static fault fault_now(const seat *at) {
+    hall *in = at->in;
+    size_t call = in->done[at->rank]++;
+    return at->rank == in->size - 1 && call == in->at ? in->kind : NO_FAULT;
+}
+static int fail_now(const seat *at, fault now) {
+    hall *in = at->in;
+    if (now == FAILS) in->broken = 1, pthread_cond_broadcast(&in->bell);
+    while (now == LATE && !in->broken) pthread_cond_wait(&in->bell, &in->lock);
+    return now == FAILS || now == LATE;
+}
+static int hall_exchange(void *context, const void *send, const size_t *send_bytes, void *receive,
+                         const size_t *receive_bytes) {
+    const seat *at = (const seat *)context;
+    hall *in = at->in;
+    unsigned char *to = (unsigned char *)receive;
+    fault now = fault_now(at);
+    size_t total = 0;
+    if (fail_now(at, now)) return 1;
+    for (size_t r = 0; r < in->size; r++) total += send_bytes[r];
+    float *copy = (float *)malloc(total + sizeof(float));
+    if (total) memcpy(copy, send, total);
+    if (now == BAD_ROW && total) copy[total / sizeof(float) - 1] = NAN;
+    in->send[at->rank] = copy;
+    in->bytes[at->rank] = send_bytes;
+    int bad = meet(in);
+    for (size_t r = 0; r < in->size && !bad; r++) {
+        const unsigned char *from = (const unsigned char *)in->send[r];
+        for (size_t k = 0; k < at->rank; k++) from += in->bytes[r][k];
+        if (in->bytes[r][at->rank] != receive_bytes[r]) in->broken = 1;
+        else if (receive_bytes[r]) memcpy(to, from, receive_bytes[r]);
+        to += receive_bytes[r];
+    }
+    bad |= meet(in);
+    free(copy);
+    return bad;
+}
+static int hall_sum(void *context, uint64_t *values, size_t n) {
+    const seat *at = (const seat *)context;
+    hall *in = at->in;
+    uint64_t *sum = (uint64_t *)calloc(n + 1, sizeof *sum);
+    fault now = fault_now(at);
+    int bad = fail_now(at, now);
+    if (now == BAD_COUNT) values[n - 1] = (uint64_t)1 << 50;
+    in->send[at->rank] = values;
+    if (!bad) bad = meet(in);
+    for (size_t r = 0; r < in->size && !bad; r++)
+        for (size_t i = 0; i < n; i++) sum[i] += ((const uint64_t *)in->send[r])[i];
+    if (!bad) bad = meet(in);
+    if (!bad) memcpy(values, sum, n * sizeof *sum);
+    free(sum);
+    return bad;
+}
+static int hall_broadcast(void *context, size_t root, void *bytes, size_t n) {
+    const seat *at = (const seat *)context;
+    hall *in = at->in;
+    if (fail_now(at, fault_now(at))) return 1;
+    if (at->rank == root) in->send[root] = bytes;
+    if (meet(in)) return 1;
+    if (at->rank != root) memcpy(bytes, in->send[root], n);
+    return meet(in);
+}
+
+/* -- a case: the same steps on one rank and on several -- */
+typedef struct trial {
+    const char *text;    /* of the desc */
+    size_t size, tokens, steps;
+    float lr;
+    double skew;         /* share of the tokens that look like one */
+    moe_ep_desc plan;
+    int uneven, mask, micro, evaluate; /* evaluate: no backward */
+    /* what came out: of the plain layer, of the ranks */
+    float *x, *dy, *y[2], *dx[2];
+    unsigned char *masked;
+    double loss[2][MOE_LOSS_COUNT], most, standard; /* the largest makespan, of LLEP's plans and the standard one's */
+    size_t over; /* plans with a rank over capacity + m */
+    uint64_t hash[2], rank_hash[MOST_RANKS];
+    moe_layer *plain, *of[MOST_RANKS];
+    moe_status status[MOST_RANKS];
+    uint64_t row_bytes, weight_bytes;
+    hall in;
+} trial;
+typedef struct player { trial *of; size_t rank; } player;
+
+static size_t first_token(const trial *t, size_t rank) {
+    if (!t->uneven) return rank * t->tokens / t->size;
+    return rank * rank * t->tokens / (t->size * t->size); /* the first rank has few, with P = 1 all */
+}
+static moe_desc desc_of(const trial *t) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = D, d.d_ff = 17, d.n_experts = 8, d.seed = 3;
+    d.parallel.n_threads = 1;
+    CHECK_OK(moe_desc_parse(&d, t->text, NULL));
+    return d;
+}
+static void note_plan(trial *t, const moe_ep *plan) {
+    double standard = 0;
+    size_t each = plan->n_experts / plan->n_ranks;
+    if (plan->makespan > t->most) t->most = (double)plan->makespan;
+    for (size_t g = 0; g < plan->n_ranks; g++) {
+        uint64_t native = 0;
+        for (size_t e = g * each; e < (g + 1) * each; e++)
+            for (size_t i = 0; i < plan->count[e]; i++)
+                native += plan->part[plan->first[e] + i].end - plan->part[plan->first[e] + i].begin;
+        if ((double)native > standard) standard = (double)native;
+        uint64_t m = t->plan.min_tokens ? t->plan.min_tokens : 1024;
+        if (plan->acts) t->over += plan->work[g] > plan->capacity + m;
+    }
+    if (standard > t->standard) t->standard = standard;
+}
+static moe_status play_steps(trial *t, moe_layer *layer, moe_ranks *ranks, size_t rank) {
+    size_t at = first_token(t, rank), n = first_token(t, rank + 1) - at;
+    moe_status status = MOE_OK;
+    if (t->mask) moe_layer_side(layer)->mask = t->masked + at;
+    moe_layer_side(layer)->evaluate = t->evaluate;
+    if (t->evaluate) return moe_ep_forward(ranks, t->x + at * D, n, t->y[1] + at * D);
+    for (size_t step = 0; step < t->steps && !status; step++) {
+        for (int i = 0; i <= t->micro && !status; i++) {
+            status = moe_ep_forward(ranks, t->x + at * D, n, t->y[1] + at * D);
+            if (!status && rank == 0) note_plan(t, moe_ranks_report(ranks)->plan);
+            if (!status) status = moe_ep_backward(ranks, t->dy + at * D, t->dx[1] + at * D);
+        }
+        if (!status && rank == 0) moe_layer_losses(layer, t->loss[1], NULL);
+        if (!status) status = moe_step(layer, t->lr);
+    }
+    return status ? status : moe_ep_gather(ranks);
+}
+static void *play(void *arg) {
+    player *p = (player *)arg;
+    trial *t = p->of;
+    moe_layer *layer = NULL;
+    moe_ranks *ranks = NULL;
+    moe_desc d = desc_of(t);
+    seat at = {&t->in, p->rank};
+    moe_ep_engine engine = {p->rank, t->size, hall_exchange, hall_sum, hall_broadcast, &at};
+    pthread_mutex_lock(&t->in.lock);
+    moe_status status = moe_layer_new(&layer, &d);
+    if (!status) status = moe_ranks_new(&ranks, layer, &engine, &t->plan);
+    if (meet(&t->in)) status = MOE_E_EP_EXCHANGE; /* one has failed already */
+    if (!status) {
+        if (t->in.kind == ALLOCATION && p->rank == t->size - 1) test_fail_at = (long)t->in.at;
+        status = play_steps(t, layer, ranks, p->rank);
+    }
+    t->status[p->rank] = status;
+    if (!status) t->rank_hash[p->rank] = moe_layer_hash(layer);
+    if (ranks) t->row_bytes += moe_ranks_report(ranks)->row_bytes;
+    if (ranks) t->weight_bytes += moe_ranks_report(ranks)->weight_bytes;
+    moe_ranks_free(ranks);
+    t->of[p->rank] = layer;
+    pthread_mutex_unlock(&t->in.lock);
+    return NULL;
+}
+static void trial_begin(trial *t) {
+    size_t n = t->tokens * D;
+    float **array[] = {&t->x, &t->dy, &t->y[0], &t->y[1], &t->dx[0], &t->dx[1]};
+    for (size_t i = 0; i < 6; i++) *array[i] = (float *)calloc(n, sizeof(float));
+    t->masked = (unsigned char *)calloc(t->tokens, 1);
+    CHECK_OK(moe_rand_normal(5, 1, n, 0, 1, t->x));
+    CHECK_OK(moe_rand_normal(5, 2, n, 0, 1, t->dy));
+    for (size_t i = 0; i < t->tokens; i++) {
+        t->masked[i] = i % 5 != 2;
+        if ((double)(i * 7919 % 1000) < t->skew * 1000)
+            for (size_t k = 0; k < D; k++) t->x[i * D + k] = t->x[k] + 1e-3f * t->x[i * D + k];
+    }
+}
+static void trial_end(trial *t) {
+    float *array[] = {t->x, t->dy, t->y[0], t->y[1], t->dx[0], t->dx[1]};
+    for (size_t i = 0; i < 6; i++) free(array[i]);
+    free(t->masked);
+    for (size_t r = 0; r < t->size; r++) moe_layer_free(t->of[r]);
+    moe_layer_free(t->plain);
+}
+static void play_plain(trial *t) {
+    moe_desc d = desc_of(t);
+    CHECK_OK(moe_layer_new(&t->plain, &d));
+    if (t->mask) moe_layer_side(t->plain)->mask = t->masked;
+    moe_layer_side(t->plain)->evaluate = t->evaluate;
+    if (t->evaluate) CHECK_OK(moe_forward(t->plain, t->x, t->tokens, t->y[0]));
+    for (size_t step = 0; step < t->steps && !t->evaluate; step++) {
+        for (int i = 0; i <= t->micro; i++) {
+            CHECK_OK(moe_forward(t->plain, t->x, t->tokens, t->y[0]));
+            CHECK_OK(moe_backward(t->plain, t->dy, t->dx[0]));
+        }
+        moe_layer_losses(t->plain, t->loss[0], NULL);
+        CHECK_OK(moe_step(t->plain, t->lr));
+    }
+    t->hash[0] = moe_layer_hash(t->plain);
+}
+static void play_ranks(trial *t) {
+    pthread_t thread[MOST_RANKS];
+    player players[MOST_RANKS];
+    memset(t->status, 0xff, sizeof t->status);
+    t->in.size = t->size;
+    pthread_mutex_init(&t->in.lock, NULL);
+    pthread_cond_init(&t->in.bell, NULL);
+    for (size_t r = 0; r < t->size; r++) {
+        players[r].of = t, players[r].rank = r;
+        pthread_create(&thread[r], NULL, play, &players[r]);
+    }
+    for (size_t r = 0; r < t->size; r++) pthread_join(thread[r], NULL);
+    test_fail_at = -1;
+    pthread_cond_destroy(&t->in.bell);
+    pthread_mutex_destroy(&t->in.lock);
+}
+static trial trial_of(const char *text, size_t size, size_t tokens, size_t steps) {
+    trial t;
+    memset(&t, 0, sizeof t);
+    t.text = text, t.size = size, t.tokens = tokens, t.steps = steps, t.lr = 0.02f;
+    return t;
+}
+static int same_hashes(const trial *t) {
+    int same = 1;
+    for (size_t r = 0; r < t->size; r++) same &= t->rank_hash[r] == t->hash[0];
+    return same;
+}
+static void check_bits(trial t) {
+    trial_begin(&t);
+    play_plain(&t);
+    play_ranks(&t);
+    int errors = test_errors;
+    for (size_t r = 0; r < t.size; r++) CHECK_OK(t.status[r]);
+    CHECK_SAME(t.y[1], t.y[0], t.tokens * D);
+    CHECK_SAME(t.dx[1], t.dx[0], t.tokens * D);
+    CHECK(same_hashes(&t));
+    for (int i = 0; i < MOE_LOSS_COUNT; i++) CHECK_NEAR(t.loss[1][i], t.loss[0][i], 1e-12);
+    if (test_errors != errors) printf("    P = %zu, uneven %d: %s\n", t.size, t.uneven, t.text);
+    trial_end(&t);
+}
+
+/* Every kind of thing that ranks share or send. */
+static const char *const alike[] = {
+    "",
+    "top_k=1 gate=softmax normalize=false loss.switch=0.1 loss.z=0.01 loss.locality=0.1 n_ranks=8",
+    "n_shared=1 shared_gate=true bias=true gate=sigmoid controller=bias controller_rate=0.05 loss.rank=0.1 n_ranks=4",
+    "expert_norm=true input_scale=2 expert=gelu loss.importance=0.1 loss.kl-uniform=0.2 loss.entropy=0.05",
+    "n_experts=12 n_zero=1 n_copy=1 n_constant=2 score=tanh loss.switch=0.05 switch_load=first",
+    "noise=gaussian jitter=0.1 random_second=true loss.switch=0.05 switch_load=tokens top_k=3 random_steps=2",
+    "combine=robust top_k=3 noise=learned loss.simbal=0.1",
+    "combine=input top_k=2 router_bias=true loss.l2-uniform=1 loss.kl-reverse=0.1 loss.certainty=0.1",
+    "score=slice top_k=1 normalize=false noise=gaussian loss.switch=0.01 loss.locality=0.1 n_ranks=8",
+    "gate=relu select=threshold loss.relu-l1=0.01 controller=relu-lambda fallback=false normalize=false",
+    "top_k=1 normalize=false capacity_factor=1 gate_drop=0.5 n_ranks=8 loss.switch=0.01 sequence=8 "
+    "capacity_sequence=true",
+    "gate=sparsemixer select=sampled top_k=2 expert=relu",
+    "gate=sign select=threshold score=linear optimizer=sgd",
+};
+enum { ALIKE = sizeof alike / sizeof *alike };
+static void test_alike(void) {
+    for (size_t i = 0; i < ALIKE; i++)
+        for (size_t size = 1; size <= 8; size *= 2) {
+            trial t = trial_of(alike[i], size, 64, 3);
+            t.micro = size == 2;
+            check_bits(t);
+        }
+}
+/* Ranks with few tokens, one without any; a mask. */
+static void test_uneven(void) {
+    for (size_t i = 0; i < ALIKE; i++) {
+        trial t = trial_of(alike[i], i % 2 ? 8 : 4, 40, 2);
+        if (strstr(alike[i], "n_ranks") || strstr(alike[i], "sequence")) continue;
+        t.uneven = 1;
+        t.mask = i % 3 == 0;
+        check_bits(t);
+    }
+}
+static void test_evaluation(void) {
+    static const char *const text[] = {"noise=gaussian gate_drop=1 n_ranks=4", "training=false n_shared=1 prune=0.1"};
+    for (size_t i = 0; i < 4; i++) {
+        trial t = trial_of(text[i % 2], 4, 40, 1);
+        t.evaluate = 1;
+        t.plan.llep = i > 1;
+        t.plan.min_tokens = 1;
+        t.skew = 0.8;
+        check_bits(t);
+    }
+}
+static void test_long(void) {
+    for (size_t size = 1; size <= 8; size++) {
+        int prime = size == 5 || size == 7;
+        trial t = trial_of(prime ? "n_experts=35 d_ff=5 n_shared=1 loss.switch=0.05 noise=gaussian"
+                                 : "n_experts=24 d_ff=5 n_shared=1 loss.switch=0.05 noise=gaussian",
+                           size, 42, TEST_SANITIZED ? 2 : 20);
+        check_bits(t);
+    }
+}
+
+/* -- LLEP: outputs and dx are the same bits, gradients of a split expert within rounding -- */
+static void check_near_layers(const trial *t) {
+    for (size_t i = 0; i < moe_layer_tensors(t->plain); i++) {
+        moe_tensor tensor;
+        CHECK_OK(moe_layer_tensor(t->plain, i, &tensor));
+        float *want = (float *)malloc(tensor.count * sizeof(float));
+        float *got = (float *)malloc(tensor.count * sizeof(float));
+        CHECK_OK(moe_layer_get(t->plain, MOE_PART_PARAMS, tensor.name, want, tensor.count));
+        for (size_t r = 0; r < t->size; r++) {
+            double worst = 0;
+            CHECK_OK(moe_layer_get(t->of[r], MOE_PART_PARAMS, tensor.name, got, tensor.count));
+            for (size_t k = 0; k < tensor.count; k++) worst = fmax(worst, fabs((double)got[k] - (double)want[k]));
+            CHECK(worst <= 1e-6);
+            CHECK(t->rank_hash[r] == t->rank_hash[0]);
+        }
+        free(want), free(got);
+    }
+}
+static void test_llep(void) {
+    static const double skews[] = {0, 0.5, 0.8, 0.95};
+    for (size_t size = 1; size <= 8; size *= 2)
+        for (size_t i = 0; i < 4; i++)
+            for (int steps = 1; steps <= 20; steps += 19) {
+                trial t = trial_of("top_k=1 normalize=false optimizer=sgd bias=true loss.switch=0.01", size, 160,
+                                   (size_t)steps);
+                if (TEST_SANITIZED && steps > 1) t.steps = 2;
+                t.skew = skews[i];
+                t.lr = 1e-4f; /* momentum */
+                t.plan.llep = 1;
+                t.plan.min_tokens = 4;
+                t.micro = size == 4; /* a helper must not keep what it sent home */
+                trial_begin(&t);
+                play_plain(&t);
+                play_ranks(&t);
+                for (size_t r = 0; r < size; r++) CHECK_OK(t.status[r]);
+                if (steps == 1) {
+                    CHECK_SAME(t.y[1], t.y[0], t.tokens * D);
+                    CHECK_SAME(t.dx[1], t.dx[0], t.tokens * D);
+                }
+                check_near_layers(&t);
+                CHECK(t.over == 0);
+                if (i == 3 && size == 8) CHECK(t.standard >= 5 * t.most);
+                if (i == 3 && size > 1) CHECK(t.weight_bytes > 0 && t.standard >= 0.95 * (double)t.tokens);
+                trial_end(&t);
+            }
+}
+/* A shared draw: a step without an exchange sends no rows, another as many as leave their rank. */
+static void test_dropout(void) {
+    uint64_t bytes[3];
+    for (int i = 0; i < 3; i++) {
+        static const char *const text[] = {
+            "top_k=1 normalize=false n_ranks=4", "top_k=1 normalize=false n_ranks=4 gate_drop=1",
+            "top_k=1 normalize=false n_ranks=4 gate_drop=1 gate_drop_experts=true"};
+        trial t = trial_of(text[i], 4, 64, 2);
+        t.plan.llep = i == 1;
+        trial_begin(&t);
+        play_ranks(&t);
+        for (size_t r = 0; r < 4; r++) CHECK_OK(t.status[r]);
+        bytes[i] = t.row_bytes;
+        trial_end(&t);
+    }
+    CHECK(bytes[0] > 0 && bytes[1] == 0 && bytes[2] == 0);
+}
+
+/* -- what goes wrong on one rank ends the call on all -- */
+/* Returns whether it ended with a status; *calls: what the last rank made of the engine. */
+static int play_fault(fault kind, size_t at, int llep, size_t *calls) {
+    trial t = trial_of("top_k=1 normalize=false n_shared=1 loss.switch=0.01 loss.importance=0.1", 4, 48, 1);
+    t.skew = 0.9;
+    t.plan.llep = llep;
+    t.plan.min_tokens = 4;
+    t.in.kind = kind;
+    t.in.at = at;
+    trial_begin(&t);
+    play_ranks(&t);
+    *calls = t.in.done[3];
+    int ended = t.status[0] != MOE_OK;
+    for (size_t r = 1; r < 4; r++) CHECK((t.status[r] != MOE_OK) == ended);
+    for (size_t r = 1; r < 4 && kind != FAILS && kind != LATE; r++) CHECK_STATUS(t.status[r], t.status[0]);
+    if (kind == FAILS || kind == LATE)
+        for (size_t r = 0; r < 4; r++) CHECK_STATUS(t.status[r], MOE_E_EP_EXCHANGE);
+    if (kind == ALLOCATION && ended) CHECK_STATUS(t.status[0], MOE_E_NO_MEMORY);
+    if (kind == BAD_ROW && ended)
+        CHECK(moe_status_kind(t.status[0]) == MOE_KIND_NUMBER && t.status[0] != MOE_E_EP_COUNTS);
+    if (kind == BAD_COUNT && ended) CHECK(t.status[0] == MOE_E_EP_COUNTS || t.status[0] == MOE_E_EP_DIFFER);
+    trial_end(&t);
+    return ended;
+}
+static void test_faults(void) {
+    size_t rows = 0, counts = 0, lost = 0, all, calls;
+    for (int llep = 0; llep < 2; llep++) {
+        CHECK(!play_fault(NO_FAULT, 0, llep, &all));
+        CHECK(all > 15);
+        for (size_t at = 0; at < all; at++) {
+            CHECK(play_fault(FAILS, at, llep, &calls) && calls == at + 1); /* and no call after it */
+            rows += (size_t)play_fault(BAD_ROW, at, llep, &calls);
+            counts += (size_t)play_fault(BAD_COUNT, at, llep, &calls);
+        }
+        for (size_t at = 0; at < 30; at++) lost += (size_t)play_fault(ALLOCATION, at, llep, &calls);
+        for (size_t at = 0; llep && at < all; at += all / 2) CHECK(play_fault(LATE, at, llep, &calls));
+    }
+    printf("    calls %zu; ended by NaN rows %zu, bad counts %zu, allocations %zu\n", all, rows, counts, lost);
+    CHECK(rows >= 7 && counts >= 14 && lost >= 6);
+    CHECK(test_live_blocks == 0);
+}
+
+static void test_refused(void) {
+    static const char *const cannot[] = {"combine=soft select=all", "n_codes=16 top_k=2", "clip_norm=1",
+                                         "controller=quantile", "loss.redundancy=0.1", "loss.mutual-information=0.1"};
+    moe_ep_engine one = {0, 1, NULL, NULL, NULL, NULL}, two = {0, 2, NULL, NULL, NULL, NULL};
+    moe_ep_desc plan;
+    moe_layer *layer = NULL;
+    moe_ranks *ranks = NULL;
+    trial t = trial_of("n_experts=7", 1, 4, 1);
+    float x[2 * D] = {0};
+    for (size_t i = 0; i < sizeof cannot / sizeof *cannot; i++) {
+        t.text = cannot[i];
+        moe_desc d = desc_of(&t);
+        CHECK_OK(moe_layer_new(&layer, &d));
+        CHECK_STATUS(moe_ranks_new(&ranks, layer, &one, NULL), MOE_E_EP_DESC);
+        moe_layer_free(layer);
+    }
+    t.text = "n_experts=7";
+    moe_desc d = desc_of(&t);
+    CHECK_OK(moe_layer_new(&layer, &d));
+    CHECK_STATUS(moe_ranks_new(NULL, layer, &one, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_ranks_new(&ranks, NULL, &one, NULL), MOE_E_NULL_LAYER);
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, NULL, NULL), MOE_E_EP_ENGINE);
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);
+    two.exchange = hall_exchange, two.sum = hall_sum, two.broadcast = hall_broadcast;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_RANKS); /* 2 does not divide 7 */
+    two.rank = 2;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);
+    memset(&plan, 0, sizeof plan);
+    plan.lambda = 0.5;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &one, &plan), MOE_E_EP_LAMBDA);
+    CHECK(!ranks);
+    CHECK_STATUS(moe_ep_forward(NULL, x, 2, x), MOE_E_NULL_RANKS);
+    CHECK_STATUS(moe_ep_backward(NULL, x, x), MOE_E_NULL_RANKS);
+    CHECK_STATUS(moe_ep_gather(NULL), MOE_E_NULL_RANKS);
+    CHECK(!moe_ranks_report(NULL) && !moe_ranks_tape(NULL));
+    moe_ranks_free(NULL);
+    test_fail_at = 0;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &one, NULL), MOE_E_NO_MEMORY);
+    test_fail_at = -1;
+    CHECK_OK(moe_ranks_new(&ranks, layer, &one, NULL));
+    float y[2 * D], dx[2 * D];
+    CHECK_STATUS(moe_ep_backward(ranks, x, dx), MOE_E_NO_FORWARD);
+    CHECK_STATUS(moe_ep_forward(ranks, NULL, 2, y), MOE_E_NULL_X);
+    CHECK_STATUS(moe_ep_forward(ranks, x, 2, NULL), MOE_E_NULL_Y);
+    x[3] = NAN;
+    CHECK_STATUS(moe_ep_forward(ranks, x, 2, y), MOE_E_NAN_X);
+    CHECK(moe_ranks_tape(ranks)->bad_token == 0);
+    x[3] = 1;
+    CHECK_OK(moe_ep_forward(ranks, x, 2, y));
+    CHECK_STATUS(moe_ep_backward(ranks, NULL, dx), MOE_E_NULL_DY);
+    CHECK_OK(moe_ep_backward(ranks, x, dx));
+    CHECK_STATUS(moe_ep_backward(ranks, x, dx), MOE_E_NO_FORWARD);
+    CHECK_OK(moe_ep_forward(ranks, NULL, 0, NULL));
+    CHECK_OK(moe_ep_backward(ranks, NULL, NULL));
+    moe_ranks_free(ranks);
+    moe_layer_free(layer);
+    CHECK(test_live_blocks == 0);
+}
+
+int main(void) {
+    RUN(test_alike);
+    RUN(test_uneven);
+    RUN(test_evaluation);
+    RUN(test_long);
+    RUN(test_llep);
+    RUN(test_dropout);
+    RUN(test_faults);
+    RUN(test_refused);
+    return test_end();
+}

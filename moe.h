@@ -511,7 +511,7 @@ typedef enum moe_error_kind {
     X(MOE_E_PRUNE, 288, ARGUMENT, "prune", "must be 0 to 1")                                                         \
     X(MOE_E_IMPORTANCE, 289, NUMBER, "importance", "NaN or infinite")                                                \
     X(MOE_E_BUDGET, 290, ARGUMENT, "budget",                                                                         \
-      "too small even with all but the replicated expert in the small format, or that format is not smaller")      \
+      "too small even with all but the replicated expert in the small format, or that format is not smaller")        \
     X(MOE_E_REPLICA, 291, ARGUMENT, "replica",                                                                       \
       "an expert without a network, one that is half of a bound pair, twice the same, or more than there are")       \
     X(MOE_E_NULL_RANKS, 292, ARGUMENT, "ranks", "must not be NULL")                                                  \
@@ -4776,8 +4776,8 @@ static void moe__product_fill_t(const moe__kernels *kernels, const float *src, s
     for (size_t r = 0; r < rows; r += MOE__W, dst += MOE__W * MOE__W) {
         const float *block = src + col * ld + row + r;
         size_t exist = moe__min(MOE__W, rows - r);
-        if (exist == MOE__W && cols == MOE__W) kernels->transpose(block, ld, dst);
-        else
+        if (exist == MOE__W) moe__product_transpose_block(kernels, block, ld, cols, exist, dst);
+        else /* dst has no more rows than these */
             for (size_t i = 0; i < exist; i++)
                 for (size_t c = 0; c < MOE__W; c++) dst[i * MOE__W + c] = c < cols ? block[c * ld + i] : 0.0f;
     }

@@ -587,10 +587,7 @@ static score train_linear(const config *o, const moe_parallel *parallel, const c
 static void write_config(json *j, const config *o, const moe_desc *desc, const cifar *data) {
     char layer[2048];
     moe_desc_json(desc, layer, sizeof layer);
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "cifar10");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "cifar10");
     json_text(j, "data", o->data ? o->data : "sample");
     json_whole(j, "train_images", data->train.count);
     json_whole(j, "test_images", data->test.count);

@@ -58,10 +58,7 @@ static void begin(exp_run *e) {
     e->page = open_output(e->out, "experiments.html");
     fprintf(e->human, "%s\n", text);
     page_begin(e->page, "What the sources claim, put to a test", text);
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "experiments");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "experiments");
     json_text(j, "data", e->data ? e->data : "sample");
     json_raw(j, "quick", e->quick ? "true" : "false");
     json_whole(j, "seed", e->seed);

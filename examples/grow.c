@@ -503,10 +503,7 @@ static void parse(config *o, int argc, char **argv) {
 
 static void write_config(config *o) {
     json *j = &o->lines;
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "grow");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "grow");
     json_text(j, "data", o->data ? o->data : "sample");
     json_whole(j, "train_pictures", o->pictures.train.count);
     json_whole(j, "test_pictures", o->pictures.test.count);

@@ -28,10 +28,7 @@ typedef struct options {
 
 static void write_config(options *o, const llm *m) {
     json *j = &o->lines;
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "llm");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "llm");
     json_text(j, "model", m->o->model);
     json_text(j, "family", m->model.family);
     json_whole(j, "layers", m->layers);

@@ -381,10 +381,7 @@ static void parse(config *o, int argc, char **argv) {
 
 enum { RUNS = 4 };
 static void write_config(json *j, const config *o) {
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "mot");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "mot");
     json_whole(j, "seed", o->seed);
     json_whole(j, "classes", o->classes);
     json_whole(j, "experts", o->experts);

@@ -94,10 +94,10 @@ static double spread_of(size_t n, size_t d, const float *h) { // mean |h_i - mea
     }
     return sum;
 }
-static void listen(void *user, const llm *m, const llm_routed *r0) {
+static void listen(void *user, const llm *m, const llm_routed *routed) {
     lab *l = user;
     const moe_tape *tape = m->acts.tape;
-    served *live = &l->live[r0->mixture];
+    served *live = &l->live[routed->mixture];
     uint64_t count[4096];
     moe_repeats r;
     for (size_t p = 0; p < l->n_ranks; p++) {
@@ -108,7 +108,7 @@ static void listen(void *user, const llm *m, const llm_routed *r0) {
     l->seen.longest += (double)r.longest / (double)l->layers;
     l->seen.spread += spread_of(tape->n_tokens, m->d, m->acts.norm2) / (double)l->layers;
     double sum = (double)serve_work(live, tape);
-    uint64_t *work = l->work + r0->mixture * (l->experts + SERVE_MOST_REPLICAS);
+    uint64_t *work = l->work + routed->mixture * (l->experts + SERVE_MOST_REPLICAS);
     for (size_t i = 0; i < l->experts + live->parents; i++) work[i] += live->work[i];
     if (!l->timing) return;
     double begin = seconds_now();
@@ -302,10 +302,7 @@ static void write_list(lab *l, const char *key, const double *value, double scal
 static void write_config(lab *l) {
     config *o = l->o;
     json *j = &o->lines;
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "repetition");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "repetition");
     json_text(j, "model", o->llm.model);
     json_whole(j, "seed", o->seed);
     json_whole(j, "layers", l->layers);

@@ -242,10 +242,7 @@ static void write_config(config *o, const subject *s) {
         experiment_config(&o->e);
     else {
         *j = (json){{open_output(o->e.out, "serve_balance.jsonl"), o->e.json ? stdout : NULL}, 0};
-        json_begin(j);
-        json_text(j, "event", "config");
-        json_text(j, "program", "serve_balance");
-        json_text(j, "moe", MOE_VERSION);
+        json_config(j, "serve_balance");
         json_text(j, "model", o->llm.model);
         json_text(j, "text", o->text);
         json_whole(j, "seed", o->e.plan.seed);

@@ -250,10 +250,7 @@ static void write_config(config *o, const lm *m, const corpus *c) {
     json *j = &o->lines;
     char layer[4096];
     moe_desc_json(moe_layer_desc(m->layer[0].moe), layer, sizeof layer);
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", "wikitext2");
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, "wikitext2");
     json_text(j, "data", o->data ? o->data : "sample");
     json_whole(j, "train_tokens", c->part[0].n);
     json_whole(j, "train_words", c->part[0].words);

@@ -90,10 +90,7 @@ EX_FUNC void experiment_config(experiment *e) {
     json *j = &e->lines;
     snprintf(file, sizeof file, "%s.jsonl", e->program);
     *j = (json){{open_output(e->out, file), e->json ? stdout : NULL}, 0};
-    json_begin(j);
-    json_text(j, "event", "config");
-    json_text(j, "program", e->program);
-    json_text(j, "moe", MOE_VERSION);
+    json_config(j, e->program);
     json_text(j, "data", e->data ? e->data : "sample");
     json_whole(j, "train_images", e->samples.train->count);
     json_whole(j, "test_images", e->samples.test.count);

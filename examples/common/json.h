@@ -10,6 +10,8 @@
 
 #include "platform.h"
 
+#include "moe.h"
+
 typedef struct json {
     FILE *file[2]; // NULL = none
     int comma;     // the next item needs one before it
@@ -101,6 +103,14 @@ EX_FUNC void json_object_begin(json *j, const char *key) {
 EX_FUNC void json_object_end(json *j) {
     json_put(j, "}");
     j->comma = 1;
+}
+
+// The beginning of the first line of every program: what follows is its configuration.
+EX_FUNC void json_config(json *j, const char *program) {
+    json_begin(j);
+    json_text(j, "event", "config");
+    json_text(j, "program", program);
+    json_text(j, "moe", MOE_VERSION);
 }
 
 #endif

@@ -7,7 +7,7 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 example=balance
 . tests/lib/example.sh
-value() { finals "$1" | sed -n "s/.*\"method\":\"$2\".*\"$3\":\([^,}]*\).*/\1/p"; } # value RUN METHOD KEY
+value() { finals "$1" | grep "\"method\":\"$2\"" | value_of "$3"; } # value RUN METHOD KEY
 
 # every method: the names are those of the tables in docs/math.md, which another test holds against the library
 run all 0 --steps 2 --images 100 --threads 1 --json

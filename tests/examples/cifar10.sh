@@ -5,7 +5,6 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 example=cifar10
 . tests/lib/example.sh
-value() { sed -n "s/.*\"$1\":\"\{0,1\}\([^,}\"]*\).*/\1/p"; }
 epochs() { grep '^{"event":"epoch",' "$tmp/$1.out"; }
 growth() { grep '^{"event":"growth",' "$tmp/$1.out"; }
 few='--batch 20 --eval 20 --json'
@@ -14,7 +13,7 @@ few='--batch 20 --eval 20 --json'
 run seeds 0 $few --steps 2 --seeds 2 --no-dense
 check "a line for each seed" [ "$(grep -c '"seed":[12],.*"checksum"' "$tmp/seeds.out")" -ge 2 ]
 run second 0 $few --steps 2 --seed 2 --no-dense
-check "the second of two seeds is --seed 2" grep -q "$(finals second | value checksum)" "$tmp/seeds.out"
+check "the second of two seeds is --seed 2" grep -q "$(finals second | value_of checksum)" "$tmp/seeds.out"
 check "the page and the picture are whole" \
     [ "$(tail -n 1 "$tmp/second/cifar10.html")$(tail -n 1 "$tmp/second/cifar10.svg")" = "</main></body></html></svg>" ]
 check "standard output is cifar10.jsonl" cmp -s "$tmp/second.out" "$tmp/second/cifar10.jsonl"
@@ -25,11 +24,11 @@ run plateau 0 $still --epochs 5
 check "one expert split, in the fourth epoch" [ "$(growth plateau | sed 's/,"reason".*//')" = \
     '{"event":"growth","epoch":4,"experts":9' ]
 check "and why" says plateau 'plateau for 3 epochs, cooldown over: split expert [0-7] (load 0\.[0-9]*): now 9'
-check "the function is what it was: bound to its parent" [ "$(epochs plateau | sed -n 5p | value test_accuracy)" = \
-    "$(epochs plateau | sed -n 4p | value test_accuracy)" ]
-params=$(finals plateau | value params)
+check "the function is what it was: bound to its parent" [ "$(epochs plateau | sed -n 5p | value_of test_accuracy)" = \
+    "$(epochs plateau | sed -n 4p | value_of test_accuracy)" ]
+params=$(finals plateau | value_of params)
 run still 0 --lr 1e-30 --steps 1 --batch 20 --eval 20 --no-dense --json
-check "nine experts' parameters" [ "$params" -gt "$(finals still | value params)" ]
+check "nine experts' parameters" [ "$params" -gt "$(finals still | value_of params)" ]
 
 # DynMoE's own rule: tokens that no expert takes get a new one
 run dynmoe 0 --system dynmoe --grow $few --epochs 2 --no-dense

@@ -21,8 +21,7 @@ program=$tmp/program # of example.sh's run: with so many processes
 printf '#!/bin/sh\nexec mpirun -np "$ranks" "%s" "$@"\n' "$real" >"$program"
 chmod +x "$program"
 export ranks
-value() { finals "$1" | sed -n "s/.*\"method\":\"$2\".*\"$3\":\"\{0,1\}\([^,}\"]*\).*/\1/p"; } # value RUN METHOD KEY
-holds() { awk "BEGIN { exit !($1) }"; }
+value() { finals "$1" | grep "\"method\":\"$2\"" | value_of "$3"; } # value RUN METHOD KEY
 
 for ranks in 1 2 3 4; do
     run "of$ranks" 0 --steps 12 --images 150 --json --method standard,balanced

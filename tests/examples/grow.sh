@@ -7,7 +7,6 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 example=grow
 . tests/lib/example.sh
-value() { sed -n "s/.*\"$1\":\([^,}]*\).*/\1/p"; }
 of_act() { finals acts | grep "\"act\":\"$1\""; }
 seeds=${GROW_SEEDS:-2}
 
@@ -26,7 +25,7 @@ check "the page and the picture are whole" \
 check "the story's figures stand beside" says acts '0.48 -> 1.07'
 
 # a: growth fires at least five times, and most of the experts do nothing
-of_act a | value growth_events | sort -n | head -n 1 >"$tmp/fires"
+of_act a | value_of growth_events | sort -n | head -n 1 >"$tmp/fires"
 check "act a fires at least five times" [ "$(cat "$tmp/fires")" -ge 5 ]
 of_act a | sed 's/.*"experts":\([0-9]*\),"used":\([0-9]*\).*/\1 \2/' >"$tmp/a"
 check "act a leaves a quarter of its experts unused" awk '$2 * 4 > $1 * 3 { exit 1 }' "$tmp/a"
@@ -34,7 +33,7 @@ check "act a leaves a quarter of its experts unused" awk '$2 * 4 > $1 * 3 { exit
 grep '"act":"b".*"event":"split"' "$tmp/acts.out" | sed 's/.*"epoch":\([0-9]*\),.*"seed":\([0-9]*\).*/\2 \1/' >"$tmp/b"
 check "act b waits for its cooldown" awk '$1 == seed && $2 - last < 6 { exit 1 } { seed = $1; last = $2 }' "$tmp/b"
 # c: one event (at most two), no unused expert, the target is met: in at least 8 of 10 seeds
-target=$(head -n 1 "$tmp/acts.out" | value target)
+target=$(head -n 1 "$tmp/acts.out" | value_of target)
 number='\([0-9.]*\)'
 sizes="\"growth_events\":$number,\"experts\":$number,\"used\":$number"
 of_act c | sed "s/.*$sizes,\"accuracy\":$number,.*/\1 \2 \3 \4/" >"$tmp/c"
@@ -80,7 +79,7 @@ run short 1 --data "$tmp/bad"
 check "a file that is cut off" says short 'train-images-idx3-ubyte: says 2 pictures'
 if [ -n "${MOE_DATA:-}" ]; then
     run full 0 --data "$MOE_DATA" --epochs 2 --json
-    check "all of MNIST" [ "$(head -n 1 "$tmp/full.out" | value train_pictures)" -eq 60000 ]
+    check "all of MNIST" [ "$(head -n 1 "$tmp/full.out" | value_of train_pictures)" -eq 60000 ]
     make -s "${BUILD:-build}" >/dev/null 2>&1
     ${CC:-cc} -std=c99 -O2 examples/data/make_mnist.c -o "$tmp/make_mnist" && "$tmp/make_mnist" "$MOE_DATA" "$tmp/made"
     for set in train test; do

@@ -5,7 +5,7 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 example=mot
 . tests/lib/example.sh
-value() { tail -n 1 "$tmp/$1.out" | sed -n "s/.*\"$2\":\"\{0,1\}\([-0-9a-fx.e+]*\).*/\1/p"; }
+value() { tail -n 1 "$tmp/$1.out" | value_of "$2"; }
 unequal() { [ "$1" != "$2" ]; }
 less() { awk "BEGIN { exit !($1 < $2) }"; }
 

@@ -17,7 +17,6 @@ run all 0 --model "$tmp/lm/wikitext2" $few --threads 1 --json
 line() { grep "^{\"event\":\"$1\",\"$2\":\"$3\"${4:+,\"attacked\":$4}," "$tmp/all.out"; }
 list() { sed "s/.*\"$1\":\[\([^]]*\)\].*/\1/"; }
 last() { list "$1" | sed 's/.*,//'; }
-holds() { awk "BEGIN { exit !($1) }" </dev/null; }
 n='-\{0,1\}[0-9][0-9.e+-]*' l='\[[0-9.e,+-]*\]'
 check "2, 4 and 8 ranks" [ "$(head -n 1 "$tmp/all.out" | list ranks)" = 2,4,8 ]
 check "TMI = min(k, E / P) / (k / P)" [ "$(head -n 1 "$tmp/all.out" | list tmi)" = 2,4,4 ]

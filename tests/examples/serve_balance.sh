@@ -18,7 +18,6 @@ keys() { # NAME QUALITY: lines of exactly these keys
 }
 check "exactly these keys" [ "$(keys all accuracy)" -eq 12 ]
 of() { finals "$1" | sed -n "s/.*\"method\":\"$2\",.*\"$3\":\([^,}]*\)[,}].*/\1/p"; }
-holds() { awk "BEGIN { exit !($1) }" </dev/null; }
 plain=$(of all top-k imbalance) accuracy=$(of all top-k accuracy) bytes=$(of all top-k bytes)
 check "the model learned ($accuracy) and is unbalanced ($plain)" holds "$accuracy > 0.2 && $plain > 1.2"
 check "top-k is 8 experts of 3 matrices 64 x 32" [ "$bytes" -eq $((8 * 3 * 64 * 32 * 4)) ]

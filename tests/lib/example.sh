@@ -16,5 +16,7 @@ finals() { grep '^{"event":"final",' "$tmp/$1.out"; }
 count() { finals "$1" | wc -l | tr -d ' '; }
 says() { grep -q -e "$2" "$tmp/$1.err"; }
 differ() { ! cmp -s "$1" "$2"; }
+value_of() { sed -n "s/.*\"$1\":\"\{0,1\}\([^,}\"]*\).*/\1/p"; } # value_of KEY: in the lines read, a number or a word
+holds() { awk "BEGIN { exit !($1) }" </dev/null; }
 
 [ -x "$program" ] || make -s "$program" || exit 1

@@ -41,7 +41,7 @@ run: $(BUILD)/cifar10
 
 # Each example is a whole program of one file; the library in it is compiled once for all of them.
 LINKED = -DMOE_NO_IMPLEMENTATION $(BUILD)/moe.o
-$(BUILD)/moe.o: tests/contract/compile/implementation.c moe.h | $(BUILD)
+$(BUILD)/moe.o: examples/common/moe.c moe.h | $(BUILD)
 	$(CC) $(FLAGS) -c $< -o $@
 
 $(BUILD)/%: examples/%.c $(BUILD)/moe.o $(wildcard examples/common/*.h) | $(BUILD)
@@ -79,6 +79,7 @@ test:
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)
 	$(BUILD)/bench_layer $(if $(PEERS),--peers all) $(ARGS)
+	$(BUILD)/bench_train_step $(if $(PEERS),--peers pytorch)
 	$(BUILD)/bench_routing
 	$(BUILD)/bench_losses $(ARGS)
 	$(BUILD)/bench_growth --quick

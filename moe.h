@@ -113,6 +113,8 @@
  *   MOE_STATIC           everything static: moe.h private to this file
  *   MOE_MALLOC(n, ctx), MOE_FREE(p, ctx)   your allocator (any alignment); ctx is desc.alloc_context
  *   MOE_ASSERT(x)        the library's own invariants (default: nothing; bad input never reaches it)
+ *   MOE_TRACE(body, worker, end)  called at both ends (end 0, 1) of every task of a forward or backward, with the
+ *                        private function that it runs as void (*)(void): for profiles (bench/layer.c --phases)
  *   MOE_NO_SIMD          scalar kernels only
  *   MOE_SOFT_FMA         fmaf of our own, for a C library whose fmaf is wrong (mingw-w64's is, and is not used)
  *   MOE_NO_STDIO         no functions that open files (the memory forms remain)
@@ -141,8 +143,8 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.3.0"
-#define MOE_VERSION_NUMBER 300 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.3.1"
+#define MOE_VERSION_NUMBER 301 /* major * 10000 + minor * 100 + patch */
 
 /* ==== status ==================================================================================
  * Every code has a kind, the argument or field that it is about, and a sentence. */
@@ -285,9 +287,10 @@ typedef enum moe_error_kind {
     X(MOE_E_CONTROLLER_RATE, 110, ARGUMENT, "controller_rate", "must be finite and above 0")                         \
     X(MOE_E_CONTROLLER_DAMPING, 111, ARGUMENT, "controller_damping", "must be finite and above 0, or MOE_OFF")       \
     X(MOE_E_NULL_EXPERTS, 112, ARGUMENT, "experts", "score = subspace needs side.experts (a layer uses its own)")    \
-    X(MOE_E_SYSTEM, 113, ARGUMENT, "system", "the table of systems has no row of this name")                         \
-    X(MOE_E_FIELD, 114, ARGUMENT, "field", "moe_desc has no such field")                                             \
-    X(MOE_E_VALUE, 115, ARGUMENT, "value", "not one that this field can have")                                       \
+    X(MOE_E_SYSTEM, 113, ARGUMENT, "system",                                                                         \
+      "the table of systems has no row of this name; moe_system_near names near ones")                               \
+    X(MOE_E_FIELD, 114, ARGUMENT, "field", "moe_desc has no such field; moe_desc_explain names near ones")           \
+    X(MOE_E_VALUE, 115, ARGUMENT, "value", "not one that this field can have; moe_desc_explain says what it can")    \
     X(MOE_E_LOSS, 116, ARGUMENT, "loss", "every coefficient must be finite and at least 0, or MOE_OFF")              \
     X(MOE_E_BETA1, 117, ARGUMENT, "beta1", "must be in [0, 1), or MOE_OFF")                                          \
     X(MOE_E_BETA2, 118, ARGUMENT, "beta2", "must be in [0, 1), or MOE_OFF")                                          \
@@ -360,7 +363,8 @@ typedef enum moe_error_kind {
     X(MOE_E_FILE_HEADER_SIZE, 182, FILE, "file",                                                                     \
       "the safetensors header is over its cap of 100 MB or ends past the file")                                      \
     X(MOE_E_FILE_DTYPE, 183, FILE, "file", "an element type that is not read here; the view's dtype names it")       \
-    X(MOE_E_FILE_SHAPE, 184, FILE, "file", "a tensor's shape does not fit its bytes, or overflows")                  \
+    X(MOE_E_FILE_SHAPE, 184, FILE, "file",                                                                           \
+      "a tensor's shape does not fit its bytes, or overflows size_t (on 32 bits from 4294967296 elements on)")       \
     X(MOE_E_FILE_OFFSETS, 185, FILE, "file", "tensors overlap, leave a hole or reach past the end")                  \
     X(MOE_E_FILE_TWICE, 186, FILE, "file", "two tensors have the same name")                                         \
     X(MOE_E_FILE_TENSOR, 187, FILE, "file", "a tensor of the layer is missing or has another shape")                 \
@@ -380,7 +384,8 @@ typedef enum moe_error_kind {
     X(MOE_E_NAN_PARAMS, 198, NUMBER, "params", "NaN or infinite (a second moment: or below 0)")                      \
     X(MOE_E_NAN_BIAS, 199, NUMBER, "bias", "NaN or infinite")                                                        \
     X(MOE_E_ARITHMETIC, 200, SUPPORT, "arithmetic",                                                                  \
-      "this build's is not IEEE: compiled with a part of -ffast-math, or fmaf is wrong (then define MOE_SOFT_FMA)")  \
+      "this build's is not IEEE in float: compiled with a part of -ffast-math, floats are computed in a wider type " \
+      "(-fexcess-precision=fast helps gcc), or fmaf is wrong (then define MOE_SOFT_FMA)")                            \
     X(MOE_E_NO_TOKENS, 201, ARGUMENT, "tokens", "no tokens: there are no rows, or none has a choice")                \
     X(MOE_E_SAVE_NAN, 202, NUMBER, "layer",                                                                          \
       "a tensor to be saved is NaN or infinite, or its second moment below 0; moe_layer_check names it")             \
@@ -530,7 +535,13 @@ typedef enum moe_error_kind {
       "scores or d_scores")                                                                                          \
     X(MOE_E_NOT_FILE, 300, IO, "path", "is a device, a pipe or a socket, not a file")                                \
     X(MOE_E_ONLY, 301, SUPPORT, "desc",                                                                              \
-      "asks for a row, a format or training that this build leaves out (MOE_ONLY_..., MOE_NO_TRAINING, MOE_NO_FORMATS)")
+      "asks for a row, a format or training that this build leaves out (MOE_ONLY_..., MOE_NO_TRAINING, "               \
+      "MOE_NO_FORMATS)")                                                                                             \
+    X(MOE_E_NO_TAPE, 302, STATE, "layer",                                                                            \
+      "lies in memory of yours and has no tape: use moe_forward_tape and moe_backward_tape with one of yours")       \
+    X(MOE_E_SPARSE_STEP, 303, ARGUMENT, "sparse_step",                                                               \
+      "must be MOE_DEFAULT, MOE_ON or MOE_OFF, and not be on with orthonormal experts or with codes, which change "  \
+      "experts that no token chose")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -743,7 +754,7 @@ typedef enum moe_optimizer_kind {
 } moe_optimizer_kind;
 
 typedef enum moe_isa_kind {
-    MOE_ISA_AUTO, MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_COUNT
+    MOE_ISA_AUTO, MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_NEON, MOE_ISA_SIMD128, MOE_ISA_COUNT
 } moe_isa_kind;
 
 /* How to run n_tasks calls task(arg, i, worker), i = 0 .. n_tasks-1, worker < n_threads: in any order, on
@@ -863,6 +874,9 @@ typedef struct moe_desc {
     float beta1, beta2, epsilon;  /* AdamW; 0 = 0.9, 0.999, 1e-8 */
     float momentum;               /* SGD; 0 = 0.9 */
     float weight_decay;           /* on weight matrices, not on biases; 0 = 0.01 */
+    int sparse_step;              /* moe_step leaves an expert that no token chose since the last one as it is: neither
+                                     momentum nor decay move it, and its state is not read; the step number counts on,
+                                     as PyTorch's SparseAdam does; default off */
     float clip_norm;              /* moe_step scales the layer's gradient to at most this L2 norm; 0 or MOE_OFF = no
                                      clipping */
     uint64_t seed;                /* of the initial parameters; 0 = 1 */
@@ -883,10 +897,24 @@ typedef struct moe_system {
 } moe_system;
 MOE_API size_t moe_systems_count(void);
 MOE_API const moe_system *moe_system_at(size_t index);            /* NULL past the end */
-MOE_API const moe_system *moe_system_find(const char *name);  /* NULL if there is none */
-/* The names most like `name`, separated by ", ", into buffer, cut at size, NUL-terminated: for an error message. */
-MOE_API void moe_system_near(const char *name, char *buffer, size_t size);
-/* Sets the row's choices in *d; what the row does not mention stays as it was. MOE_E_SYSTEM for an unknown name. */
+/* The row of this name, or whose alias it is. NULL if there is none. */
+MOE_API const moe_system *moe_system_find(const char *name);
+/* Names of models and layers that are a row, some with fields more. NULL past the end. */
+typedef struct moe_alias {
+    const char *name, *system;
+    const char *choices; /* after the row's, as moe_desc_parse reads them; "" for none */
+    const char *mark;    /* as moe_system's: how sure it is that the model routes so */
+} moe_alias;
+MOE_API const moe_alias *moe_system_alias(size_t index);
+/* The names of a list that are most like `word`, for an error message: at most 8, separated by ", ", into buffer, cut
+ * at size, NUL-terminated; "" if none is. names gives the i-th of them, NULL past the end, valid until it is asked the
+ * next one. */
+typedef const char *moe_names(void *context, size_t i);
+MOE_API void moe_near(const char *word, moe_names *names, void *context, char *buffer, size_t size);
+MOE_API const char *moe_system_name(void *unused, size_t i); /* names for it: of the rows, then of the aliases */
+MOE_API void moe_system_near(const char *name, char *buffer, size_t size); /* among these */
+/* Sets the row's choices in *d, and an alias's; what these do not mention stays as it was. MOE_E_SYSTEM for an unknown
+ * name. */
 MOE_API moe_status moe_desc_system(moe_desc *desc, const char *name);
 
 /* Fills *out with the effective values of *in (out may be in). Idempotent. Errors name the
@@ -923,6 +951,12 @@ MOE_API moe_status moe_desc_set(moe_desc *desc, const char *field, const char *v
 /* Sets fields from "field=value field=value ..." (blanks between). On error *d is as it was, and *at (may be NULL) the
  * place in the text. */
 MOE_API moe_status moe_desc_parse(moe_desc *desc, const char *text, size_t *at);
+/* Why a desc, or a text for it (NULL: none), is refused, in one line: the field, its value, what it may be, near names,
+ * the other fields that it depends on. Where nothing is wrong with them: the sentence of `status`, which made you ask.
+ *     if (status) moe_desc_explain(status, &desc, NULL, why, sizeof why);
+ *     capacity_factor = -2: must be a number, at least 0, or off
+ * NUL-terminated, cut at `size`. Returns the length that it needs without the NUL, like snprintf. */
+MOE_API size_t moe_desc_explain(moe_status status, const moe_desc *desc, const char *text, char *buffer, size_t size);
 /* Writes the desc as one JSON object, e.g. {"d_model":8,...}, NUL-terminated, cut at `size`. Returns the
  * length that it needs without the NUL, like snprintf. NULL desc: 0. */
 MOE_API size_t moe_desc_json(const moe_desc *desc, char *buffer, size_t size);
@@ -1685,10 +1719,10 @@ typedef struct moe_layer moe_layer;
 MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc);
 MOE_API void moe_layer_free(moe_layer *layer); /* NULL allowed */
 /* The same in your memory (any alignment). Such a layer has no tape of its own: use moe_forward_tape with one of yours;
- * moe_forward returns MOE_E_NO_MEMORY. Only moe_layer_save and moe_layer_pes allocate then. With the quantile
- * controller it keeps the scores of all tokens whose backward came since the last step: there is room for 1024, and for
- * one more with every n_experts + 2 floats that bytes exceeds moe_layer_size by; past that moe_backward_tape returns
- * MOE_E_NO_MEMORY and changes nothing. */
+ * moe_forward and moe_backward return MOE_E_NO_TAPE. Only moe_layer_save and moe_layer_pes allocate then. With the
+ * quantile controller it keeps the scores of all tokens whose backward came since the last step: there is room for
+ * 1024, and for one more with every n_experts + 2 floats that bytes exceeds moe_layer_size by; past that
+ * moe_backward_tape returns MOE_E_NO_MEMORY and changes nothing. */
 MOE_API moe_status moe_layer_size(const moe_desc *desc, size_t *bytes);
 MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *memory, size_t bytes);
 
@@ -2090,7 +2124,7 @@ MOE_API moe_status moe_router_bias_name(const char *router, char *name, size_t s
  * infinity: MOE_E_NAN_WEIGHT, and params are not to be used. layout NULL: plain arrays. */
 typedef enum moe_gate_up_kind { MOE_GATE_UP_SEPARATE, MOE_GATE_UP_FUSED, MOE_GATE_UP_INTERLEAVED } moe_gate_up_kind;
 typedef struct moe_experts_layout {
-    moe_dtype_kind dtype; /* of all arrays, as moe_to_float takes it; 0 = F32 */
+    moe_dtype_kind dtype; /* of all arrays, as moe_to_float takes it; 0 = float, in the machine's order of bytes */
     int out_first;
     moe_gate_up_kind gate_up;
 } moe_experts_layout;
@@ -2098,9 +2132,9 @@ typedef struct moe_experts_arrays { const void *w1, *wu, *w2, *b1, *bu, *b2; } m
 /* Experts first ... first + n - 1 of the layer (routed first, then shared). */
 MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
                                     const moe_experts_layout *layout, float *params);
-/* The same into a layer, in its experts' formats: expert by expert through floats of one expert a thread, so that a
- * checkpoint need not fit in memory as float32. What is packed is a copy (a panel's order is no file's), even of
- * bfloat16 to bfloat16, which keeps every bit. After an error the experts from `first` on are not to be used. */
+/* The same into a layer, in its experts' formats, through floats of a few rows at a time: a checkpoint need not fit in
+ * memory as float32. What is packed is a copy (a panel's order is no file's), even of bfloat16 to bfloat16, which keeps
+ * every bit. After an error the experts from `first` on are not to be used. */
 MOE_API moe_status moe_layer_pack(moe_layer *layer, size_t first, size_t n, const moe_experts_arrays *arrays,
                                   const moe_experts_layout *layout);
 
@@ -2260,8 +2294,13 @@ ssize_t readlink(const char *path, char *to, size_t size);
     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "moe.h needs IEEE arithmetic: compile this file without -ffast-math (and without its parts)"
 #endif
-#if defined(FLT_EVAL_METHOD) && (FLT_EVAL_METHOD == 1 || FLT_EVAL_METHOD == 2)
+#if !defined(FLT_EVAL_METHOD) || (FLT_EVAL_METHOD != 1 && FLT_EVAL_METHOD != 2)
+#elif defined(__i386__) || defined(_M_IX86)
 #error "moe.h needs float arithmetic in float: on 32-bit x86 compile with -msse2 -mfpmath=sse"
+#elif defined(__GNUC__) && !defined(__clang__)
+#define MOE__NO_EXCESS 1 /* -std=c99 on s390x: in double. Where gcc cannot help it, a desc is refused at start */
+#else
+#error "moe.h needs float arithmetic in float: this compiler computes it in a wider type (FLT_EVAL_METHOD)"
 #endif
 /* No multiply and add may be contracted but where fma is written. With -ffp-contract=fast clang takes no notice of any
  * pragma: a rounded product that is added to something is moe__fma(a, b, 0), or moe__times in double. */
@@ -2270,11 +2309,14 @@ ssize_t readlink(const char *path, char *to, size_t size);
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
+#ifdef MOE__NO_EXCESS
+#pragma GCC optimize("excess-precision=fast")
+#endif
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
 
-#if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64))
+#if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64)) && !defined(__TINYC__)
 #define MOE__X86 1
 #include <immintrin.h>
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -2285,17 +2327,34 @@ ssize_t readlink(const char *path, char *to, size_t size);
 #define MOE__NEON 1
 #include <arm_neon.h>
 #endif
-#if !defined(MOE__X86) && !defined(MOE__NEON)
+#if !defined(MOE_NO_SIMD) && defined(__wasm_simd128__) /* with -msimd128: a module has it or has it not */
+#define MOE__SIMD128 1
+#include <wasm_simd128.h>
+#endif
+#if !defined(MOE__X86) && !defined(MOE__NEON) && !defined(MOE__SIMD128)
 #define MOE__ONE_PASS 1 /* of the kernels: the compiler knows their table, and leaves out what nothing calls */
 #endif
 #if defined(_OPENMP) && !defined(MOE_NO_OPENMP)
 #define MOE__OPENMP 1
 #include <omp.h>
 #endif
+#ifndef MOE_TRACE
+#define MOE_TRACE(body, worker, end) ((void)0)
+#endif
 #ifdef MOE_USE_CBLAS
 #include <cblas.h>
 #endif
 
+#if defined(__GNUC__) && defined(__GCC_ATOMIC_POINTER_LOCK_FREE) && __GCC_ATOMIC_POINTER_LOCK_FREE == 2
+#define MOE__ATOMIC_NEXT(counter) __atomic_fetch_add((counter), 1, __ATOMIC_ACQ_REL)
+#define MOE__ATOMIC_GET(counter) __atomic_load_n((counter), __ATOMIC_ACQUIRE)
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#define MOE__YIELD() ((void)sched_yield()) /* another thread may need this processor */
+#else
+#define MOE__YIELD() ((void)0)
+#endif
 #if defined(__GNUC__)
 #define MOE__INLINE static inline __attribute__((always_inline))
 #define MOE__APART static __attribute__((noinline)) /* its stack is not its caller's */
@@ -2320,8 +2379,8 @@ ssize_t readlink(const char *path, char *to, size_t size);
 #define MOE__PREFETCH_L2(address) ((void)(address))
 #endif
 
-/* The only multiply-add of the scalar code: rounded once. */
-#if defined(MOE_SOFT_FMA) || (defined(__MINGW32__) && !defined(__FMA__))
+/* The only multiply-add of the scalar code: rounded once. (Of wasi-libc's fmaf half of the hard cases are wrong.) */
+#if defined(MOE_SOFT_FMA) || (defined(__MINGW32__) && !defined(__FMA__)) || defined(__wasm__)
 /* The product is exact in double; the sum, if it is not, becomes that of its neighbours whose last bit is odd, so that
  * rounding it again, to float, is rounding the exact sum: after Boldo and Melquiond [P]. */
 static float moe__fma(float a, float b, float c) {
@@ -2419,13 +2478,14 @@ static int moe__overlap(const float *a, size_t n, const float *b, size_t m) {
     return a && b && n && m && at < other + m * sizeof(float) && other < at + n * sizeof(float);
 }
 
-/* The number's bits, and back. */
-static uint32_t moe__bits_of(float value) {
+/* The number's bits, and back. Inline at every level: 32-bit x86 returns a float through a register of the 387, which
+ * changes the bits of a signalling NaN. */
+MOE__INLINE uint32_t moe__bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-static float moe__float_of(uint32_t bits) {
+MOE__INLINE float moe__float_of(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -2478,7 +2538,8 @@ static int moe__arithmetic_ok(void) {
     float left = given[4], right = given[5], little = given[6]; /* left right = 2^24 + 1, little = 2^-60 */
     int sums = (big + one) - big == 0.0f, quotients = moe__bits_of(five / 3.0f) == 0x3fd55555u;
     int zeros = moe__bits_of(zero + 0.0f) == 0;
-    return sums && quotients && zeros && moe__fma(left, right, little) == 16777218.0f;
+    int above = moe__fma(left, right, little) == 16777218.0f, below = moe__fma(left, right, -little) == 16777216.0f;
+    return sums && quotients && zeros && above && below;
 }
 /* a b, rounded, whatever it is added to. */
 MOE__INLINE double moe__times(double a, double b) {
@@ -2868,11 +2929,51 @@ static int moe__parse_float(const char *text, float *out) {
     return 1;
 }
 
+/* Insertions, deletions and changes that make one name of the other, of up to 31 characters: row[i] holds them for what
+ * has been read of `name` and the first i characters of `other`. */
+static size_t moe__text_edits(const char *name, const char *other) {
+    size_t row[32], length = 0;
+    while (other[length] && length < 31) length++;
+    for (size_t i = 0; i <= length; i++) row[i] = i;
+    for (size_t read = 0; name[read] && read < 64; read++) {
+        size_t corner = row[0];
+        row[0] = read + 1;
+        for (size_t i = 0; i < length; i++) {
+            size_t change = corner + (name[read] != other[i]);
+            corner = row[i + 1];
+            row[i + 1] = moe__min(change, moe__min(row[i], corner) + 1);
+        }
+    }
+    return row[length];
+}
+/* Appends what stands in `names` like `word`, the nearest first, between `before` and `after`; nothing if none is. */
+static void moe__text_near(moe__text *text, const char *before, const char *after, const char *word, moe_names *names,
+                           void *context) {
+    size_t most = strlen(word) / 2, least = most, shown = 0; /* most: changes that leave a name like it */
+    const char *name;
+    for (size_t i = 0; (name = names(context, i)) != NULL; i++) least = moe__min(least, moe__text_edits(word, name));
+    for (size_t rank = 0; rank < 3; rank++) /* as near as can be, one change more, with the word in it */
+        for (size_t i = 0; (name = names(context, i)) != NULL && shown < 8; i++) {
+            size_t edits = moe__text_edits(word, name);
+            int part = word[0] && strstr(name, word);
+            if (edits > most || edits > least + 1) edits = least + 2;
+            if (edits - least != rank || (rank == 2 && !part)) continue;
+            moe__text_add(text, shown++ ? ", " : before);
+            moe__text_add(text, name);
+        }
+    if (shown) moe__text_add(text, after);
+}
+MOE_API void moe_near(const char *word, moe_names *names, void *context, char *buffer, size_t size) {
+    moe__text text = {buffer, buffer ? size : 0, 0};
+    if (word && names) moe__text_near(&text, "", "", word, names, context);
+    moe__text_end(&text);
+}
+
 /* ==== >>kernels ===============================================================================
  * The loops that numbers pass through: products of tiles, elementary functions, activations, optimisers, selection.
  * They are written once, over a small vocabulary of vectors, and compiled once for each instruction set. After this
- * room there is a table moe__kernels_scalar, and moe__kernels_avx2, _avx512 or _neon where the compiler can make them;
- * all give the same bits. Later rooms call kernels through such a table. May use: ground.
+ * room there is a table moe__kernels_scalar, and moe__kernels_avx2, _avx512, _neon or _simd128 where the compiler can
+ * make them; all give the same bits. Later rooms call kernels through such a table. May use: ground.
  *
  * Panels. Matrices that kernels read lie in panels of 32 columns, one panel after the other; inside a panel a row is 32
  * floats, and the next row follows:
@@ -2903,7 +3004,11 @@ static int moe__parse_float(const char *text, float *out) {
 #define MOE__KC 128 /* rows of a panel that are kept in L1 while the other operand passes */
 #define MOE__TB 192 /* rows of a block that a weight gradient sums over at a time */
 #define MOE__KG 1024 /* columns of a block of rows that are kept in L2 while the panels pass */
+#define MOE__FEW 64 /* rows up to which reading the weights is the larger part of a product */
 #define MOE__MB 256 /* most rows whose results wait in scratch */
+#ifndef MOE__STREAM /* bytes of gradients from which on what is written once passes the caches */
+#define MOE__STREAM ((size_t)32 << 20)
+#endif
 #define MOE__MAX_MR 14
 
 /* A tile of R rows: c = init (or c itself where init is NULL) + sum over k of a * b. */
@@ -2914,19 +3019,24 @@ typedef struct moe__tile {
     float *c; size_t ldc;
     const float *init;                          /* one row for all, or NULL */
     const float *prefetch; size_t prefetch_lines; /* 64-byte lines to prefetch for every 8 k */
+    size_t prefetch_skip;                         /* floats to pass over after 32 k */
+    int once;                                     /* c goes past the caches */
 } moe__tile;
 
 typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, decay, scale, fix1, fix2; } moe__adam;
 
 /* The list of kernels: result, name, parameters. The struct and each pass's table are made from it.
  *   transpose   to[c * 32 + r] = from[r * ld + c], 32 x 32
+ *   settle      what went past the caches is in memory before anything that follows
  *   axpy        y = fma(a, x, y)
  *   slope       the gradient of a loss with dL/dp = c through a softmax p: dz += s p (scale c - mean)
  *   topk        the k highest of each row, descending, ties by index: index (rows, k), value (rows, k) or NULL;
  *               returns 0 at a NaN
- *   count, count8   how many of 16, of 32 tokens have an expert among their k highest
+ *   count, count8   how many of 16, of 32 tokens have an expert among their k highest; count leaves some out
  *   sum_rows    sum[c] += row r of x, one row after the other
  *   half, bfloat    n numbers of two bytes, little-endian, of any alignment
+ *   column_high the highest magnitude of each of 32 columns
+ *   pack_...    rows of 32 floats -> lines of a weight format, the last one filled up with 0 (scale: (32))
  *   fetch_...   rows of a panel in a weight format (room formats) -> 32 floats each; room for a multiple of 4 rows
  *   row_...     one row of a product: c (32) = fma(a, the panel's row, c), row after row; a in panels */
 #define MOE__KERNEL_LIST(X)                                                                                            \
@@ -2937,6 +3047,7 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, erf, (size_t n, const float *x, float *y))                                                                 \
     X(void, softmax, (size_t n, float inv_t, const float *x, float *y))                                                \
     X(float, lse, (size_t n, const float *x))                                                                          \
+    X(void, settle, (void))                                                                                            \
     X(float, dot, (size_t n, const float *x, const float *y))                                                          \
     X(void, axpy, (size_t n, float a, const float *x, float *y))                                                       \
     X(void, slope, (size_t n, float s, float scale, float mean, const float *c, const float *p, float *dz))            \
@@ -2944,11 +3055,14 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, sgd, (size_t n, const moe__adam *adam, float *param, const float *grad, float *mean))                      \
     X(int, topk, (size_t rows, size_t n, size_t k, const float *scores, int32_t *index, float *value))                 \
     X(uint32_t, count, (size_t n, size_t k, const float *z, float *list, float *selected, float *first))               \
-    X(uint32_t, count8, (size_t n, size_t k, const float *z, float *selected, float *first))                           \
+    X(void, count8, (size_t n, size_t k, const float *z, float *selected, float *first))                           \
     X(void, sum_rows, (size_t rows, size_t cols, const float *x, double *sum))                                         \
     X(int, all_finite, (size_t n, const float *x))                                                                     \
     X(void, half, (size_t n, const unsigned char *from, float *to))                                                    \
     X(void, bfloat, (size_t n, const unsigned char *from, float *to))                                                  \
+    X(void, column_high, (size_t rows, const float *x, float *high))                                                   \
+    X(void, pack_bf16, (size_t rows, const float *x, uint32_t *words))                                                 \
+    X(void, pack_int, (size_t rows, unsigned bits, const float *x, const float *scale, uint32_t *words))               \
     X(void, fetch_bf16, (size_t rows, const void *panel, float *to))                                                   \
     X(void, fetch_int8, (size_t rows, const void *panel, float *to))                                                   \
     X(void, fetch_int4, (size_t rows, const void *panel, float *to))                                                   \
@@ -3053,6 +3167,7 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 /* The rows of a tile: registers c0, c1, ... */
 #define MOE__ROW_LOAD(r) moe__row c##r; MOE__EACH_T(c##r.v[i] = MOE__F_LOAD(from + i * MOE__VL);) from += from_ld;
 #define MOE__ROW_STORE(r) MOE__EACH_T(MOE__F_STORE(to + i * MOE__VL, c##r.v[i]);) to += tile->ldc;
+#define MOE__ROW_STREAM(r) MOE__EACH_T(MOE__F_STREAM(to + i * MOE__VL, c##r.v[i]);) to += tile->ldc;
 #define MOE__ROW_FMA(r) \
     { moe__f x = MOE__F_SET1(a[(r) * a_row]); MOE__EACH_T(c##r.v[i] = MOE__F_FMA(x, w.v[i], c##r.v[i]);) }
 #define MOE__ROW_STEP(R) \
@@ -3075,6 +3190,7 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
                 for (int l = g * 8; l < g * 8 + 8 && l < 2 * R; l++) MOE__PREFETCH_L1(next + l * 16);    \
                 for (int u = 0; u < 8; u++, a++) MOE__ROW_STEP(R)                                        \
             }                                                                                            \
+            ahead += tile->prefetch_skip;                                                                \
         }                                                                                                \
         for (; left; left--, a++) MOE__ROW_STEP(R)                                                       \
         MOE__ROWS_##R(MOE__ROW_STORE)                                                                    \
@@ -3089,7 +3205,8 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
         if (tile->init) from = tile->init, from_ld = 0;                                                  \
         MOE__ROWS_##R(MOE__ROW_LOAD)                                                                     \
         for (size_t left = tile->k; left; left--, a += 32) MOE__ROW_STEP(R)                              \
-        MOE__ROWS_##R(MOE__ROW_STORE)                                                                    \
+        if (tile->once) { MOE__ROWS_##R(MOE__ROW_STREAM) }                                               \
+        else { MOE__ROWS_##R(MOE__ROW_STORE) }                                                           \
     }
 #define MOE__NN_ENTRY(R) , MOE__K(nn##R)
 #define MOE__TN_ENTRY(R) , MOE__K(tn##R)
@@ -3265,6 +3382,38 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 #include MOE_FILENAME
 #undef MOE__PASS
 #endif
+#ifdef MOE__SIMD128
+/* It has no fma: in double, by halves, where the product is exact. Rounding the sum to double and then to float is
+ * wrong at most where the double lies half way between two floats, or where float has fewer bits, below its smallest
+ * normal numbers: seldom, and then it is done lane by lane. */
+MOE__INLINE v128_t moe__fma_half(v128_t a, v128_t b, v128_t c) {
+    v128_t product = wasm_f64x2_mul(wasm_f64x2_promote_low_f32x4(a), wasm_f64x2_promote_low_f32x4(b));
+    return wasm_f64x2_add(product, wasm_f64x2_promote_low_f32x4(c));
+}
+MOE__INLINE v128_t moe__fma_seldom(v128_t sum) {
+    v128_t tail = wasm_v128_and(sum, wasm_i64x2_splat(0x1fffffff)), size = wasm_f64x2_abs(sum);
+    v128_t small = wasm_f64x2_lt(size, wasm_f64x2_splat((double)FLT_MIN));
+    small = wasm_v128_and(small, wasm_f64x2_gt(size, wasm_f64x2_splat(0.0)));
+    return wasm_v128_or(small, wasm_i64x2_eq(tail, wasm_i64x2_splat(0x10000000)));
+}
+MOE__APART v128_t moe__fma_lanes(v128_t a, v128_t b, v128_t c) {
+    float x[4], y[4], z[4];
+    wasm_v128_store(x, a);
+    wasm_v128_store(y, b);
+    wasm_v128_store(z, c);
+    for (int i = 0; i < 4; i++) z[i] = moe__fma(x[i], y[i], z[i]);
+    return wasm_v128_load(z);
+}
+MOE__INLINE v128_t moe__fma_simd128(v128_t a, v128_t b, v128_t c) {
+    v128_t low = moe__fma_half(a, b, c), high = moe__fma_half(wasm_i32x4_shuffle(a, a, 2, 3, 0, 1),
+        wasm_i32x4_shuffle(b, b, 2, 3, 0, 1), wasm_i32x4_shuffle(c, c, 2, 3, 0, 1));
+    if (wasm_v128_any_true(wasm_v128_or(moe__fma_seldom(low), moe__fma_seldom(high)))) return moe__fma_lanes(a, b, c);
+    return wasm_i32x4_shuffle(wasm_f32x4_demote_f64x2_zero(low), wasm_f32x4_demote_f64x2_zero(high), 0, 1, 4, 5);
+}
+#define MOE__PASS 5
+#include MOE_FILENAME
+#undef MOE__PASS
+#endif
 #endif /* !MOE__IMPLEMENTED */
 
 #else /* MOE__PASS: one instruction set ------------------------------------------------------- */
@@ -3295,6 +3444,7 @@ typedef float moe__f;
 #define MOE__EACH_T(...) for (int i = 0; i < 4; i++) { __VA_ARGS__ }
 #define MOE__F_LOAD(p) (*(p))
 #define MOE__F_STORE(p, a) (*(p) = (a))
+#define MOE__F_STREAM(p, a) MOE__F_STORE(p, a) /* to memory past the caches; p aligned to 64 bytes */
 #define MOE__F_SET1(x) (x)
 #define MOE__F_FMA(a, b, c) moe__fma(a, b, c)
 #define MOE__F_ADD(a, b) ((a) + (b))
@@ -3314,6 +3464,12 @@ typedef float moe__f;
 #define MOE__F_OR(a, b) moe__float_of(moe__bits_of(a) | moe__bits_of(b))
 #define MOE__F_POW2(n) moe__float_of((uint32_t)((int32_t)(n) + 127) << 23)
 #define MOE__F_EXPONENT(x) ((float)(int32_t)(moe__bits_of(x) >> 23))
+#define MOE__F_U16(p) moe__float_of((uint32_t)(p)[0] | (uint32_t)(p)[1] << 8) /* two bytes each, as a word's bits */
+#define MOE__F_LEFT(a, n) moe__float_of(moe__bits_of(a) << (n))
+#define MOE__F_RIGHT(a, n) moe__float_of(moe__bits_of(a) >> (n))
+#define MOE__F_PLUS(a, b) moe__float_of(moe__bits_of(a) + moe__bits_of(b)) /* of the bits */
+#define MOE__F_INTEGER(a) moe__float_of((uint32_t)(int32_t)(a)) /* of a whole number, its bits */
+#define MOE__F_PUT(w, a) (*(w) = moe__bits_of(a))
 #define MOE__F_LOWER(w) moe__float_of(*(w) << 16) /* bfloat16 in half a word */
 #define MOE__F_UPPER(w) moe__float_of(*(w) & 0xffff0000u)
 #define MOE__F_FIELD(w, left, right) /* a signed field of a word: what is left after these shifts */ \
@@ -3330,6 +3486,7 @@ typedef __m256 moe__f;
 #define MOE__EACH_T(...) MOE__EACH_V(__VA_ARGS__)
 #define MOE__F_LOAD(p) _mm256_loadu_ps(p)
 #define MOE__F_STORE(p, a) _mm256_storeu_ps(p, a)
+#define MOE__F_STREAM(p, a) _mm256_stream_ps(p, a)
 #define MOE__F_SET1(x) _mm256_set1_ps(x)
 #define MOE__F_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define MOE__F_ADD(a, b) _mm256_add_ps(a, b)
@@ -3350,6 +3507,12 @@ typedef __m256 moe__f;
 #define MOE__F_POW2(n) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
 #define MOE__F_EXPONENT(x) _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_castps_si256(x), 23))
+#define MOE__F_U16(p) _mm256_castsi256_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))))
+#define MOE__F_LEFT(a, n) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), (int)(n)))
+#define MOE__F_RIGHT(a, n) _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(a), (int)(n)))
+#define MOE__F_PLUS(a, b) _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
+#define MOE__F_INTEGER(a) _mm256_castsi256_ps(_mm256_cvtps_epi32(a))
+#define MOE__F_PUT(w, a) _mm256_storeu_si256((__m256i *)(void *)(w), _mm256_castps_si256(a))
 #define MOE__F_WORDS(w) _mm256_loadu_si256((const __m256i *)(const void *)(w))
 #define MOE__F_LOWER(w) _mm256_castsi256_ps(_mm256_slli_epi32(MOE__F_WORDS(w), 16))
 #define MOE__F_UPPER(w) _mm256_castsi256_ps(_mm256_and_si256(MOE__F_WORDS(w), _mm256_set1_epi32(-65536)))
@@ -3371,6 +3534,7 @@ typedef __m512 moe__f;
 #define MOE__EACH_T(...) { enum { i = 0 }; __VA_ARGS__ } { enum { i = 1 }; __VA_ARGS__ }
 #define MOE__F_LOAD(p) _mm512_loadu_ps(p)
 #define MOE__F_STORE(p, a) _mm512_storeu_ps(p, a)
+#define MOE__F_STREAM(p, a) _mm512_stream_ps(p, a)
 #define MOE__F_SET1(x) _mm512_set1_ps(x)
 #define MOE__F_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define MOE__F_ADD(a, b) _mm512_add_ps(a, b)
@@ -3391,6 +3555,12 @@ typedef __m512 moe__f;
 #define MOE__F_POW2(n) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
 #define MOE__F_EXPONENT(x) _mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_castps_si512(x), 23))
+#define MOE__F_U16(p) _mm512_castsi512_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p))))
+#define MOE__F_LEFT(a, n) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), (unsigned)(n)))
+#define MOE__F_RIGHT(a, n) _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a), (unsigned)(n)))
+#define MOE__F_PLUS(a, b) _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+#define MOE__F_INTEGER(a) _mm512_castsi512_ps(_mm512_cvtps_epi32(a))
+#define MOE__F_PUT(w, a) _mm512_storeu_si512((void *)(w), _mm512_castps_si512(a))
 #define MOE__F_WORDS(w) _mm512_loadu_si512((const void *)(w))
 #define MOE__F_LOWER(w) _mm512_castsi512_ps(_mm512_slli_epi32(MOE__F_WORDS(w), 16))
 #define MOE__F_UPPER(w) _mm512_castsi512_ps(_mm512_and_si512(MOE__F_WORDS(w), _mm512_set1_epi32(-65536)))
@@ -3403,6 +3573,49 @@ typedef __m512 moe__f;
 #define MOE__F_HIGH(a, b) _mm512_unpackhi_ps(a, b)
 #define MOE__F_PAIRS(a, b, which) _mm512_shuffle_ps(a, b, which)
 #define MOE__FMASK __mmask16
+#elif MOE__PASS == 5
+#define MOE__SUFFIX simd128
+typedef v128_t moe__f;
+#define MOE__VL 4
+#define MOE__NT 4
+#define MOE__MR 4
+#define MOE__EACH_V(...) \
+    { enum { i = 0 }; __VA_ARGS__ } { enum { i = 1 }; __VA_ARGS__ } \
+    { enum { i = 2 }; __VA_ARGS__ } { enum { i = 3 }; __VA_ARGS__ }
+#define MOE__EACH_T(...) MOE__EACH_V(__VA_ARGS__)
+#define MOE__F_LOAD(p) wasm_v128_load(p)
+#define MOE__F_STORE(p, a) wasm_v128_store(p, a)
+#define MOE__F_STREAM(p, a) MOE__F_STORE(p, a)
+#define MOE__F_SET1(x) wasm_f32x4_splat(x)
+#define MOE__F_FMA(a, b, c) moe__fma_simd128(a, b, c)
+#define MOE__F_ADD(a, b) wasm_f32x4_add(a, b)
+#define MOE__F_SUB(a, b) wasm_f32x4_sub(a, b)
+#define MOE__F_MUL(a, b) wasm_f32x4_mul(a, b)
+#define MOE__F_DIV(a, b) wasm_f32x4_div(a, b)
+#define MOE__F_MIN(a, b) wasm_f32x4_pmin(b, a) /* a < b ? a : b */
+#define MOE__F_MAX(a, b) wasm_f32x4_pmax(b, a)
+#define MOE__F_SQRT(a) wasm_f32x4_sqrt(a)
+#define MOE__F_LT(a, b) wasm_f32x4_lt(a, b)
+#define MOE__F_GE(a, b, one) wasm_v128_and(wasm_f32x4_ge(a, b), one)
+#define MOE__F_UNORD(a, b) wasm_v128_or(wasm_f32x4_ne(a, a), wasm_f32x4_ne(b, b))
+#define MOE__F_SEL(m, a, b) wasm_v128_bitselect(a, b, m)
+#define MOE__F_BITS(m) ((uint32_t)wasm_i32x4_bitmask(m))
+#define MOE__F_AND(a, u) wasm_v128_and(a, wasm_i32x4_splat((int32_t)(u)))
+#define MOE__F_XOR(a, u) wasm_v128_xor(a, wasm_i32x4_splat((int32_t)(u)))
+#define MOE__F_OR(a, b) wasm_v128_or(a, b)
+#define MOE__F_POW2(n) wasm_i32x4_shl(wasm_i32x4_add(wasm_i32x4_trunc_sat_f32x4(n), wasm_i32x4_splat(127)), 23)
+#define MOE__F_EXPONENT(x) wasm_f32x4_convert_i32x4(wasm_u32x4_shr(x, 23))
+#define MOE__F_LOWER(w) wasm_i32x4_shl(wasm_v128_load(w), 16)
+#define MOE__F_UPPER(w) wasm_v128_and(wasm_v128_load(w), wasm_i32x4_splat(-65536))
+#define MOE__F_FIELD(w, left, right) \
+    wasm_f32x4_convert_i32x4(wasm_i32x4_shr(wasm_i32x4_shl(wasm_v128_load(w), left), right))
+#define MOE__F_U16(p) wasm_u32x4_load16x4(p)
+#define MOE__F_LEFT(a, n) wasm_i32x4_shl(a, (uint32_t)(n))
+#define MOE__F_RIGHT(a, n) wasm_u32x4_shr(a, (uint32_t)(n))
+#define MOE__F_PLUS(a, b) wasm_i32x4_add(a, b)
+#define MOE__F_INTEGER(a) wasm_i32x4_trunc_sat_f32x4(a)
+#define MOE__F_PUT(w, a) wasm_v128_store(w, a)
+#define MOE__FMASK v128_t
 #else
 #define MOE__SUFFIX neon
 typedef float32x4_t moe__f;
@@ -3415,6 +3628,7 @@ typedef float32x4_t moe__f;
 #define MOE__EACH_T(...) MOE__EACH_V(__VA_ARGS__)
 #define MOE__F_LOAD(p) vld1q_f32(p)
 #define MOE__F_STORE(p, a) vst1q_f32(p, a)
+#define MOE__F_STREAM(p, a) MOE__F_STORE(p, a)
 #define MOE__F_SET1(x) vdupq_n_f32(x)
 #define MOE__F_FMA(a, b, c) vfmaq_f32(c, a, b)
 #define MOE__F_ADD(a, b) vaddq_f32(a, b)
@@ -3434,6 +3648,13 @@ typedef float32x4_t moe__f;
 #define MOE__F_OR(a, b) vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
 #define MOE__F_POW2(n) vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23))
 #define MOE__F_EXPONENT(x) vcvtq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(x), 23))
+#define MOE__F_U16(p) vreinterpretq_f32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(p))))
+#define MOE__F_SHIFT(a, n) vreinterpretq_f32_u32(vshlq_u32(vreinterpretq_u32_f32(a), vdupq_n_s32(n)))
+#define MOE__F_LEFT(a, n) MOE__F_SHIFT(a, (int32_t)(n))
+#define MOE__F_RIGHT(a, n) MOE__F_SHIFT(a, -(int32_t)(n))
+#define MOE__F_PLUS(a, b) vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)))
+#define MOE__F_INTEGER(a) vreinterpretq_f32_s32(vcvtnq_s32_f32(a))
+#define MOE__F_PUT(w, a) vst1q_u32(w, vreinterpretq_u32_f32(a))
 #define MOE__F_LOWER(w) vreinterpretq_f32_u32(vshlq_n_u32(vld1q_u32(w), 16))
 #define MOE__F_UPPER(w) vreinterpretq_f32_u32(vandq_u32(vld1q_u32(w), vdupq_n_u32(0xffff0000u)))
 #define MOE__F_FIELD(w, left, right) \
@@ -3630,6 +3851,11 @@ typedef struct moe__row { moe__f v[MOE__NT]; } moe__row;
 MOE__SIZES(MOE__NN)
 MOE__SIZES(MOE__TN)
 
+MOE__FN void MOE__K(settle)(void) {
+#if MOE__PASS == 2 || MOE__PASS == 3
+    _mm_sfence();
+#endif
+}
 MOE__FN void MOE__K(transpose)(const float *from, size_t ld, float *to) {
 #if MOE__PASS == 2 || MOE__PASS == 3
     for (int r = 0; r < 32; r += MOE__VL) /* so many rows at a time: 4 columns of them are 4 registers of 4 x 4 */
@@ -4042,36 +4268,28 @@ MOE__FN void MOE__K(count8_highest)(size_t n, size_t k, const float *z, float *k
     MOE__F_STORE(kth, MOE__F_LOAD(sorted + (k - 1) * MOE__VL));
     MOE__F_STORE(top, a0);
 }
-/* Somewhere in MOE__VL tokens a tie may decide: found, and taken back. Bits of these lanes. */
-MOE__FN uint32_t MOE__K(count8_ties)(size_t n, size_t k, const float *z, const float *kth, const float *top,
-                                     float *selected, float *first) {
-    const moe__f one = MOE__F_SET1(1.0f);
-    moe__f in = MOE__F_SET1(0.0f), best = in;
-    float seen[2 * MOE__VL];
-    uint32_t bits = 0;
+/* Somewhere in MOE__VL tokens a tie may decide: of equals the first are taken, the others taken back. */
+MOE__FN void MOE__K(count8_ties)(size_t n, size_t k, const float *z, const float *kth, const float *top,
+                                 float *selected, float *first) {
+    const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f), least = MOE__F_LOAD(kth), best = MOE__F_LOAD(top);
+    moe__f places = MOE__F_SET1((float)k), place = one; /* that are left */
+    for (size_t e = 0; e < n; e++)
+        places = MOE__F_SUB(places, MOE__F_SEL(MOE__F_LT(least, MOE__F_LOAD(z + e * 32)), one, zero));
     for (size_t e = 0; e < n; e++) {
-        moe__f x = MOE__F_LOAD(z + e * 32);
-        in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth), one));
-        best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top), one));
+        moe__f x = MOE__F_LOAD(z + e * 32), highest = MOE__F_GE(x, best, one);
+        moe__f equal = MOE__F_SEL(MOE__F_LT(least, x), zero, MOE__F_GE(x, least, one));
+        moe__f taken = MOE__F_MIN(equal, places), taken_first = MOE__F_MIN(highest, place);
+        places = MOE__F_SUB(places, taken);
+        place = MOE__F_SUB(place, taken_first);
+        float *in = selected + e * 16, *in_first = first + e * 16;
+        MOE__F_STORE(in, MOE__F_ADD(MOE__F_LOAD(in), MOE__F_SUB(taken, equal)));
+        MOE__F_STORE(in_first, MOE__F_ADD(MOE__F_LOAD(in_first), MOE__F_SUB(taken_first, highest)));
     }
-    MOE__F_STORE(seen, in);
-    MOE__F_STORE(seen + MOE__VL, best);
-    for (uint32_t l = 0; l < MOE__VL; l++) {
-        if (!(seen[l] > (float)k || seen[MOE__VL + l] > 1.0f)) continue;
-        bits |= 1u << l;
-        for (size_t e = 0; e < n; e++) {
-            selected[e * 16 + l] -= (float)!(z[e * 32 + l] < kth[l]);
-            first[e * 16 + l] -= (float)!(z[e * 32 + l] < top[l]);
-        }
-    }
-    return bits;
 }
-/* Bits of 32 lanes. */
-MOE__FN uint32_t MOE__K(count8)(size_t n, size_t k, const float *z, float *selected, float *first) {
+MOE__FN void MOE__K(count8)(size_t n, size_t k, const float *z, float *selected, float *first) {
     const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f);
     moe__f all_in = zero, all_best = zero;
     float kth[32], top[32], seen[2 * MOE__VL], total = 0.0f, total_first = 0.0f;
-    uint32_t bits = 0;
     for (uint32_t lane = 0; lane < 32; lane += MOE__VL)
         MOE__K(count8_highest)(n, k, z + lane, kth + lane, top + lane);
     for (size_t e = 0; e < n; e++) {
@@ -4089,10 +4307,9 @@ MOE__FN uint32_t MOE__K(count8)(size_t n, size_t k, const float *z, float *selec
     MOE__F_STORE(seen, all_in);
     MOE__F_STORE(seen + MOE__VL, all_best);
     for (int l = 0; l < MOE__VL; l++) total += seen[l], total_first += seen[MOE__VL + l];
-    if (total == 32.0f * (float)k && total_first == 32.0f) return 0;
+    if (total == 32.0f * (float)k && total_first == 32.0f) return;
     for (uint32_t lane = 0; lane < 32; lane += MOE__VL)
-        bits |= MOE__K(count8_ties)(n, k, z + lane, kth + lane, top + lane, selected, first) << lane;
-    return bits;
+        MOE__K(count8_ties)(n, k, z + lane, kth + lane, top + lane, selected, first);
 }
 
 /* -- numbers -- */
@@ -4112,24 +4329,60 @@ MOE__FN int MOE__K(all_finite)(size_t n, const float *x) {
     for (i = 0; i < MOE__VL; i++) rest += sum[i];
     return rest == 0.0f;
 }
-/* 16 numbers of two bytes, little-endian, of any alignment: loops that compilers turn into vectors */
-MOE__FI void MOE__K(half16)(const unsigned char *from, float *to) {
-    uint32_t bits[16], special[16];
-    float value[16];
-    for (int l = 0; l < 16; l++) bits[l] = (uint32_t)from[2 * l] | (uint32_t)from[2 * l + 1] << 8;
-    for (int l = 0; l < 16; l++) /* the sign; infinity and NaN have all bits of the exponent */
-        special[l] = (bits[l] & 0x8000u) << 16 | ((bits[l] & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
-    for (int l = 0; l < 16; l++) bits[l] = (bits[l] & 0x7fffu) << 13;
-    memcpy(value, bits, sizeof value);
-    for (int l = 0; l < 16; l++) value[l] *= 5.192296858534828e33f; /* 2^112: exact, subnormals too */
-    memcpy(bits, value, sizeof bits);
-    for (int l = 0; l < 16; l++) bits[l] |= special[l];
-    memcpy(to, bits, sizeof bits);
+/* 16 numbers of two bytes, little-endian, of any alignment */
+MOE__FI void MOE__K(half16)(const unsigned char *from, float *to) { /* 2^112: exact, subnormals too */
+    const moe__f powers = MOE__F_SET1(5.192296858534828e33f), beyond = MOE__F_SET1(65536.0f);
+    const moe__f zero = MOE__F_SET1(0.0f), special = MOE__F_SET1(INFINITY); /* infinity and NaN: all of the exponent */
+    MOE__EACH_V(moe__f bits = MOE__F_U16(from + 2 * i * MOE__VL);
+                moe__f value = MOE__F_MUL(MOE__F_LEFT(MOE__F_AND(bits, 0x7fffu), 13), powers);
+                moe__f sign = MOE__F_LEFT(MOE__F_AND(bits, 0x8000u), 16);
+                value = MOE__F_OR(value, MOE__F_SEL(MOE__F_LT(value, beyond), zero, special));
+                MOE__F_STORE(to + i * MOE__VL, MOE__F_OR(value, sign));)
 }
 MOE__FI void MOE__K(bfloat16)(const unsigned char *from, float *to) {
-    uint32_t bits[16];
-    for (int l = 0; l < 16; l++) bits[l] = (uint32_t)from[2 * l] << 16 | (uint32_t)from[2 * l + 1] << 24;
-    memcpy(to, bits, sizeof bits);
+    MOE__EACH_V(MOE__F_STORE(to + i * MOE__VL, MOE__F_LEFT(MOE__F_U16(from + 2 * i * MOE__VL), 16));)
+}
+/* The bfloat16 nearest to a finite float, ties to even, in the upper half of a word; never infinite. */
+MOE__FI moe__f MOE__K(nearest_bfloat)(moe__f x) {
+    const moe__f half = MOE__F_SET1(moe__float_of(0x7fffu)), all = MOE__F_SET1(INFINITY);
+    moe__f odd = MOE__F_AND(MOE__F_RIGHT(x, 16), 1u), rounded = MOE__F_PLUS(MOE__F_PLUS(x, half), odd);
+    rounded = MOE__F_SEL(MOE__F_LT(MOE__F_AND(rounded, 0x7fffffffu), all), rounded, x);
+    return MOE__F_AND(rounded, 0xffff0000u);
+}
+MOE__FN void MOE__K(pack_bf16)(size_t rows, const float *x, uint32_t *words) {
+    for (size_t r = 0; r < rows; r++, x += 32, words += 16) {
+        MOE__EACH_V(moe__f low = MOE__K(nearest_bfloat)(MOE__F_LOAD(x + i * MOE__VL));
+                    moe__f high = MOE__K(nearest_bfloat)(MOE__F_LOAD(x + 16 + i * MOE__VL));
+                    MOE__F_PUT(words + i * MOE__VL, MOE__F_OR(MOE__F_RIGHT(low, 16), high));)
+    }
+}
+MOE__FN void MOE__K(column_high)(size_t rows, const float *x, float *high) {
+    moe__v low = moe__v_set1(0.0f), up = low;
+    for (size_t r = 0; r < rows; r++, x += 32) {
+        low = moe__v_max(moe__v_abs(moe__v_load(x)), low);
+        up = moe__v_max(moe__v_abs(moe__v_load(x + 16)), up);
+    }
+    moe__v_store(high, low);
+    moe__v_store(high + 16, up);
+}
+/* q = the integer nearest to x / scale, ties to even, within the field. */
+MOE__FN void MOE__K(pack_int)(size_t rows, unsigned bits, const float *x, const float *scale, uint32_t *words) {
+    const uint32_t mask = (1u << bits) - 1;
+    const moe__v most = moe__v_set1((float)(mask / 2)), least = moe__v_neg(most);
+    const moe__v scale_low = moe__v_load(scale), scale_high = moe__v_load(scale + 16);
+    for (; rows; words += 16) {
+        moe__v line = moe__v_set1(0.0f);
+        for (unsigned shift = 0; rows && shift < 32; shift += 2 * bits, rows--, x += 32) {
+            moe__v low = moe__v_rint(moe__v_div(moe__v_load(x), scale_low));
+            moe__v high = moe__v_rint(moe__v_div(moe__v_load(x + 16), scale_high));
+            low = moe__v_max(moe__v_min(low, most), least);
+            high = moe__v_max(moe__v_min(high, most), least);
+            MOE__EACH_V(moe__f lower = MOE__F_LEFT(MOE__F_AND(MOE__F_INTEGER(low.v[i]), mask), shift);
+                        moe__f upper = MOE__F_LEFT(MOE__F_AND(MOE__F_INTEGER(high.v[i]), mask), shift + bits);
+                        line.v[i] = MOE__F_OR(line.v[i], MOE__F_OR(lower, upper));)
+        }
+        MOE__EACH_V(MOE__F_PUT(words + i * MOE__VL, line.v[i]);)
+    }
 }
 MOE__WIDEN(half)
 MOE__WIDEN(bfloat)
@@ -4140,20 +4393,21 @@ MOE__ONE_ROW(f32, 1, 1024)
 MOE__ONE_ROW(bf16, 1, 1024)
 MOE__ONE_ROW(int8, 2, 512)
 MOE__ONE_ROW(int4, 4, 512)
-/* sum[c] += row r of x, one row after the other */
-MOE__FN void MOE__K(sum_rows)(size_t rows, size_t cols, const float *x, double *sum) {
-    for (size_t c = 0; c < cols; c += 16) {
-        if (cols - c < 16) {
-            for (size_t r = 0; r < rows; r++)
-                for (size_t l = c; l < cols; l++) sum[l] += (double)x[r * cols + l];
-            return;
-        }
-        double column[16];
-        memcpy(column, sum + c, sizeof column);
-        for (size_t r = 0; r < rows; r++)
-            for (size_t i = 0; i < 16; i++) column[i] += (double)x[r * cols + c + i];
-        memcpy(sum + c, column, sizeof column);
+/* sum[c] += row r of x, one row after the other: so many columns at a time in registers */
+#define MOE__SUM_COLUMNS(wide)                                                                           \
+    for (; cols - c >= wide; c += wide) {                                                                \
+        double column[wide];                                                                             \
+        memcpy(column, sum + c, sizeof column);                                                          \
+        for (size_t r = 0; r < rows; r++)                                                                \
+            for (size_t i = 0; i < wide; i++) column[i] += (double)x[r * cols + c + i];                  \
+        memcpy(sum + c, column, sizeof column);                                                          \
     }
+MOE__FN void MOE__K(sum_rows)(size_t rows, size_t cols, const float *x, double *sum) {
+    size_t c = 0;
+    MOE__SUM_COLUMNS(16)
+    MOE__SUM_COLUMNS(8)
+    MOE__SUM_COLUMNS(4)
+    MOE__SUM_COLUMNS(1)
 }
 
 #define MOE__X(result, name, parameters) , MOE__K(name)
@@ -4166,6 +4420,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
     MOE__KERNEL_LIST(MOE__X)};
 
 #undef MOE__X
+#undef MOE__SUM_COLUMNS
 #undef MOE__FN
 #undef MOE__FI
 #undef MOE__SUFFIX
@@ -4177,6 +4432,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__FMASK
 #undef MOE__F_LOAD
 #undef MOE__F_STORE
+#undef MOE__F_STREAM
 #undef MOE__F_SET1
 #undef MOE__F_FMA
 #undef MOE__F_ADD
@@ -4196,6 +4452,13 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_OR
 #undef MOE__F_POW2
 #undef MOE__F_EXPONENT
+#undef MOE__F_U16
+#undef MOE__F_SHIFT
+#undef MOE__F_LEFT
+#undef MOE__F_RIGHT
+#undef MOE__F_PLUS
+#undef MOE__F_INTEGER
+#undef MOE__F_PUT
 #undef MOE__F_WORDS
 #undef MOE__F_LOWER
 #undef MOE__F_UPPER
@@ -4267,6 +4530,9 @@ static const moe__kernels *moe__dispatch_kernels(moe_isa_kind isa) {
 #ifdef MOE__NEON
     if (isa == MOE_ISA_AUTO || isa == MOE_ISA_NEON) return &moe__kernels_neon;
 #endif
+#ifdef MOE__SIMD128
+    if (isa == MOE_ISA_AUTO || isa == MOE_ISA_SIMD128) return &moe__kernels_simd128;
+#endif
     if (isa == MOE_ISA_AUTO || isa == MOE_ISA_SCALAR) return &moe__kernels_scalar;
     return NULL;
 }
@@ -4291,7 +4557,7 @@ MOE_API moe_status moe_force_isa(moe_isa_kind isa) {
 }
 MOE_API moe_isa_kind moe_active_isa(void) { return moe__dispatched()->isa; }
 MOE_API const char *moe_isa_name(moe_isa_kind isa) {
-    static const char *const names[] = {"auto", "scalar", "avx2", "avx512", "neon"};
+    static const char *const names[] = {"auto", "scalar", "avx2", "avx512", "neon", "simd128"};
     return (unsigned)isa < MOE_ISA_COUNT ? names[isa] : NULL;
 }
 
@@ -4348,11 +4614,47 @@ MOE_API void moe_run(const moe_parallel *parallel, size_t n_tasks, moe_task *tas
 /* The same where the work is known, `each` multiply-adds for each of `rows`: below some 20 microseconds OpenMP's
  * threads cost more than they save. */
 #define MOE__LITTLE_WORK ((size_t)1 << 18)
+static int moe__threads_pay(const moe_parallel *parallel, size_t rows, size_t each) {
+    return (parallel && parallel->run) || (rows && each > MOE__LITTLE_WORK / rows);
+}
+static const moe_parallel moe__threads_none = {NULL, NULL, 1};
 static void moe__threads_run(const moe_parallel *parallel, size_t rows, size_t each, size_t n_tasks, moe_task *task,
                              void *arg) {
-    static const moe_parallel serial = {NULL, NULL, 1};
-    if ((parallel && parallel->run) || (rows && each > MOE__LITTLE_WORK / rows)) moe_run(parallel, n_tasks, task, arg);
-    else moe_run(&serial, n_tasks, task, arg);
+    moe_run(moe__threads_pay(parallel, rows, each) ? parallel : &moe__threads_none, n_tasks, task, arg);
+}
+
+/* -- steps, each of which begins when the one before has ended, in one parallel region: every worker takes tasks from
+ * step to step. It waits only for tasks that others have begun, so that any number of workers comes to the end, be they
+ * at work together or one after the other. Without atomic counters every step is a region. -- */
+typedef struct moe__threads_step { moe_task *task; void *arg; size_t n_tasks, taken, done; } moe__threads_step;
+typedef struct moe__threads_list { moe__threads_step *step; size_t n_steps; } moe__threads_list;
+#ifdef MOE__ATOMIC_NEXT
+static void moe__threads_worker(void *arg, size_t i, size_t worker) {
+    const moe__threads_list *list = (const moe__threads_list *)arg;
+    (void)i;
+    for (size_t s = 0; s < list->n_steps; s++) {
+        moe__threads_step *step = &list->step[s];
+        for (size_t task; (task = MOE__ATOMIC_NEXT(&step->taken)) < step->n_tasks;) {
+            step->task(step->arg, task, worker);
+            (void)MOE__ATOMIC_NEXT(&step->done);
+        }
+        for (int spins = 0; MOE__ATOMIC_GET(&step->done) < step->n_tasks; spins++)
+            if (spins >= 1000) MOE__YIELD(), spins = 0;
+    }
+}
+#endif
+static void moe__threads_steps(const moe_parallel *parallel, moe__threads_step *step, size_t n_steps) {
+    size_t most = 0, s = 0;
+    for (size_t i = 0; i < n_steps; i++) most = moe__max(most, step[i].n_tasks);
+#ifdef MOE__ATOMIC_NEXT
+    moe__threads_list list = {step, n_steps};
+    size_t workers = moe__min(moe_workers(parallel), most);
+    if (workers > 1 && n_steps > 1) {
+        moe_run(parallel, workers, moe__threads_worker, &list);
+        return;
+    }
+#endif
+    for (; s < n_steps && most; s++) moe_run(parallel, step[s].n_tasks, step[s].task, step[s].arg);
 }
 
 /* ==== >>formats ===============================================================================
@@ -4382,8 +4684,8 @@ typedef struct moe__format {
     unsigned bits;        /* of an element */
     size_t block;         /* bytes of 32 rows of a panel */
     int scaled;           /* a block begins with its scales */
-    /* `cols` <= 32 columns of row-major finite floats -> rows of a panel, the missing ones 0 */
-    void (*pack)(const float *src, size_t ld, size_t rows, size_t cols, void *panel);
+    /* rows of 32 finite floats -> rows of a panel, from the beginning of a block, the block's missing rows 0 */
+    void (*pack)(const moe__kernels *kernels, const float *src, size_t rows, void *panel);
     /* rows of a panel, from the beginning of a block -> 32 floats each, aligned to 64 bytes, with room for up to 3 rows
      * more; NULL: the rows are floats and are read where they lie */
     void (*fetch)(const moe__kernels *kernels, const void *panel, size_t rows, float *dst);
@@ -4409,77 +4711,46 @@ static size_t moe__format_word(const moe__format *format, size_t row, size_t col
     return ((size_t)format->scaled + row / per) * 16 + column % 16;
 }
 #ifndef MOE_NO_FORMATS
-/* The bfloat16 nearest to a float, ties to even; never infinite. And the lowest that is not below x >= 0. */
-static uint32_t moe__format_bfloat(float x) {
-    uint32_t bits = moe__bits_of(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-    if ((rounded & 0x7f80u) == 0x7f80u) return bits >> 16;
-    return rounded;
+/* The lines of a panel's last block that no row has: 0. */
+static void moe__format_fill(size_t rows, size_t line, uint32_t *words) {
+    size_t used = moe__ceil_div(rows, line), all = moe__ceil_div(rows, MOE__W) * (MOE__W / line);
+    memset(words + used * 16, 0, (all - used) * 16 * sizeof *words);
 }
-static uint32_t moe__format_bfloat_up(float x) { return (moe__bits_of(x) + 0xffffu) >> 16; }
-
-/* Lines of a block |= the fields of `rows` rows, 32 apart; the words were 0. */
-static void moe__format_lines(unsigned bits, const uint32_t *field, size_t rows, uint32_t *words) {
-    uint32_t mask = 0xffffffffu >> (32 - bits);
-    size_t per = 16 / bits;
-    for (size_t r = 0; r < rows; r++, field += MOE__W) {
-        unsigned shift = (unsigned)(r % per) * 2 * bits;
-        uint32_t *line = words + r / per * 16;
-        for (size_t c = 0; c < 16; c++)
-            line[c] |= (field[c] & mask) << shift | (field[c + 16] & mask) << (shift + bits);
-    }
+static void moe__format_bf16_pack(const moe__kernels *kernels, const float *src, size_t rows, void *panel) {
+    kernels->pack_bf16(rows, src, (uint32_t *)panel);
+    moe__format_fill(rows, 1, (uint32_t *)panel);
 }
-static void moe__format_bf16_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
-    uint32_t field[MOE__W] = {0};
-    memset(panel, 0, moe__ceil_div(rows, MOE__W) * MOE__W * MOE__W * 2);
-    for (size_t r = 0; r < rows; r++) {
-        for (size_t c = 0; c < cols; c++) field[c] = moe__format_bfloat(src[r * ld + c]);
-        moe__format_lines(16, field, 1, (uint32_t *)panel + r * 16);
-    }
-}
-/* The scale of up to 32 weights whose highest magnitude this is: it over `most`, rounded up, so that no q is beyond
- * it; a step less where that would make infinity. */
+/* The scale of up to 32 weights whose highest magnitude this is: it over `most`, rounded up to a bfloat16, so that no q
+ * is beyond it; a step less where that would make infinity. */
 static uint32_t moe__format_scale(float high, float most) {
-    uint32_t scale = moe__format_bfloat_up(high / most);
+    uint32_t scale = (moe__bits_of(high / most) + 0xffffu) >> 16;
     if (!moe__finite(moe__float_of(scale << 16) * most)) scale--;
     return scale;
 }
-/* q = the integer nearest to w / scale, ties to even, at most `most`: |w - scale q| <= scale / 2. */
-static void moe__format_int_block(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits,
-                                  uint32_t *words) {
-    uint32_t scale[MOE__W] = {0}, field[4 * MOE__W];
-    size_t line = 16 / bits; /* rows */
-    float high[MOE__W] = {0}, most = (float)((1 << (bits - 1)) - 1);
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) high[c] = fabsf(src[r * ld + c]) > high[c] ? fabsf(src[r * ld + c]) : high[c];
-    for (size_t c = 0; c < cols; c++) {
-        scale[c] = moe__format_scale(high[c], most);
-        high[c] = scale[c] ? moe__float_of(scale[c] << 16) : 1.0f; /* of zeros */
-    }
-    moe__format_lines(16, scale, 1, words);
-    for (size_t from = 0; from < rows; from += line) {
-        size_t end = moe__min(rows, from + line);
-        memset(field, 0, sizeof field);
-        for (size_t r = from; r < end; r++)
-            for (size_t c = 0; c < cols; c++) {
-                float q = src[r * ld + c] / high[c] + 12582912.0f - 12582912.0f; /* 1.5 2^23: rounds */
-                q = q > most ? most : q;
-                field[(r - from) * MOE__W + c] = (uint32_t)(int32_t)(q < -most ? -most : q);
-            }
-        moe__format_lines(bits, field, end - from, words += 16);
+/* |w - scale q| <= scale / 2 */
+static void moe__format_int_pack(const moe__kernels *kernels, const float *src, size_t rows, unsigned bits,
+                                 void *panel) {
+    size_t words = (1 + 2 * bits) * 16, count;
+    uint32_t *block = (uint32_t *)panel;
+    float scale[MOE__W], most = (float)((1 << (bits - 1)) - 1);
+    for (; rows; rows -= count, src += MOE__W * MOE__W, block += words) {
+        count = moe__min(rows, MOE__W);
+        kernels->column_high(count, src, scale);
+        for (size_t c = MOE__W; c-- > 0;) {
+            uint32_t field = moe__format_scale(scale[c], most);
+            if (c >= 16) block[c - 16] = field << 16;
+            else block[c] |= field;
+            scale[c] = field ? moe__float_of(field << 16) : 1.0f; /* of zeros */
+        }
+        kernels->pack_int(count, bits, src, scale, block + 16);
+        moe__format_fill(count, 16 / bits, block + 16);
     }
 }
-static void moe__format_int_pack(const float *src, size_t ld, size_t rows, size_t cols, unsigned bits, void *panel) {
-    unsigned char *block = (unsigned char *)panel;
-    size_t bytes = MOE__W * 2 + MOE__W * MOE__W * bits / 8;
-    memset(panel, 0, moe__ceil_div(rows, MOE__W) * bytes);
-    for (size_t at = 0; at < rows; at += MOE__W, block += bytes)
-        moe__format_int_block(src + at * ld, ld, moe__min(MOE__W, rows - at), cols, bits, (uint32_t *)(void *)block);
+static void moe__format_int8_pack(const moe__kernels *kernels, const float *src, size_t rows, void *panel) {
+    moe__format_int_pack(kernels, src, rows, 8, panel);
 }
-static void moe__format_int8_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
-    moe__format_int_pack(src, ld, rows, cols, 8, panel);
-}
-static void moe__format_int4_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
-    moe__format_int_pack(src, ld, rows, cols, 4, panel);
+static void moe__format_int4_pack(const moe__kernels *kernels, const float *src, size_t rows, void *panel) {
+    moe__format_int_pack(kernels, src, rows, 4, panel);
 }
 #define MOE__FORMAT_ROW(name)                                                                                          \
     static void moe__format_##name##_row(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel,     \
@@ -4500,7 +4771,7 @@ MOE__FORMAT_KERNELS(int4)
 #define MOE__FORMAT(...) NULL, NULL, NULL
 #endif
 static const moe__format moe__format_table[MOE_FORMAT_COUNT] = {
-    {"f32", MOE_DTYPE_F32, 32, 4096, 0, MOE__FORMAT(moe__format_f32_pack, NULL, moe__format_f32_row)},
+    {"f32", MOE_DTYPE_F32, 32, 4096, 0, MOE__FORMAT(NULL, NULL, moe__format_f32_row)},
     {"bf16", MOE_DTYPE_BF16, 16, 2048, 0,
      MOE__FORMAT(moe__format_bf16_pack, moe__format_bf16_fetch, moe__format_bf16_row)},
     {"int8", MOE_DTYPE_I8, 8, 1088, 1,
@@ -4551,6 +4822,14 @@ MOE__INLINE const float *moe__format_rows(const moe__kernels *kernels, const moe
     if (!MOE__FORMAT_HAS(weights->format, fetch)) return (const float *)at;
     weights->format->fetch(kernels, at, rows, buffer);
     return buffer;
+}
+
+/* The same way back: rows of 32 finite floats, from the first of a block on, to where they lie. */
+static void moe__format_write(const moe__kernels *kernels, const moe__weights *weights, size_t panel, size_t row,
+                              size_t rows, const float *src) {
+    void *to = (void *)(uintptr_t)moe__format_at(weights, panel, row);
+    if (MOE__FORMAT_HAS(weights->format, pack)) weights->format->pack(kernels, src, rows, to);
+    else memcpy(to, src, rows * MOE__W * sizeof(float));
 }
 
 /* One field of an element, from the lowest bits, and its scale as a bfloat16; 1 where the format has none. */
@@ -4635,16 +4914,17 @@ MOE__INLINE void moe__product_tile(void (*kernel)(const moe__tile *), size_t wid
 }
 
 /* One chunk of k for one panel of the target: b's k rows stay in L1 while the rows of a pass. next: what will be
- * read of b after this chunk, or NULL. */
+ * read of b after this chunk, or NULL: 4 KB for every 32 k, in one piece, or next_step floats apart. */
 static void moe__product_sweep(const moe__kernels *kernels, size_t rows, size_t k, const float *a, size_t a_panel,
                                const float *b, const moe__product_target *to, size_t panel, int fresh,
-                               const float *next) {
+                               const float *next, size_t next_step) {
     size_t tiles = moe__ceil_div(rows, kernels->mr), base = rows / tiles, more = rows % tiles;
     size_t cols = moe__min(MOE__W, to->cols - panel * MOE__W), lines = 0;
     float *c = to->c + panel * to->panel;
-    /* next is 4 KB for every 32 k: each tile its share */
-    if (next) lines = moe__ceil_div(16, tiles * moe__ceil_div(cols, kernels->tile));
-    moe__tile tile = {k, a, a_panel, b, MOE__W, NULL, 0, NULL, next, lines};
+    if (next) lines = moe__ceil_div(16, tiles * moe__ceil_div(cols, kernels->tile)); /* each tile its share */
+    size_t share = lines * 64, skip = next_step ? next_step - share : 0;
+    if (!next_step) share *= k / 32;
+    moe__tile tile = {k, a, a_panel, b, MOE__W, NULL, 0, NULL, next, lines, skip, 0};
     for (size_t col = 0; col < cols; col += kernels->tile) {
         size_t row = 0;
         tile.b = b + col;
@@ -4655,7 +4935,7 @@ static void moe__product_sweep(const moe__kernels *kernels, size_t rows, size_t 
             tile.a = a + row * MOE__W;
             moe__product_tile(kernels->nn[height], kernels->tile, &tile, height, c + row * to->ldc + col, to->ldc,
                               cols - col);
-            if (next) tile.prefetch += lines * (k / 32) * 64;
+            if (next) tile.prefetch += share;
             row += height;
         }
     }
@@ -4703,7 +4983,7 @@ static void moe__product_weights(const moe__kernels *kernels, size_t rows, size_
                 const float *chunk = moe__format_rows(kernels, b, panel, row, count, buffer);
                 const float *next = moe__product_next(b, k, group, end, row + count, panel, panels, after);
                 moe__product_sweep(kernels, rows, count, a + row / MOE__W * a_panel, a_panel, chunk, to, panel,
-                                   fresh && !row, next);
+                                   fresh && !row, next, 0);
             }
     }
 }
@@ -4726,19 +5006,32 @@ static void moe__product_transpose_block(const moe__kernels *kernels, const floa
         for (size_t c = 0; c < moe__min(cols, MOE__W); c++) dst[c * MOE__W + r] = src[r * ld + c];
 }
 
+/* Where it goes on reading after (row, col): along the columns of a group, down the rows up to `last`, then to the next
+ * group, from row k0 on; NULL after that. */
+static const float *moe__product_next_t(const moe__weights *w, size_t row, size_t col, size_t group, size_t end,
+                                        size_t k0, size_t last, size_t n) {
+    if (MOE__FORMAT_HAS(w->format, fetch)) return NULL;
+    if (col + MOE__KC < end) col += MOE__KC;
+    else if (row + MOE__W < last) row += MOE__W, col = group;
+    else if (end < n) row = k0, col = end;
+    else return NULL;
+    return (const float *)moe__format_at(w, col / MOE__W, row);
+}
 /* c (rows, cols) = a (rows, n) w^T, or += where to->init is NULL: w (k, n) in panels; c's columns: rows k0 .. of w.
- * chunk: room for what is turned, as the buffer above, and behind it MOE__W * MOE__W floats. */
+ * chunk: room for what is turned, as the buffer above, and behind it MOE__W * MOE__W floats. For few rows of a, w is
+ * read a strip of MOE__KC columns at a time, down all its rows, which the processor reads ahead best. */
 static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, size_t n, const float *a, size_t a_panel,
                                    const moe__weights *w, size_t k, size_t k0, const moe__product_target *to,
                                    float *chunk) {
     float *buffer = chunk + moe__min(MOE__KC, moe__ceil_div(n, MOE__W) * MOE__W) * MOE__W;
-    size_t stride = w->stride;
+    size_t stride = w->stride, depth = rows > MOE__FEW ? MOE__KG : MOE__KC, last = moe__min(k, k0 + to->cols);
     int direct = !MOE__FORMAT_HAS(w->format, fetch);
-    for (size_t group = 0; group < n; group += MOE__KG)
+    for (size_t group = 0; group < n; group += depth)
         for (size_t panel = 0; panel * MOE__W < to->cols; panel++)
-            for (size_t col = group; col < moe__min(n, group + MOE__KG); col += MOE__KC) {
+            for (size_t col = group; col < moe__min(n, group + depth); col += MOE__KC) {
                 size_t count = moe__min(MOE__KC, n - col), row = k0 + panel * MOE__W, exist = k - row;
                 const unsigned char *at = (const unsigned char *)moe__format_at(w, col / MOE__W, row);
+                const float *next = moe__product_next_t(w, row, col, group, moe__min(n, group + depth), k0, last, n);
                 for (size_t i = 0; i < count; i += MOE__W, at += stride) {
                     const float *block = (const float *)(const void *)at;
                     if (!direct)
@@ -4746,17 +5039,19 @@ static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, siz
                     moe__product_transpose_block(kernels, block, MOE__W, exist, MOE__W, chunk + i * MOE__W);
                 }
                 moe__product_sweep(kernels, rows, count, a + col / MOE__W * a_panel, a_panel, chunk, to, panel,
-                                   !col && to->init, NULL);
+                                   !col && to->init, next, stride / sizeof(float));
             }
 }
-/* c (m, n) = or += a^T b, summed over `rows`; a: one panel (rows, 32), m columns of it are used; b: (rows, n <= 32) */
+/* c (m, n) = or += a^T b, summed over `rows`; a: one panel (rows, 32), m columns of it are used; b: (rows, n <= 32).
+ * fresh: MOE__ONCE = c, whole lines of 64 bytes, goes past the caches, and the caller settles it. */
+enum { MOE__ONCE = 2 };
 static void moe__product_outer(const moe__kernels *kernels, size_t rows, size_t m, const float *a, const float *b,
                                size_t ldb, float *c, size_t ldc, size_t n, int fresh) {
-    size_t step = moe__ceil_div(m, moe__ceil_div(m, kernels->mr)); /* even tiles: 11, 11, 10 rows, not 14, 14, 4 */
-    moe__tile tile = {rows, NULL, 0, NULL, ldb, NULL, 0, NULL, NULL, 0};
+    size_t tiles = moe__ceil_div(m, kernels->mr), base = m / tiles, more = m % tiles; /* even: 11, 11, 10 rows */
+    moe__tile tile = {rows, NULL, 0, NULL, ldb, NULL, 0, NULL, NULL, 0, 0, fresh == MOE__ONCE};
     if (fresh) tile.init = moe__product_zeros;
-    for (size_t r = 0; r < m; r += step) {
-        size_t height = moe__min(step, m - r);
+    for (size_t i = 0, r = 0, height; i < tiles; i++, r += height) {
+        height = base + (i < more);
         tile.a = a + r;
         for (size_t col = 0; col < n; col += kernels->tile) {
             tile.b = b + col;
@@ -4814,7 +5109,8 @@ static moe_status moe__product_gemm_plan(moe__product_gemm *plan, const moe_gemm
         !moe__mul(args->ldc, args->m, &total) || !moe__mul(total, sizeof(float), &total))
         return MOE_E_OVERFLOW;
     plan->kernels = moe__dispatched();
-    size_t panels = moe__ceil_div(args->n, MOE__W), workers = moe_workers(args->parallel), want = workers * 4;
+    size_t panels = moe__ceil_div(args->n, MOE__W), workers = moe_workers(args->parallel), want = 1;
+    if (workers > 1) want = workers * 4; /* blocks, and so how often a is packed */
     if (args->ta) { /* a task: 4 panels of a by a group of panels of b */
         plan->block_rows = moe__max(1, moe__min(4, moe__ceil_div(args->m, MOE__W) / workers)) * MOE__W;
         plan->blocks = moe__ceil_div(args->m, plan->block_rows);
@@ -4894,7 +5190,7 @@ static void moe__product_gemm_task_ta(void *arg, size_t i, size_t worker) {
     const moe_gemm_args *args = &plan->args;
     moe__product_share share = moe__product_gemm_share(plan, i, worker);
     /* b's rows as they are, unless they alias in L1 */
-    int direct = !args->tb && !args->b_panels && args->n % MOE__W == 0 && args->ldb % 1024 != 0;
+    int direct = !args->tb && !args->b_panels && args->n % MOE__W == 0 && args->ldb % 128 != 0;
     for (size_t k = 0; k < args->k; k += MOE__KC) {
         size_t count = moe__min(MOE__KC, args->k - k);
         for (size_t m = 0; m < share.rows; m += MOE__W)
@@ -5237,14 +5533,14 @@ static size_t moe__plan_stock_bytes(const moe__plan *plan, moe_format_kind kind)
 }
 /* An expert's block of floats into its format. */
 static void moe__plan_stock_pack(const moe__plan *plan, const moe__plan_stock *stock, size_t e, const float *from) {
-    const moe__format *format = &moe__format_table[stock->kind[e]];
-    unsigned char *to = stock->data + stock->at[e];
-    for (size_t p = 0; p < plan->zp; p++, to += moe__format_panel(format, plan->d))
-        format->pack(from + p * plan->d * MOE__W, MOE__W, plan->d, MOE__W, to);
-    for (size_t p = 0; p < plan->dp; p++, to += moe__format_panel(format, plan->f))
-        format->pack(from + plan->w2 + p * plan->f * MOE__W, MOE__W, plan->f, MOE__W, to);
-    memcpy(to, from + plan->b1, (plan->w2 - plan->b1) * sizeof(float));
-    memcpy(to + (plan->w2 - plan->b1) * sizeof(float), from + plan->b2, (plan->expert - plan->b2) * sizeof(float));
+    const moe__kernels *kernels = moe__dispatched();
+    moe__plan_block to = moe__plan_stock_block(plan, stock, e);
+    for (size_t p = 0; p < plan->zp; p++)
+        moe__format_write(kernels, &to.w1, p, 0, plan->d, from + p * plan->d * MOE__W);
+    for (size_t p = 0; p < plan->dp; p++)
+        moe__format_write(kernels, &to.w2, p, 0, plan->f, from + plan->w2 + p * plan->f * MOE__W);
+    memcpy((void *)(uintptr_t)to.b1, from + plan->b1, (plan->w2 - plan->b1) * sizeof(float));
+    memcpy((void *)(uintptr_t)to.b2, from + plan->b2, (plan->expert - plan->b2) * sizeof(float));
 }
 /* The matrix of tensor id, and its element's row and column in it; NULL for a bias, whose place goes to *row. */
 static const moe__weights *moe__plan_stock_matrix(const moe__plan *plan, const moe__plan_block *block, int id,
@@ -5565,7 +5861,8 @@ typedef struct moe__run_group { /* rows that one set of an expert's parameters c
     size_t x_panel;
     moe__plan_block block;      /* the parameters */
     float *d_params;            /* NULL: frozen */
-    int fresh; /* the gradient is set, not added to */
+    int fresh;           /* the gradient is set, not added to */
+    unsigned char *idle; /* of its expert in run->idle, or NULL */
 } moe__run_group;
 
 typedef struct moe__run_now { /* what holds for one forward and its backward */
@@ -5575,6 +5872,26 @@ typedef struct moe__run_now { /* what holds for one forward and its backward */
     uint64_t draw;
     size_t first, total; /* these tokens are first, first + 1, ... of so many: a rank's are a part of the batch */
 } moe__run_now;
+
+/* What is spread over threads: over blocks of tokens, over items that the caller counts, or as a phase of the experts
+ * (moe__experts_phase). */
+struct moe__run;
+struct moe__experts_share;
+typedef void moe__run_block(const struct moe__run *run, size_t t0, size_t t1);
+typedef void moe__run_item(const struct moe__run *run, size_t i);
+typedef void moe__experts_body(const struct moe__run *run, const struct moe__experts_share *share);
+typedef struct moe__run_call {
+    const struct moe__run *run;
+    moe__run_block *block; moe__run_item *item; moe__experts_body *body; /* one of these */
+    size_t units, most, chunk, chunks, *first_task;                      /* of a phase */
+} moe__run_call;
+#define MOE__STEPS 8
+typedef struct moe__run_list {
+    int open, large; /* more steps follow; some step is worth more than one thread */
+    size_t n;
+    moe__threads_step step[MOE__STEPS];
+    moe__run_call call[MOE__STEPS];
+} moe__run_list;
 
 /* What a tape keeps. (a, b, 32): panels. */
 typedef struct moe__run_score {
@@ -5608,7 +5925,7 @@ typedef struct moe__run_experts {
     size_t n_groups, n_own;     /* groups in use; those before the shared experts' */
     size_t shared_row;          /* first row of the shared experts */
     moe__run_group *group;      /* (most groups) */
-    size_t *first_task;         /* (most groups + 1) first task of each group */
+    size_t *first_task, most_groups; /* (MOE__STEPS, most groups + 1) first task of each group */
     float *x;                   /* each group's rows (d panels, rows, 32); shared experts use the tokens */
     float *z, *h;               /* before and after the activation, as panels */
     float *out;                 /* outputs, row-major, plan.ldo; in backward the gathered dy, then dx */
@@ -5649,6 +5966,7 @@ typedef struct moe__run_memory {
     int training, state;
     void *own; /* the allocation, if the library made it */
     moe__run_now now;
+    moe__run_list list;
     uint32_t *kept;     /* (T) room for tape.kept */
     size_t n_sequences;
     uint32_t *sequence_begin, *sequence_of; /* (sequences + 1) the first token of each; (T) */
@@ -5692,6 +6010,8 @@ typedef struct moe__run {
     float *y, *d_router, *d_params, *d_weight;
     float *dx; /* in the router's backward: where the gradient by what the router sees goes */
     int fresh; /* the gradients are set, not added to */
+    unsigned char *idle; /* (G) or NULL: 1 = no token chose this expert since the last step: its gradient is zero,
+        whatever stands there */
     size_t n_away; /* the first so many groups of rows are computed elsewhere */
     const uint32_t *kept, *dy_kept; /* rows of what the caller gives by token, and of dy; NULL: in order */
 } moe__run;
@@ -5723,26 +6043,52 @@ static const float *moe__run_dy(const moe__run *run, size_t t) {
 #define MOE__BLOCK_BEGIN(i) ((i) * MOE__TOKENS)
 #define MOE__BLOCK_END(i, n) moe__min((n), ((i) + 1) * MOE__TOKENS)
 
-/* The two ways in which a run is spread over threads: over blocks of tokens, and over items that the caller counts.
- * (The experts' passes have a third, over blocks of rows and panels: moe__experts_phase.) work: multiply-adds of an
- * item. */
-typedef void moe__run_block(const moe__run *run, size_t t0, size_t t1);
-typedef void moe__run_item(const moe__run *run, size_t i);
-typedef struct moe__run_call { const moe__run *run; moe__run_block *block; moe__run_item *item; } moe__run_call;
+/* -- steps -- A step that is added runs at once; or, from moe__run_collect to moe__run_flush, all together in one
+ * parallel region, in their order. Until then nothing that they read may change, nor may what they write be read. */
+static void moe__run_go(const moe__run *run) {
+    moe__run_list *list = &run->memory->list;
+    moe_parallel parallel = run->desc->parallel;
+    parallel.n_threads = moe__min(moe_workers(&parallel), run->memory->experts.workers); /* the tape has room for */
+    moe__threads_steps(list->large ? &parallel : &moe__threads_none, list->step, list->n);
+    list->n = 0;
+    list->large = 0;
+}
+static size_t moe__run_next(const moe__run *run) { /* the number of the next step */
+    if (run->memory->list.n == MOE__STEPS) moe__run_go(run);
+    return run->memory->list.n;
+}
+static void moe__run_add(const moe__run_call *call, size_t rows, size_t work, size_t n_tasks, moe_task *task) {
+    moe__run_list *list = &call->run->memory->list;
+    (void)moe__run_next(call->run);
+    moe__threads_step step = {task, &list->call[list->n], n_tasks, 0, 0};
+    list->call[list->n] = *call;
+    list->step[list->n++] = step;
+    list->large |= moe__threads_pay(&call->run->desc->parallel, rows, work);
+    if (!list->open) moe__run_go(call->run);
+}
+static void moe__run_collect(const moe__run *run) { run->memory->list.open = 1; }
+static void moe__run_flush(const moe__run *run) {
+    run->memory->list.open = 0;
+    moe__run_go(run);
+}
+
+/* Over blocks of tokens; over items. work: multiply-adds of an item. */
 static void moe__run_task(void *arg, size_t i, size_t worker) {
     const moe__run_call *call = (const moe__run_call *)arg;
     (void)worker;
+    MOE_TRACE((call->block ? (void (*)(void))call->block : (void (*)(void))call->item), worker, 0);
     if (call->block) call->block(call->run, MOE__BLOCK_BEGIN(i), MOE__BLOCK_END(i, call->run->tape->n_tokens));
     else call->item(call->run, i);
+    MOE_TRACE((call->block ? (void (*)(void))call->block : (void (*)(void))call->item), worker, 1);
 }
 static void moe__run_over_blocks(const moe__run *run, moe__run_block *body) {
-    moe__run_call call = {run, body, NULL};
+    moe__run_call call = {run, body, NULL, NULL, 0, 0, 0, 0, NULL};
     size_t work = run->plan->d * (run->plan->N + run->plan->S), n = run->tape->n_tokens;
-    moe__threads_run(&run->desc->parallel, n, work, moe__ceil_div(n, MOE__TOKENS), moe__run_task, &call);
+    moe__run_add(&call, n, work, moe__ceil_div(n, MOE__TOKENS), moe__run_task);
 }
 static void moe__run_over(const moe__run *run, size_t count, size_t work, moe__run_item *body) {
-    moe__run_call call = {run, NULL, body};
-    moe__threads_run(&run->desc->parallel, count, work, count, moe__run_task, &call);
+    moe__run_call call = {run, NULL, body, NULL, 0, 0, 0, 0, NULL};
+    moe__run_add(&call, count, work, count, moe__run_task);
 }
 
 /* A tensor of the router, or of its gradient; NULL if this desc has it not. */
@@ -5871,13 +6217,23 @@ static void moe__score_map_task_in(void *arg, size_t block, size_t worker) {
 static void moe__score_map_backward(moe__score_map *map) {
     const moe__run *run = map->run;
     const moe_parallel *parallel = &run->desc->parallel;
-    size_t tokens = run->tape->n_tokens, work = map->rows * map->cols, panels = moe__ceil_div(map->rows, MOE__W);
-    if (map->d_matrix) moe__threads_run(parallel, tokens, work, panels, moe__score_map_task_matrix, map);
-    if (!map->d_in) return;
-    for (size_t r = 0; r < map->rows; r += MOE__W) /* the matrix transposed (cols, rows) */
+    size_t tokens = run->tape->n_tokens, n_steps = 0;
+    moe__threads_step step[2];
+    memset(step, 0, sizeof step);
+    for (size_t r = 0; map->d_in && r < map->rows; r += MOE__W) /* the matrix transposed (cols, rows) */
         moe__product_fill_t(MOE__KERNELS(run), map->matrix, map->cols, 0, map->cols, r, moe__min(MOE__W, map->rows - r),
                             run->memory->score.packed + r * map->cols);
-    moe__threads_run(parallel, tokens, work, moe__ceil_div(tokens, MOE__TOKENS), moe__score_map_task_in, map);
+    if (map->d_matrix) {
+        step[n_steps].n_tasks = moe__ceil_div(map->rows, MOE__W);
+        step[n_steps++].task = moe__score_map_task_matrix;
+    }
+    if (map->d_in) {
+        step[n_steps].n_tasks = moe__ceil_div(tokens, MOE__TOKENS);
+        step[n_steps++].task = moe__score_map_task_in;
+    }
+    step[0].arg = step[1].arg = map;
+    if (!moe__threads_pay(parallel, tokens, map->rows * map->cols)) parallel = &moe__threads_none;
+    moe__threads_steps(parallel, step, n_steps);
 }
 /* row-major (T, width) -> panels memory->score.d_panels */
 static void moe__score_to_panels(const moe__run *run, const float *rows, size_t width) {
@@ -7990,7 +8346,8 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
         return MOE_E_OVERFLOW;
     memory->n_routed = n_routed;
     experts->group = (moe__run_group *)moe__take(arena, groups, sizeof(moe__run_group));
-    experts->first_task = (size_t *)moe__take(arena, groups + 1, sizeof(size_t));
+    experts->most_groups = groups;
+    experts->first_task = (size_t *)moe__take(arena, groups + 1, MOE__STEPS * sizeof(size_t));
     experts->x = moe__take_floats(arena, gathered, plan->dp * MOE__W);
     experts->h = moe__take_floats(arena, memory->n_rows, plan->hp * MOE__W);
     experts->out = moe__take_floats(arena, memory->n_rows, plan->ldo);
@@ -8054,26 +8411,20 @@ typedef struct moe__experts_share { /* of a task: rows [row, row + rows) of the 
     size_t row, rows, unit, end;
     float *work, *chunk; /* the worker's */
 } moe__experts_share;
-typedef void moe__experts_body(const moe__run *run, const moe__experts_share *share);
-typedef struct moe__experts_call {
-    const moe__run *run;
-    moe__experts_body *body;
-    size_t units, most, chunk, chunks;
-} moe__experts_call;
 
 static size_t moe__experts_blocks(size_t rows, size_t most) { return moe__ceil_div(rows, most); }
 static void moe__experts_task(void *arg, size_t i, size_t worker) {
-    const moe__experts_call *call = (const moe__experts_call *)arg;
+    const moe__run_call *call = (const moe__run_call *)arg;
     const moe__run_experts *experts = &call->run->memory->experts;
     moe__experts_share share;
     size_t low = 0, high = experts->n_groups; /* the last group whose first task is <= i and that has any */
     while (high - low > 1) {
         size_t middle = low + (high - low) / 2;
-        if (experts->first_task[middle] <= i) low = middle;
+        if (call->first_task[middle] <= i) low = middle;
         else high = middle;
     }
     share.group = &experts->group[low];
-    i -= experts->first_task[low];
+    i -= call->first_task[low];
     size_t blocks = moe__experts_blocks(share.group->rows, call->most), block = i / call->chunks;
     size_t base = share.group->rows / blocks, more = share.group->rows % blocks;
     share.row = block * base + moe__min(block, more);
@@ -8082,29 +8433,30 @@ static void moe__experts_task(void *arg, size_t i, size_t worker) {
     share.end = moe__min(call->units, share.unit + call->chunk);
     share.work = experts->work + worker * experts->work_each;
     share.chunk = share.work + experts->work_chunk;
+    MOE_TRACE((void (*)(void))call->body, worker, 0);
     call->body(call->run, &share);
+    MOE_TRACE((void (*)(void))call->body, worker, 1);
 }
 /* cap: most units of a chunk; 0 = any */
 static void moe__experts_phase(const moe__run *run, size_t units, size_t most, size_t cap, moe__experts_body *body) {
     const moe__plan *plan = run->plan;
     moe__run_experts *experts = &run->memory->experts;
-    moe__experts_call call = {run, body, units, most, units, 1};
-    moe_parallel parallel = run->desc->parallel;
-    size_t tasks = 0, blocks = 0, workers = moe__min(moe_workers(&parallel), experts->workers);
-    parallel.n_threads = workers; /* those that the tape has room for */
-    for (size_t g = 0; g < run->n_away; g++) experts->first_task[g] = 0;
+    size_t tasks = 0, blocks = 0, workers = moe__min(moe_workers(&run->desc->parallel), experts->workers);
+    size_t *first_task = experts->first_task + moe__run_next(run) * (experts->most_groups + 1);
+    moe__run_call call = {run, NULL, NULL, body, units, most, units, 1, first_task};
+    for (size_t g = 0; g < run->n_away; g++) first_task[g] = 0;
     for (size_t g = run->n_away; g < experts->n_groups; g++)
         blocks += moe__experts_blocks(experts->group[g].rows, most);
     if (workers > 1) call.chunk = moe__max(1, moe__min(units, blocks * units / (workers * 16)));
     if (cap) call.chunk = moe__min(call.chunk, cap);
     call.chunks = moe__ceil_div(units, call.chunk);
     for (size_t g = run->n_away; g < experts->n_groups; g++) {
-        experts->first_task[g] = tasks;
+        first_task[g] = tasks;
         tasks += moe__experts_blocks(experts->group[g].rows, most) * call.chunks;
     }
-    experts->first_task[experts->n_groups] = tasks;
+    first_task[experts->n_groups] = tasks;
     size_t rows = experts->shared_row + (plan->G - plan->networks) * run->tape->n_tokens;
-    moe__threads_run(&parallel, rows, plan->expert, tasks, moe__experts_task, &call);
+    moe__run_add(&call, rows, plan->expert, tasks, moe__experts_task);
 }
 
 /* Rows of k columns that fill a megabyte of L2. */
@@ -8203,19 +8555,23 @@ static void moe__experts_down_back(const moe__run *run, const moe__experts_share
     const moe__run_group *group = share->group;
     moe__run_experts *experts = &run->memory->experts;
     const float *dy = moe__experts_panel(experts->out, plan->dp, group, 0, share->row);
-    size_t panels = plan->gated + 1, panel = group->rows * MOE__W;
-    moe__product_target to = {share->work, MOE__W, MOE__W, MOE__W, moe__product_zeros, 0};
-    for (size_t unit = share->unit; unit < share->end; unit++)
+    size_t panels = plan->gated + 1, panel = group->rows * MOE__W, most = experts->work_chunk / MOE__W;
+    size_t units = moe__max(1, most / share->rows);
+    for (size_t first = share->unit; first < share->end; first += units)
         for (size_t row = 0; row < share->rows; row += MOE__MB) {
             size_t rows = moe__min(MOE__MB, share->rows - row), at = share->row + row;
-            const float *weight = group->weight ? group->weight + at : NULL;
-            float *z = moe__experts_panel(experts->z, plan->zp, group, unit * panels, at);
-            float *h = moe__experts_panel(experts->h, plan->hp, group, unit, at);
-            float *part = experts->part + (group->begin + at) * plan->hp + unit;
+            size_t end = moe__min(share->end, first + units);
+            const float *weight = group->weight ? group->weight + at : NULL, *dh = share->work;
+            moe__product_target to = {share->work, MOE__W, rows * MOE__W, 0, moe__product_zeros, 0};
+            to.cols = (end - first) * MOE__W;
             moe__product_weights_t(MOE__KERNELS(run), rows, plan->d, dy + row * MOE__W, panel, &group->block.w2,
-                                   plan->f, unit * MOE__W, &to, share->chunk);
-            MOE__KERNELS(run)->act_back[MOE__PICK(EXPERT, run->desc->expert)](rows, weight, z, z + panel, h, to.c,
-                                                                              part, plan->hp);
+                                   plan->f, first * MOE__W, &to, share->chunk);
+            for (size_t unit = first; unit < end; unit++, dh += to.panel) {
+                float *z = moe__experts_panel(experts->z, plan->zp, group, unit * panels, at);
+                MOE__KERNELS(run)->act_back[MOE__PICK(EXPERT, run->desc->expert)](
+                    rows, weight, z, z + panel, moe__experts_panel(experts->h, plan->hp, group, unit, at), dh,
+                    experts->part + (group->begin + at) * plan->hp + unit, plan->hp);
+            }
         }
 }
 /* Of a row of a group: <dy, o> = <h W2, dy> + <b2, dy>, the panels' shares in order. dy (d), row-major */
@@ -8239,12 +8595,15 @@ static void moe__experts_weights_back(const moe__run *run, const moe__experts_sh
 static void moe__experts_outer(const moe__run *run, const moe__experts_share *share, const float *a, size_t a_panel,
                                size_t m, const float *b, size_t n_panels, float *dw) {
     size_t rows = share->group->rows;
+    int fresh = share->group->fresh, large = run->plan->experts >= MOE__STREAM / sizeof(float);
+    if (fresh && large && rows <= MOE__TB && (uintptr_t)dw % 64 == 0) fresh = MOE__ONCE;
     for (size_t t = 0; t < rows; t += MOE__TB)
         for (size_t n = 0; n < n_panels; n++)
             for (size_t unit = share->unit; unit < share->end; unit++)
                 moe__product_outer(MOE__KERNELS(run), moe__min(MOE__TB, rows - t), moe__min(MOE__W, m - unit * MOE__W),
                                    a + unit * a_panel + t * MOE__W, b + (n * rows + t) * MOE__W, MOE__W,
-                                   dw + (n * m + unit * MOE__W) * MOE__W, MOE__W, MOE__W, share->group->fresh && !t);
+                                   dw + (n * m + unit * MOE__W) * MOE__W, MOE__W, MOE__W, t ? 0 : fresh);
+    if (fresh == MOE__ONCE) MOE__KERNELS(run)->settle();
 }
 static void moe__experts_w2_back(const moe__run *run, const moe__experts_share *share) {
     const moe__plan *plan = run->plan;
@@ -8273,8 +8632,9 @@ static void moe__experts_biases_back(const moe__run *run, size_t g) {
     const moe__run_experts *experts = &run->memory->experts;
     const moe__run_group *group = &experts->group[run->n_away + g];
     float *dw = group->d_params;
-    if (group->fresh && !group->rows) memset(dw, 0, plan->expert * sizeof(float));
-    if (!plan->bias) return;
+    if (group->fresh && !group->rows && !group->idle) memset(dw, 0, plan->expert * sizeof(float));
+    if (group->idle && group->rows) *group->idle = 0;
+    if (!plan->bias || (group->idle && !group->rows)) return;
     if (group->fresh) {
         memset(dw + plan->b1, 0, (plan->w2 - plan->b1) * sizeof(float));
         memset(dw + plan->b2, 0, (plan->expert - plan->b2) * sizeof(float));
@@ -8298,7 +8658,7 @@ static void moe__experts_params_back(const moe__run *run, int fresh) {
     if (run->d_weight && !run->memory->losses.d_out)
         moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__experts_weights_back);
     if (run->stock) return; /* frozen */
-    if (fresh || plan->bias)
+    if (fresh || run->idle || plan->bias)
         moe__run_over(run, run->memory->experts.n_groups - run->n_away, plan->expert, moe__experts_biases_back);
     moe__experts_phase(run, plan->hp, SIZE_MAX, 8, moe__experts_w2_back);
     moe__experts_phase(run, plan->dp, SIZE_MAX, 8, moe__experts_w1_back);
@@ -8574,6 +8934,10 @@ static moe__run_group *moe__combine_group(const moe__run *run, size_t g, size_t 
     else group->block = moe__plan_block_of(run->plan, run->params + expert * run->plan->expert);
     if (run->d_params && !run->stock) group->d_params = run->d_params + expert * run->plan->expert;
     group->fresh = run->fresh;
+    if (run->idle) {
+        group->idle = run->idle + expert;
+        group->fresh = *group->idle;
+    }
     group->begin = begin;
     group->rows = rows;
     group->x = run->memory->tokens;
@@ -10858,6 +11222,7 @@ static moe_status moe__balance_add(const moe__run *run, const uint64_t *load, mo
         const moe__balance_row *row = &moe__balance_losses[i];
         float coefficient = moe__balance_coefficient(run, (moe_loss_kind)i);
         if (!(run->desc->loss[i] > 0.0f) || row->when != when) continue;
+        moe__run_flush(run); /* it reads what the steps before wrote */
         if (row->reads == MOE__READS(ROUTER) && run->memory->now.first) continue; /* once for all parts */
         moe_loss_args args = moe__balance_args(run, load);
         if (row->reads == MOE__READS(ROUTER)) { /* of soft slots, columns */
@@ -11276,7 +11641,8 @@ MOE_API moe_status moe_optimizer_step(const moe_optimizer_args *args, size_t cou
 #define MOE__STRIPES 64
 typedef struct moe__optimizer_squares {
     const float *x;
-    size_t n, stripe;
+    const unsigned char *skip; /* (n_skip): 1 for a block of `each` numbers that counts as zero */
+    size_t n, stripe, each, n_skip;
     double sum[MOE__STRIPES];
 } moe__optimizer_squares;
 static void moe__optimizer_task_squares(void *arg, size_t i, size_t worker) {
@@ -11285,23 +11651,37 @@ static void moe__optimizer_task_squares(void *arg, size_t i, size_t worker) {
     size_t at = moe__min(squares->n, i * squares->stripe), end = moe__min(squares->n, at + squares->stripe);
     double lane[16] = {0};
     (void)worker;
-    for (; at + 16 <= end; at += 16)
-        for (size_t l = 0; l < 16; l++) lane[l] += (double)x[at + l] * (double)x[at + l]; /* exact */
+    while (at + 16 <= end) {
+        size_t block = at / squares->each, stop = end;
+        if (block < squares->n_skip) {
+            stop = moe__min(end, (block + 1) * squares->each);
+            if (squares->skip[block]) at = stop;
+        }
+        for (; at + 16 <= stop; at += 16)
+            for (size_t l = 0; l < 16; l++) lane[l] += (double)x[at + l] * (double)x[at + l]; /* exact */
+    }
     for (size_t l = 0; at + l < end; l++) lane[l] += (double)x[at + l] * (double)x[at + l]; /* exact */
     for (size_t half = 8; half; half >>= 1)
         for (size_t l = 0; l < half; l++) lane[l] += lane[l + half];
     squares->sum[i] = lane[0];
 }
-MOE_API double moe_sum_squares(const moe_parallel *parallel, size_t count, const float *x) {
+/* each: a multiple of 16 */
+static double moe__optimizer_sum_squares(const moe_parallel *parallel, size_t count, const float *x,
+                                         const unsigned char *skip, size_t each, size_t n_skip) {
     moe__optimizer_squares squares;
     double sum = 0.0;
-    if (!x || !count) return 0.0;
     squares.x = x;
+    squares.skip = skip;
+    squares.each = each;
+    squares.n_skip = n_skip;
     squares.n = count;
     squares.stripe = moe__ceil_div(moe__ceil_div(count, MOE__STRIPES), 16) * 16;
     moe_run(parallel, MOE__STRIPES, moe__optimizer_task_squares, &squares);
     for (size_t i = 0; i < MOE__STRIPES; i++) sum += squares.sum[i];
     return sum;
+}
+MOE_API double moe_sum_squares(const moe_parallel *parallel, size_t count, const float *x) {
+    return x && count ? moe__optimizer_sum_squares(parallel, count, x, NULL, 1, 0) : 0.0;
 }
 
 /* ==== >>health ================================================================================
@@ -11826,22 +12206,36 @@ static void moe__measure_count_flush(size_t n_experts, const float *lanes, uint6
     }
 }
 
-/* Counts the tokens of a block that the kernels can rank together; a bit is set for each that is left: where a tie
- * decides, and all of a block of less than 32. */
-static uint32_t moe__measure_count_block(const moe__measure_work *work, size_t rows, size_t n_experts, size_t top_k,
-                                         const float *logits) {
+/* How many tokens stand side by side in a row of 32 columns. */
+static size_t moe__measure_side(size_t n_experts, size_t rows) {
+    return moe__max(1, moe__min(32 / n_experts, rows / 32));
+}
+/* Transposes 32 rows of `width` columns into the panel. */
+static void moe__measure_turn(const moe__measure_work *work, size_t width, const float *logits) {
     const moe__kernels *kernels = moe__dispatched();
-    size_t whole = n_experts / 32 * 32;
-    if (rows < 32) return 0xffffffffu;
-    for (size_t e = 0; e < whole; e += 32) kernels->transpose(logits + e, n_experts, work->panel + e * 32);
-    if (whole < n_experts) {
-        for (size_t r = 0; r < 32; r++)
-            memcpy(work->pad + r * 32, logits + r * n_experts + whole, (n_experts - whole) * sizeof(float));
-        kernels->transpose(work->pad, 32, work->panel + whole * 32);
+    size_t whole = width / 32 * 32;
+    for (size_t c = 0; c < whole; c += 32) kernels->transpose(logits + c, width, work->panel + c * 32);
+    if (whole == width) return;
+    for (size_t r = 0; r < 32; r++)
+        memcpy(work->pad + r * 32, logits + r * width + whole, (width - whole) * sizeof(float));
+    kernels->transpose(work->pad, 32, work->panel + whole * 32);
+}
+/* Counts a block's tokens that the kernels can rank together, those of place `side` in 32 rows of `sides`; a bit is set
+ * for each that is left, where a tie decides. */
+static uint32_t moe__measure_count_block(const moe__measure_work *work, size_t side, size_t n_experts, size_t top_k) {
+    const moe__kernels *kernels = moe__dispatched();
+    const float *panel = work->panel + side * n_experts * 32;
+    if (top_k <= 8) {
+        kernels->count8(n_experts, top_k, panel, work->selected, work->first);
+        return 0;
     }
-    if (top_k <= 8) return kernels->count8(n_experts, top_k, work->panel, work->selected, work->first);
-    uint32_t low = kernels->count(n_experts, top_k, work->panel, work->list, work->selected, work->first);
-    return low | kernels->count(n_experts, top_k, work->panel + 16, work->list, work->selected, work->first) << 16;
+    uint32_t low = kernels->count(n_experts, top_k, panel, work->list, work->selected, work->first);
+    return low | kernels->count(n_experts, top_k, panel + 16, work->list, work->selected, work->first) << 16;
+}
+static void moe__measure_count_row(const moe__measure_work *work, size_t n_experts, size_t top_k, const float *logits) {
+    if (!moe__dispatched()->topk(1, n_experts, top_k, logits, work->index, NULL)) return;
+    for (size_t k = 0; k < top_k; k++) work->selected[(size_t)work->index[k] * 16] += 1.0f;
+    work->first[(size_t)work->index[0] * 16] += 1.0f;
 }
 
 /* At most 2^20 tokens, so that a lane stays below 2^24, where float stops counting. */
@@ -11854,15 +12248,17 @@ static moe_status moe__measure_count_piece(const moe__measure_work *work, size_t
     memset(work->first, 0, n_experts * 16 * sizeof(float));
     memset(work->pad, 0, 32 * 32 * sizeof(float));
     moe__health_zero(n_experts, work->mean);
-    for (size_t t = 0; t < n_tokens; t += 32, logits += 32 * n_experts) {
-        size_t rows = moe__min(n_tokens - t, 32);
+    for (size_t t = 0, rows; t < n_tokens; t += rows, logits += rows * n_experts) {
+        size_t sides = moe__measure_side(n_experts, n_tokens - t);
+        rows = moe__min(n_tokens - t, 32 * sides);
         kernels->sum_rows(rows, n_experts, logits, work->mean);
         if (!load) continue;
-        uint32_t left = moe__measure_count_block(work, rows, n_experts, top_k, logits);
-        for (size_t r = 0; left && r < rows; r++, left >>= 1) { /* one row after the other */
-            if (!(left & 1) || !kernels->topk(1, n_experts, top_k, logits + r * n_experts, work->index, NULL)) continue;
-            for (size_t k = 0; k < top_k; k++) work->selected[(size_t)work->index[k] * 16] += 1.0f;
-            work->first[(size_t)work->index[0] * 16] += 1.0f;
+        if (rows == 32 * sides) moe__measure_turn(work, sides * n_experts, logits);
+        for (size_t side = 0; side < sides; side++) {
+            uint32_t left = 0xffffffffu;
+            if (rows == 32 * sides) left = moe__measure_count_block(work, side, n_experts, top_k);
+            for (size_t r = side; left && r < rows; r += sides, left >>= 1)
+                if (left & 1) moe__measure_count_row(work, n_experts, top_k, logits + r * n_experts);
         }
     }
     for (size_t e = 0; e < n_experts; e++) finite += work->mean[e] * 0.0; /* a sum of finite floats is finite */
@@ -13519,6 +13915,7 @@ static const moe__desc_field moe__desc_fields[] = {
     MOE__FLOAT(epsilon, 1e-8f, 0.0f, FLT_MAX, 0, MOE_E_EPSILON),
     MOE__FLOAT(momentum, 0.9f, 0.0f, 0.99999994f, 1, MOE_E_MOMENTUM),
     MOE__FLOAT(weight_decay, 0.01f, 0.0f, FLT_MAX, 1, MOE_E_WEIGHT_DECAY),
+    MOE__FLAG(sparse_step, MOE_OFF, MOE_E_SPARSE_STEP, 0),
     MOE__FLOAT(clip_norm, MOE_OFF, 0.0f, FLT_MAX, 1, MOE_E_CLIP_NORM),
     MOE__ROW(seed, U64, 1, 0, MOE__ANY, 0, MOE_OK, 0, NULL),
     MOE__ROW(loss, LOSS, 0.0f, 0.0f, FLT_MAX, 1, MOE_E_LOSS, 0, NULL) /* two of them by being on */
@@ -13582,20 +13979,21 @@ static void moe__desc_store(const moe__desc_field *field, const moe__desc_value 
 }
 
 /* -- as text -- */
+/* The word for a value that has one: off, a row's name; else NULL. */
+static const char *moe__desc_value_word(const moe__desc_field *field, const moe__desc_value *value) {
+    int number = field->type == MOE__FIELD_FLOAT || field->type == MOE__FIELD_LOSS;
+    if (number && value->number == (float)MOE_OFF) return "off";
+    return field->value_name ? field->value_name(value->choice) : NULL;
+}
 /* The field's value as JSON; `quoted`: as a string, whatever it is. */
 static void moe__desc_field_write(const moe__desc_field *field, const moe_desc *desc, int quoted, moe__text *text) {
     moe__desc_value value = moe__desc_load(field, desc);
-    int number = field->type == MOE__FIELD_FLOAT || field->type == MOE__FIELD_LOSS;
-    const char *word = NULL;
-    if (number && value.number == (float)MOE_OFF) word = "off";
-    if (field->value_name) {
-        word = field->value_name(value.choice);
-        if (!word) word = field->type == MOE__FIELD_FLAG ? "null" : "unknown";
-    }
+    const char *word = moe__desc_value_word(field, &value);
+    if (field->value_name && !word) word = field->type == MOE__FIELD_FLAG ? "null" : "unknown";
     quoted = quoted || (word && field->type != MOE__FIELD_FLAG);
     if (quoted) moe__text_char(text, '"');
     if (word) moe__text_add(text, word);
-    else if (number) moe__text_float(text, value.number);
+    else if (field->type == MOE__FIELD_FLOAT || field->type == MOE__FIELD_LOSS) moe__text_float(text, value.number);
     else moe__text_u64(text, value.whole);
     if (quoted) moe__text_char(text, '"');
 }
@@ -13771,6 +14169,8 @@ static moe_status moe__desc_fit_stages(const moe_desc *desc) {
             return MOE_E_EXPERT_NORM;
     }
     if (desc->n_codes && desc->input_scale != 1.0f) return MOE_E_INPUT_SCALE;
+    if (desc->sparse_step == MOE_ON && (desc->n_codes || desc->expert == MOE_EXPERT_ORTHONORMAL))
+        return MOE_E_SPARSE_STEP;
     if (desc->n_bound) { /* the routes are divided by the latent rows, and only some combinations read the routes */
         if (!moe__score_is_latent(desc->score) || desc->n_codes) return MOE_E_N_BOUND;
         if (desc->combine == MOE_COMBINE_SOFT || desc->combine == MOE_COMBINE_MERGE) return MOE_E_N_BOUND;
@@ -13808,6 +14208,119 @@ static moe_status moe__desc_resolve(moe_desc *desc) {
     if (!status) status = moe__desc_defaults(desc);
     if (!status) status = moe__desc_fit_numbers(desc);
     return status ? status : moe__desc_fit_stages(desc);
+}
+
+/* -- why it is refused: from the field table alone, so that a new field has its message -- */
+typedef struct moe__desc_names { moe__desc_field field; char name[32]; } moe__desc_names; /* row by row */
+static const char *moe__desc_field_name(void *names, size_t i) {
+    moe__desc_names *at = (moe__desc_names *)names;
+    return moe__desc_field_at(i, &at->field, at->name) ? at->field.name : NULL;
+}
+static int moe__desc_field_find(const char *name, moe__desc_names *at) {
+    for (size_t i = 0; moe__desc_field_name(at, i); i++)
+        if (!strcmp(at->field.name, name)) return 1;
+    return 0;
+}
+static const char *moe__desc_choice_name(void *field, size_t i) {
+    const moe__desc_field *row = (const moe__desc_field *)field;
+    return row->value_name ? row->value_name((int)i - (row->type == MOE__FIELD_FLAG)) : NULL;
+}
+/* "name = value", a value that has no name as its number. */
+static void moe__desc_show(const moe__desc_field *field, const moe_desc *desc, moe__text *text) {
+    moe__desc_value value = moe__desc_load(field, desc);
+    const char *word = moe__desc_value_word(field, &value);
+    if (!field->off && !field->value_name) word = NULL; /* -1 is no off there */
+    if (value.number != value.number) word = "NaN";
+    if (value.number > FLT_MAX) word = "infinity";
+    if (value.number < -FLT_MAX) word = "-infinity";
+    moe__text_add(text, field->name);
+    moe__text_add(text, " = ");
+    if (field->value_name) value.whole = (uint64_t)value.choice;
+    if (value.choice < 0 && !word) {
+        moe__text_char(text, '-');
+        value.whole = 0 - value.whole;
+    }
+    if (word) moe__text_add(text, word);
+    else if (field->type == MOE__FIELD_FLOAT || field->type == MOE__FIELD_LOSS) moe__text_float(text, value.number);
+    else moe__text_u64(text, value.whole);
+}
+static void moe__desc_allowed(const moe__desc_field *field, moe__text *text) {
+    int whole = field->type == MOE__FIELD_SIZE || field->type == MOE__FIELD_U64, above = field->highest < 1e19f;
+    const char *name;
+    moe__text_add(text, field->value_name ? ": must be one of " : ": must be a ");
+    for (size_t i = 0; (name = moe__desc_choice_name((void *)(size_t)field, i)) != NULL; i++) {
+        if (i) moe__text_add(text, ", ");
+        moe__text_add(text, name);
+    }
+    if (field->value_name) return;
+    moe__text_add(text, whole ? "whole number" : "number");
+    if (field->lowest > -FLT_MAX) {
+        moe__text_add(text, above ? ", " : ", at least ");
+        moe__text_float(text, field->lowest);
+    }
+    if (above) {
+        moe__text_add(text, " to ");
+        moe__text_float(text, field->highest);
+    }
+    if (field->off) moe__text_add(text, ", or off");
+}
+/* Of a text that moe_desc_parse refused: its field at text[at]. */
+static void moe__desc_explain_text(const char *set, size_t at, moe__text *text) {
+    char field[48], value[48];
+    moe__desc_names names;
+    moe__desc_word(set, &at, '=', field);
+    int equals = set[at] == '=';
+    if (!moe__desc_field_find(field, &names)) {
+        moe__text_add(text, field);
+        moe__text_add(text, ": no such field");
+        moe__text_near(text, "; did you mean ", "?", field, moe__desc_field_name, &names);
+        return;
+    }
+    at += (size_t)equals;
+    moe__desc_word(set, &at, ' ', value);
+    moe__text_add(text, field);
+    moe__text_add(text, equals ? " = " : ": no value, for which write ");
+    moe__text_add(text, equals ? value : "field=value without blanks");
+    moe__desc_allowed(&names.field, text);
+    if (equals) moe__text_near(text, "; did you mean ", "?", value, moe__desc_choice_name, &names.field);
+}
+/* Is the name a word of the sentence? */
+static int moe__desc_mentions(const char *sentence, const char *name) {
+    static const char ends[] = " ,:;()";
+    for (const char *at = sentence; (at = strstr(at, name)) != NULL; at++)
+        if (at > sentence && strchr(ends, at[-1]) && strchr(ends, at[strlen(name)])) return 1;
+    return 0;
+}
+/* The values of the fields that a sentence speaks of: " (top_k = 2, n_experts = 1)". */
+static void moe__desc_explain_fields(const char *sentence, const char *but, const moe_desc *desc, moe__text *text) {
+    moe__desc_names at;
+    int shown = 0;
+    for (size_t i = 0; moe__desc_field_name(&at, i); i++) {
+        if (!strcmp(at.field.name, but) || !moe__desc_mentions(sentence, at.field.name)) continue;
+        moe__text_add(text, shown++ ? ", " : " (");
+        moe__desc_show(&at.field, desc, text);
+    }
+    if (shown) moe__text_char(text, ')');
+}
+/* Of a desc that was refused; its fields become their effective values, as far as they can. */
+static void moe__desc_explain_desc(moe_status status, moe_desc *desc, moe__text *text) {
+    const char *field = moe_status_field(status), *sentence = moe_status_string(status) + strlen(field);
+    moe__desc_names at;
+    int garbage = 0, out = 0;
+    for (size_t i = 0; moe__desc_field_name(&at, i); i++) {
+        if (!moe__desc_resolve_field(&at.field, desc)) continue;
+        garbage |= at.field.value_name != NULL;
+        if (out++) continue; /* the first is reported */
+        moe__desc_show(&at.field, desc, text);
+        moe__desc_allowed(&at.field, text);
+    }
+    if (garbage) moe__text_add(text, "; was the desc set to {0} before its fields?");
+    if (out) return;
+    moe__desc_resolve(desc);
+    if (moe__desc_field_find(field, &at)) moe__desc_show(&at.field, desc, text);
+    else moe__text_add(text, field);
+    moe__text_add(text, sentence);
+    moe__desc_explain_fields(sentence, field, desc, text);
 }
 
 /* -- the plan -- */
@@ -13913,6 +14426,24 @@ MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
     moe_status status = moe__desc_plan(in, &plan);
     if (!status) *out = plan.desc;
     return status;
+}
+
+MOE_API size_t moe_desc_explain(moe_status status, const moe_desc *desc, const char *set, char *buffer, size_t size) {
+    moe__text text = {buffer, buffer ? size : 0, 0};
+    moe__plan plan;
+    size_t at = 0;
+    moe_desc changed;
+    moe_status parsed = MOE_OK, refused = MOE_OK;
+    if (desc) {
+        changed = *desc;
+        if (set) parsed = moe_desc_parse(&changed, set, &at);
+        refused = moe__desc_plan(&changed, &plan);
+    }
+    if (parsed) moe__desc_explain_text(set, at, &text);
+    else if (refused) moe__desc_explain_desc(refused, &changed, &text);
+    else moe__text_add(&text, moe_status_string(status));
+    moe__text_end(&text);
+    return text.n;
 }
 
 MOE_API double moe_desc_ecology(const moe_desc *desc) {
@@ -14053,11 +14584,44 @@ static const moe_system moe__system_table[] = {
      "n_experts=3 top_k=2 gate=softmax select=top-k normalize=true loss.entropy=0.1",
      "a seed of three experts that growth splits", "weight of the entropy loss [D]"},
 };
+/* ALIASES: a name, its row, and the fields that the model has otherwise. The stages are the model's; losses stay the
+ * row's, but for v-moe. Sizes are yours, and where a number follows from them it is for 8 experts (v-moe: 1 / E). */
+static const moe_alias moe__system_aliases[] = {
+    {"topk", "softmax-topk", "", "K"}, {"top-k", "softmax-topk", "", "K"}, {"noisy-top-k", "noisy-topk", "", "K"},
+    {"switch-transformer", "switch", "", "C"}, {"hash-layers", "hash", "", "K"}, {"base-layers", "base", "", "P+C"},
+    {"x-moe", "xmoe", "", "P+C"}, {"grin", "sparsemixer", "", "C"},
+    {"olmoe", "softmax-topk", "", "C"},
+    {"qwen2-moe", "softmax-topk", "n_shared=1 shared_gate=true", "C"},
+    {"qwen3-moe", "softmax-topk", "normalize=true", "C"},
+    {"qwen3-next", "softmax-topk", "normalize=true n_shared=1 shared_gate=true", "K"},
+    {"dbrx", "softmax-topk", "normalize=true", "C"},
+    {"jamba", "softmax-topk", "", "C"},
+    {"llama-4", "softmax-topk", "top_k=1 gate=sigmoid combine=input n_shared=1", "C"},
+    {"v-moe", "softmax-topk", "noise=gaussian noise_std=0.125 expert=gelu bias=true loss.switch=0 loss.z=0 "
+     "loss.importance=0.005 loss.load=0.005", "C+K"},
+    {"granite-moe", "mixtral", "", "C"},
+    {"gpt-oss", "mixtral", "expert=swiglu-clamped bias=true router_bias=true", "C"},
+    {"deepseek-v2", "deepseek-moe", "select=groups n_groups=4 top_groups=2 group_best=1 weight_scale=16", "C"},
+    {"deepseek-r1", "deepseek-v3", "", "C"},
+    {"kimi-k2", "deepseek-v3", "n_groups=1 top_groups=1 weight_scale=2.827", "K"},
+    {"glm-4.5", "deepseek-v3", "n_groups=1 top_groups=1", "C+K"},
+    {"phi-3.5-moe", "sparsemixer", "mask_jitter=0.01", "C"},
+};
+#define MOE__SYSTEM_ALIASES (sizeof moe__system_aliases / sizeof *moe__system_aliases)
 MOE_API size_t moe_systems_count(void) { return sizeof moe__system_table / sizeof *moe__system_table; }
 MOE_API const moe_system *moe_system_at(size_t i) { return i < moe_systems_count() ? &moe__system_table[i] : NULL; }
+MOE_API const moe_alias *moe_system_alias(size_t i) {
+    return i < MOE__SYSTEM_ALIASES ? &moe__system_aliases[i] : NULL;
+}
+static const moe_alias *moe__system_alias_find(const char *name) {
+    for (size_t i = 0; i < MOE__SYSTEM_ALIASES; i++)
+        if (!strcmp(moe__system_aliases[i].name, name)) return &moe__system_aliases[i];
+    return NULL;
+}
 MOE_API const moe_system *moe_system_find(const char *name) {
-    if (!name) return NULL;
-    for (size_t i = 0; i < moe_systems_count(); i++)
+    const moe_alias *alias = name ? moe__system_alias_find(name) : NULL;
+    if (alias) name = alias->system;
+    for (size_t i = 0; name && i < moe_systems_count(); i++)
         if (!strcmp(moe__system_table[i].name, name)) return &moe__system_table[i];
     return NULL;
 }
@@ -14065,37 +14629,20 @@ MOE_API moe_status moe_desc_system(moe_desc *desc, const char *name) {
     const moe_system *system = moe_system_find(name);
     if (!desc) return MOE_E_NULL_DESC;
     if (!name) return MOE_E_NULL_NAME;
-    return system ? moe_desc_parse(desc, system->choices, NULL) : MOE_E_SYSTEM;
+    if (!system) return MOE_E_SYSTEM;
+    const moe_alias *alias = moe__system_alias_find(name);
+    moe_status status = moe_desc_parse(desc, system->choices, NULL);
+    return status || !alias ? status : moe_desc_parse(desc, alias->choices, NULL);
 }
 
-/* Insertions, deletions and changes that make one name of the other, of up to 31 characters: row[i] holds them for what
- * has been read of `name` and the first i characters of `other`. */
-static size_t moe__system_edits(const char *name, const char *other) {
-    size_t row[32], length = 0;
-    while (other[length] && length < 31) length++;
-    for (size_t i = 0; i <= length; i++) row[i] = i;
-    for (size_t read = 0; name[read] && read < 64; read++) {
-        size_t corner = row[0];
-        row[0] = read + 1;
-        for (size_t i = 0; i < length; i++) {
-            size_t change = corner + (name[read] != other[i]);
-            corner = row[i + 1];
-            row[i + 1] = moe__min(change, moe__min(row[i], corner) + 1);
-        }
-    }
-    return row[length];
+MOE_API const char *moe_system_name(void *unused, size_t i) {
+    size_t rows = moe_systems_count();
+    (void)unused;
+    if (i < rows) return moe__system_table[i].name;
+    return i - rows < MOE__SYSTEM_ALIASES ? moe__system_aliases[i - rows].name : NULL;
 }
 MOE_API void moe_system_near(const char *name, char *buffer, size_t size) {
-    moe__text text = {buffer, buffer ? size : 0, 0};
-    size_t least = SIZE_MAX, n = name ? moe_systems_count() : 0;
-    for (size_t i = 0; i < n; i++) least = moe__min(least, moe__system_edits(name, moe__system_table[i].name));
-    for (size_t i = 0; i < n; i++) {
-        const char *other = moe__system_table[i].name;
-        if (moe__system_edits(name, other) > least + 1 && !(name[0] && strstr(other, name))) continue;
-        if (text.n) moe__text_add(&text, ", ");
-        moe__text_add(&text, other);
-    }
-    moe__text_end(&text);
+    moe_near(name, moe_system_name, NULL, buffer, size);
 }
 
 /* ==== >>tape ==================================================================================
@@ -14541,14 +15088,14 @@ static void moe__pass_slots_back(const moe__run *run, size_t t0, size_t t1) {
 /* To d_logits; soft slots to theirs. */
 static moe_status moe__pass_logits_back(const moe__run *run, const uint64_t *load) {
     size_t count = run->tape->n_tokens * run->plan->E;
+    moe__run_collect(run);
     moe__run_over_blocks(run, moe__pass_slots_back);
     moe_status status = moe__balance_add(run, load, MOE__LOSS_ON_WEIGHTS);
+    if (!status && !run->memory->combine.soft) moe__run_over_blocks(run, moe__gate_weights_back);
+    moe__run_flush(run);
     if (status) return status;
     if (run->memory->combine.soft) moe__combine_soft_back(run);
-    else {
-        moe__run_over_blocks(run, moe__gate_weights_back);
-        moe__gate_params_back(run);
-    }
+    else moe__gate_params_back(run);
     status = moe__balance_add(run, load, MOE__LOSS_ON_LOGITS);
     if (status) return status;
     moe__combine_soft_losses_back(run);
@@ -14600,6 +15147,7 @@ static void moe__pass_y_block(const moe__run *run, size_t t0, size_t t1) {
 /* y is whole: with a number in it that is not finite there is nothing to go back from. */
 static moe_status moe__pass_outputs(const moe__run *run) {
     moe__run_over_blocks(run, moe__pass_y_block);
+    moe__run_flush(run);
     moe_status status = moe__pass_failed(run);
     if (status) run->memory->state &= ~MOE__STATE_FORWARD;
     return status;
@@ -14626,8 +15174,11 @@ static moe_status moe__pass_experts_end(moe__run *run) {
     return moe__pass_outputs(run);
 }
 static moe_status moe__pass_experts(moe__run *run, float *y) {
+    moe__run_collect(run);
     moe_status status = moe__pass_experts_begin(run, y);
-    return status ? status : moe__pass_experts_end(run);
+    if (!status) return moe__pass_experts_end(run);
+    moe__run_flush(run);
+    return status;
 }
 /* The loss on the outputs of a block of tokens, while they are there: its gradient by them, and each weight's gradient.
  * */
@@ -14698,16 +15249,21 @@ static moe_status moe__pass_experts_back_begin(moe__run *run, const float *dy, f
 }
 static void moe__pass_experts_back_end(moe__run *run, float *dx) {
     moe__combine_backward_end(run);
+    moe__run_flush(run);
     if (run->dx == dx) return;
     run->dx = dx;
     moe__run_over_blocks(run, moe__experts_view_back);
 }
 static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *d_params, float *d_weight, float *dx) {
+    /* the soft slots change the groups between their steps, a loss on the outputs their weights */
+    if (!run->memory->combine.soft && !run->memory->losses.d_out) moe__run_collect(run);
     moe_status status = moe__pass_experts_back_begin(run, dy, d_params, d_weight, dx);
-    if (status) return status;
-    moe__combine_backward_params(run);
-    moe__pass_experts_back_end(run, dx);
-    return MOE_OK;
+    if (!status) {
+        moe__combine_backward_params(run);
+        moe__pass_experts_back_end(run, dx);
+    }
+    moe__run_flush(run);
+    return status;
 }
 
 /* -- level 2: the tape's own plan -- */
@@ -14848,6 +15404,7 @@ struct moe_layer {
     size_t n_floats;               /* experts, then the router */
     float *part[MOE_PART_COUNT];   /* parameters, gradients, moments */
     int fresh;                     /* the gradients count as zero */
+    unsigned char *idle;           /* (G) with sparse_step: see moe__run */
     uint64_t step, draws;          /* optimiser steps, training forwards */
     moe_tape *tape;
     moe_side side;
@@ -14998,6 +15555,8 @@ static moe_status moe__layer_layout(moe_layer *layer, const moe__plan *plan, siz
         layer->part[i] = (float *)moe__take(arena, layer->n_floats, sizeof(float));
     }
     layer->load = (uint64_t *)moe__take(arena, plan->E, sizeof(uint64_t));
+    if (desc->sparse_step == MOE_ON && desc->training != MOE_OFF && !formats)
+        layer->idle = (unsigned char *)moe__take(arena, plan->G, 1);
     moe_status status = moe__health_layout(&layer->health, plan->E, arena);
     if (!status) status = moe__control_layout(&layer->control, desc->controller, plan->E, arena);
     if (!status && desc->controller == MOE_CONTROL_QUANTILE && desc->training != MOE_OFF && n_scored) {
@@ -15303,6 +15862,8 @@ MOE_API moe_status moe_backward_tape(moe_layer *layer, moe_tape *tape, const flo
     if (dx) memset(dx, 0, tape->n_given * plan->d * sizeof(float));
     if (layer->fresh) memset(d_router, 0, plan->at[MOE__R_COUNT] * sizeof(float));
     run.fresh = layer->fresh;
+    run.idle = layer->idle;
+    if (run.idle && run.fresh) memset(run.idle, !moe__combine_of(&run)->by_sequence, plan->G);
     if (codes) {
         run.dy = dy;
         run.dx = dx;
@@ -15328,7 +15889,7 @@ MOE_API moe_status moe_forward(moe_layer *layer, const float *x, size_t count, f
     if (layer->tape) layer->tape->memory->state = 0; /* should this forward fail, there is nothing to go back from */
     if (!layer->tape || count > layer->tape->memory->max_tokens) {
         moe_tape *bigger;
-        if (!layer->own) return MOE_E_NO_MEMORY;
+        if (!layer->own) return MOE_E_NO_TAPE;
         moe_status status = moe_tape_new(&bigger, &layer->plan.desc, count, layer->plan.desc.training);
         if (status) return status;
         moe_tape_free(layer->tape);
@@ -15343,6 +15904,7 @@ MOE_API moe_status moe_forward(moe_layer *layer, const float *x, size_t count, f
 MOE_API moe_status moe_backward(moe_layer *layer, const float *dy, float *dx) {
     if (!layer) return MOE_E_NULL_LAYER;
     if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
+    if (!layer->own) return MOE_E_NO_TAPE;
     if (!layer->tape) return MOE_E_NO_FORWARD;
     return moe_backward_tape(layer, layer->tape, dy, dx);
 }
@@ -15354,11 +15916,24 @@ MOE_API moe_status moe_layer_grad_norm(const moe_layer *layer, double *norm) {
     if (layer->plan.desc.training == MOE_OFF) return moe__layer_no_training(layer);
     *norm = 0.0;
     if (layer->fresh) return MOE_OK;
-    *norm = sqrt(moe_sum_squares(&layer->plan.desc.parallel, layer->n_floats, layer->part[MOE_PART_GRADS]));
+    const moe__plan *plan = &layer->plan;
+    *norm = sqrt(moe__optimizer_sum_squares(&plan->desc.parallel, layer->n_floats, layer->part[MOE_PART_GRADS],
+                                            layer->idle, plan->expert, layer->idle ? plan->G : 0));
     return MOE_OK;
 }
-static void moe__layer_zero_grads(moe_layer *layer) {
-    memset(layer->part[MOE_PART_GRADS], 0, layer->n_floats * sizeof(float));
+/* From float `at` of the gradients on. */
+static void moe__layer_zero_grads(moe_layer *layer, size_t at) {
+    memset(layer->part[MOE_PART_GRADS] + at, 0, (layer->n_floats - at) * sizeof(float));
+}
+/* All gradients are what stands there, be it zero. */
+static void moe__layer_wake(moe_layer *layer) {
+    const moe__plan *plan = &layer->plan;
+    if (layer->fresh) moe__layer_zero_grads(layer, 0);
+    for (size_t e = 0; layer->idle && e < plan->G; e++) {
+        if (layer->idle[e]) memset(layer->part[MOE_PART_GRADS] + e * plan->expert, 0, plan->expert * sizeof(float));
+        layer->idle[e] = 0;
+    }
+    layer->fresh = 0;
 }
 typedef struct moe__layer_scale { float *x, factor; size_t n; } moe__layer_scale;
 static void moe__layer_scale_span(void *arg, size_t i, size_t worker) {
@@ -15413,12 +15988,16 @@ MOE_API moe_status moe_step(moe_layer *layer, float lr) {
     status = moe__layer_control(layer); /* the only thing here that may still fail comes first */
     if (status) return status;
     moe__layer_count_begin(layer);
-    if (layer->fresh) moe__layer_zero_grads(layer);
     const moe__plan *plan = &layer->plan;
     moe_optimizer_args args = moe__layer_optimizer(layer, lr, norm);
+    if (layer->fresh) moe__layer_zero_grads(layer, layer->idle ? plan->G * plan->expert : 0);
+    if (layer->fresh && layer->idle) memset(layer->idle, 1, plan->G);
     for (size_t at = 0, end; at < layer->n_floats && !status; at = end) {
         int decay; /* -1: a frozen router's, left alone */
-        end = moe__plan_span(plan, at, &decay);
+        size_t e = at / plan->expert;
+        if (!layer->idle || e >= plan->G) end = moe__plan_span(plan, at, &decay);
+        else if (layer->idle[e]) end = (e + 1) * plan->expert, decay = -1;
+        else decay = moe__plan_decay(plan, moe__plan_piece(plan, at, &end));
         if (decay >= 0) status = moe__layer_step_span(layer, &args, at, end, decay);
     }
     if (status) return status;
@@ -15642,6 +16221,9 @@ static moe_status moe__layer_find(const moe_layer *layer, moe_part_kind part, co
     if (part != MOE_PART_PARAMS && moe__layer_in_stock(layer, *id)) return MOE_E_QUANTISED;
     return count == expected[*id] ? MOE_OK : MOE_E_TENSOR_SIZE;
 }
+static int moe__layer_may_idle(const moe_layer *layer, int id, size_t e) { /* expert e's part of a tensor */
+    return layer->idle && id >= MOE__T_W1 && id <= MOE__T_B2 && e < layer->plan.G;
+}
 MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, const char *name, float *out,
                                  size_t count) {
     int id;
@@ -15656,6 +16238,9 @@ MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, con
         for (size_t row = 0; row < count / columns; row++)
             moe__layer_values(layer, id, row, 0, columns, out + row * columns);
     } else moe__plan_read(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), out);
+    size_t each = count / layer->plan.G; /* an idle expert's gradient holds anything */
+    for (size_t e = 0; part == MOE_PART_GRADS && !layer->fresh && moe__layer_may_idle(layer, id, e); e++)
+        if (layer->idle[e]) memset(out + e * each, 0, each * sizeof(float));
     return MOE_OK;
 }
 /* What a tensor may hold; gradients may be anything until a step. */
@@ -15674,10 +16259,7 @@ MOE_API moe_status moe_layer_set(moe_layer *layer, moe_part_kind part, const cha
     if (!in) return MOE_E_NULL_PARAMS;
     if (moe__layer_in_stock(layer, id) && moe__plan_tensors[id].axes[2]) return MOE_E_QUANTISED; /* a matrix */
     if (part != MOE_PART_GRADS && !moe__layer_numbers_ok(part, count, in)) return MOE_E_NAN_PARAMS;
-    if (part == MOE_PART_GRADS && layer->fresh) {
-        moe__layer_zero_grads(layer);
-        layer->fresh = 0;
-    }
+    if (part == MOE_PART_GRADS) moe__layer_wake(layer);
     if (id > MOE__T_COUNT) return moe__layer_growth_set(&layer->growth, in);
     if (id == MOE__T_COUNT) memcpy(layer->control.state, in, count * sizeof(float));
     else if (moe__layer_in_stock(layer, id)) moe__plan_stock_set_bias(&layer->plan, &layer->stock, id, in);
@@ -16307,8 +16889,7 @@ static moe_status moe__parallel_backward(moe_ranks *ranks, moe__run *run, const 
     if (!moe__all_finite(ranks->n_in * (d + 1), ranks->here)) status = MOE_E_EP_ROWS;
     status = moe__parallel_seal(ranks, status, 0);
     if (status) return status;
-    if (layer->fresh) moe__layer_zero_grads(layer); /* nothing can fail from here on but the engine */
-    layer->fresh = 0;
+    moe__layer_wake(layer); /* nothing can fail from here on but the engine */
     mine = moe__parallel_rows_back(ranks);
     status = moe__parallel_rows(ranks, d + 1, 1);
     if (!status)
@@ -17359,6 +17940,7 @@ static void moe__growth_gradients(const moe_layer *layer, double *worth) {
         size_t e = g;
         if (g >= plan->F)
             e = (size_t)moe__layer_router(layer, MOE_PART_PARAMS)[plan->at[MOE__R_PAIR_PARENT] + g - plan->F];
+        if (layer->idle && layer->idle[g]) continue;
         if (e < plan->F) worth[e] += moe_sum_squares(&plan->desc.parallel, plan->expert, grads);
     }
     for (size_t e = 0; e < plan->E; e++) worth[e] = sqrt(worth[e]);
@@ -18577,7 +19159,7 @@ static moe_status moe__npy_place(moe_npy *npy, const unsigned char *bytes, size_
 
 static moe_status moe__npy_read(moe_npy *npy, const unsigned char *file, size_t size, uint64_t file_size) {
     moe__json json;
-    size_t bytes, product = 1;
+    size_t product = 1;
     moe_status status = moe__npy_place(npy, file, size, file_size, &json);
     if (status) return status;
     status = moe__npy_dictionary(&json, npy);
@@ -18589,16 +19171,15 @@ static moe_status moe__npy_read(moe_npy *npy, const unsigned char *file, size_t 
         if (!moe__mul(npy->count, npy->dim[i], &npy->count)) return MOE_E_FILE_SHAPE;
         if (npy->dim[i] && !moe__mul(product, npy->dim[i], &product)) return MOE_E_FILE_SHAPE;
     }
-    if (!moe__mul(npy->count, moe_dtype_size(npy->dtype), &bytes)) return MOE_E_FILE_SHAPE;
-    if (bytes > file_size - npy->data) {
-        npy->offset = SIZE_MAX;
-        if (file_size < SIZE_MAX) npy->offset = (size_t)file_size;
-        return MOE_E_FILE_SHORT;
-    }
-    npy->offset = (size_t)npy->data + bytes;
-    if (bytes < file_size - npy->data) return MOE_E_NPY_SIZE;
+    uint64_t there = file_size - npy->data, bytes = npy->count, wide = moe_dtype_size(npy->dtype);
+    if (bytes > UINT64_MAX / wide) return MOE_E_FILE_SHAPE;
+    bytes *= wide; /* above SIZE_MAX, where that is 32 bits, of a file to be streamed */
     npy->offset = 0;
-    return MOE_OK;
+    if (bytes == there) return MOE_OK;
+    npy->offset = SIZE_MAX;
+    if (bytes < there) file_size = npy->data + bytes;
+    if (file_size < SIZE_MAX) npy->offset = (size_t)file_size;
+    return bytes < there ? MOE_E_NPY_SIZE : MOE_E_FILE_SHORT;
 }
 
 MOE_API moe_status moe_npy_header(moe_npy *npy, const void *bytes, size_t size, uint64_t file_size) {
@@ -18836,7 +19417,10 @@ struct moe__model_values {
 };
 
 static moe_status moe__model_read_plain(const moe__model_values *values, size_t first, size_t n, float *out) {
-    return moe_to_float(values->dtype, n, values->bytes + first * moe_dtype_size(values->dtype), out);
+    size_t size = moe_dtype_size(values->dtype);
+    if (values->dtype) return moe_to_float(values->dtype, n, values->bytes + first * size, out);
+    memcpy(out, values->bytes + first * sizeof *out, n * sizeof *out); /* not a file's: this machine's */
+    return MOE_OK;
 }
 /* Four bits of exponent above 7, three of fraction: a float32's bits, 120 powers of two too small; all ones are NaN. */
 static float moe__model_f8(unsigned char byte) {
@@ -18879,52 +19463,141 @@ typedef struct moe__model_matrix {
     size_t e, rows, columns, ins, outs, from_in, from, step;
 } moe__model_matrix;
 
-/* A tile at (row, column) `at`, its rows one after the other: read along the file's rows. */
-#define MOE__MODEL_TILE 16 /* lines of a tile */
-#define MOE__MODEL_LINE 48 /* elements along a line: runs of some cache lines */
-static moe_status moe__model_tile(const moe__model_matrix *m, const size_t at[2], const size_t size[2], float *tile) {
-    float line[2 * MOE__MODEL_LINE];
-    size_t lines = size[0], length = (size[1] - 1) * m->step + 1, columns = size[1];
-    if (m->out_first) lines = size[1], length = size[0];
-    for (size_t i = 0; i < lines; i++) {
-        size_t in = m->from_in + at[0], out = m->from + m->step * at[1];
-        size_t place = (m->e * m->ins + in + i) * m->outs + out;
-        if (m->out_first) place = (m->e * m->outs + out + m->step * i) * m->ins + in;
-        moe_status status = m->values.read(&m->values, place, length, line);
-        if (status) return status;
-        if (!moe__all_finite(length, line)) return MOE_E_NAN_WEIGHT;
-        if (m->out_first)
-            for (size_t k = 0; k < length; k++) tile[k * columns + i] = line[k];
-        else
-            for (size_t k = 0; k < columns; k++) tile[i * columns + k] = line[k * m->step];
+/* Where element (row, column) of it stands in the tensor. */
+static size_t moe__model_place(const moe__model_matrix *m, size_t row, size_t column) {
+    size_t in = m->from_in + row, out = m->from + m->step * column;
+    if (m->out_first) return (m->e * m->outs + out) * m->ins + in;
+    return (m->e * m->ins + in) * m->outs + out;
+}
+static moe_status moe__model_line(const moe__model_matrix *m, size_t place, size_t length, float *line) {
+    moe_status status = m->values.read(&m->values, place, length, line);
+    return status || moe__all_finite(length, line) ? status : MOE_E_NAN_WEIGHT;
+}
+
+/* An expert's matrices go into its format through floats that stay in cache: so many rows of a panel at a time. Half a
+ * panel's columns are 16 of one matrix; where the file's lines lie across, all 32 are read as lines and turned:
+ *
+ *     file, (out, in)   16 lines of one, 16 of the other        lines (32, MOE__MODEL_ROWS)
+ *                                                               tile (MOE__MODEL_ROWS, 32) -> the format's rows
+ *     file, (in, out)   a line holds 16 columns of a row        straight into the tile */
+#define MOE__MODEL_ROWS 128
+#define MOE__MODEL_SCRATCH (2 * MOE__MODEL_ROWS * MOE__W) /* floats */
+/* columns, rows: those that there are, the others are zeros */
+typedef struct moe__model_half { const moe__model_matrix *from; size_t column, columns, rows; } moe__model_half;
+
+static moe__model_half moe__model_half_of(const moe__model_matrix *from, size_t column, size_t row, size_t rows) {
+    moe__model_half half = {from, column, 0, 0};
+    if (!from || row >= from->rows || column >= from->columns) return half; /* zeros */
+    half.rows = moe__min(rows, from->rows - row);
+    half.columns = moe__min(16, from->columns - column);
+    return half;
+}
+static moe_status moe__model_half_read(const moe__model_half *half, size_t row, float *lines, float *tile) {
+    const moe__model_matrix *m = half->from;
+    moe_status status = MOE_OK;
+    float line[MOE__W];
+    if (half->columns && m->out_first)
+        for (size_t c = 0; c < half->columns && !status; c++, lines += MOE__MODEL_ROWS) {
+            size_t place = moe__model_place(m, row, half->column + c), size = moe_dtype_size(m->values.dtype);
+            const unsigned char *next = m->values.bytes + (place + half->rows) * size; /* what this line has next */
+            for (size_t at = 0; at < half->rows * size; at += 64) MOE__PREFETCH_L1(next + at);
+            status = m->values.read(&m->values, place, half->rows, lines);
+        }
+    else
+        for (size_t r = 0; r < half->rows && !status; r++, tile += MOE__W) {
+            size_t place = moe__model_place(m, row + r, half->column);
+            status = m->values.read(&m->values, place, (half->columns - 1) * m->step + 1, line);
+            for (size_t c = 0; c < half->columns; c++) tile[c] = line[c * m->step];
+        }
+    return status;
+}
+static int moe__model_half_finite(size_t rows, const float *tile) { /* of the lower half: is it finite? */
+    while (rows && moe__all_finite(16, tile)) rows--, tile += MOE__W;
+    return !rows;
+}
+/* Rows of a panel; half[1] is in the upper 16 columns. After an error *bad is the matrix that has it. */
+static moe_status moe__model_rows(const moe__weights *to, size_t panel, size_t row, size_t rows,
+                                  const moe__model_half half[2], float *scratch, const moe__model_matrix **bad) {
+    const moe__kernels *kernels = moe__dispatched();
+    float *lines = scratch, *tile = scratch + MOE__MODEL_SCRATCH / 2;
+    int across = 0, whole = 1;
+    for (int h = 0; h < 2; h++) {
+        across |= half[h].columns && half[h].from->out_first;
+        whole &= half[h].columns == 16 && half[h].rows == rows;
     }
+    if (!whole) memset(scratch, 0, MOE__MODEL_SCRATCH * sizeof(float));
+    for (int pass = across ? 0 : 1; pass < 2; pass++) { /* what lies across first: it fills the tile's other columns */
+        for (int h = 0; h < 2; h++) {
+            if (!half[h].columns || half[h].from->out_first == pass) continue;
+            moe_status status = moe__model_half_read(&half[h], row, lines + 16 * h * MOE__MODEL_ROWS, tile + 16 * h);
+            if (!status) continue;
+            *bad = half[h].from;
+            return status;
+        }
+        for (size_t r = 0; r < rows && !pass; r += MOE__W)
+            kernels->transpose(lines + r, MOE__MODEL_ROWS, tile + r * MOE__W);
+    }
+    if (!kernels->all_finite(rows * MOE__W, tile)) {
+        *bad = half[moe__model_half_finite(rows, tile)].from;
+        return MOE_E_NAN_WEIGHT;
+    }
+    moe__format_write(kernels, to, panel, row, rows, tile);
     return MOE_OK;
 }
-/* The same into an expert's block, whose rows stand MOE__W apart in a panel. */
-static void moe__model_store(const moe__plan *plan, int id, float *block, const size_t at[2], const size_t size[2],
-                             const float *tile) {
-    for (size_t c = 0, n; c < size[1]; c += n) {
-        n = moe__plan_adjacent(plan, id, at[1] + c, size[1] - c);
-        float *to = block + moe__plan_in_block(plan, id, at[0], at[1] + c);
-        for (size_t i = 0; i < size[0]; i++) memcpy(to + i * MOE__W, tile + i * size[1] + c, n * sizeof(float));
-    }
-}
-static moe_status moe__model_pack(const moe__plan *plan, int id, const moe__model_matrix *m, size_t expert,
-                                  float *params) {
-    float tile[MOE__MODEL_TILE * MOE__MODEL_LINE];
-    size_t at[2], size[2], most[2] = {MOE__MODEL_TILE, MOE__MODEL_LINE};
-    if (m->out_first) most[0] = MOE__MODEL_LINE, most[1] = MOE__MODEL_TILE;
-    for (at[1] = 0; at[1] < m->columns; at[1] += most[1])
-        for (at[0] = 0; at[0] < m->rows; at[0] += most[0]) {
-            size[0] = moe__min(most[0], m->rows - at[0]);
-            size[1] = moe__min(most[1], m->columns - at[1]);
-            moe_status status = moe__model_tile(m, at, size, tile);
+/* A matrix of panels; the upper half of one is of another matrix (gate_up), or of the next columns. */
+static moe_status moe__model_panels(const moe__weights *to, size_t panels, size_t rows, const moe__model_matrix *low,
+                                    const moe__model_matrix *high, float *scratch, const moe__model_matrix **bad) {
+    for (size_t panel = 0; panel < panels; panel++)
+        for (size_t row = 0, n; row < rows; row += n) {
+            n = moe__min(MOE__MODEL_ROWS, rows - row);
+            size_t column = panel * MOE__W, next = column + 16;
+            if (high != low) next = column = panel * 16;
+            moe__model_half half[2] = {moe__model_half_of(low, column, row, n),
+                                       moe__model_half_of(high, next, row, n)};
+            moe_status status = moe__model_rows(to, panel, row, n, half, scratch, bad);
             if (status) return status;
-            if (moe__plan_tensors[id].region == MOE__IN_EXPERTS)
-                moe__model_store(plan, id, params + expert * plan->expert, at, size, tile);
-            else
-                for (size_t i = 0; i < size[0]; i++)
-                    moe__plan_set(plan, id, params, at[0] + i, at[1], size[1], tile + i * size[1]);
+        }
+    return MOE_OK;
+}
+/* A bias, whose place in the block is that of its columns. */
+static moe_status moe__model_vector(const moe__plan *plan, int id, const moe__model_matrix *m, float *to) {
+    size_t first = moe__plan_in_block(plan, id == MOE__T_B2 ? id : MOE__T_B1, 0, 0);
+    moe_status status = MOE_OK;
+    for (size_t c = 0; c < m->columns && !status; c++)
+        status = moe__model_line(m, moe__model_place(m, 0, c), 1, to + (moe__plan_in_block(plan, id, 0, c) - first));
+    return status;
+}
+/* An expert from w1, wu, w2, b1, bu, b2 (NULL: zeros) to where it lies. */
+static moe_status moe__model_expert(const moe__plan *plan, const moe__plan_block *to,
+                                    const moe__model_matrix *const from[6], float *scratch,
+                                    const moe__model_matrix **bad) {
+    float *bias[2] = {(float *)(uintptr_t)to->b1, (float *)(uintptr_t)to->b2};
+    const moe__model_matrix *up = plan->gated ? from[1] : from[0];
+    moe_status status = moe__model_panels(&to->w1, plan->zp, plan->d, from[0], up, scratch, bad);
+    if (!status) status = moe__model_panels(&to->w2, plan->dp, plan->f, from[2], from[2], scratch, bad);
+    memset(bias[0], 0, (plan->w2 - plan->b1) * sizeof(float));
+    memset(bias[1], 0, (plan->expert - plan->b2) * sizeof(float));
+    for (int i = 3; i < 6 && !status; i++) {
+        if (!from[i]) continue;
+        status = moe__model_vector(plan, MOE__T_W1 + i, from[i], bias[i == 5]);
+        if (status) *bad = from[i];
+    }
+    return status;
+}
+/* A tensor that is no expert's, along the file's lines. */
+static moe_status moe__model_plain(const moe__plan *plan, int id, const moe__model_matrix *m, float *params) {
+    size_t lines = m->rows, length = m->columns, most = MOE__W;
+    float line[MOE__W];
+    if (m->out_first) lines = m->columns, length = m->rows;
+    else if (m->step > 1) most = 1;
+    for (size_t i = 0; i < lines; i++)
+        for (size_t k = 0, n; k < length; k += n) {
+            n = moe__min(most, length - k);
+            size_t place = m->out_first ? moe__model_place(m, k, i) : moe__model_place(m, i, k);
+            moe_status status = moe__model_line(m, place, n, line);
+            if (status) return status;
+            if (!m->out_first) moe__plan_set(plan, id, params, i, k, n, line);
+            else for (size_t j = 0; j < n; j++) moe__plan_set(plan, id, params, k + j, i, 1, line + j);
         }
     return MOE_OK;
 }
@@ -18943,83 +19616,81 @@ static moe__model_matrix moe__model_matrix_of(const moe__plan *plan, int id, moe
     return m;
 }
 static moe_status moe__model_layout(const moe__plan *plan, size_t first, size_t n, const moe_experts_arrays *arrays,
-                                    moe_experts_layout *layout) {
+                                    const moe_experts_layout *layout) {
     if (!arrays) return MOE_E_NULL_WEIGHT;
     if (first > plan->G || n > plan->G - first) return MOE_E_INDEX;
-    if (layout->dtype == MOE_DTYPE_NONE) layout->dtype = MOE_DTYPE_F32;
     if ((unsigned)layout->gate_up > MOE_GATE_UP_INTERLEAVED) return MOE_E_GATE_UP;
     if (layout->gate_up && (arrays->wu || arrays->bu || !plan->count[MOE__T_WU])) return MOE_E_GATE_UP;
-    return moe_to_float(layout->dtype, 0, NULL, NULL);
+    return layout->dtype ? moe_to_float(layout->dtype, 0, NULL, NULL) : MOE_OK;
 }
-/* Expert e of the arrays into a block of the library's. */
-static moe_status moe__model_pack_expert(const moe__plan *plan, const moe_experts_arrays *arrays,
-                                         const moe_experts_layout *layout, size_t e, float *block) {
-    const void *from[] = {arrays->w1, arrays->wu, arrays->w2, arrays->b1, arrays->bu, arrays->b2};
-    moe_status status = MOE_OK;
-    if (layout->gate_up) from[1] = from[0], from[4] = from[3]; /* in its gate's array */
-    memset(block, 0, plan->expert * sizeof(float));
-    for (int id = MOE__T_W1; id <= MOE__T_B2 && !status; id++) {
-        if (!plan->count[id] || !from[id - MOE__T_W1]) continue;
-        moe__model_matrix m = moe__model_matrix_of(plan, id, layout->gate_up);
-        m.e = e;
-        m.out_first = layout->out_first;
-        m.values.read = moe__model_read_plain;
-        m.values.dtype = layout->dtype;
-        m.values.bytes = (const unsigned char *)from[id - MOE__T_W1];
-        status = moe__model_pack(plan, id, &m, 0, block);
+/* Experts of arrays into those of a layer, side by side. */
+typedef struct moe__model_pack_job {
+    const moe__plan *plan;
+    const moe__plan_stock *stock; /* NULL, or without kinds: params */
+    float *params;
+    const moe_experts_arrays *arrays;
+    moe_experts_layout layout;
+    size_t first;
+    float *scratch;     /* (workers, MOE__MODEL_SCRATCH) */
+    moe_status *status; /* one a worker */
+} moe__model_pack_job;
+static moe__plan_block moe__model_block(const moe__plan *plan, const moe__plan_stock *stock, float *params, size_t e) {
+    if (stock && stock->kind) return moe__plan_stock_block(plan, stock, e);
+    return moe__plan_block_of(plan, params + e * plan->expert);
+}
+static void moe__model_pack_task(void *arg, size_t e, size_t worker) {
+    const moe__model_pack_job *job = (const moe__model_pack_job *)arg;
+    const moe_experts_arrays *arrays = job->arrays;
+    const void *bytes[] = {arrays->w1, arrays->wu, arrays->w2, arrays->b1, arrays->bu, arrays->b2};
+    moe__model_matrix matrix[6];
+    const moe__model_matrix *from[6] = {NULL, NULL, NULL, NULL, NULL, NULL}, *bad;
+    if (job->status[worker]) return;
+    if (job->layout.gate_up) bytes[1] = bytes[0], bytes[4] = bytes[3]; /* in its gate's array */
+    for (int i = 0; i < 6; i++) {
+        if (!job->plan->count[MOE__T_W1 + i] || !bytes[i]) continue;
+        matrix[i] = moe__model_matrix_of(job->plan, MOE__T_W1 + i, job->layout.gate_up);
+        matrix[i].e = e;
+        matrix[i].out_first = job->layout.out_first != 0;
+        matrix[i].values.read = moe__model_read_plain;
+        matrix[i].values.dtype = job->layout.dtype;
+        matrix[i].values.bytes = (const unsigned char *)bytes[i];
+        from[i] = &matrix[i];
     }
+    moe__plan_block to = moe__model_block(job->plan, job->stock, job->params, job->first + e);
+    job->status[worker] =
+        moe__model_expert(job->plan, &to, from, job->scratch + worker * MOE__MODEL_SCRATCH, &bad);
+}
+static moe_status moe__model_pack(moe__model_pack_job *job, size_t n, const moe_experts_layout *layout) {
+    const moe_desc *desc = &job->plan->desc;
+    size_t workers = moe_workers(&desc->parallel), bytes;
+    if (layout) job->layout = *layout; /* else all 0 */
+    moe_status status = moe__model_layout(job->plan, job->first, n, job->arrays, &job->layout);
+    if (status) return status;
+    if (!moe__mul(workers, MOE__MODEL_SCRATCH * sizeof(float) + sizeof status, &bytes)) return MOE_E_OVERFLOW;
+    job->scratch = (float *)moe__alloc(desc->alloc_context, bytes);
+    if (!job->scratch) return MOE_E_NO_MEMORY;
+    job->status = (moe_status *)(void *)(job->scratch + workers * MOE__MODEL_SCRATCH);
+    memset(job->status, 0, workers * sizeof status);
+    moe_run(&desc->parallel, n, moe__model_pack_task, job);
+    for (size_t i = 0; i < workers && !status; i++) status = job->status[i];
+    moe__free(desc->alloc_context, job->scratch);
     return status;
 }
 MOE_API moe_status moe_experts_pack(const moe_desc *desc, size_t first, size_t n, const moe_experts_arrays *arrays,
                                     const moe_experts_layout *layout, float *params) {
+    const moe_experts_layout plain = {MOE_DTYPE_NONE, 0, MOE_GATE_UP_SEPARATE};
     moe__plan plan;
-    moe_experts_layout now = {MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE};
+    moe__model_pack_job job = {&plan, NULL, params, arrays, plain, first, NULL, NULL};
     moe_status status = moe__pass_expert_plan(desc, 0, arrays, params, &plan);
-    if (status) return status;
-    if (layout) now = *layout;
-    status = moe__model_layout(&plan, first, n, arrays, &now);
-    for (size_t e = 0; e < n && !status; e++)
-        status = moe__model_pack_expert(&plan, arrays, &now, e, params + (first + e) * plan.expert);
-    return status;
-}
-
-typedef struct moe__model_pack_job {
-    moe_layer *layer;
-    const moe_experts_arrays *arrays;
-    const moe_experts_layout *layout;
-    size_t first;
-    float *scratch;     /* of an expert, one a worker */
-    moe_status *status; /* one a worker */
-} moe__model_pack_job;
-static void moe__model_pack_task(void *arg, size_t i, size_t worker) {
-    const moe__model_pack_job *fill = (const moe__model_pack_job *)arg;
-    const moe__plan *plan = &fill->layer->plan;
-    float *block = fill->scratch + worker * plan->expert;
-    if (fill->status[worker]) return;
-    fill->status[worker] = moe__model_pack_expert(plan, fill->arrays, fill->layout, i, block);
-    if (!fill->status[worker]) moe__plan_stock_pack(plan, &fill->layer->stock, fill->first + i, block);
+    return status ? status : moe__model_pack(&job, n, layout);
 }
 MOE_API moe_status moe_layer_pack(moe_layer *layer, size_t first, size_t n, const moe_experts_arrays *arrays,
                                   const moe_experts_layout *layout) {
-    moe_experts_layout now = {MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE};
     if (!layer) return MOE_E_NULL_LAYER;
-    const moe__plan *plan = &layer->plan;
-    if (!layer->stock.kind)
-        return moe_experts_pack(&plan->desc, first, n, arrays, layout, layer->part[MOE_PART_PARAMS]);
-    if (layout) now = *layout;
-    moe_status status = moe__model_layout(plan, first, n, arrays, &now);
-    size_t workers = moe_workers(&plan->desc.parallel), bytes;
-    if (!status && !moe__mul(workers, plan->expert * sizeof(float) + sizeof status, &bytes)) status = MOE_E_OVERFLOW;
-    if (status) return status;
-    float *scratch = (float *)moe__alloc(plan->desc.alloc_context, bytes);
-    if (!scratch) return MOE_E_NO_MEMORY;
-    moe__model_pack_job fill = {layer, arrays, &now, first, scratch, NULL};
-    fill.status = (moe_status *)(void *)(scratch + workers * plan->expert);
-    memset(fill.status, 0, workers * sizeof status);
-    moe_run(&plan->desc.parallel, n, moe__model_pack_task, &fill);
-    for (size_t i = 0; i < workers && !status; i++) status = fill.status[i];
-    moe__free(plan->desc.alloc_context, scratch);
-    return status;
+    const moe_experts_layout plain = {MOE_DTYPE_NONE, 0, MOE_GATE_UP_SEPARATE};
+    moe__model_pack_job job = {&layer->plan, &layer->stock, layer->part[MOE_PART_PARAMS], arrays, plain, first, NULL,
+                               NULL};
+    return moe__model_pack(&job, n, layout);
 }
 
 /* -- families -- */
@@ -19592,34 +20263,28 @@ static moe_status moe__model_part_of(moe_model *model, const moe__plan *plan, si
 
 typedef struct moe__model_fill {
     moe_layer *layer;
-    moe__model_part *parts;
+    moe__model_part *parts; /* an expert's tensor stands once for each expert, one after the other */
     size_t n;
-    float *scratch; /* of an expert, one a worker: for those in formats */
+    float *scratch; /* (workers, MOE__MODEL_SCRATCH) */
 } moe__model_fill;
-static int moe__model_in_stock(const moe__model_fill *fill, size_t i) {
-    return fill->layer->stock.kind && moe__plan_tensors[fill->parts[i].id].region == MOE__IN_EXPERTS;
+static void moe__model_fill_plain(const moe__model_fill *fill, moe__model_part *part) {
+    if (!part->from.values.read || moe__plan_tensors[part->id].region == MOE__IN_EXPERTS) return;
+    part->status = moe__model_plain(&fill->layer->plan, part->id, &part->from, fill->layer->part[MOE_PART_PARAMS]);
 }
-static void moe__model_fill_part(void *arg, size_t i, size_t worker) {
-    const moe__model_fill *fill = (const moe__model_fill *)arg;
-    moe__model_part *part = &fill->parts[i];
-    (void)worker;
-    part->status = MOE_OK;
-    if (!part->from.values.read || moe__model_in_stock(fill, i)) return;
-    part->status = moe__model_pack(&fill->layer->plan, part->id, &part->from, part->expert,
-                                   fill->layer->part[MOE_PART_PARAMS]);
-}
-static void moe__model_fill_expert(void *arg, size_t e, size_t worker) { /* into its format, one after the other */
+static void moe__model_fill_expert(void *arg, size_t e, size_t worker) {
     const moe__model_fill *fill = (const moe__model_fill *)arg;
     const moe__plan *plan = &fill->layer->plan;
-    float *block = fill->scratch + worker * plan->expert;
-    memset(block, 0, plan->expert * sizeof(float));
-    for (size_t i = 0; i < fill->n; i++) {
-        moe__model_part *part = &fill->parts[i];
-        if (part->expert != e || !moe__model_in_stock(fill, i) || !part->from.values.read) continue;
-        part->status = moe__model_pack(plan, part->id, &part->from, 0, block);
-        if (part->status) return;
+    const moe__model_matrix *from[6] = {NULL, NULL, NULL, NULL, NULL, NULL}, *bad = NULL;
+    moe__plan_block to = moe__model_block(plan, &fill->layer->stock, fill->layer->part[MOE_PART_PARAMS], e);
+    for (size_t i = 0, next; i < fill->n; i = next) {
+        int routed = moe__plan_tensors[fill->parts[i].id].region == MOE__IN_EXPERTS;
+        next = i + (routed ? plan->G : 1);
+        if (routed && fill->parts[i + e].from.values.read)
+            from[fill->parts[i].id - MOE__T_W1] = &fill->parts[i + e].from;
     }
-    moe__plan_stock_pack(plan, &fill->layer->stock, e, block);
+    moe_status status = moe__model_expert(plan, &to, from, fill->scratch + worker * MOE__MODEL_SCRATCH, &bad);
+    for (size_t i = 0; i < fill->n && status; i++) /* of whichever has it */
+        if (&fill->parts[i].from == bad) fill->parts[i].status = status;
 }
 /* The bias of the choice, into the controller that holds it. */
 static moe_status moe__model_bias(moe_model *model, size_t layer, moe_layer *made) {
@@ -19643,8 +20308,8 @@ static moe_status moe__model_fill_all(moe_model *model, size_t layer, moe_layer 
     moe__model_fill fill = {made, parts, n, scratch};
     moe__model_form form;
     char name[256];
-    moe__threads_run(&made->plan.desc.parallel, n, made->plan.d * made->plan.f, n, moe__model_fill_part, &fill);
-    if (made->stock.kind) moe_run(&made->plan.desc.parallel, made->plan.G, moe__model_fill_expert, &fill);
+    for (size_t i = 0; i < n; i++) moe__model_fill_plain(&fill, &parts[i]);
+    moe_run(&made->plan.desc.parallel, made->plan.G, moe__model_fill_expert, &fill);
     for (size_t i = 0; i < n; i++) {
         if (!parts[i].status) continue;
         if (!moe__model_part_name(model, &made->plan, layer, parts[i].id, parts[i].expert, name, &form)) name[0] = 0;
@@ -19683,16 +20348,16 @@ MOE_API moe_status moe_model_layer(moe_model *model, size_t layer, const moe_des
     }
     if (status) return status;
     moe__arena arena = {NULL, 0, 0};
-    size_t most = plan.G * 6 + MOE__T_COUNT, blocks = formats ? moe_workers(&desc.parallel) : 0;
+    size_t most = plan.G * 6 + MOE__T_COUNT, workers = moe_workers(&desc.parallel);
     (void)moe__take(&arena, most, sizeof(moe__model_part));
-    (void)moe__take_floats(&arena, blocks, plan.expert);
+    (void)moe__take_floats(&arena, workers, MOE__MODEL_SCRATCH);
     status = moe__arena_bytes(&arena, &bytes);
     if (status) return status;
     void *memory = moe__alloc(desc.alloc_context, bytes);
     if (!memory) return MOE_E_NO_MEMORY;
     (void)moe__arena_over(&arena, memory, bytes, bytes);
     moe__model_part *parts = (moe__model_part *)moe__take(&arena, most, sizeof *parts);
-    float *scratch = moe__take_floats(&arena, blocks, plan.expert);
+    float *scratch = moe__take_floats(&arena, workers, MOE__MODEL_SCRATCH);
     for (int id = 0; id < MOE__T_COUNT; id++)
         for (size_t e = 0; e < plan.G && !status && plan.count[id]; e++) {
             if (e && moe__plan_tensors[id].region != MOE__IN_EXPERTS) break;

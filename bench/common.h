@@ -93,7 +93,7 @@ typedef struct bench_options {
     const char *shape, *pass, *isa, *peers; /* comma lists; peers may be "" */
     size_t threads[16], n_threads;
     size_t runs; /* 0: as many as fit, at least 7 */
-    int json, quiet, accumulate;
+    int json, quiet, accumulate, phases;
     FILE *csv;
     FILE *human; /* stdout, or stderr with --json */
 } bench_options;
@@ -150,7 +150,7 @@ static void bench_parse_threads(bench_options *o, const char *text)
     }
 }
 
-static const char *const bench_isa_names[] = {"auto", "scalar", "avx2", "avx512", "neon"};
+static const char *const bench_isa_names[] = {"auto", "scalar", "avx2", "avx512", "neon", "simd128"};
 static const char *const bench_pass_names[] = {"forward", "forward+backward"};
 static const char *const bench_peer_names[] = {"onednn", "openblas", "pytorch"};
 enum { BENCH_MAX_PEERS = 3, BENCH_MAX_RUNS = 1000 };
@@ -162,7 +162,8 @@ static void bench_usage(const char *program, const char *what, int with_pass)
     if (with_pass) {
         printf(
             "  --pass LIST      forward,forward+backward (default both)\n"
-            "  --accumulate     forward+backward adds to the gradients; without it they are fresh, as after a step\n");
+            "  --accumulate     forward+backward adds to the gradients; without it they are fresh, as after a step\n"
+            "  --phases         where a pass spends its time, and the share of the peak of each of its products\n");
     }
     printf("  --threads LIST   numbers of threads (default 1,2)\n"
            "  --isa LIST       auto, all, or of scalar,avx2,avx512,neon (default auto: the best)\n"
@@ -195,6 +196,7 @@ static bench_options bench_parse(int argc, char **argv, const char *what, const 
         if (strcmp(a, "--quiet") == 0) { o.quiet = 1; continue; }
         if (strcmp(a, "--no-huge") == 0) { bench_huge = 0; continue; }
         if (with_pass && strcmp(a, "--accumulate") == 0) { o.accumulate = 1; continue; }
+        if (with_pass && strcmp(a, "--phases") == 0) { o.phases = 1; continue; }
         if (i + 1 == argc) {
             fprintf(stderr, "bench: '%s' is not an option, or its value is missing (see --help)\n", a);
             exit(2);

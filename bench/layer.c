@@ -7,7 +7,14 @@
  * 1 GB of weights, as decoding does; nothing is left in the caches from the last time.
  * Peers: a loop over experts (gather, gemm, activation, gemm, scatter) around a library's sgemm, or in PyTorch.
  * They are given the routing; their router is neither computed nor timed. */
+#include <stddef.h>
+static void trace(void (*body)(void), size_t worker, int end);
+#define MOE_TRACE(body, worker, end) trace(body, worker, end)
+#undef MOE_NO_IMPLEMENTATION
+#define MOE_STATIC
+#define MOE_IMPLEMENTATION
 #include "peers.h"
+#include "peer_process.h"
 #include <signal.h>
 
 typedef struct layer_shape {
@@ -429,8 +436,7 @@ static double run_peer(void *self)
 /* ---- the peer: PyTorch, in a process of its own --------------------------------------------- */
 typedef struct torch {
     problem *p;
-    pid_t child;
-    FILE *to, *from;
+    peer_process process;
     float *y, *dx;
     char path[64];
 } torch;
@@ -442,26 +448,16 @@ static void torch_write(FILE *f, const void *data, size_t count)
 
 static void torch_stop(torch *t)
 {
-    if (t->to) fclose(t->to);
-    if (t->from) fclose(t->from);
-    if (t->child > 0) waitpid(t->child, NULL, 0);
+    peer_stop(&t->process);
     if (t->path[0]) unlink(t->path);
     free(t->y), free(t->dx);
     memset(t, 0, sizeof *t);
 }
 
-/* Sends a command, returns the number that comes back; negative if there is none. */
-static double torch_ask(torch *t, const char *command, size_t a, size_t b)
-{
-    double v;
-    if (fprintf(t->to, "%s %zu %zu\n", command, a, b) < 0 || fflush(t->to) != 0) return -1;
-    return fscanf(t->from, "%lf", &v) == 1 ? v : -1;
-}
-
 static double run_torch(void *self)
 {
     torch *t = (torch *)self;
-    double seconds = torch_ask(t, "run", bench_threads, t->p->repeats);
+    double seconds = peer_ask(&t->process, "run", bench_threads, t->p->repeats);
     if (seconds <= 0) bench_die("pytorch: the process ended early");
     return seconds / (double)(t->p->repeats * t->p->n_calls);
 }
@@ -475,7 +471,6 @@ static int torch_start(torch *t, problem *p)
                               (size_t)p->accumulate};
     enum { N_NUMBERS = sizeof numbers / sizeof numbers[0] };
     char text[N_NUMBERS][24], *args[3 + N_NUMBERS + 1] = {"/usr/bin/python3", (char *)(intptr_t)script, t->path};
-    int in[2], out[2];
     memset(t, 0, sizeof *t);
     if (access(script, R_OK) != 0) {
         fprintf(stderr, "bench: pytorch skipped: %s is not here; run it from the repository's root\n", script);
@@ -497,23 +492,9 @@ static int torch_start(torch *t, problem *p)
     torch_write(f, m->w.w2, weights);
     torch_write(f, p->y, n); /* where its results go */
     torch_write(f, p->dx, n);
-    if (fclose(f) != 0 || pipe(in) != 0 || pipe(out) != 0) bench_die("pytorch: no room for its input, or no pipe");
-    t->child = fork();
-    if (t->child == 0) {
-        dup2(in[0], STDIN_FILENO);
-        dup2(out[1], STDOUT_FILENO);
-        close(in[0]), close(in[1]), close(out[0]), close(out[1]);
-        /* malloc keeps what it has (new pages for each gradient would cost more than computing it) in huge pages */
-        setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:"
-                                 "glibc.malloc.trim_threshold=34359738368", 1);
-        if (getenv("PYTHON")) args[0] = getenv("PYTHON"); /* the default is the one that Debian's PyTorch is for */
-        execvp(args[0], args);
-        _exit(127);
-    }
-    close(in[0]), close(out[1]);
-    t->to = fdopen(in[1], "w"), t->from = fdopen(out[0], "r");
-    if (t->child < 0 || t->to == NULL || t->from == NULL) bench_die("pytorch: no process for it");
-    if (torch_ask(t, "check", 1, 0) < 0) { /* ends at once where PyTorch is not installed */
+    if (fclose(f) != 0) bench_die("pytorch: no room for its input");
+    peer_start(&t->process, args);
+    if (peer_ask(&t->process, "check", 1, 0) < 0) { /* ends at once where PyTorch is not installed */
         torch_stop(t);
         return 0;
     }
@@ -738,6 +719,74 @@ static void check_peer(peer_loop *l, const reference *r, const char *who)
     check_gradients(l->p, r, who);
 }
 
+/* ---- phases: the time of every task, by what it runs ---------------------------------------- */
+/* matrices: products of T k rows by d ff */
+typedef struct phase { const char *name; void (*body)(void); double matrices; } phase;
+#define PHASE(name, body, matrices) {name, (void (*)(void))(body), matrices}
+static const phase phases[] = {
+    PHASE("pack, route", moe__pass_pack_and_route, 0), PHASE("gather", moe__experts_gather, 0),
+    PHASE("up, activation", moe__experts_up, 2), PHASE("down", moe__experts_down, 1),
+    PHASE("combine", moe__combine_mix, 0), PHASE("finite?", moe__pass_y_block, 0),
+    PHASE("gather dy", moe__experts_gather_dy, 0), PHASE("down, activation back", moe__experts_down_back, 1),
+    PHASE("weights back", moe__experts_weights_back, 0), PHASE("biases, unused", moe__experts_biases_back, 0),
+    PHASE("gradient of w2", moe__experts_w2_back, 1), PHASE("gradient of w1, wu", moe__experts_w1_back, 2),
+    PHASE("up back", moe__experts_x_back, 2), PHASE("combine back", moe__combine_mix_back, 0),
+    PHASE("slots back", moe__pass_slots_back, 0), PHASE("gate back", moe__gate_weights_back, 0),
+};
+enum { N_PHASES = sizeof phases / sizeof phases[0], TRACE_WORKERS = 64 };
+static int tracing;
+static struct trace_worker { double start, seconds[N_PHASES]; char apart[64]; } traced[TRACE_WORKERS];
+
+static void trace(void (*body)(void), size_t worker, int end)
+{
+    if (!tracing || worker >= TRACE_WORKERS) return;
+    double now = bench_now();
+    if (!end) traced[worker].start = now;
+    for (size_t i = 0; i < N_PHASES && end; i++)
+        if (phases[i].body == body) traced[worker].seconds[i] += now - traced[worker].start;
+}
+
+/* One line a phase: its share of the threads' time, and of the peak where it is a product. What is left is waiting, and
+ * what one thread does alone: who goes where, and the products of the router's gradient. */
+static void print_phases(const bench_options *o, const problem *p, double wall, double peak)
+{
+    const double products = 2 * (double)(p->s.T * p->s.k) * (double)(p->s.d * p->s.ff);
+    static const struct { const char *name; size_t first, second; } kinds[] = {
+        {"forward", 2, 3}, {"data gradient", 7, 12}, {"weight gradient", 10, 11},
+    };
+    double seconds[N_PHASES] = {0}, busy = 0;
+    for (size_t i = 0; i < N_PHASES; i++)
+        for (size_t w = 0; w < TRACE_WORKERS; w++) seconds[i] += traced[w].seconds[i];
+    for (size_t i = 0; i < N_PHASES; i++) {
+        busy += seconds[i];
+        if (seconds[i] <= 0) continue;
+        fprintf(o->human, "    %-22s %5.1f%% of the time", phases[i].name, 100 * seconds[i] / wall);
+        if (phases[i].matrices > 0)
+            fprintf(o->human, ", %5.1f%% of peak", 100 * phases[i].matrices * products / seconds[i] / peak);
+        fputc('\n', o->human);
+    }
+    fprintf(o->human, "    %-22s %5.1f%%\n", "waiting, alone", 100 * (1 - busy / wall));
+    for (size_t i = 0; i < (p->m->training ? 3u : 1u); i++)
+        fprintf(o->human, "    the products of the %s: %.1f%% of peak\n", kinds[i].name,
+                300 * products / (seconds[kinds[i].first] + seconds[kinds[i].second]) / peak);
+}
+
+static void measure_phases(const bench_options *o, problem *p)
+{
+    double wall = 0, peak = bench_peak();
+    size_t runs = 0, repeats = p->repeats;
+    memset(traced, 0, sizeof traced);
+    tracing = 1;
+    p->repeats = 1;
+    while (runs < 3 || (wall < 0.5 && runs < 50)) wall += run_moe(p) * (double)p->n_calls, runs++;
+    tracing = 0;
+    p->repeats = repeats;
+    for (size_t w = 0; w < TRACE_WORKERS; w++)
+        for (size_t i = 0; i < N_PHASES; i++) traced[w].seconds[i] /= (double)(runs * p->n_calls);
+    /* a share of the threads' time, of the peak of all threads */
+    print_phases(o, p, wall / (double)(runs * p->n_calls) * (double)bench_threads, peak / (double)bench_threads);
+}
+
 /* ---- measure -------------------------------------------------------------------------------- */
 static void choose_repeats(problem *p)
 {
@@ -772,10 +821,11 @@ static void measure(const bench_options *o, problem *p, reference *r, peer_loop 
         check_peer(&loop[i], r, library[i].name);
         subject[n++] = (bench_subject){library[i].name, run_peer, &loop[i]};
     }
-    if (t->child) subject[n++] = (bench_subject){"pytorch", run_torch, t};
+    if (t->process.child) subject[n++] = (bench_subject){"pytorch", run_torch, t};
     choose_repeats(p);
     bench_measure(o, &row, subject, n);
     bench_print(o, &row);
+    if (o->phases) measure_phases(o, p);
 }
 
 static void measure_shape(const bench_options *o, const layer_shape *s, model *m, const peer_library *library,

@@ -5,8 +5,15 @@
  *     wikitext2    the default of build/wikitext2 --data: 4 layers of width 256, 8 experts of 256, two a token
  *     dense        the same with one feed-forward network of as many active parameters
  *     gpt2-124m    GPT-2's sizes at batch 4 x 64 tokens, AdamW, as llm.c's CPU program is timed: the same products, but
- *                  OLMoE's norms and rotation in place of LayerNorm, biases and learned positions */
-#include "common.h"
+ *                  OLMoE's norms and rotation in place of LayerNorm, biases and learned positions
+ *
+ * --peers pytorch times the same step of gpt2-124m in PyTorch (bench/peer_train.py) in turns with it: the same network
+ * of random weights, plain PyTorch as one writes it.
+ *
+ * --phases prints what the time goes into instead, in processor time of all threads, which neighbours on the machine do
+ * not lengthen as they do the clock on the wall; and the share of the peak by the same clock. */
+#include "peer_process.h"
+#include <signal.h>
 
 #include "examples/common/language.h"
 
@@ -49,7 +56,114 @@ static double run_step(void *self)
     return bench_now() - start;
 }
 
-static void measure(const bench_options *o, const train_shape *s)
+static double run_peer(void *self)
+{
+    double seconds = peer_ask((peer_process *)self, "run", bench_threads, 1);
+    if (seconds <= 0) bench_die("pytorch: the process ended early");
+    return seconds;
+}
+
+/* Starts the peer of a dense shape and takes its first step, whose loss has to be about that of our random weights. */
+static int start_peer(peer_process *p, const train_shape *s, double nats)
+{
+    static const char script[] = "bench/peer_train.py";
+    const size_t numbers[] = {s->batch, s->shape.length, s->shape.d, s->shape.layers, s->shape.heads, s->shape.vocab,
+                              s->hidden};
+    enum { N_NUMBERS = sizeof numbers / sizeof numbers[0] };
+    char text[N_NUMBERS][24], *args[2 + N_NUMBERS + 1] = {"/usr/bin/python3", (char *)(intptr_t)script};
+    if (access(script, R_OK) != 0) {
+        fprintf(stderr, "bench: pytorch skipped: %s is not here; run it from the repository's root\n", script);
+        return 0;
+    }
+    signal(SIGPIPE, SIG_IGN); /* it ends at once where PyTorch is not installed */
+    for (size_t i = 0; i < N_NUMBERS; i++) snprintf(args[2 + i] = text[i], sizeof text[i], "%zu", numbers[i]);
+    peer_start(p, args);
+    double loss = peer_ask(p, "loss", 1, 0);
+    if (loss < 0) {
+        peer_stop(p);
+        return 0;
+    }
+    if (fabs(loss - nats) > 0.2) bench_die("pytorch: its first loss is %g, ours %g", loss, nats);
+    return 1;
+}
+
+static void measure_step(const bench_options *o, const train_shape *s, trained *t, double nats)
+{
+    peer_process peer = {0, NULL, NULL};
+    bench_subject subject[] = {{"moe.h", run_step, t}, {"pytorch", run_peer, &peer}};
+    int peers = s->shape.optimizer == LM_ADAMW && bench_listed(o->peers, "pytorch") && start_peer(&peer, s, nats);
+    double model = lm_flops(t->m, t->m->rows);
+    bench_row r = {.shape = s->name, .pass = "training step", .flops = model + lm_step_flops(t->m)};
+    bench_measure(o, &r, subject, 1 + (size_t)peers);
+    snprintf(r.note, sizeof r.note, "%.0f tokens/s; the model's products alone %.1f%%", (double)t->m->rows / r.seconds,
+             100 * r.peak_share * model / r.flops);
+    bench_print(o, &r);
+    if (peers) peer_stop(&peer);
+}
+
+/* ---- phases --------------------------------------------------------------------------------- */
+static double processor_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Operations of a thread in a second of processor time: the best of a few bursts. */
+static double processor_peak(void)
+{
+    enum { BURSTS = 8, STEPS = 400000 };
+    bench_loops l = bench_loops_of(moe_active_isa());
+    double best = 0;
+    for (int burst = 0; burst < BURSTS; burst++) {
+        double start = processor_now();
+        l.fma(STEPS);
+        double flops = 24.0 * STEPS * (double)l.width / (processor_now() - start);
+        if (flops > best) best = flops;
+    }
+    return best;
+}
+
+static void print_phases(const bench_options *o, const train_shape *s, const lm_watch *watch, double flops, double peak)
+{
+#define PHASE_NAME(name, text) text,
+    static const char *const names[] = {LM_PHASES(PHASE_NAME)};
+    double sum = 0;
+    for (int i = 0; i < LM_PHASE_COUNT; i++) sum += watch->seconds[i][0] + watch->seconds[i][1];
+    fprintf(o->human, "%s, %s, %zu thread%s: %.1f ms of processor time a step, %.1f%% of the peak of %.1f GFLOP/s\n",
+            s->name, moe_isa_name(moe_active_isa()), bench_threads, bench_threads == 1 ? "" : "s", 1e3 * sum,
+            100 * flops / sum / peak, 1e-9 * peak);
+    for (int i = 0; i < LM_PHASE_COUNT; i++) {
+        const double *t = watch->seconds[i];
+        fprintf(o->human, "    %-24s %8.1f ms forward or step, %8.1f ms backward  %5.1f%%\n", names[i], 1e3 * t[0],
+                1e3 * t[1], 100 * (t[0] + t[1]) / sum);
+        if (o->json)
+            printf("{\"shape\":\"%s\",\"threads\":%zu,\"phase\":\"%s\",\"ms\":%.6g,\"backward_ms\":%.6g}\n", s->name,
+                   bench_threads, names[i], 1e3 * t[0], 1e3 * t[1]);
+    }
+}
+
+/* The median over the runs of each part. */
+static void measure_phases(const bench_options *o, const train_shape *s, trained *t)
+{
+    enum { PARTS = 2 * LM_PHASE_COUNT };
+    double part[PARTS][BENCH_MAX_RUNS], peak = processor_peak();
+    size_t runs = o->runs ? o->runs : 7;
+    lm_watch watch = {processor_now, 0, {{0}}};
+    for (size_t i = 0; i < runs; i++) {
+        memset(watch.seconds, 0, sizeof watch.seconds);
+        watch.last = processor_now();
+        t->m->watch = &watch;
+        run_step(t);
+        t->m->watch = NULL;
+        for (size_t k = 0; k < PARTS; k++) part[k][i] = watch.seconds[k / 2][k % 2];
+        peak = fmax(peak, processor_peak());
+    }
+    for (size_t k = 0; k < PARTS; k++) watch.seconds[k / 2][k % 2] = bench_median(part[k], runs);
+    print_phases(o, s, &watch, lm_flops(t->m, t->m->rows) + lm_step_flops(t->m), peak);
+}
+
+static void measure(const bench_options *o, const train_shape *s, int phases)
 {
     moe_desc desc = {0};
     bench_ok(moe_desc_system(&desc, s->choices), "moe_desc_system");
@@ -60,13 +174,10 @@ static void measure(const bench_options *o, const train_shape *s)
     size_t rows = s->batch * s->shape.length;
     trained t = {lm_new(&s->shape, &desc, rows), (int32_t *)bench_array(rows + 1, sizeof *t.token)};
     for (size_t i = 0; i <= rows; i++) t.token[i] = (int32_t)(moe_rand_u32(1, 0, i) % s->shape.vocab);
+    double nats = lm_forward(t.m, t.token, t.token + 1, rows, NULL) / (double)rows;
     run_step(&t);
-    bench_subject subject = {"moe.h", run_step, &t};
-    bench_row r = {.shape = s->name, .pass = "training step", .flops = lm_flops(t.m, rows) + lm_step_flops(t.m)};
-    bench_measure(o, &r, &subject, 1);
-    snprintf(r.note, sizeof r.note, "%.0f tokens/s; the model's products alone %.1f%%", (double)rows / r.seconds,
-             100 * r.peak_share * lm_flops(t.m, rows) / r.flops);
-    bench_print(o, &r);
+    if (phases) measure_phases(o, s, &t);
+    else measure_step(o, s, &t, nats);
     lm_free(t.m);
     free(t.token);
 }
@@ -74,16 +185,22 @@ static void measure(const bench_options *o, const train_shape *s)
 int main(int argc, char **argv)
 {
     const char *names[N_SHAPES];
+    int phases = 0, kept = 1;
     for (size_t i = 0; i < N_SHAPES; i++) names[i] = shapes[i].name;
+    for (int i = 1; i < argc; i++) { /* the one option that the other benchmarks have not */
+        if (strcmp(argv[i], "--phases") == 0) phases = 1;
+        else argv[kept++] = argv[i];
+    }
+    argc = kept;
     bench_options o = bench_parse(argc, argv, "a whole training step of a language model", names, N_SHAPES, 0,
                                   print_shapes);
-    bench_header(&o, 0);
+    if (!phases) bench_header(&o, (size_t)bench_listed(o.peers, "pytorch"));
     for (moe_isa_kind isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
         if (!bench_use_isa(&o, isa)) continue;
         for (size_t k = 0; k < o.n_threads; k++) {
             if (!bench_use_threads(o.threads[k])) continue;
             for (size_t i = 0; i < N_SHAPES; i++)
-                if (bench_listed(o.shape, shapes[i].name)) measure(&o, &shapes[i]);
+                if (bench_listed(o.shape, shapes[i].name)) measure(&o, &shapes[i], phases);
         }
     }
     return 0;

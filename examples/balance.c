@@ -77,22 +77,21 @@ typedef struct result {
 // What a method's desc is at a coefficient.
 static moe_desc layer_desc(const config *o, const method *m, double coef) {
     moe_desc d = {0};
-    size_t at = 0;
     char text[64];
     d.d_model = NET_D;
     d.sequence = NET_T;
     d.d_ff = D_FF;
     d.n_experts = o->e.experts ? o->e.experts : 8;
     d.top_k = 1;
-    moe_status s = moe_desc_parse(&d, m->set, &at);
+    nn_set("balance", &d, m->set);
     if (o->e.top_k) nn_top_k(&d, o->e.top_k);
     snprintf(text, sizeof text, "%.9g", coef);
-    if (!s && m->field) s = moe_desc_set(&d, m->field, text);
+    if (m->field) nn_must(moe_desc_set(&d, m->field, text));
     d.weight_decay = o->e.plan.decay;
     d.seed = o->e.plan.seed + 1;
     d.parallel.n_threads = o->e.plan.threads;
-    if (!s) s = moe_desc_resolve(&d, &d);
-    if (s) args_fail("balance", "%s: %s", m->name, moe_status_string(s));
+    snprintf(text, sizeof text, "%s: ", m->name);
+    nn_resolve("balance", text, &d);
     return d;
 }
 
@@ -292,16 +291,14 @@ static void write_page(const config *o, const result *r, size_t n) {
 // ---- the program ----
 
 // The trainings that --method and --sweep ask for, in the order of the table; returns how many.
-static const char *method_name(size_t i) { return methods[i].name; }
+static const char *method_name(void *unused, size_t i) { // for experiment_choose
+    (void)unused;
+    return i < METHODS ? methods[i].name : NULL;
+}
 static size_t choose(const config *o, result *r) {
     unsigned char chosen[METHODS] = {0};
-    char wrong[128], names[1024] = "";
     size_t n = 0;
-    if (experiment_choose(o->method, METHODS, method_name, chosen, wrong)) {
-        for (size_t k = 0; k < METHODS; k++)
-            snprintf(names + strlen(names), sizeof names - strlen(names), " %s", methods[k].name);
-        args_fail("balance", "--method: there is no '%s'; there are:%s", wrong, names);
-    }
+    experiment_choose("balance", "method", o->method, METHODS, method_name, chosen);
     for (size_t i = 0; i < METHODS; i++) {
         size_t count = o->sweep && methods[i].field ? SWEEP : 1;
         for (size_t k = 0; chosen[i] && k < count; k++, n++) {

@@ -927,12 +927,10 @@ static void parse(config *o, int argc, char **argv) {
     };
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o->isa)) args_fail("cifar10", "--isa: there is no '%s'", o->isa);
-    if (!moe_system_find(o->system)) {
-        char near[200];
-        moe_system_near(o->system, near, sizeof near);
-        args_fail("cifar10", "--system: there is no '%s'; near it: %s", o->system, near);
-    }
+    nn_isa("cifar10", o->isa);
+    moe_desc desc = {0};
+    nn_system("cifar10", &desc, o->system); // before anything is read
+    nn_set("cifar10", &desc, o->set);
 }
 
 // What the data decide unless a flag does.
@@ -966,8 +964,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     desc.seed = o->seed + 1;
     if (o->grow && !by_dynmoe(o)) desc.growth = MOE_ON;
     desc.parallel.n_threads = o->threads;
-    moe_status status = moe_desc_resolve(&desc, &desc);
-    if (status) args_fail("cifar10", "--%s", moe_status_string(status));
+    nn_resolve("cifar10", "", &desc);
     return desc;
 }
 

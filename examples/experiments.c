@@ -29,7 +29,10 @@ static const struct {
 };
 enum { EXPERIMENTS = sizeof experiments / sizeof *experiments };
 
-static const char *experiment_name(size_t i) { return experiments[i].name; }
+static const char *experiment_name(void *unused, size_t i) { // for experiment_choose
+    (void)unused;
+    return i < EXPERIMENTS ? experiments[i].name : NULL;
+}
 
 // The processor's name, where the system tells it.
 static void machine(char *out, size_t size) {
@@ -88,12 +91,10 @@ static void parse(exp_run *e, unsigned char chosen[EXPERIMENTS], int argc, char 
         ARGS_DATA(&e->data), ARGS_STEPS(&e->steps), ARGS_SEED(&e->seed), ARGS_THREADS(&e->threads), ARGS_ISA(&e->isa),
         ARGS_OUT(&e->out), ARGS_JSON(&e->json), ARGS_QUIET(&e->quiet),
     };
-    char wrong[128];
     args_parse("experiments", "Puts what the sources claim to a test.", options, sizeof options / sizeof *options,
                argc, argv);
-    if (!nn_use_isa(e->isa)) args_fail("experiments", "--isa: there is no '%s'", e->isa);
-    if (experiment_choose(e->only, EXPERIMENTS, experiment_name, chosen, wrong))
-        args_fail("experiments", "--only: there is no '%s'; there are: ecology simbal phases collapse", wrong);
+    nn_isa("experiments", e->isa);
+    experiment_choose("experiments", "only", e->only, EXPERIMENTS, experiment_name, chosen);
     e->argv0 = argv[0];
     e->parallel.n_threads = e->threads;
 }

@@ -81,7 +81,10 @@ static const method methods[] = {
     {"locality", TOP "loss.switch=0.01 loss.locality=0.1", 0, 0, 1, 1},
 };
 enum { METHODS = sizeof methods / sizeof *methods };
-static const char *method_name(size_t i) { return methods[i].name; }
+static const char *method_name(void *unused, size_t i) { // for experiment_choose
+    (void)unused;
+    return i < METHODS ? methods[i].name : NULL;
+}
 
 typedef struct config {
     experiment e;
@@ -107,7 +110,8 @@ static moe_desc layer_desc(const config *o, const method *m) {
     nn_set("expert_parallel", &d, m->set);
     if (o->e.top_k) nn_top_k(&d, o->e.top_k);
     if (m->ranks) d.n_ranks = (size_t)o->w.size;
-    if (o->set) nn_set("expert_parallel", &d, o->set);
+    nn_set("expert_parallel", &d, o->set);
+    nn_resolve("expert_parallel", "", &d);
     return d;
 }
 // The collapse begins: one number of each token is the same, and the first expert likes it.
@@ -366,25 +370,25 @@ static void parse(config *o, int argc, char **argv) {
         {"method", ARGS_TEXT, &o->method, "NAMES", "standard,llep,balanced,gating-dropout,sorted,locality", 0, 0},
         {"min-tokens", ARGS_SIZE, &o->min_tokens, "N", "LLEP: fewer tokens do not travel", 1, 0},
     };
-    char wrong[128];
     args_parse("expert_parallel", "Trains a mixture whose experts lie on the processes of an MPI job.", options,
                sizeof options / sizeof *options, argc, argv);
-    if (experiment_choose(o->method, METHODS, method_name, o->chosen, wrong))
-        args_fail("expert_parallel", "--method: there is no '%s'", wrong);
+    experiment_choose("expert_parallel", "method", o->method, METHODS, method_name, o->chosen);
     if (!o->e.experts) o->e.experts = 12;
     if (!o->e.plan.batch) o->e.plan.batch = 48;
     if (!o->e.plan.threads) o->e.plan.threads = 1;
     if (o->e.experts % (size_t)o->w.size)
         args_fail("expert_parallel", "%d processes do not divide %zu experts", o->w.size, o->e.experts);
 }
+static int runs(const config *o, size_t i) { return o->chosen[i] && (!methods[i].ranks || o->w.size > 1); }
 static void begin(config *o) {
     experiment_begin(&o->e);
     if (o->w.rank) return;
     experiment_config(&o->e);
     json_whole(&o->e.lines, "ranks", (uint64_t)o->w.size);
     for (size_t i = 0; i < METHODS; i++) {
+        if (!runs(o, i)) continue;
         moe_desc d = layer_desc(o, &methods[i]);
-        if (o->chosen[i]) experiment_layer(&o->e, methods[i].name, &d);
+        experiment_layer(&o->e, methods[i].name, &d);
     }
     json_end(&o->e.lines);
     fprintf(o->e.human, "%d ranks, %zu steps of %zu images\n", o->w.size, o->e.plan.total, o->e.plan.batch);
@@ -405,7 +409,7 @@ int main(int argc, char **argv) {
     if (o.w.rank) o.e.human = stdout, o.e.quiet = 1;
     begin(&o);
     for (size_t i = 0; i < METHODS; i++) {
-        if (!o.chosen[i] || (methods[i].ranks && o.w.size == 1)) continue;
+        if (!runs(&o, i)) continue;
         r[n] = train(&o, &methods[i]);
         if (o.w.rank == 0) write_final(&o.e.lines, &o, &r[n]), print_result(o.e.human, &r[n]);
         n++;

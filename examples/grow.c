@@ -491,7 +491,7 @@ static void parse(config *o, int argc, char **argv) {
     };
     args_parse("grow", "Lets a mixture grow while it learns MNIST, with and without the brakes that growth needs.",
                options, sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o->isa)) args_fail("grow", "--isa: there is no '%s'", o->isa);
+    nn_isa("grow", o->isa);
     if (!o->plan.epochs) o->plan.epochs = 16;
     if (o->plan.epochs > MAX_EPOCHS) args_fail("grow", "--epochs: at most %d", MAX_EPOCHS);
     if (!o->seeds) o->seeds = o->compare ? 5 : 1;

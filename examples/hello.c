@@ -24,7 +24,8 @@ int main(void) {
     double error = moe_sum_squares(NULL, N * D, dy) * N * D / 4;
     moe_health health = {0};
     if (!status) status = moe_layer_health(layer, &health);
-    if (status) puts(moe_status_string(status));
+    char why[300];
+    if (status) moe_desc_explain(status, &desc, NULL, why, sizeof why), puts(why);
     printf("error %.4f  entropy %.2f  load cv %.2f  dead experts %zu\n", error, health.entropy, health.load_cv,
            health.n_dead);
     moe_layer_free(layer);

@@ -537,7 +537,7 @@ static void use_sample(options *o, const char *program) {
     if (o->temperature <= 0) o->temperature = 0.8; // the likeliest token over and over is dull
 }
 static void check_options(options *o, const char *program) {
-    if (!nn_use_isa(o->isa)) args_fail("llm", "--isa: there is no '%s'", o->isa);
+    nn_isa("llm", o->isa);
     int all = strcmp(o->format, "all") == 0, other = o->ids || o->encode || o->decode;
     while (!all && moe_format_name(o->llm.experts) && strcmp(o->format, moe_format_name(o->llm.experts)) != 0)
         o->llm.experts = (moe_format_kind)(o->llm.experts + 1);

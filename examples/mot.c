@@ -372,7 +372,7 @@ static void parse(config *o, int argc, char **argv) {
     };
     args_parse("mot", "Trains a mixture of transformers in three stages, and what its theory compares it with.",
                options, sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o->isa)) args_fail("mot", "--isa: there is no '%s'", o->isa);
+    nn_isa("mot", o->isa);
     if (!o->steps) o->steps = 1000;
     if (o->lr <= 0) o->lr = 0.1;
     if (!o->experts) o->experts = 2 * o->classes;

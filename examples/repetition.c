@@ -523,7 +523,7 @@ int main(int argc, char **argv) {
         ARGS_QUIET(&o.quiet)};
     args_parse("repetition", "Repeated prompts against a mixture-of-experts language model.", flags,
                sizeof flags / sizeof *flags, argc, argv);
-    if (!nn_use_isa(o.isa)) args_fail("repetition", "--isa: there is no '%s'", o.isa);
+    nn_isa("repetition", o.isa);
     o.llm.quiet = o.quiet;
     l.o = &o;
     defence[DYNAMIC].window = o.prompts;

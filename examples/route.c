@@ -41,7 +41,8 @@ int main(void) {
     if (!status) status = moe_routes_fill(&tape->routes, T, index, weight, 0, MOE_ORDER_TOKEN); // 0: no capacity
     if (!status) status = moe_experts_forward(tape, params, y);
     if (!status) status = moe_experts_backward(tape, params, dy, 1, d_params, d_weight, dx);
-    if (status) puts(moe_status_string(status));
+    char why[300];
+    if (status) moe_desc_explain(status, &desc, NULL, why, sizeof why), puts(why);
     for (size_t e = 0; e < E && !status; e++)
         printf("expert %zu: %u tokens\n", e, tape->routes.begin[e + 1] - tape->routes.begin[e]);
     for (size_t t = 0; t < T && !status; t++)

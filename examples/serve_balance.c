@@ -388,7 +388,7 @@ static void settle(config *o, const char *argv0) {
     o->llm.threads = o->e.plan.threads;
     o->llm.quiet = o->e.quiet;
     if (o->language) {
-        if (!nn_use_isa(o->e.isa)) args_fail("serve_balance", "--isa: there is no '%s'", o->e.isa);
+        nn_isa("serve_balance", o->e.isa);
         o->e.human = o->e.json ? stderr : stdout;
         quarters(o, o->llm.context);
         return;
@@ -400,15 +400,13 @@ static void settle(config *o, const char *argv0) {
     o->e.plan.total = (images - o->calibrate) / most * o->e.epochs;
     if (o->e.steps && o->e.steps < o->e.plan.total) o->e.plan.total = o->e.steps;
     quarters(o, most);
-    moe_status status = moe_desc_system(&o->desc, o->system);
-    if (status) args_fail("serve_balance", "--system: there is no '%s'", o->system);
+    nn_system("serve_balance", &o->desc, o->system);
     o->desc.d_model = NET_D, o->desc.d_ff = o->hidden, o->desc.sequence = NET_T;
     if (o->e.experts) o->desc.n_experts = o->e.experts;
     if (o->e.top_k) nn_top_k(&o->desc, o->e.top_k);
     nn_set("serve_balance", &o->desc, o->set);
     o->desc.seed = o->e.plan.seed, o->desc.parallel.n_threads = o->e.plan.threads;
-    status = moe_desc_resolve(&o->desc, &o->desc);
-    if (status) args_fail("serve_balance", "--%s", moe_status_string(status));
+    nn_resolve("serve_balance", "", &o->desc);
 }
 
 int main(int argc, char **argv) {

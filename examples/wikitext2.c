@@ -109,7 +109,8 @@ static void speak(lm *m, const corpus *c, uint64_t seed, uint64_t epoch, char *o
     bpe_encoder_free(&e);
     for (; n < T && n < SAMPLE_TOKENS && used + 1 < size; n++) {
         lm_body(m, token, T, NULL);
-        tb_linear(&m->run, 1, m->shape.d, V, m->xf + (n - 1) * m->shape.d, m->bank.value + m->head, p);
+        tb_head h = {.vocab = V, .x = m->xf, .w = m->bank.value + m->head, .logits = p};
+        tb_head_products(&m->run, &h, n - 1, 1, 0);
         nn_must(moe_softmax(1, V, 0.8f, p, p));
         double draw = moe_rand_u32(seed, 9000 + epoch, n) / 4294967296.0, sum = 0;
         size_t next = 0;
@@ -415,9 +416,7 @@ static moe_desc mixture(const config *o, uint64_t seed) {
     if (o->experts && !o->dense) d.n_experts = o->experts;
     if (o->top_k && !o->dense) nn_top_k(&d, o->top_k);
     if (d.expert == MOE_EXPERT_DEFAULT) d.expert = MOE_EXPERT_SWIGLU;
-    size_t at = 0;
-    if (o->set && !o->dense && moe_desc_parse(&d, o->set, &at) != MOE_OK)
-        args_fail("wikitext2", "--set: '%s' is not understood", o->set + at);
+    if (!o->dense) nn_set("wikitext2", &d, o->set);
     if (!d.d_ff) d.d_ff = o->hidden;
     d.sequence = o->shape.length;
     if (d.schedule_steps) d.schedule_steps = o->steps * 3 / 4;
@@ -425,15 +424,14 @@ static moe_desc mixture(const config *o, uint64_t seed) {
     d.beta2 = 0.95f;
     d.seed = seed * 1000 + 1;
     d.parallel.n_threads = o->threads;
-    moe_status s = moe_desc_resolve(&d, &d);
-    if (o->dense && !s) { // as wide as all that one token of the mixture uses
+    nn_resolve("wikitext2", "", &d);
+    if (o->dense) { // as wide as all that one token of the mixture uses
         config other = *o;
         other.dense = 0;
         moe_desc m = mixture(&other, seed);
         d.d_ff = (m.top_k + m.n_shared) * m.d_ff;
-        s = moe_desc_resolve(&d, &d);
+        nn_resolve("wikitext2", "", &d);
     }
-    if (s) args_fail("wikitext2", "--%s", moe_status_string(s));
     return d;
 }
 
@@ -538,15 +536,14 @@ static void parse(config *o, int argc, char **argv) {
     };
     args_parse("wikitext2", "Trains a small language model with Mixture-of-Experts layers on WikiText-2.", options,
                sizeof options / sizeof *options, argc, argv);
-    if (!nn_use_isa(o->isa)) args_fail("wikitext2", "--isa: there is no '%s'", o->isa);
+    nn_isa("wikitext2", o->isa);
     static const char *const optimizer[] = {"muon", "mixed", "adamw"};
     while (s->optimizer <= LM_ADAMW && strcmp(o->optimizer, optimizer[s->optimizer]) != 0) s->optimizer++;
-    if (s->optimizer > LM_ADAMW) args_fail("wikitext2", "--optimizer: there is no '%s'", o->optimizer);
-    if (!moe_system_find(o->system)) {
-        char near[200];
-        moe_system_near(o->system, near, sizeof near);
-        args_fail("wikitext2", "--system: there is no '%s'; near it: %s", o->system, near);
-    }
+    if (s->optimizer > LM_ADAMW)
+        args_fail("wikitext2", "--optimizer: there is no '%s'; there are: muon, mixed, adamw", o->optimizer);
+    moe_desc desc = {0};
+    nn_system("wikitext2", &desc, o->system); // before anything is read
+    nn_set("wikitext2", &desc, o->set);
     if (strstr(moe_system_find(o->system)->limits, "not causal"))
         args_fail("wikitext2", "--system: %s sees what comes after a token: %s", o->system,
                   moe_system_find(o->system)->limits);

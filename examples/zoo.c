@@ -32,7 +32,7 @@ typedef struct config {
     experiment e;
     const char *system, *set;
     size_t seeds;
-    int as_is, markdown;
+    int as_is, markdown, list;
     double output; // root mean square of dense's output at the start over that of its input
 } config;
 
@@ -574,24 +574,36 @@ static void write_page(const config *o, const result *r, size_t n) {
 
 // ---- the program ----
 
-// The rows that --system asks for, in the order of the table.
-static const char *system_name(size_t i) { return moe_system_at(i)->name; }
+enum { MOST_SYSTEMS = 128 }; // rows and aliases
+
+// The rows that --system asks for, in the order of the table; then the aliases, each as a row of its name.
 static size_t choose(const config *o, const moe_system **row) {
-    char wrong[128], near[512];
-    size_t n = 0, count = moe_systems_count();
-    unsigned char *chosen = allocate(count, 1);
-    if (experiment_choose(o->system, count, system_name, chosen, wrong)) {
-        moe_system_near(wrong, near, sizeof near);
-        args_fail("zoo", "--system: there is no '%s'%s%s", wrong, *near ? "; near: " : "", near);
+    static moe_system system[MOST_SYSTEMS];
+    size_t n = 0, rows = moe_systems_count();
+    unsigned char chosen[MOST_SYSTEMS] = {0};
+    experiment_choose("zoo", "system", o->system, rows, moe_system_name, chosen);
+    for (size_t i = 0; moe_system_name(NULL, i); i++) {
+        if (!chosen[i]) continue;
+        system[i] = *moe_system_find(moe_system_name(NULL, i));
+        system[i].name = moe_system_name(NULL, i);
+        row[n++] = &system[i];
     }
-    for (size_t i = 0; i < count; i++)
-        if (chosen[i]) row[n++] = moe_system_at(i);
-    free(chosen);
     return n;
+}
+
+// --list
+static int list_systems(void) {
+    const moe_alias *a;
+    for (size_t i = 0; i < moe_systems_count(); i++)
+        printf("%-18s %s\n", moe_system_at(i)->name, moe_system_at(i)->title);
+    for (size_t i = 0; (a = moe_system_alias(i)) != NULL; i++)
+        printf("%-18s = %s %s\n", a->name, a->system, a->choices);
+    return 0;
 }
 
 static moe_desc layer_desc(const config *o, const moe_system *row, size_t d_ff) {
     moe_desc d = {0};
+    char whose[40];
     moe_status s = moe_desc_system(&d, row->name);
     const mend *own = mend_of(o, row);
     d.d_model = D;
@@ -606,8 +618,9 @@ static moe_desc layer_desc(const config *o, const moe_system *row, size_t d_ff) 
     d.weight_decay = o->e.plan.decay;
     d.seed = o->e.plan.seed + 1;
     d.parallel.n_threads = o->e.plan.threads;
-    if (!s) s = moe_desc_resolve(&d, &d);
-    if (s) args_fail("zoo", "%s: %s", row->name, moe_status_string(s));
+    nn_must(s);
+    snprintf(whose, sizeof whose, "%s: ", row->name);
+    nn_resolve("zoo", whose, &d);
     return d;
 }
 
@@ -735,16 +748,18 @@ int main(int argc, char **argv) {
     config o = {.e = experiment_defaults("zoo"), .system = "all", .seeds = 1};
     args_option options[] = {
         EXPERIMENT_OPTIONS(&o.e),
-        ARGS_SYSTEM(&o.system, "a name, or several with commas between"),
+        ARGS_SYSTEM(&o.system, "a name of --list, or several with commas"),
         ARGS_SET(&o.set),
         ARGS_SEEDS(&o.seeds),
         {"as-is", ARGS_FLAG, &o.as_is, NULL, "experts of one width, outputs as they begin: rows of different size", 0,
          0},
+        {"list", ARGS_FLAG, &o.list, NULL, "only name the systems, and the aliases with what they stand for", 0, 0},
         {"markdown", ARGS_FLAG, &o.markdown, NULL, "print the table as Markdown", 0, 0},
     };
     args_parse("zoo", "Trains every routing system on the same pictures with the same budget.", options,
                sizeof options / sizeof *options, argc, argv);
-    const moe_system **row = allocate(moe_systems_count(), sizeof *row);
+    if (o.list) return list_systems();
+    const moe_system *row[MOST_SYSTEMS];
     size_t n = choose(&o, row);
     experiment_load(&o.e, argv[0], (experiment_by_data){{20, 5}, {2e-3, 4e-3}});
     moe_desc *desc = allocate(n, sizeof *desc);
@@ -755,7 +770,6 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i <= n; i++) free(r[i].load), dead_free(&r[i].dead);
     experiment_free(&o.e);
     free(r);
-    free(row);
     free(desc);
     return 0;
 }

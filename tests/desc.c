@@ -257,6 +257,7 @@ static void test_fields(void) {
         int odd = i ? past[i] : 2;
         BAD_FIELD(route_sequence, odd, MOE_E_ROUTE_SEQUENCE);
         BAD_FIELD(freeze_router, odd, MOE_E_FREEZE_ROUTER);
+        BAD_FIELD(sparse_step, odd, MOE_E_SPARSE_STEP);
         BAD_FIELD(residual, odd, MOE_E_RESIDUAL);
         BAD_FIELD(learn_temperature, odd, MOE_E_LEARN_TEMPERATURE);
         BAD_FIELD(fallback, odd, MOE_E_FALLBACK);
@@ -317,8 +318,128 @@ static void test_ecology(void) {
     CHECK(isnan(moe_desc_ecology(&d)) && isnan(moe_desc_ecology(NULL)));
 }
 
+/* ---- why a desc is refused ---- */
+static const char *why(const char *set) {
+    static char text[900];
+    moe_desc d = small_desc(), r;
+    size_t at = 0;
+    moe_status status = moe_desc_parse(&d, set, &at);
+    if (!status) status = moe_desc_resolve(&d, &r);
+    d = small_desc();
+    moe_desc before = d;
+    size_t n = moe_desc_explain(status, &d, set, text, sizeof text);
+    CHECK(n == strlen(text) && same_desc(&d, &before));
+    return text;
+}
+static void test_explain(void) {
+    static const char *const cases[][2] = {
+        {"topk=2", "topk: no such field; did you mean top_k, top_p?"},
+        {"top_k=2 loss.swich=1", "loss.swich: no such field; did you mean loss.switch?"},
+        {"zzzzzz=1", "zzzzzz: no such field"},
+        {"top_k = 2",
+         "top_k: no value, for which write field=value without blanks: must be a whole number, at least 0"},
+        {"top_k=-1", "top_k = -1: must be a whole number, at least 0"},
+        {"n_experts=2000000", "n_experts = 2000000: must be a whole number, 1 to 1048576"},
+        {"top_k=4", "top_k = 4: must be 1 to n_experts (n_experts = 3)"},
+        {"gate=relus", "gate = relus: must be one of default, softmax, softmax-selected, sigmoid, relu, sign, "
+         "sparsemixer; did you mean relu?"},
+        {"bias=yes", "bias = yes: must be one of false, null, true"},
+        {"bias=treu", "bias = treu: must be one of false, null, true; did you mean true?"},
+        {"capacity_factor=-2", "capacity_factor = -2: must be a number, at least 0, or off"},
+        {"capacity_factor=two", "capacity_factor = two: must be a number, at least 0, or off"},
+        {"temperature=-1", "temperature = -1: must be a number, at least 0"}, /* has no off */
+        {"top_p=1.5", "top_p = 1.5: must be a number, 0 to 1"},
+        {"threshold=nan", "threshold = nan: must be a number, or off"},
+        {"loss.z=-0.5", "loss.z = -0.5: must be a number, at least 0, or off"},
+        {"combine=soft", "select = top-k: must be all for combine = soft and merge (combine = soft)"},
+        {"loss.load=1", "loss.load = 1: needs noise = gaussian or learned (noise = none)"},
+        {"top_k_min=1",
+         "top_k_min = 1: must be at most top_k, and needs schedule_steps (top_k = 2, schedule_steps = 0)"},
+        {"score=slice",
+         "d_model = 4: must be a multiple of n_experts for score = slice (n_experts = 3, score = slice)"},
+        {"d_ff=18446744073709551615", "size: the memory needed does not fit in size_t or an index in 31 bits"},
+        {"", "ok"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (!CHECK(!strcmp(why(cases[i][0]), cases[i][1]))) printf("        %s\n", why(cases[i][0]));
+    const char *one = why("top_k=1 normalize=true"); /* its sentence names the field itself: not shown again */
+    CHECK(!strncmp(one, "normalize = true: ", 18) && !strstr(one + 18, "normalize = ") && strstr(one, "(top_k = 1, "));
+}
+/* Every field has its message, whatever fields there are: their names are those of the JSON. */
+static void test_explain_every_field(void) {
+    char json[6000], name[64], text[80], want[80];
+    moe_desc d = small_desc();
+    size_t fields = 0;
+    for (int l = 0; l < MOE_LOSS_COUNT; l++) d.loss[l] = 1;
+    CHECK(moe_desc_json(&d, json, sizeof json) < sizeof json);
+    for (const char *at = json; (at = strstr(at + 1, "\":")) != NULL; fields++) {
+        const char *begin = at;
+        while (begin[-1] != '"') begin--;
+        snprintf(name, sizeof name, "%.*s", (int)(at - begin), begin);
+        snprintf(text, sizeof text, "%s=?", name), snprintf(want, sizeof want, "%s = ?: must be ", name);
+        if (!CHECK(!strncmp(why(text), want, strlen(want)))) printf("        %s\n", why(text));
+        if (at[2] == '"' && !CHECK(strstr(why(text), "one of ") || strstr(why(text), "or off"))) puts(name);
+        snprintf(text, sizeof text, "%.*s=1", (int)strlen(name) - 1, name); /* a letter is missing */
+        if (!CHECK(strstr(why(text), "did you mean ") && strstr(why(text), name))) printf("        %s\n", why(text));
+    }
+    CHECK(fields > 70 + MOE_LOSS_COUNT);
+}
+static void test_explain_garbage(void) {
+    char text[400], cut[8];
+    moe_desc d, r;
+    memset(&d, 0x55, sizeof d);
+    moe_status status = moe_desc_resolve(&d, &r);
+    moe_desc_explain(status, &d, NULL, text, sizeof text);
+    CHECK(!strncmp(text, "n_experts = ", 12) && strstr(text, "; was the desc set to {0} before its fields?") != NULL);
+    d = small_desc();
+    d.gate = (moe_gate_kind)99, d.beta1 = NAN;
+    moe_desc_explain(MOE_E_GATE, &d, NULL, text, sizeof text);
+    CHECK(!strncmp(text, "gate = 99: must be one of default, ", 35) && strstr(text, "{0}") != NULL);
+    CHECK(strstr(text, "beta1") == NULL);
+    d.gate = MOE_GATE_RELU;
+    moe_desc_explain(MOE_E_BETA1, &d, NULL, text, sizeof text);
+    CHECK(!strcmp(text, "beta1 = NaN: must be a number, 0 to 0.99999994, or off"));
+    d.beta1 = -INFINITY, d.bias = 7;
+    moe_desc_explain(MOE_E_BIAS, &d, NULL, text, sizeof text);
+    CHECK(!strcmp(text, "bias = 7: must be one of false, null, true; was the desc set to {0} before its fields?"));
+    d = small_desc();
+    d.d_model = 0;
+    size_t length = strlen("d_model = 0: must be a whole number, at least 1");
+    CHECK(moe_desc_explain(MOE_E_D_MODEL, &d, NULL, cut, sizeof cut) == length && !strcmp(cut, "d_model"));
+    CHECK(moe_desc_explain(MOE_E_D_MODEL, &d, NULL, NULL, 0) == length);
+    d = small_desc(); /* nothing is wrong with it */
+    moe_desc_explain(MOE_E_NO_MEMORY, &d, "top_k=1 normalize=false", text, sizeof text);
+    CHECK(!strcmp(text, moe_status_string(MOE_E_NO_MEMORY)));
+    moe_desc_explain(MOE_E_NULL_DESC, NULL, "top_k=1", text, sizeof text);
+    CHECK(!strcmp(text, moe_status_string(MOE_E_NULL_DESC)));
+}
+static const char *color(void *colors, size_t i) { return ((const char *const *)colors)[i]; }
+static void test_near(void) {
+    static const char *const colors[] = {"red", "green", "greenish", "blue", "grey", NULL};
+    char near[100] = "?", cut[6];
+    moe_near("gren", color, (void *)(size_t)colors, near, sizeof near);
+    CHECK(!strcmp(near, "green, grey, red")); /* one change, one, two */
+    moe_near("green", color, (void *)(size_t)colors, near, sizeof near);
+    CHECK(!strcmp(near, "green, greenish")); /* the word itself, and where it is in */
+    moe_near("green", color, (void *)(size_t)colors, cut, sizeof cut);
+    CHECK(!strcmp(cut, "green"));
+    moe_near("rat", color, (void *)(size_t)colors, near, sizeof near);
+    CHECK(!strcmp(near, "")); /* red would be two changes of three letters */
+    moe_near("orange-yellow", color, (void *)(size_t)colors, near, sizeof near);
+    CHECK(!strcmp(near, ""));
+    moe_near("", color, (void *)(size_t)colors, near, sizeof near);
+    CHECK(!strcmp(near, ""));
+    moe_near(NULL, color, (void *)(size_t)colors, near, sizeof near);
+    moe_near("x", NULL, NULL, near, sizeof near);
+    moe_near("x", color, (void *)(size_t)colors, NULL, 9);
+    CHECK(!strcmp(near, ""));
+}
+
 int main(void) {
     RUN(test_desc_defaults);
+    RUN(test_explain);
+    RUN(test_explain_every_field);
+    RUN(test_explain_garbage);
+    RUN(test_near);
     RUN(test_desc_resolve_is_idempotent);
     RUN(test_desc_fields);
     RUN(test_desc_json);

@@ -19,16 +19,67 @@ static packed pack(moe_format_kind kind, const float *matrix, size_t rows, size_
     memset(data, 0xff, panels * stride);
     made.weights = moe__format_over(data, kind, rows);
     made.exact = moe__format_f32(exact, rows);
+    float *padded = (float *)test_floats(rows * 32);
     for (size_t panel = 0; panel < panels; panel++) {
-        size_t left = columns - panel * 32;
-        moe__format_table[kind].pack(matrix + panel * 32, columns, rows, left < 32 ? left : 32, data + panel * stride);
+        for (size_t i = 0; i < rows * 32; i++) {
+            size_t c = panel * 32 + i % 32;
+            padded[i] = c < columns ? matrix[i / 32 * columns + c] : 0;
+        }
+        moe__format_write(moe__dispatched(), &made.weights, panel, 0, rows, padded);
     }
+    free(padded);
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < panels * 32; c++)
             exact[(c / 32 * rows + r) * 32 + c % 32] = moe__format_value(&made.weights, r, c);
     return made;
 }
+/* The words of a panel as the room's drawing has them, element by element. */
+static uint32_t nearest_bfloat(float x) { /* of the two around it, in double precision */
+    uint32_t below = test_bits(x) >> 16;
+    double low = moe__float_of(below << 16), next = moe__float_of((below + 1) << 16);
+    if (!moe__finite((float)next)) return below;
+    double near = fabs((double)x - low), far = fabs(next - (double)x);
+    return near < far || (near == far && below % 2 == 0) ? below : below + 1;
+}
+static void naive_words(int kind, const float *matrix, size_t rows, size_t columns, size_t panel, uint32_t *words) {
+    unsigned bits = kind == MOE_FORMAT_BF16 ? 16 : kind == MOE_FORMAT_INT8 ? 8 : 4;
+    size_t per = 16 / bits, scaled = kind != MOE_FORMAT_BF16, block = (scaled + 32 / per) * 16;
+    double most = bits == 8 ? 127 : 7;
+    memset(words, 0, (rows + 31) / 32 * block * sizeof *words);
+    for (size_t b = 0; b < rows; b += 32, words += block)
+        for (size_t c = 0; c < 32 && panel * 32 + c < columns; c++) {
+            size_t column = panel * 32 + c, end = b + 32 < rows ? b + 32 : rows;
+            float high = 0;
+            for (size_t r = b; r < end; r++) high = fmaxf(high, fabsf(matrix[r * columns + column]));
+            float step = high / (float)most;
+            uint32_t scale = (test_bits(step) >> 16) + ((test_bits(step) & 0xffffu) != 0);
+            if (isinf(moe__float_of(scale << 16) * (float)most)) scale--;
+            if (scaled) words[c % 16] |= scale << (c / 16 * 16);
+            for (size_t r = b; r < end; r++) {
+                float w = matrix[r * columns + column];
+                double q = scale ? rint((double)(w / moe__float_of(scale << 16))) : 0;
+                uint32_t field = (uint32_t)(int32_t)fmin(fmax(q, -most), most) & ((1u << bits) - 1);
+                if (!scaled) field = nearest_bfloat(w);
+                size_t in = r - b, shift = (in % per * 2 + c / 16) * bits;
+                words[(scaled + in / per) * 16 + c % 16] |= field << shift;
+            }
+        }
+}
 static void unpack(packed *made) { free(made->memory), free(made->floats); }
+static void check_words(int kind, const float *matrix, size_t rows, size_t columns) {
+    if (kind == MOE_FORMAT_F32) return;
+    size_t size = moe__format_panel(&moe__format_table[kind], rows);
+    uint32_t *want = (uint32_t *)test_memory(size, 1);
+    FOR_EACH_ISA(isa) {
+        packed made = pack((moe_format_kind)kind, matrix, rows, columns);
+        for (size_t panel = 0; panel < (columns + 31) / 32; panel++) {
+            naive_words(kind, matrix, rows, columns, panel, want);
+            CHECK(!memcmp(moe__format_at(&made.weights, panel, 0), want, size));
+        }
+        unpack(&made);
+    }
+    free(want);
+}
 
 /* The largest magnitude of the up to 32 weights that share a scale with this one. */
 static double highest(const float *matrix, size_t rows, size_t columns, size_t r, size_t c) {
@@ -76,8 +127,16 @@ static void test_values(void) {
             test_fill(matrix, n, -1, 1);
             matrix[n / 2] = 0;
             check_values(kind, matrix, shape[i][0], shape[i][1]);
+            check_words(kind, matrix, shape[i][0], shape[i][1]);
             for (size_t k = 0; k < n; k++) matrix[k] *= k % 3 ? 1e-38f : 1e-3f; /* subnormals too */
             check_values(kind, matrix, shape[i][0], shape[i][1]);
+            check_words(kind, matrix, shape[i][0], shape[i][1]);
+            for (size_t k = 0; k < n; k++) { /* any finite bits: the largest, -0, between two bfloats */
+                uint32_t bits = test_u32();
+                if (k % 3 == 0) bits = (bits & 0xffff0000u) | (k % 2 ? 0x8000u : 0x7fffu);
+                matrix[k] = moe__finite(moe__float_of(bits)) ? moe__float_of(bits) : -3.4028235e38f;
+            }
+            check_words(kind, matrix, shape[i][0], shape[i][1]);
             free(matrix);
         }
 }
@@ -327,6 +386,7 @@ static void test_pack(void) {
         file[i] = (uint16_t)((test_u32() & 0x80ffu) | 0x3e00u);
         floats[i] = moe__float_of((uint32_t)file[i] << 16);
     }
+    test_little_endian(file, 3 * n, sizeof *file);
     const void *at[2][3] = {{file, file + n, file + 2 * n}, {floats, floats + n, floats + 2 * n}};
     for (int kind = 0; kind <= MOE_FORMAT_COUNT; kind++) {
         moe_desc desc;
@@ -344,7 +404,7 @@ static void test_pack(void) {
         CHECK_STATUS(moe_layer_pack(got, 0, E, NULL, &layout), MOE_E_NULL_WEIGHT);
         CHECK_STATUS(moe_layer_pack(NULL, 0, E, &arrays, &layout), MOE_E_NULL_LAYER);
         CHECK_OK(moe_layer_pack(got, 0, E, &arrays, &layout));
-        layout.dtype = MOE_DTYPE_F32;
+        layout.dtype = MOE_DTYPE_NONE; /* floats of this machine, not of a file */
         CHECK_OK(moe_layer_pack(plain, 0, E, &plain_arrays, &layout));
         CHECK_OK(moe_layer_quantize(plain, &formats, &want));
         CHECK(moe_layer_hash(got) == moe_layer_hash(want));
@@ -356,6 +416,87 @@ static void test_pack(void) {
         moe_layer_free(plain), moe_layer_free(want), moe_layer_free(got);
     }
     free(file), free(floats), free(back);
+}
+
+/* Every layout of others, shapes that end anywhere, against the same numbers set by name: the same bytes. */
+typedef struct from_others {
+    size_t d, f;
+    int gated;
+    moe_experts_layout layout;
+    uint16_t *file[6];
+    float *own[6];
+} from_others;
+static size_t other_place(const from_others *o, int i, size_t e, size_t r, size_t c) {
+    size_t rows = i == 2 ? o->f : o->d, columns = i == 2 || i == 5 ? o->d : o->f, from = 0, step = 1, all = columns;
+    int up = i == 1 || i == 4;
+    if (i > 2) rows = 1;
+    if (o->layout.gate_up && i != 2 && i != 5) {
+        all = 2 * columns;
+        if (o->layout.gate_up == MOE_GATE_UP_INTERLEAVED) step = 2, from = (size_t)up;
+        else if (up) from = columns;
+    }
+    if (o->layout.out_first && i < 3) return (e * all + from + step * c) * rows + r;
+    return (e * rows + r) * all + from + step * c;
+}
+static void others_make(from_others *o) {
+    for (int i = 0; i < 6; i++) {
+        size_t rows = i > 2 ? 1 : i == 2 ? o->f : o->d, columns = i == 2 || i == 5 ? o->d : o->f;
+        int up = i == 1 || i == 4, to = up && o->layout.gate_up ? i - 1 : i;
+        o->own[i] = test_floats(E * rows * columns);
+        if (!o->file[to]) o->file[to] = (uint16_t *)test_memory(2 * E * rows * columns, sizeof(uint16_t));
+        for (size_t k = 0; k < E * rows * columns; k++) {
+            uint16_t bits = (uint16_t)((test_u32() & 0x80ffu) | 0x3e00u);
+            o->own[i][k] = moe__float_of((uint32_t)bits << 16);
+            test_little_endian(&bits, 1, sizeof bits); /* as in a file */
+            o->file[to][other_place(o, i, k / columns / rows, k / columns % rows, k % columns)] = bits;
+        }
+    }
+}
+static void check_others(const from_others *o, int kind) {
+    static const char *const names[] = {"experts.w1", "experts.wu", "experts.w2",
+                                        "experts.b1", "experts.bu", "experts.b2"};
+    moe_desc desc;
+    moe_layer *plain = NULL, *want = NULL, *got = NULL;
+    moe_layer_formats formats = formats_of(kind, 0);
+    moe_experts_arrays a = {o->file[0], o->file[1], o->file[2], o->file[3], o->file[4], o->file[5]};
+    memset(&desc, 0, sizeof desc);
+    desc.d_model = o->d, desc.d_ff = o->f, desc.n_experts = E, desc.top_k = 2, desc.bias = MOE_ON;
+    desc.expert = o->gated ? MOE_EXPERT_SWIGLU : MOE_EXPERT_RELU;
+    desc.parallel.n_threads = 2;
+    if (!o->gated || o->layout.gate_up) a.wu = a.bu = NULL;
+    CHECK_OK(moe_layer_new(&plain, &desc));
+    for (int i = 0; i < 6; i++) {
+        size_t rows = i > 2 ? 1 : i == 2 ? o->f : o->d, columns = i == 2 || i == 5 ? o->d : o->f;
+        if (o->gated || (i != 1 && i != 4))
+            CHECK_OK(moe_layer_set(plain, MOE_PART_PARAMS, names[i], o->own[i], E * rows * columns));
+    }
+    CHECK_OK(moe_layer_quantize(plain, &formats, &want));
+    CHECK_OK(moe_layer_new_formats(&got, &desc, &formats));
+    memset(got->stock.data, 0xaa, got->stock.at[E]);
+    CHECK_OK(moe_layer_pack(got, 0, E, &a, &o->layout));
+    for (size_t e = 0; e < E; e++) {
+        const moe__plan *plan = &got->plan;
+        moe__plan_block block = moe__plan_stock_block(plan, &got->stock, e);
+        const unsigned char *begin = (const unsigned char *)block.w1.data;
+        size_t bytes = (size_t)((const unsigned char *)(block.b2 + plan->expert - plan->b2) - begin);
+        CHECK(!memcmp(begin, want->stock.data + want->stock.at[e], bytes));
+    }
+    moe_layer_free(plain), moe_layer_free(want), moe_layer_free(got);
+}
+static void test_pack_shapes(void) {
+    static const size_t shape[][2] = {{1, 1}, {5, 31}, {37, 149}, {150, 33}, {128, 64}, {257, 16}};
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
+        for (int layout = 0; layout < 8; layout++) {
+            from_others o;
+            memset(&o, 0, sizeof o);
+            o.d = shape[i][0], o.f = shape[i][1], o.gated = layout < 6;
+            o.layout.dtype = MOE_DTYPE_BF16;
+            o.layout.out_first = layout % 2 * 3; /* anything but 0 is 1 */
+            o.layout.gate_up = (moe_gate_up_kind)(layout < 6 ? layout / 2 : 0);
+            others_make(&o);
+            for (int kind = 0; kind <= MOE_FORMAT_COUNT; kind++) check_others(&o, kind);
+            for (int k = 0; k < 6; k++) free(o.file[k]), free(o.own[k]);
+        }
 }
 
 /* -- files -- */
@@ -473,6 +614,7 @@ int main(void) {
     RUN(test_refusals);
     RUN(test_out_of_memory);
     RUN(test_pack);
+    RUN(test_pack_shapes);
     RUN(test_files);
     RUN(test_bad_files);
     return test_end();

@@ -552,6 +552,101 @@ static void test_it_learns(void) {
         }
 }
 
+/* ---- sparse steps: what no token chose stays, the rest moves as any array would ---- */
+enum { SPARSE_E = 8, SPARSE_D = 12, SPARSE_F = 20, SPARSE_TENSORS = 4 };
+static const char *const sparse_name[SPARSE_TENSORS] = {"experts.w1", "experts.b1", "experts.w2", "experts.b2"};
+static const size_t sparse_each[SPARSE_TENSORS] = {SPARSE_D * SPARSE_F, SPARSE_F, SPARSE_F *SPARSE_D, SPARSE_D};
+typedef struct sparse_state { float *part[MOE_PART_COUNT][SPARSE_TENSORS]; } sparse_state;
+
+static void sparse_get(const moe_layer *m, moe_part_kind part, sparse_state *s) {
+    for (int i = 0; i < SPARSE_TENSORS; i++)
+        CHECK_OK(moe_layer_get(m, part, sparse_name[i], s->part[part][i], SPARSE_E * sparse_each[i]));
+}
+static void sparse_backward(moe_layer *m, size_t n, const float *x, const float *dy, unsigned char *used) {
+    static float y[4 * SPARSE_D];
+    CHECK_OK(moe_forward(m, x, n, y));
+    const moe_tape *tape = moe_layer_tape(m);
+    for (size_t i = 0; i < n * tape->n_slots; i++) used[tape->index[i]] = 1;
+    CHECK_OK(moe_backward(m, dy, NULL));
+}
+/* What a step must make of the state, given the gradients. */
+static void sparse_expect(const moe_desc *d, sparse_state *s, const unsigned char *used, size_t step) {
+    for (int i = 0; i < SPARSE_TENSORS; i++)
+        for (size_t e = 0, n = sparse_each[i]; e < SPARSE_E; e++) {
+            moe_optimizer_args args = {0};
+            args.lr = 0.01f, args.step = step, args.weight_decay = i % 2 ? MOE_OFF : d->weight_decay;
+            if (!used[e]) continue;
+            float *part[MOE_PART_COUNT];
+            for (int p = 0; p < MOE_PART_COUNT; p++) part[p] = s->part[p][i] + e * n;
+            CHECK_OK(moe_optimizer_step(&args, n, part[MOE_PART_PARAMS], part[MOE_PART_GRADS], part[MOE_PART_MOMENT1],
+                                        part[MOE_PART_MOMENT2]));
+        }
+}
+static void test_sparse_step(void) {
+    moe_desc d = {0}, dense_desc;
+    moe_layer *sparse = NULL, *dense = NULL;
+    sparse_state want, got, other;
+    d.d_model = SPARSE_D, d.d_ff = SPARSE_F, d.n_experts = SPARSE_E, d.top_k = 2, d.bias = MOE_ON;
+    d.expert = MOE_EXPERT_GELU, d.weight_decay = 0.1f, d.sparse_step = MOE_ON;
+    dense_desc = d;
+    dense_desc.sparse_step = MOE_OFF;
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        for (int i = 0; i < SPARSE_TENSORS; i++) {
+            want.part[part][i] = test_floats(SPARSE_E * sparse_each[i]);
+            got.part[part][i] = test_floats(SPARSE_E * sparse_each[i]);
+            other.part[part][i] = test_floats(SPARSE_E * sparse_each[i]);
+        }
+    if (!CHECK_OK(moe_layer_new(&sparse, &d)) || !CHECK_OK(moe_layer_new(&dense, &dense_desc))) return;
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        if (part != MOE_PART_GRADS) sparse_get(sparse, (moe_part_kind)part, &want);
+    for (size_t step = 1; step < 9; step++) {
+        float x[4 * SPARSE_D], dy[4 * SPARSE_D];
+        unsigned char used[SPARSE_E] = {0}, same[SPARSE_E] = {0};
+        double norm, dense_norm;
+        for (size_t i = 0; i < 4 * SPARSE_D; i++) x[i] = test_uniform(-1, 1), dy[i] = test_uniform(-1, 1);
+        for (int i = 0; i < SPARSE_TENSORS; i++)
+            CHECK_OK(moe_layer_set(dense, MOE_PART_PARAMS, sparse_name[i], want.part[MOE_PART_PARAMS][i],
+                                   SPARSE_E * sparse_each[i]));
+        for (size_t part = 0; part < step % 4; part++) { /* none, one, or two and three that add up */
+            sparse_backward(sparse, 1, x + part * SPARSE_D, dy + part * SPARSE_D, used);
+            sparse_backward(dense, 1, x + part * SPARSE_D, dy + part * SPARSE_D, same);
+        }
+        CHECK(!memcmp(used, same, sizeof used));
+        sparse_get(sparse, MOE_PART_GRADS, &want);
+        sparse_get(dense, MOE_PART_GRADS, &other);
+        CHECK_OK(moe_layer_grad_norm(sparse, &norm));
+        CHECK_OK(moe_layer_grad_norm(dense, &dense_norm));
+        CHECK(norm == dense_norm);
+        sparse_expect(&d, &want, used, step);
+        CHECK_OK(moe_step(sparse, 0.01f));
+        CHECK_OK(moe_step(dense, 0.01f));
+        for (int part = 0; part < MOE_PART_COUNT; part++) {
+            if (part != MOE_PART_GRADS) sparse_get(sparse, (moe_part_kind)part, &got);
+            for (int i = 0; i < SPARSE_TENSORS; i++) {
+                sparse_state *is = part == MOE_PART_GRADS ? &other : &got;
+                CHECK_SAME(is->part[part][i], want.part[part][i], SPARSE_E * sparse_each[i]);
+            }
+        }
+        float router[SPARSE_D * SPARSE_E]; /* both layers' routers see the same gradients */
+        CHECK_OK(moe_layer_get(sparse, MOE_PART_PARAMS, "router", router, SPARSE_D * SPARSE_E));
+        CHECK_OK(moe_layer_set(dense, MOE_PART_PARAMS, "router", router, SPARSE_D * SPARSE_E));
+    }
+    /* a gradient from outside: the others are zero */
+    memset(want.part[MOE_PART_GRADS][0], 0, SPARSE_E * sparse_each[0] * sizeof(float));
+    CHECK_OK(moe_layer_set(sparse, MOE_PART_GRADS, "experts.b1", want.part[MOE_PART_PARAMS][1], SPARSE_E * SPARSE_F));
+    sparse_get(sparse, MOE_PART_GRADS, &got);
+    CHECK_SAME(got.part[MOE_PART_GRADS][0], want.part[MOE_PART_GRADS][0], SPARSE_E * sparse_each[0]);
+    CHECK_SAME(got.part[MOE_PART_GRADS][1], want.part[MOE_PART_PARAMS][1], SPARSE_E * SPARSE_F);
+    moe_layer_free(sparse);
+    moe_layer_free(dense);
+    d.n_codes = 16;
+    CHECK(moe_layer_new(&sparse, &d) == MOE_E_SPARSE_STEP);
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        for (int i = 0; i < SPARSE_TENSORS; i++) {
+            free(want.part[part][i]), free(got.part[part][i]), free(other.part[part][i]);
+        }
+}
+
 int main(void) {
     RUN(test_oracle_by_finite_differences);
     RUN(test_all_combinations);
@@ -566,6 +661,7 @@ int main(void) {
     RUN(test_layer_hash);
     RUN(test_set_gradients_after_step);
     RUN(test_norm_and_scale);
+    RUN(test_sparse_step);
     RUN(test_layer_health);
     RUN(test_nan_batch);
     RUN(test_it_learns);

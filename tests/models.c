@@ -42,11 +42,12 @@ static size_t safetensors(unsigned char *out, const char *header, const void *da
 }
 
 static void test_file_router(void) {
-    static const uint16_t data[] = {0x3f80, 0x4000, 0x4040, 0x4080, 0xbf80, 0xc000, 0, 0};
+    uint16_t data[] = {0x3f80, 0x4000, 0x4040, 0x4080, 0xbf80, 0xc000, 0, 0};
     unsigned char bytes[1024];
     moe_file f;
     moe_file_tensor t;
     size_t layer = 0;
+    test_little_endian(data, 8, sizeof *data);
     size_t size = safetensors(
         bytes,
         "{\"model.layers.10.mlp.gate.weight\":{\"dtype\":\"BF16\",\"shape\":[2,2],\"data_offsets\":[0,8]},"
@@ -204,6 +205,7 @@ static void test_router_bias(void) {
     memcpy(all, data, sizeof data);
     memcpy(all + 28, &nan_bits, 4);
     memcpy(all + sizeof data, halves, sizeof halves);
+    test_little_endian(all, sizeof data / 4, 4), test_little_endian(all + sizeof data, sizeof halves / 2, 2);
     size_t size = safetensors(
         bytes, "{\"model.layers.3." BIAS "\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]},"
         "\"model.layers.12." BIAS "\":{\"dtype\":\"F32\",\"shape\":[1,4],\"data_offsets\":[16,32]},"
@@ -281,8 +283,9 @@ static void put_number(moe_dtype_kind dtype, unsigned char *at, float value) {
     uint32_t bits = test_bits(value), half;
     double wide = value;
     int e = 0;
-    if (dtype == MOE_DTYPE_F64) { memcpy(at, &wide, 8); return; }
-    if (dtype == MOE_DTYPE_F32) { memcpy(at, &value, 4); return; }
+    if (dtype == MOE_DTYPE_F64) { memcpy(at, &wide, 8), test_little_endian(at, 1, 8); return; }
+    if (dtype == MOE_DTYPE_F32) { memcpy(at, &value, 4), test_little_endian(at, 1, 4); return; }
+    if (dtype == MOE_DTYPE_NONE) { memcpy(at, &value, 4); return; } /* as this machine has it */
     half = bits >> 16;
     if (dtype == MOE_DTYPE_F16) { /* 1 sign, 5 exponent, 10 fraction */
         double m = frexp(fabs(wide), &e);
@@ -303,7 +306,7 @@ static size_t place_of(const moe_experts_layout *l, int up, size_t e, size_t row
 typedef struct foreign { unsigned char *w[6]; moe_experts_arrays arrays; } foreign; /* w1 wu w2 b1 bu b2 */
 
 static void foreign_make(foreign *x, const moe_experts_layout *l, int gated, int bias) {
-    size_t size = moe_dtype_size(l->dtype);
+    size_t size = l->dtype ? moe_dtype_size(l->dtype) : sizeof(float);
     memset(x, 0, sizeof *x);
     for (int i = 0; i < 6; i++) {
         int is_up = i == 1 || i == 4, is_bias = i >= 3, second = i == 2 || i == 5;
@@ -387,7 +390,7 @@ static moe_desc pack_desc(int gated, int bias) {
 }
 
 static void test_pack_layouts(void) {
-    static const moe_dtype_kind types[] = {MOE_DTYPE_F32, MOE_DTYPE_F16, MOE_DTYPE_BF16, MOE_DTYPE_F64};
+    static const moe_dtype_kind types[] = {MOE_DTYPE_NONE, MOE_DTYPE_F32, MOE_DTYPE_F16, MOE_DTYPE_BF16, MOE_DTYPE_F64};
     for (int variant = 0; variant < 4; variant++) {
         int gated = variant & 1, bias = variant >> 1;
         moe_desc d = pack_desc(gated, bias);
@@ -396,8 +399,8 @@ static void test_pack_layouts(void) {
         float *want = test_floats(count), *got = test_floats(count);
         pack_plain(&d, gated, bias, want);
         check_forward(&d, gated, bias, want);
-        for (int i = 0; i < 4 * 2 * 3; i++) {
-            moe_experts_layout l = {types[i % 4], i / 4 % 2, (moe_gate_up_kind)(i / 8)};
+        for (int i = 0; i < 5 * 2 * 3; i++) {
+            moe_experts_layout l = {types[i % 5], i / 5 % 2, (moe_gate_up_kind)(i / 10)};
             foreign x;
             if (l.gate_up && !gated) continue;
             foreign_make(&x, &l, gated, bias);

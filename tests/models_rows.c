@@ -290,7 +290,7 @@ static void write_numbers(writer *w, moe_dtype_kind dtype, const char *name, siz
         uint32_t bits = test_bits(values[i]), half = bits >> 16;
         if (dtype == MOE_DTYPE_F16 && (bits & 0x7fffffff))
             half = bits >> 31 << 15 | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023);
-        if (size == 4) memcpy(bytes + 4 * i, &bits, 4);
+        if (size == 4) memcpy(bytes + 4 * i, &bits, 4), test_little_endian(bytes + 4 * i, 1, 4);
         else bytes[2 * i] = (unsigned char)half, bytes[2 * i + 1] = (unsigned char)(half >> 8);
     }
     write_raw(w, name, moe_dtype_name(dtype), n_dims, dim, bytes, n * size);

@@ -64,6 +64,100 @@ static void test_parse(void) {
     CHECK_STATUS(moe_desc_set(&d, NULL, "relu"), MOE_E_NULL_NAME);
 }
 
+/* ---- aliases ---- */
+/* A folder of a model: this config.json, and routers of nothing under the names of all families. */
+static moe_status config_file(void *config, const char *name, const void **bytes, size_t *size) {
+#define NONE ":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}"
+    static char weights[] = "01234567{\"model.layers.0.mlp.gate.weight\"" NONE
+        ",\"model.layers.0.mlp.router.weight\"" NONE
+        ",\"model.layers.0.feed_forward.router.weight\"" NONE ",\"transformer.blocks.0.ffn.router.layer.weight\"" NONE
+        ",\"model.layers.0.block_sparse_moe.router.layer.weight\"" NONE
+        ",\"model.layers.0.block_sparse_moe.gate.weight\"" NONE "}";
+    uint64_t header = sizeof weights - 9;
+    for (int i = 0; i < 8; i++) weights[i] = (char)(header >> 8 * i); /* little-endian */
+    int json = !strcmp(name, "config.json");
+    if (!json && strcmp(name, "model.safetensors")) return MOE_E_OPEN;
+    *bytes = json ? config : (void *)weights;
+    *size = json ? strlen((const char *)config) : sizeof weights - 1;
+    return MOE_OK;
+}
+/* What the published configs say of the mixture [K], with the sizes of a small one. */
+static const struct { const char *alias, *config; } published[] = {
+    {"olmoe", "'olmoe','num_experts':64,'num_experts_per_tok':8,'intermediate_size':32,'norm_topk_prob':false"},
+    {"qwen2-moe", "'qwen2_moe','num_experts':60,'num_experts_per_tok':4,'moe_intermediate_size':32,"
+     "'shared_expert_intermediate_size':128,'norm_topk_prob':false"},
+    {"qwen3-moe", "'qwen3_moe','num_experts':128,'num_experts_per_tok':8,'moe_intermediate_size':32,"
+     "'norm_topk_prob':true"},
+    {"qwen3-next", "'qwen3_next','num_experts':512,'num_experts_per_tok':10,'moe_intermediate_size':32,"
+     "'shared_expert_intermediate_size':32,'norm_topk_prob':true"},
+    {"jamba", "'jamba','num_experts':16,'num_experts_per_tok':2,'intermediate_size':32"},
+    {"dbrx", "'dbrx','n_layers':1,'d_model':16,'ffn_config':{'moe_num_experts':16,'moe_top_k':4,"
+     "'ffn_hidden_size':32,'moe_normalize_expert_weights':1}"},
+    {"llama-4", "'llama4_text','num_local_experts':16,'num_experts_per_tok':1,'intermediate_size':32"},
+    {"granite-moe", "'granitemoe','num_local_experts':32,'num_experts_per_tok':8,'intermediate_size':32"},
+    {"gpt-oss", "'gpt_oss','num_local_experts':32,'num_experts_per_tok':4,'intermediate_size':32,'swiglu_limit':7.0"},
+    {"deepseek-v2", "'deepseek_v2','n_routed_experts':160,'num_experts_per_tok':6,'moe_intermediate_size':32,"
+     "'n_shared_experts':2,'n_group':8,'topk_group':3,'topk_method':'group_limited_greedy',"
+     "'routed_scaling_factor':16.0,'norm_topk_prob':false"},
+    {"deepseek-r1", "'deepseek_v3','n_routed_experts':256,'num_experts_per_tok':8,'moe_intermediate_size':32,"
+     "'n_shared_experts':1,'n_group':8,'topk_group':4,'routed_scaling_factor':2.5,'norm_topk_prob':true"},
+    {"kimi-k2", "'kimi_k2','n_routed_experts':384,'num_experts_per_tok':8,'moe_intermediate_size':32,"
+     "'n_shared_experts':1,'n_group':1,'topk_group':1,'routed_scaling_factor':2.827,'norm_topk_prob':true"},
+    {"glm-4.5", "'glm4_moe','n_routed_experts':160,'num_experts_per_tok':8,'moe_intermediate_size':32,"
+     "'n_shared_experts':1,'n_group':1,'topk_group':1,'routed_scaling_factor':2.5,'norm_topk_prob':true"},
+    {"phi-3.5-moe", "'phimoe','num_local_experts':16,'num_experts_per_tok':2,'intermediate_size':32,"
+     "'router_jitter_noise':0.01"},
+};
+static void check_published(const char *alias, const char *config) {
+    char json[700];
+    moe_model model;
+    moe_model_source source;
+    moe_desc want, d, r;
+    snprintf(json, sizeof json, "{'hidden_size':16,'num_hidden_layers':1,'hidden_act':'silu','model_type':%s}", config);
+    for (char *c = json; *c; c++) if (*c == '\'') *c = '"';
+    memset(&source, 0, sizeof source), memset(&d, 0, sizeof d);
+    source.file = config_file, source.user = json;
+    if (!CHECK_OK(moe_model_open(&model, &source)) || !CHECK_OK(moe_model_desc(&model, 0, &want))) {
+        printf("        %s: %s\n", alias, model.about);
+        return;
+    }
+    moe_model_close(&model);
+    /* what is not the model's mathematics: sizes, and what only training sees */
+    CHECK_OK(moe_desc_system(&d, alias));
+    CHECK((d.n_shared > 0) == (want.n_shared > 0));
+    d.d_model = want.d_model, d.d_ff = want.d_ff, d.n_experts = want.n_experts, d.top_k = want.top_k;
+    d.n_shared = want.n_shared, d.training = want.training, d.n_ranks = want.n_ranks;
+    CHECK((d.n_groups > 1) == (want.n_groups > 1) && (d.top_groups > 1) == (want.top_groups > 1));
+    d.n_groups = want.n_groups, d.top_groups = want.top_groups;
+    d.controller_rate = want.controller_rate, d.switch_load = want.switch_load;
+    memset(d.loss, 0, sizeof d.loss), memset(want.loss, 0, sizeof want.loss);
+    CHECK_OK(moe_desc_resolve(&d, &r)), CHECK_OK(moe_desc_resolve(&want, &want));
+    char mine[4000], theirs[4000];
+    moe_desc_json(&r, mine, sizeof mine), moe_desc_json(&want, theirs, sizeof theirs);
+    if (!CHECK(!strcmp(mine, theirs))) printf("        %s\n%s\n%s\n", alias, mine, theirs);
+}
+static void test_aliases(void) {
+    size_t n = 0, families = sizeof published / sizeof *published;
+    for (const moe_alias *alias; (alias = moe_system_alias(n)) != NULL; n++) {
+        moe_desc d = system_desc(alias->name), plain = system_desc(alias->system), r;
+        CHECK(moe_system_find(alias->name) == moe_system_find(alias->system) && strlen(alias->name) < 32);
+        for (size_t i = 0; i < moe_systems_count(); i++) CHECK(strcmp(alias->name, moe_system_at(i)->name) != 0);
+        for (size_t i = 0; i < n; i++) CHECK(strcmp(alias->name, moe_system_alias(i)->name) != 0);
+        for (const char *c = alias->mark; *c; c++) CHECK(strchr("PCSKD+", *c) != NULL);
+        CHECK((memcmp(&d, &plain, sizeof d) == 0) == !alias->choices[0]);
+        if (!CHECK_OK(moe_desc_resolve(&d, &r))) printf("        %s\n", alias->name);
+    }
+    CHECK(n >= families + 8 && moe_system_alias(n) == NULL);
+    for (size_t i = 0; i < families; i++) check_published(published[i].alias, published[i].config);
+    char near[200];
+    moe_system_near("olmo", near, sizeof near);
+    CHECK(!strcmp(near, "olmoe"));
+    moe_system_near("gpt_oss", near, sizeof near);
+    CHECK(!strcmp(near, "gpt-oss"));
+    moe_system_near("qwen", near, sizeof near);
+    CHECK(strstr(near, "qwen2-moe") != NULL && strstr(near, "qwen3-next") != NULL);
+}
+
 /* ---- gradients ---- */
 static double worst_gradient;
 static char worst_name[80];
@@ -322,6 +416,7 @@ static void test_same_bits(void) {
 int main(void) {
     RUN(test_table);
     RUN(test_parse);
+    RUN(test_aliases);
     RUN(test_gradients);
     RUN(test_more_gradients);
     RUN(test_residual_gradient);

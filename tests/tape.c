@@ -30,7 +30,8 @@ static void test_in_memory(void) {
         CHECK_OK(moe_forward_tape(m, t, F.x, 15, y));
         CHECK_OK(moe_backward_tape(m, t, F.dy, dx));
         CHECK_OK(moe_step(m, 0.01f));
-        CHECK_STATUS(moe_forward(m, F.x, 15, y), MOE_E_NO_MEMORY);
+        CHECK_STATUS(moe_forward(m, F.x, 15, y), MOE_E_NO_TAPE);
+        CHECK_STATUS(moe_backward(m, F.dy, NULL), MOE_E_NO_TAPE);
         moe_layer_free(m);
         moe_tape_free(t);
         test_fail_at = -1;

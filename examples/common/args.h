@@ -6,13 +6,15 @@
 //     };
 //     args_parse("cifar10", "Trains a small network.", options, sizeof options / sizeof *options, argc, argv);
 //
-// Both "--name value" and "--name=value" work. An unknown name or a bad value prints one clear line and ends the
-// program with status 2; --help prints the table and ends it with 0. What a variable holds before is its default.
-// With args_parse_files whatever is no option is a file; "--" ends the options.
+// Both "--name value" and "--name=value" work. An unknown name or a bad value prints one clear line, with near names or
+// the range, and ends the program with status 2; --help prints the table and ends it with 0. What a variable holds
+// before is its default. With args_parse_files whatever is no option is a file; "--" ends the options.
 #ifndef EX_ARGS_H
 #define EX_ARGS_H
 
 #include "platform.h"
+
+#include "moe.h"
 
 typedef enum args_kind {
     ARGS_FLAG, // int, no value: sets 1
@@ -87,6 +89,39 @@ EX_PRINTF(2, 3) EX_FUNC void args_fail(const char *program, const char *format, 
     exit(2);
 }
 
+// A word that a list does not have, for --option: near names, or where none is near all of them.
+EX_FUNC void args_unknown(const char *program, const char *option, const char *word, moe_names *names, void *list) {
+    char text[1600];
+    const char *name;
+    size_t n = 0;
+    moe_near(word, names, list, text, sizeof text);
+    if (*text) args_fail(program, "--%s: there is no '%s'; did you mean %s?", option, word, text);
+    for (size_t i = 0; (name = names(list, i)) != NULL && n < sizeof text; i++)
+        n += (size_t)snprintf(text + n, sizeof text - n, "%s%s", i ? ", " : "", name);
+    args_fail(program, "--%s: there is no '%s'; there are: %s", option, word, text);
+}
+
+// A word that is no option.
+typedef struct args_names { const args_option *option; size_t n; } args_names;
+EX_FUNC const char *args_name(void *list, size_t i) {
+    const args_names *all = list;
+    return i < all->n ? all->option[i].name : NULL;
+}
+EX_FUNC void args_no_option(const char *program, const char *word, const args_option *o, size_t n) {
+    args_names all = {o, n};
+    char name[64], near[300];
+    size_t dashes = strspn(word, "-");
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(word + dashes, "="), word + dashes);
+    moe_near(name, args_name, &all, near, sizeof near);
+    args_fail(program, "%.*s%s: no such option%s%s%s", (int)dashes, word, name, *near ? "; did you mean --" : "", near,
+              *near ? "?" : "");
+}
+
+EX_FUNC void args_range(const char *program, const args_option *o, const char *text) {
+    const char *kind = o->kind == ARGS_REAL ? "number" : "whole number";
+    if (o->hi > 0) args_fail(program, "--%s %s: must be a %s from %.10g to %.10g", o->name, text, kind, o->lo, o->hi);
+    args_fail(program, "--%s %s: must be a %s of at least %.10g", o->name, text, kind, o->lo);
+}
 EX_FUNC void args_set(const char *program, const args_option *o, const char *text) {
     char *end = NULL;
     errno = 0;
@@ -94,16 +129,13 @@ EX_FUNC void args_set(const char *program, const args_option *o, const char *tex
         *(const char **)o->value = text;
     } else if (o->kind == ARGS_REAL) {
         double v = strtod(text, &end);
-        if (end == text || *end || errno || !(v >= o->lo) || (o->hi > 0 && v > o->hi))
-            args_fail(program, "--%s: '%s' is not a number from %g to %g", o->name, text, o->lo, o->hi);
+        if (end == text || *end || errno || v - v != 0 || v < o->lo || (o->hi > 0 && v > o->hi))
+            args_range(program, o, text);
         *(double *)o->value = v;
     } else {
         unsigned long long v = strtoull(text, &end, 10);
-        if (text[0] < '0' || text[0] > '9' || *end || errno || (o->kind == ARGS_SIZE && v > SIZE_MAX))
-            args_fail(program, "--%s: '%s' is not a whole number of at least %.0f", o->name, text, o->lo);
-        if ((double)v < o->lo) args_fail(program, "--%s: must be at least %.0f, not %s", o->name, o->lo, text);
-        if (o->hi > 0 && (double)v > o->hi)
-            args_fail(program, "--%s: must be at most %.0f, not %s", o->name, o->hi, text);
+        int outside = (double)v < o->lo || (o->hi > 0 && (double)v > o->hi) || (o->kind == ARGS_SIZE && v > SIZE_MAX);
+        if (text[0] < '0' || text[0] > '9' || *end || errno || outside) args_range(program, o, text);
         if (o->kind == ARGS_SIZE)
             *(size_t *)o->value = (size_t)v;
         else
@@ -130,12 +162,12 @@ EX_FUNC size_t args_parse_files(const char *program, const char *about, const ar
             args_help(program, about, o, n);
             exit(0);
         }
-        if (strncmp(name, "--", 2) != 0 || !name[2]) args_fail(program, "what is '%s'?", name);
+        if (strncmp(name, "--", 2) != 0 || !name[2]) args_no_option(program, name, o, n);
         name += 2;
         const char *equals = strchr(name, '=');
         size_t length = equals ? (size_t)(equals - name) : strlen(name), i = 0;
         while (i < n && (strlen(o[i].name) != length || strncmp(o[i].name, name, length) != 0)) i++;
-        if (i == n) args_fail(program, "--%.*s: no such option", (int)length, name);
+        if (i == n) args_no_option(program, argv[a], o, n);
         if (o[i].kind == ARGS_FLAG) {
             if (equals) args_fail(program, "--%s: takes no value", o[i].name);
             *(int *)o[i].value = 1;

@@ -253,16 +253,16 @@ EX_FUNC void checkpoint_load(lm *m, const char *dir) {
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
     const void *bytes = file_view(path, &size);
     moe_file file;
-    if (!bytes) die("cannot read %s", path);
+    if (!bytes) refuse(path, "cannot be read: %s", strerror(errno));
     nn_must(moe_file_open(&file, bytes, size));
     checkpoint_list l = checkpoint_tensors(m);
     for (size_t i = 0; i < l.n; i++) {
         const checkpoint_tensor *t = &l.tensor[i];
         size_t cols = t->cols ? t->cols : 1;
         moe_file_tensor from;
-        if (moe_file_find(&file, t->name, &from) != MOE_OK) die("%s has no tensor %s", path, t->name);
+        if (moe_file_find(&file, t->name, &from) != MOE_OK) refuse(path, "has no tensor %s", t->name);
         if (from.bytes != t->rows * cols * sizeof(float) || strcmp(from.dtype, "F32") != 0)
-            die("%s: %s is not of %zu x %zu float32", path, t->name, t->rows, cols);
+            refuse(path, "%s is not of %zu x %zu float32", t->name, t->rows, cols);
         float *row = allocate(cols, sizeof *row);
         for (size_t r = 0; r < t->rows; r++) {
             memcpy(row, from.data + r * cols * sizeof *row, cols * sizeof *row);
@@ -293,7 +293,7 @@ EX_FUNC const void *checkpoint_next(checkpoint_reader *r, size_t *n) {
     uint64_t length = 0;
     if ((size_t)(r->end - r->at) >= sizeof length) memcpy(&length, r->at, sizeof length);
     if ((size_t)(r->end - r->at) < sizeof length || length > (size_t)(r->end - r->at) - sizeof length)
-        die("%s ends too early", r->path);
+        refuse(r->path, "ends too early");
     const unsigned char *bytes = r->at + sizeof length;
     r->at = bytes + length;
     r->hash = moe_hash(moe_hash(r->hash, &length, sizeof length), bytes, (size_t)length);
@@ -303,7 +303,7 @@ EX_FUNC const void *checkpoint_next(checkpoint_reader *r, size_t *n) {
 EX_FUNC void checkpoint_take(checkpoint_reader *r, void *to, size_t n) {
     size_t has;
     const void *bytes = checkpoint_next(r, &has);
-    if (has != n) die("%s is of another model", r->path);
+    if (has != n) refuse(r->path, "is of another model");
     memcpy(to, bytes, n);
 }
 
@@ -341,12 +341,12 @@ EX_FUNC void checkpoint_state_load(lm *m, const char *config, void *curves, size
     snprintf(path, sizeof path, "%s/training.state", dir);
     const unsigned char *all = file_view(path, &size);
     checkpoint_reader r = {path, all, all + size, 1};
-    if (!all) die("there is no %s to go on from", path);
+    if (!all) refuse(path, "cannot be read to go on from: %s", strerror(errno));
     const void *mark = checkpoint_next(&r, &n);
-    if (n != sizeof checkpoint_mark || memcmp(mark, checkpoint_mark, n) != 0) die("%s is no state of a training", path);
+    if (n != sizeof checkpoint_mark || memcmp(mark, checkpoint_mark, n) != 0) refuse(path, "is no state of a training");
     const char *was = checkpoint_next(&r, &n);
     if (n != strlen(config) || memcmp(was, config, n) != 0)
-        die("%s is of another training:\n  it:   %.*s\n  this: %s", path, (int)n, was, config);
+        refuse(path, "is of another training:\n  it:   %.*s\n  this: %s", (int)n, was, config);
     checkpoint_take(&r, &m->steps, sizeof m->steps);
     checkpoint_take(&r, curves, bytes);
     checkpoint_take(&r, b->value, b->count * sizeof(float));
@@ -361,7 +361,7 @@ EX_FUNC void checkpoint_state_load(lm *m, const char *config, void *curves, size
     }
     uint64_t hash = r.hash, kept = 0;
     checkpoint_take(&r, &kept, sizeof kept);
-    if (kept != hash) die("%s is damaged", path);
+    if (kept != hash) refuse(path, "is damaged");
 }
 
 #endif

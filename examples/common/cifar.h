@@ -28,27 +28,27 @@ typedef struct cifar {
 EX_FUNC void cifar_read(cifar_set *set, const char *path, size_t records) {
     size_t before = set->count;
     FILE *f = fopen(path, "rb");
-    if (!f) die("cannot open %s: %s", path, strerror(errno));
+    if (!f) refuse(path, "cannot be read: %s", strerror(errno));
     for (;;) {
         unsigned char *grown = realloc(set->records, (set->count + 1000) * CIFAR_RECORD);
         if (!grown) die("out of memory for %s", path);
         set->records = grown;
         unsigned char *to = set->records + set->count * CIFAR_RECORD;
         size_t got = fread(to, 1, 1000 * CIFAR_RECORD, f);
-        if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
+        if (ferror(f)) refuse(path, "cannot be read: %s", strerror(errno));
         if (got % CIFAR_RECORD)
-            die("%s: its size is not a multiple of %d bytes: not CIFAR-10's binary layout", path, CIFAR_RECORD);
+            refuse(path, "its size is not a multiple of %d bytes: not CIFAR-10's binary layout", CIFAR_RECORD);
         for (size_t i = 0; i < got; i += CIFAR_RECORD)
             if (to[i] >= CIFAR_CLASSES)
-                die("%s: record %zu has label %d: not CIFAR-10's binary layout", path, set->count + i / CIFAR_RECORD,
-                    to[i]);
+                refuse(path, "record %zu has label %d: not CIFAR-10's binary layout", set->count + i / CIFAR_RECORD,
+                       to[i]);
         set->count += got / CIFAR_RECORD;
         if (got < 1000 * CIFAR_RECORD) break;
     }
     fclose(f);
     if (set->count - before != records)
-        die("%s: holds %zu records of %d bytes, not %zu: cut off, or not CIFAR-10's", path, set->count - before,
-            CIFAR_RECORD, records);
+        refuse(path, "holds %zu records of %d bytes, not %zu: cut off, or not CIFAR-10's", set->count - before,
+               CIFAR_RECORD, records);
 }
 
 // dir: a folder with data_batch_1.bin ... data_batch_5.bin and test_batch.bin (the official binary version), or one
@@ -65,9 +65,8 @@ EX_FUNC void cifar_load(cifar *c, const char *dir, const char *argv0) {
             if (file_exists(folder, "data_batch_1.bin")) break;
         }
         if (i == 3)
-            die("no CIFAR-10 in %s: it needs data_batch_1.bin, or a folder cifar-10-batches-bin or cifar-10 with it "
-                "('make data' downloads it)",
-                dir);
+            refuse(dir, "no CIFAR-10 in it: %s: data_batch_1.bin, nor in a folder cifar-10-batches-bin or cifar-10 "
+                        "('make data' downloads it)", strerror(errno));
         for (int b = 1; b <= 5; b++) {
             snprintf(path, sizeof path, "%s/data_batch_%d.bin", folder, b);
             cifar_read(&c->train, path, 10000);

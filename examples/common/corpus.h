@@ -57,7 +57,8 @@ EX_FUNC void corpus_load(corpus *c, const char *data, const char *argv0) {
     for (int i = 0; i < CORPUS_PARTS; i++) {
         struct corpus_part *p = &c->part[i];
         p->text = corpus_read(dir, name[i], &p->size);
-        if (!p->text || !p->size) die("cannot read %s in %s (nor in %s/wikitext-2)", name[i], dir, dir);
+        if (!p->text) refuse(dir, "%s cannot be read, nor in its folder wikitext-2: %s", name[i], strerror(errno));
+        if (!p->size) refuse(dir, "%s is empty", name[i]);
         p->words = corpus_words(p->text, p->size);
     }
 }

@@ -55,7 +55,7 @@ EX_FUNC experiment experiment_defaults(const char *program) {
 // The pictures, and the plan of a training on them.
 EX_FUNC void experiment_load(experiment *e, const char *argv0, experiment_by_data by_data) {
     net_plan *plan = &e->plan;
-    if (!nn_use_isa(e->isa)) args_fail(e->program, "--isa: there is no '%s'", e->isa);
+    nn_isa(e->program, e->isa);
     cifar_load(&e->pictures, e->data, argv0);
     size_t *train = &e->pictures.train.count, *test = &e->pictures.test.count;
     int full = !e->pictures.sample;
@@ -122,24 +122,24 @@ EX_FUNC void experiment_free(experiment *e) {
     samples_free(&e->samples);
 }
 
-// Which of `count` names a list with commas asks for ("all": every one): chosen (count) becomes 1 there. The name that
-// is none of them comes back, in `wrong`; else NULL.
-EX_FUNC const char *experiment_choose(const char *list, size_t count, const char *(*name)(size_t),
-                                      unsigned char *chosen, char wrong[128]) {
+// Which names a list with commas asks for ("all": the first `count`): chosen becomes 1 there. A word that is none of
+// them ends the program.
+EX_FUNC void experiment_choose(const char *program, const char *option, const char *list, size_t count,
+                               moe_names *name, unsigned char *chosen) {
+    char wrong[128];
     if (strcmp(list, "all") == 0) {
         memset(chosen, 1, count);
-        return NULL;
+        return;
     }
     for (const char *at = list;; at++) {
         size_t length = strcspn(at, ","), i = 0;
-        while (i < count && (strlen(name(i)) != length || strncmp(name(i), at, length) != 0)) i++;
-        if (i == count) {
-            snprintf(wrong, 128, "%.*s", (int)(length < 127 ? length : 127), at);
-            return wrong;
-        }
+        const char *is;
+        while ((is = name(NULL, i)) != NULL && (strlen(is) != length || strncmp(is, at, length) != 0)) i++;
+        snprintf(wrong, sizeof wrong, "%.*s", (int)length, at);
+        if (!is) args_unknown(program, option, wrong, name, NULL);
         chosen[i] = 1;
         at += length;
-        if (!*at) return NULL;
+        if (!*at) return;
     }
 }
 

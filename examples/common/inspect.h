@@ -347,7 +347,7 @@ EX_FUNC const void *inspect_view(const char *path, size_t *size) {
     const void *p = file_view(path, size);
     if (!p && errno == EISDIR)
         dump_fail(path, 0, "a folder: give its .safetensors file, or the model.safetensors.index.json in it");
-    if (!p) dump_fail(path, 0, "%s", errno ? strerror(errno) : "cannot be read");
+    if (!p) dump_fail(path, 0, "cannot be read: %s", strerror(errno));
     return p;
 }
 

@@ -15,18 +15,6 @@
 
 #include "moe.h"
 
-// Bad input from a file: "error: FILE: ...", and status 2.
-EX_PRINTF(2, 3) EX_FUNC void refuse(const char *file, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "error: %s: ", file);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    exit(2);
-}
-
 typedef struct js_file {
     const char *path;
     moe_json root;

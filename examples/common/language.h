@@ -26,6 +26,18 @@ typedef struct lm_shape {
     uint64_t seed;
 } lm_shape;
 
+// What a step's time goes into, for who asks (lm_mark); forward and backward of a part are counted apart.
+#define LM_PHASES(X) X(EMBED, "embedding") X(NORM, "norms") X(LINEAR, "attention's matrices")                          \
+    X(QUERY, "norm, rotation of q, k") X(ATTENTION, "attention") X(ADD, "residual, dropout") X(MIXTURE, "mixture")     \
+    X(HEAD, "head, loss") X(MUON, "Muon") X(ADAMW, "AdamW, layers")
+#define LM_PHASE(name, text) LM_PHASE_##name,
+typedef enum lm_phase { LM_PHASES(LM_PHASE) LM_PHASE_COUNT } lm_phase;
+#undef LM_PHASE
+typedef struct lm_watch {
+    double (*now)(void);
+    double last, seconds[LM_PHASE_COUNT][2]; // forward or step; backward
+} lm_watch;
+
 // A training step: its number, which decides the masks of dropout.
 typedef struct lm_moment {
     uint64_t step;
@@ -50,7 +62,16 @@ typedef struct lm {
     float *x, *r, *xf, *dx, *dy, *dqk, *dqkv, *logits, *nats;
     const int32_t *token;
     uint64_t steps; // done
+    lm_watch *watch; // NULL: nobody asks for the time
 } lm;
+
+// What was since the last mark belongs to this part.
+EX_FUNC void lm_mark(lm *m, lm_phase phase, int back) {
+    if (!m->watch) return;
+    double now = m->watch->now();
+    m->watch->seconds[phase][back] += now - m->watch->last;
+    m->watch->last = now;
+}
 
 static const char *const lm_expert_tensor[3] = {"experts.w1", "experts.wu", "experts.w2"};
 
@@ -190,21 +211,32 @@ EX_FUNC void lm_body(lm *m, const int32_t *token, size_t rows, const lm_moment *
     m->token = token;
     tb_embed(o, rows, token, w + m->embed, m->layer[0].x);
     tb_add(o, rows, NULL, m->layer[0].x, lm_drop(m, now, 0), m->layer[0].x);
+    lm_mark(m, LM_PHASE_EMBED, 0);
     for (size_t i = 0; i < layers; i++) {
         lm_layer *l = &m->layer[i];
         float *next = i + 1 < layers ? m->layer[i + 1].x : m->x;
         tb_norm(o, rows, l->x, w + l->norm1, l->r1, l->n1);
+        lm_mark(m, LM_PHASE_NORM, 0);
         tb_linear(o, rows, d, 3 * d, l->n1, w + l->qkv, l->qkv_out);
+        lm_mark(m, LM_PHASE_LINEAR, 0);
         tb_query(o, rows, l->qkv_out, w + l->query, w + l->query + d, l->rq, l->qk);
+        lm_mark(m, LM_PHASE_QUERY, 0);
         tb_attention(o, rows, l->qk, l->qkv_out + 2 * d, l->o);
+        lm_mark(m, LM_PHASE_ATTENTION, 0);
         tb_linear(o, rows, d, d, l->o, w + l->out, l->mid);
+        lm_mark(m, LM_PHASE_LINEAR, 0);
         tb_add(o, rows, l->x, l->mid, lm_drop(m, now, 1 + 2 * i), l->mid);
+        lm_mark(m, LM_PHASE_ADD, 0);
         tb_norm(o, rows, l->mid, w + l->norm2, l->r2, l->z);
+        lm_mark(m, LM_PHASE_NORM, 0);
         moe_layer_side(l->moe)->evaluate = !now;
         nn_must(moe_forward(l->moe, l->z, rows, next));
+        lm_mark(m, LM_PHASE_MIXTURE, 0);
         tb_add(o, rows, l->mid, next, lm_drop(m, now, 2 + 2 * i), next);
+        lm_mark(m, LM_PHASE_ADD, 0);
     }
     tb_norm(o, rows, m->x, w + m->norm, m->r, m->xf);
+    lm_mark(m, LM_PHASE_NORM, 0);
 }
 
 // The head's part; with `learn` its gradients too, of the mean over the targets that count.
@@ -216,6 +248,7 @@ EX_FUNC double lm_loss(lm *m, const int32_t *target, size_t rows, int learn) {
     if (h.counted) tb_head_run(&m->run, &h);
     double nats = 0;
     for (size_t t = 0; t < rows; t++) nats += (double)m->nats[t];
+    lm_mark(m, LM_PHASE_HEAD, 0);
     return nats;
 }
 
@@ -233,14 +266,23 @@ EX_FUNC void lm_layer_back(lm *m, lm_layer *l, size_t i, size_t rows, const lm_m
     float *g = m->bank.grad, *dx = m->dx, *dy = m->dy;
     size_t d = m->shape.d;
     tb_add(o, rows, NULL, dx, lm_drop(m, now, 2 + 2 * i), dy);
+    lm_mark(m, LM_PHASE_ADD, 1);
     nn_must(moe_backward(l->moe, dy, m->dqk)); // m->dqk: room still
+    lm_mark(m, LM_PHASE_MIXTURE, 1);
     tb_norm_back(o, rows, l->mid, w + l->norm2, l->r2, m->dqk, 1, dx, g + l->norm2);
+    lm_mark(m, LM_PHASE_NORM, 1);
     tb_add(o, rows, NULL, dx, lm_drop(m, now, 1 + 2 * i), dy);
+    lm_mark(m, LM_PHASE_ADD, 1);
     tb_linear_back(o, rows, d, d, l->o, w + l->out, dy, l->mid, 0, g + l->out); // l->mid: room now
+    lm_mark(m, LM_PHASE_LINEAR, 1);
     tb_attention_back(o, rows, l->qk, l->qkv_out + 2 * d, l->mid, m->dqk, m->dqkv + 2 * d);
+    lm_mark(m, LM_PHASE_ATTENTION, 1);
     tb_query_back(o, rows, l->qkv_out, w + l->query, w + l->query + d, l->rq, m->dqk, m->dqkv, g + l->query);
+    lm_mark(m, LM_PHASE_QUERY, 1);
     tb_linear_back(o, rows, d, 3 * d, l->n1, w + l->qkv, m->dqkv, dy, 0, g + l->qkv);
+    lm_mark(m, LM_PHASE_LINEAR, 1);
     tb_norm_back(o, rows, l->x, w + l->norm1, l->r1, dy, 1, dx, g + l->norm1);
+    lm_mark(m, LM_PHASE_NORM, 1);
 }
 
 // After lm_forward with `now`: every gradient.
@@ -248,10 +290,12 @@ EX_FUNC void lm_backward(lm *m, size_t rows, const lm_moment *now) {
     const tb_ops *o = &m->run;
     float *g = m->bank.grad;
     tb_norm_back(o, rows, m->x, m->bank.value + m->norm, m->r, m->dy, 0, m->dx, g + m->norm);
+    lm_mark(m, LM_PHASE_NORM, 1);
     for (size_t i = m->shape.layers; i-- > 0;) lm_layer_back(m, &m->layer[i], i, rows, now);
     tb_add(o, rows, NULL, m->dx, lm_drop(m, now, 0), m->dx);
     if (m->head != m->embed) memset(g + m->embed, 0, m->shape.vocab * m->shape.d * sizeof(float));
     tb_embed_back(o, rows, m->token, m->dx, g + m->embed);
+    lm_mark(m, LM_PHASE_EMBED, 1);
 }
 
 // ---- step ----
@@ -304,8 +348,10 @@ EX_FUNC void lm_step(lm *m, float lr, float decay) {
     if (experts) moe_run(&m->ops.parallel, m->shape.layers, lm_move_task, &out);
     if (m->shape.optimizer != LM_ADAMW) muon_step(&m->muon, lr, decay);
     if (experts) moe_run(&m->ops.parallel, m->shape.layers, lm_move_task, &back);
+    lm_mark(m, LM_PHASE_MUON, 0);
     lm_adamw(m, lr, decay);
     for (size_t i = 0; i < m->shape.layers; i++) nn_must(moe_step(m->layer[i].moe, lr));
+    lm_mark(m, LM_PHASE_ADAMW, 0);
 }
 
 // ---- operations ----

@@ -60,7 +60,8 @@ EX_FUNC void llm_must(const llm *m, moe_status status, const char *what) {
     char path[1024];
     if (!status) return;
     snprintf(path, sizeof path, "%s/%s", m->o->model, *m->model.about ? m->model.about : what);
-    refuse(path, "%s", moe_status_string(status));
+    int system = moe_status_kind(status) == MOE_KIND_IO && errno;
+    refuse(path, "%s%s%s", moe_status_string(status), system ? ": " : "", system ? strerror(errno) : "");
 }
 EX_FUNC const char *llm_name(size_t layer, const char *name) {
     static char full[2][160];

@@ -37,7 +37,7 @@ EX_FUNC unsigned char *mnist_file(const char *path, size_t *size) {
             bytes = grown;
         }
         got = fread(bytes + *size, 1, have - *size, f);
-        if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
+        if (ferror(f)) refuse(path, "cannot be read: %s", strerror(errno));
     }
     fclose(f);
     return bytes;
@@ -51,19 +51,19 @@ EX_FUNC void mnist_room(mnist_set *set, size_t count) {
 EX_FUNC void mnist_read_sample(mnist_set *set, const char *path) {
     size_t size, mark = strlen(MNIST_MARK);
     unsigned char *bytes = mnist_file(path, &size);
-    if (!bytes) die("cannot open %s: %s", path, strerror(errno));
-    if (size < mark || memcmp(bytes, MNIST_MARK, mark) != 0) die("%s: does not begin with %s", path, MNIST_MARK);
+    if (!bytes) refuse(path, "cannot be read: %s", strerror(errno));
+    if (size < mark || memcmp(bytes, MNIST_MARK, mark) != 0) refuse(path, "does not begin with %s", MNIST_MARK);
     mnist_room(set, (size - mark) / 8 + 1); // black pictures are the shortest: a label and seven runs
     for (size_t at = mark; at < size; set->count++) {
         unsigned char *to = set->pixel + set->count * MNIST_PIXELS;
         set->label[set->count] = bytes[at++];
         if (set->label[set->count] >= MNIST_CLASSES)
-            die("%s: picture %zu has label %d", path, set->count, set->label[set->count]);
+            refuse(path, "picture %zu has label %d", set->count, set->label[set->count]);
         for (size_t done = 0, n; done < MNIST_PIXELS; done += n) {
             unsigned run = at < size ? bytes[at++] : 255;
             n = run < 128 ? run + 1 : run - 127;
             if (n > MNIST_PIXELS - done || (run >= 128 && (n + 1) / 2 > size - at))
-                die("%s: picture %zu is damaged or cut off", path, set->count);
+                refuse(path, "picture %zu is damaged or cut off", set->count);
             if (run < 128) continue; // black already
             for (size_t k = 0; k < n; k++)
                 to[done + k] = (unsigned char)(17 * (k % 2 ? bytes[at + k / 2] >> 4 : bytes[at + k / 2] & 15));
@@ -84,20 +84,20 @@ EX_FUNC void mnist_read_idx(mnist_set *set, const char *folder, const char *pref
     snprintf(images, sizeof images, "%s/%s-images-idx3-ubyte", folder, prefix);
     snprintf(labels, sizeof labels, "%s/%s-labels-idx1-ubyte", folder, prefix);
     unsigned char *pixel = mnist_file(images, &size), *label = pixel ? mnist_file(labels, &label_size) : NULL;
-    if (!pixel || !label) die("cannot open %s: %s", pixel ? labels : images, strerror(errno));
+    if (!pixel || !label) refuse(pixel ? labels : images, "cannot be read: %s", strerror(errno));
     if (size < 16 || mnist_number(pixel) != 0x803 || mnist_number(pixel + 8) != 28 || mnist_number(pixel + 12) != 28)
-        die("%s: not the IDX file of pictures of 28 x 28 bytes", images);
+        refuse(images, "not the IDX file of pictures of 28 x 28 bytes");
     set->count = mnist_number(pixel + 4);
     if (set->count == 0 || set->count != (size - 16) / MNIST_PIXELS || (size - 16) % MNIST_PIXELS)
-        die("%s: says %zu pictures, but holds %zu bytes of them", images, set->count, size - 16);
+        refuse(images, "says %zu pictures, but holds %zu bytes of them", set->count, size - 16);
     if (label_size < 8 || mnist_number(label) != 0x801 || mnist_number(label + 4) != set->count ||
         label_size != 8 + set->count)
-        die("%s: not the labels of the %zu pictures in %s", labels, set->count, images);
+        refuse(labels, "not the labels of the %zu pictures in %s", set->count, images);
     mnist_room(set, set->count);
     memcpy(set->pixel, pixel + 16, set->count * MNIST_PIXELS);
     memcpy(set->label, label + 8, set->count);
     for (size_t i = 0; i < set->count; i++)
-        if (set->label[i] >= MNIST_CLASSES) die("%s: label %zu is %d", labels, i, set->label[i]);
+        if (set->label[i] >= MNIST_CLASSES) refuse(labels, "label %zu is %d", i, set->label[i]);
     free(pixel);
     free(label);
 }
@@ -111,9 +111,8 @@ EX_FUNC void mnist_load(mnist *m, const char *folder, const char *argv0) {
         snprintf(in, sizeof in, "%s", folder);
         if (!file_exists(in, "train-images-idx3-ubyte")) snprintf(in, sizeof in, "%s/mnist", folder);
         if (!file_exists(in, "train-images-idx3-ubyte"))
-            die("no MNIST in %s: it needs train-images-idx3-ubyte and the other three files, unzipped, there or in its "
-                "folder mnist",
-                folder);
+            refuse(folder, "no MNIST in it: %s: train-images-idx3-ubyte, which it needs with the other three files, "
+                           "unzipped, there or in its folder mnist", strerror(errno));
         mnist_read_idx(&m->train, in, "train");
         mnist_read_idx(&m->test, in, "t10k");
         return;
@@ -126,7 +125,7 @@ EX_FUNC void mnist_load(mnist *m, const char *folder, const char *argv0) {
     snprintf(path, sizeof path, "%s/mnist_test.bin", in);
     mnist_read_sample(&m->test, path);
     m->sample = 1;
-    if (!m->train.count || !m->test.count) die("%s: no pictures", in);
+    if (!m->train.count || !m->test.count) refuse(in, "no pictures");
 }
 
 EX_FUNC void mnist_free(mnist *m) {

@@ -11,7 +11,7 @@
 #ifndef EX_NN_H
 #define EX_NN_H
 
-#include "platform.h"
+#include "args.h"
 
 #include <math.h>
 
@@ -77,14 +77,21 @@ EX_FUNC void nn_top_k(moe_desc *desc, size_t k) {
     if (desc->combine == MOE_COMBINE_ROBUST) desc->combine = MOE_COMBINE_SUM;
 }
 
-// --set: fields of the desc as text; a fault ends the program as a bad option does. NULL: none.
+// A desc from the command line; a fault ends the program as a bad option does. --system, a row or its alias:
+EX_FUNC void nn_system(const char *program, moe_desc *desc, const char *name) {
+    if (moe_desc_system(desc, name)) args_unknown(program, "system", name, moe_system_name, NULL);
+}
+// --set: fields as text. NULL: none.
 EX_FUNC void nn_set(const char *program, moe_desc *desc, const char *text) {
-    size_t at = 0;
-    moe_status status = text ? moe_desc_parse(desc, text, &at) : MOE_OK;
-    if (!status) return;
-    fprintf(stderr, "%s: --set: at '%s': %s (--help lists the options)\n", program, text + at,
-            moe_status_string(status));
-    exit(2);
+    char why[1000];
+    moe_status status = text ? moe_desc_parse(desc, text, NULL) : MOE_OK;
+    if (status) moe_desc_explain(status, desc, text, why, sizeof why), args_fail(program, "--set: %s", why);
+}
+// Effective values. whose: which desc, where there are several, and ": "; or "".
+EX_FUNC void nn_resolve(const char *program, const char *whose, moe_desc *desc) {
+    char why[1000];
+    moe_status status = moe_desc_resolve(desc, desc);
+    if (status) moe_desc_explain(status, desc, NULL, why, sizeof why), args_fail(program, "%s%s", whose, why);
 }
 
 // Arrays of (rows, c) are cut into blocks of whole rows, about 64 KiB each. The cut depends on the shape alone.
@@ -788,6 +795,13 @@ EX_FUNC int nn_use_isa(const char *name) {
     if (!moe_isa_name((moe_isa_kind)i)) return 0;
     nn_must(moe_force_isa((moe_isa_kind)i));
     return 1;
+}
+EX_FUNC const char *nn_isa_name(void *unused, size_t i) {
+    (void)unused;
+    return moe_isa_name((moe_isa_kind)i);
+}
+EX_FUNC void nn_isa(const char *program, const char *name) { // --isa
+    if (!nn_use_isa(name)) args_unknown(program, "isa", name, nn_isa_name, NULL);
 }
 
 #endif

@@ -6,6 +6,9 @@
 #if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
 #define _POSIX_C_SOURCE 200809L
 #endif
+#if !defined(_FILE_OFFSET_BITS) && !defined(_WIN32)
+#define _FILE_OFFSET_BITS 64 // files of more than 2 GB on 32 bits too
+#endif
 #include <errno.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -43,6 +46,18 @@ EX_PRINTF(1, 2) EX_FUNC void die(const char *format, ...) {
     fputc('\n', stderr);
     va_end(args);
     exit(1);
+}
+
+// Bad input from a file: "error: FILE: ...", and status 2.
+EX_PRINTF(2, 3) EX_FUNC void refuse(const char *file, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fprintf(stderr, "error: %s: ", file);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(2);
 }
 
 // Memory, zeroed, or the end of the program.

@@ -51,11 +51,11 @@ typedef struct served {
 EX_FUNC moe_status serve_as(moe_layer *trained, const char *set, moe_layer **out) {
     moe_desc desc = *moe_layer_desc(trained);
     moe_tensor t;
-    size_t at = 0, experts = desc.n_experts;
+    size_t experts = desc.n_experts;
     desc.training = MOE_OFF;
     memset(desc.loss, 0, sizeof desc.loss);
     desc.candidates = 0, desc.top_p = 0;
-    if (moe_desc_parse(&desc, set, &at) != MOE_OK) die("'%s' is not understood", set + at);
+    nn_set("serve_balance", &desc, set);
     if (desc.combine == MOE_COMBINE_MERGE) desc.route_sequence = MOE_ON, desc.gate = MOE_GATE_SOFTMAX;
     moe_status status = moe_layer_new(out, &desc);
     for (size_t i = 0; !status && moe_layer_tensor(*out, i, &t) == MOE_OK; i++) {

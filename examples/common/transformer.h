@@ -66,7 +66,7 @@ TF_INLINE float tf_lanes_sum(float s[TF_LANES]) {
     return s[0];
 }
 // 1 / root of the mean square of d numbers: what tf_norm multiplies a row with.
-EX_FUNC float tf_norm_scale(size_t d, float eps, const float *x) {
+TF_WIDE float tf_norm_scale(size_t d, float eps, const float *x) {
     float s[TF_LANES] = {0};
     size_t k = 0;
     for (; k + TF_LANES <= d; k += TF_LANES)
@@ -74,12 +74,12 @@ EX_FUNC float tf_norm_scale(size_t d, float eps, const float *x) {
     for (size_t j = 0; k + j < d; j++) s[j] += x[k + j] * x[k + j];
     return 1 / sqrtf(tf_lanes_sum(s) / (float)d + eps);
 }
+TF_WIDE void tf_norm_apply(size_t d, float scale, const float *x, const float *w, float *y) {
+    for (size_t k = 0; k < d; k++) y[k] = x[k] * scale * w[k];
+}
 // y = x / rms(x) * w, each of `rows` rows of d; y may be x.
 EX_FUNC void tf_norm(size_t rows, size_t d, float eps, const float *x, const float *w, float *y) {
-    for (size_t r = 0; r < rows; r++, x += d, y += d) {
-        float scale = tf_norm_scale(d, eps, x);
-        for (size_t k = 0; k < d; k++) y[k] = x[k] * scale * w[k];
-    }
+    for (size_t r = 0; r < rows; r++, x += d, y += d) tf_norm_apply(d, tf_norm_scale(d, eps, x), x, w, y);
 }
 
 // ---- rotary positions ----
@@ -139,20 +139,28 @@ EX_FUNC tf_rope tf_rope_new(nn *s, const tf_rope_args *a, size_t positions, int 
     }
     return r;
 }
+// Pairs (i, i + half) of a head; sign -1: back.
+TF_WIDE void tf_rope_halves(size_t half, const float *restrict c, const float *restrict s, float sign,
+                            float *restrict x, float *restrict y) {
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = y[i], turn = sign * s[i];
+        x[i] = a * c[i] - b * turn;
+        y[i] = b * c[i] + a * turn;
+    }
+}
 // Turns x (rows, heads, width) in place: the last r->dim numbers of each head; row i stands at `position` + i. back:
 // the other way round, which is the gradient's way.
 EX_FUNC void tf_rope_turn(const tf_rope *r, size_t rows, size_t position, size_t heads, size_t width, int back,
                           float *x) {
-    size_t half = r->dim / 2, step = r->interleaved ? 2 : 1, apart = r->interleaved ? 1 : half;
+    size_t half = r->dim / 2;
+    float sign = back ? -1.0f : 1.0f;
     for (size_t t = 0; t < rows; t++) {
         const float *c = r->cos + (position + t) * half, *s = r->sin + (position + t) * half;
         for (size_t h = 0; h < heads; h++, x += width) {
             float *y = x + width - r->dim;
-            for (size_t i = 0; i < half; i++, y += step) {
-                float a = y[0], b = y[apart], turn = back ? -s[i] : s[i];
-                y[0] = a * c[i] - b * turn;
-                y[apart] = b * c[i] + a * turn;
-            }
+            if (!r->interleaved) tf_rope_halves(half, c, s, sign, y, y + half);
+            for (size_t i = 0; r->interleaved && i < half; i++, y += 2)
+                tf_rope_halves(1, c + i, s + i, sign, y, y + 1);
         }
     }
 }

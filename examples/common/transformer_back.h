@@ -17,7 +17,7 @@
 
 #include "transformer.h"
 
-enum { TB_QUERIES = 64, TB_HEAD_ROWS = 512 };
+enum { TB_QUERIES = 64, TB_HEAD_ROWS = 512, TB_HEAD_WORDS = 1024 };
 
 // What runs the operations: threads, scratch of a worker, and partial sums over blocks of rows.
 typedef struct tb_ops {
@@ -84,7 +84,7 @@ typedef struct tb_norm_job {
 // As tf_norm, a row; returns r, which the backward needs.
 EX_FUNC float tb_norm_row(size_t d, float epsilon, const float *x, const float *w, float *y) {
     float r = tf_norm_scale(d, epsilon, x);
-    for (size_t k = 0; k < d; k++) y[k] = x[k] * r * w[k];
+    tf_norm_apply(d, r, x, w, y);
     return r;
 }
 // dx = (or +=) the gradient by x; dw +=
@@ -203,16 +203,24 @@ typedef struct tb_attention_job {
     float *dqk, *dv; // as qk and v
 } tb_attention_job;
 
-// A worker's scratch: probabilities and their gradients of a block of queries, and room for its products.
+// A worker's scratch: probabilities and their gradients of a block of queries, a head's keys and values in panels, once
+// for all its blocks, and room for its products.
 typedef struct tb_attention_room {
-    float *p, *dp, *gemm;
+    float *p, *dp, *k, *v, *gemm;
     moe_parallel alone;
     size_t bytes;
 } tb_attention_room;
 EX_FUNC tb_attention_room tb_room(const tb_ops *o, size_t worker) {
     float *at = o->worker + worker * o->worker_floats;
     size_t square = (o->length < TB_QUERIES ? o->length : TB_QUERIES) * o->length;
-    return (tb_attention_room){at, at + square, at + 2 * square, {.n_threads = 1}, o->small_bytes};
+    size_t panels = (o->length + 31) / 32 * 32 * (o->d / o->heads);
+    float *k = at + 2 * square;
+    return (tb_attention_room){at, at + square, k, k + panels, k + 2 * panels, {.n_threads = 1}, o->small_bytes};
+}
+// x^T of a head's rows (length, head), `apart` apart
+EX_FUNC void tb_panels(const tb_ops *o, const tb_attention_room *room, const float *x, size_t apart, float *panels) {
+    moe_gemm_args g = {.n = o->length, .k = o->d / o->heads, .b = x, .ldb = apart, .tb = 1, .parallel = &room->alone};
+    nn_must(moe_gemm_pack(&g, panels));
 }
 EX_FUNC void tb_small(tb_attention_room *room, moe_gemm_args g) {
     g.parallel = &room->alone;
@@ -224,26 +232,22 @@ EX_FUNC void tb_small(tb_attention_room *room, moe_gemm_args g) {
 // Of the scores: as who runs the model computes it.
 EX_FUNC float tb_scale(size_t head) { return (float)(1 / sqrt((double)head)); }
 
+TF_WIDE void tb_times(size_t n, float scale, float *x) {
+    for (size_t i = 0; i < n; i++) x[i] *= scale;
+}
 // p (n, seen) of queries first ... first + n - 1, seen = first + n: their probabilities over the tokens that they see
-EX_FUNC void tb_probabilities(const tb_ops *o, tb_attention_room *room, const float *q, const float *k, size_t first,
-                              size_t n) {
+EX_FUNC void tb_probabilities(const tb_ops *o, tb_attention_room *room, const float *q, size_t first, size_t n) {
     size_t seen = first + n, head = o->d / o->heads;
     float scale = tb_scale(head);
-    tb_small(room, (moe_gemm_args){.m = n,
-                                   .n = seen,
-                                   .k = head,
-                                   .a = q + first * 2 * o->d,
-                                   .lda = 2 * o->d,
-                                   .b = k,
-                                   .ldb = 2 * o->d,
-                                   .tb = 1,
-                                   .c = room->p});
+    tb_small(room, (moe_gemm_args){.m = n, .n = seen, .k = head, .a = q + first * 2 * o->d, .lda = 2 * o->d,
+                                   .b_panels = room->k, .c = room->p});
     for (size_t i = 0; i < n; i++) {
-        float *restrict row = room->p + i * seen;
-        for (size_t s = 0; s <= first + i; s++) row[s] *= scale;
-        for (size_t s = first + i + 1; s < seen; s++) row[s] = -1e30f; // exp of it is 0
+        float *row = room->p + i * seen;
+        size_t own = first + i + 1;
+        tb_times(own, scale, row);
+        nn_must(moe_softmax(1, own, 1, row, row));
+        memset(row + own, 0, (seen - own) * sizeof(float));
     }
-    nn_must(moe_softmax(n, seen, 1, room->p, room->p));
 }
 
 EX_FUNC void tb_attention_task(void *arg, size_t i, size_t worker) { // i: a sequence's head
@@ -252,9 +256,10 @@ EX_FUNC void tb_attention_task(void *arg, size_t i, size_t worker) { // i: a seq
     size_t d = o->d, head = d / o->heads, row = i / o->heads * o->length, at = i % o->heads * head;
     tb_attention_room room = tb_room(o, worker);
     const float *q = j->qk + row * 2 * d + at, *v = j->v + row * 3 * d + at;
+    tb_panels(o, &room, q + d, 2 * d, room.k);
     for (size_t first = 0, n; first < o->length; first += n) {
         n = o->length - first < TB_QUERIES ? o->length - first : TB_QUERIES;
-        tb_probabilities(o, &room, q, q + d, first, n);
+        tb_probabilities(o, &room, q, first, n);
         tb_small(&room, (moe_gemm_args){.m = n,
                                         .n = head,
                                         .k = first + n,
@@ -272,7 +277,7 @@ EX_FUNC void tb_attention(const tb_ops *o, size_t rows, const float *qk, const f
 }
 
 // ds = p (dp - dot) scale, dot = sum of p dp over a row = dy . y, in place of dp
-EX_FUNC void tb_attention_scores_back(size_t n, size_t seen, float scale, const float *p, float *dp) {
+TF_WIDE void tb_attention_scores_back(size_t n, size_t seen, float scale, const float *p, float *dp) {
     for (size_t i = 0; i < n; i++) {
         const float *restrict a = p + i * seen;
         float *restrict b = dp + i * seen, dot = tb_dot(seen, a, b);
@@ -287,14 +292,16 @@ EX_FUNC void tb_attention_back_task(void *arg, size_t i, size_t worker) {
     tb_attention_room room = tb_room(o, worker);
     const float *q = j->qk + row * wide + at, *v = j->v + row * 3 * d + at, *dy = j->dy + row * d + at;
     float *dq = j->dqk + row * wide + at, *dv = j->dv + row * 3 * d + at;
+    tb_panels(o, &room, q + d, wide, room.k);
+    tb_panels(o, &room, v, 3 * d, room.v);
     // The last queries first: theirs are the products that reach every key, so that those set and the others add.
     for (size_t end = L, first; end; end = first) {
         first = (end - 1) / TB_QUERIES * TB_QUERIES;
         size_t n = end - first;
         int add = end < L;
-        tb_probabilities(o, &room, q, q + d, first, n);
-        tb_small(&room, (moe_gemm_args){.m = n, .n = end, .k = head, .a = dy + first * d, .lda = d, .b = v,
-                                        .ldb = 3 * d, .tb = 1, .c = room.dp});
+        tb_probabilities(o, &room, q, first, n);
+        tb_small(&room, (moe_gemm_args){.m = n, .n = end, .k = head, .a = dy + first * d, .lda = d,
+                                        .b_panels = room.v, .c = room.dp});
         tb_small(&room, (moe_gemm_args){.m = end, .n = head, .k = n, .a = room.p, .ta = 1, .b = dy + first * d,
                                         .ldb = d, .c = dv, .ldc = 3 * d, .accumulate = add});
         tb_attention_scores_back(n, end, tb_scale(head), room.p, room.dp);
@@ -326,6 +333,12 @@ typedef struct tb_add_job {
     tb_dropout drop;
 } tb_add_job;
 
+// 16 factors of 16 bytes drawn
+TF_WIDE void tb_factors(const uint32_t draw[4], unsigned share, float keep, float factor[16]) {
+    for (size_t word = 0; word < 4; word++)
+        for (size_t byte = 0; byte < 4; byte++)
+            factor[4 * word + byte] = (draw[word] >> 8 * byte & 255) < share ? 0 : keep;
+}
 EX_FUNC void tb_add_task(void *arg, size_t i, size_t worker) {
     const tb_add_job *j = arg;
     size_t begin, end, c = j->rows.c;
@@ -335,13 +348,9 @@ EX_FUNC void tb_add_task(void *arg, size_t i, size_t worker) {
     for (size_t at = begin * c; at < end * c; at += 16) {
         size_t n = end * c - at < 16 ? end * c - at : 16;
         float factor[16];
-        uint32_t draw[4];
-        for (int k = 0; k < 16; k++) factor[k] = keep;
-        if (j->drop.share) {
-            moe_philox(j->drop.seed, at / 16, j->drop.stream, draw);
-            for (int k = 0; k < 16; k++)
-                if ((draw[k / 4] >> 8 * (k % 4) & 255) < j->drop.share) factor[k] = 0;
-        }
+        uint32_t draw[4] = {0};
+        if (j->drop.share) moe_philox(j->drop.seed, at / 16, j->drop.stream, draw);
+        tb_factors(draw, j->drop.share, keep, factor);
         if (j->x)
             for (size_t k = 0; k < n; k++) j->out[at + k] = j->x[at + k] + factor[k] * j->y[at + k];
         else
@@ -400,21 +409,20 @@ EX_FUNC void tb_loss_task(void *arg, size_t i, size_t worker) {
     (void)worker;
     nn_block(&j->rows, i, &begin, &end);
     for (size_t t = begin; t < end; t++) {
-        float *row = j->logits + t * V, top = row[0], wanted, log_top;
-        size_t best = 0;
+        float *row = j->logits + t * V, top, wanted, log_top;
+        int32_t best;
         j->nats[t] = 0;
         if (j->target[t] < 0) {
             memset(row, 0, V * sizeof(float));
             continue;
         }
-        for (size_t k = 1; k < V; k++)
-            if (row[k] > top) top = row[k], best = k;
+        nn_must(moe_topk(1, V, 1, row, &best, &top));
         wanted = row[j->target[t]];
         nn_must(moe_softmax(1, V, 1, row, row));
         nn_must(moe_log(1, row + best, &log_top));
         j->nats[t] = top - wanted - log_top; // -log p of the target, which itself may be too small for a float
         row[j->target[t]] -= 1;
-        for (size_t k = 0; k < V; k++) row[k] *= j->scale;
+        tb_times(V, j->scale, row);
     }
 }
 
@@ -427,17 +435,34 @@ typedef struct tb_head {
     float *dx, *dw; // NULL: the loss alone
 } tb_head;
 
+// The products of rows `first` and on, some words of the vocabulary at a time: their weights are packed, read by all
+// rows and left while they are near. back 0: the logits; 1: from their gradient those of x and w.
+EX_FUNC void tb_head_products(const tb_ops *o, const tb_head *h, size_t first, size_t rows, int back) {
+    const float *x = h->x + first * o->d;
+    for (size_t word = 0, n; word < h->vocab; word += n) {
+        n = h->vocab - word < TB_HEAD_WORDS ? h->vocab - word : TB_HEAD_WORDS;
+        const float *w = h->w + word * o->d;
+        float *logits = h->logits + word;
+        if (!back) {
+            tb_product(o, (moe_gemm_args){.m = rows, .n = n, .k = o->d, .a = x, .b = w, .tb = 1, .c = logits,
+                                          .ldc = h->vocab});
+            continue;
+        }
+        tb_product(o, (moe_gemm_args){.m = rows, .n = o->d, .k = n, .a = logits, .lda = h->vocab, .b = w,
+                                      .c = h->dx + first * o->d, .accumulate = word > 0});
+        tb_product(o, (moe_gemm_args){.m = n, .n = o->d, .k = rows, .a = logits, .lda = h->vocab, .ta = 1, .b = x,
+                                      .c = h->dw + word * o->d, .accumulate = first > 0});
+    }
+}
 EX_FUNC void tb_head_run(const tb_ops *o, const tb_head *h) {
     for (size_t first = 0, n; first < h->rows; first += n) {
         n = h->rows - first < TB_HEAD_ROWS ? h->rows - first : TB_HEAD_ROWS;
-        const float *x = h->x + first * o->d;
-        tb_linear(o, n, o->d, h->vocab, x, h->w, h->logits);
+        tb_head_products(o, h, first, n, 0);
         tb_loss_job j = {.rows = {.rows = n, .c = h->vocab}, .logits = h->logits, .target = h->target + first};
         j.nats = h->nats + first;
         j.scale = 1 / (float)h->counted;
         moe_run(o->parallel, nn_blocks(n, h->vocab), tb_loss_task, &j);
-        if (h->dx)
-            tb_linear_back(o, n, o->d, h->vocab, x, h->w, h->logits, h->dx + first * o->d, first > 0, h->dw);
+        if (h->dx) tb_head_products(o, h, first, n, 1);
     }
 }
 
@@ -466,16 +491,19 @@ EX_FUNC tb_ops tb_make(nn *s, size_t rows, size_t vocab, size_t length, size_t d
         o.gemm_bytes = tb_bytes((moe_gemm_args){.m = out, .n = in, .k = rows, .ta = 1}, o.parallel, o.gemm_bytes);
     }
     size_t some = rows < TB_HEAD_ROWS ? rows : TB_HEAD_ROWS;
-    o.gemm_bytes = tb_bytes((moe_gemm_args){.m = some, .n = vocab, .k = d, .tb = 1}, o.parallel, o.gemm_bytes);
-    o.gemm_bytes = tb_bytes((moe_gemm_args){.m = some, .n = d, .k = vocab}, o.parallel, o.gemm_bytes);
-    o.gemm_bytes = tb_bytes((moe_gemm_args){.m = vocab, .n = d, .k = some, .ta = 1}, o.parallel, o.gemm_bytes);
+    const size_t words[] = {vocab < TB_HEAD_WORDS ? vocab : TB_HEAD_WORDS, vocab % TB_HEAD_WORDS}; // and the last ones
+    for (int i = 0; i < 2; i++) {
+        o.gemm_bytes = tb_bytes((moe_gemm_args){.m = some, .n = words[i], .k = d, .tb = 1}, o.parallel, o.gemm_bytes);
+        o.gemm_bytes = tb_bytes((moe_gemm_args){.m = some, .n = d, .k = words[i]}, o.parallel, o.gemm_bytes);
+        o.gemm_bytes = tb_bytes((moe_gemm_args){.m = words[i], .n = d, .k = some, .ta = 1}, o.parallel, o.gemm_bytes);
+    }
     o.gemm = (char *)nn_floats(s, o.gemm_bytes / sizeof(float) + 1);
     for (size_t seen = n; seen <= length; seen++) {
         o.small_bytes = tb_bytes((moe_gemm_args){.m = n, .n = seen, .k = head, .tb = 1}, &alone, o.small_bytes);
         o.small_bytes = tb_bytes((moe_gemm_args){.m = n, .n = head, .k = seen}, &alone, o.small_bytes);
         o.small_bytes = tb_bytes((moe_gemm_args){.m = seen, .n = head, .k = n, .ta = 1}, &alone, o.small_bytes);
     }
-    o.worker_floats = 2 * n * length + o.small_bytes / sizeof(float) + 32;
+    o.worker_floats = 2 * n * length + 2 * ((length + 31) / 32 * 32 * head) + o.small_bytes / sizeof(float) + 32;
     o.worker = nn_floats(s, workers * o.worker_floats);
     o.partial = nn_floats(s, nn_blocks(rows, d) * 2 * d);
     return o;

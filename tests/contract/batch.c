@@ -3,13 +3,15 @@
  * (and says "sequence" in its limits); one that cannot promise it says "not batch-invariant" there, and must be seen to
  * break it. */
 #include "test.h"
+#include "pool.h"
 
 enum { E = 8, SEQ = 4, MAX_TOKENS = 120, MAX_D = 264 };
 static float x[MAX_TOKENS * MAX_D], whole[MAX_TOKENS * MAX_D], x2[MAX_TOKENS * MAX_D], y[MAX_TOKENS * MAX_D];
 static float dy[MAX_TOKENS * MAX_D];
 static uint32_t id[MAX_TOKENS], id2[MAX_TOKENS];
 
-typedef struct shape { size_t d, f, n_tokens, threads; } shape;
+typedef struct shape { size_t d, f, n_tokens, threads; } shape; /* more than two threads: a pool's */
+static pool threads;
 typedef struct batch_case {
     const moe_system *system;
     moe_layer *layer;
@@ -42,7 +44,7 @@ static size_t differ(const batch_case *c, const size_t *place, size_t n, size_t 
 
 static size_t differ_in_all_ways(const batch_case *c) {
     size_t place[MAX_TOKENS], n = c->n_tokens, units = n / c->unit, bad = 0, some = 0;
-    static const size_t pieces[] = {1, 3, 7, 50};
+    static const size_t pieces[] = {1, 3, 7, 32};
     forward(c, x, id, n, whole);
     for (size_t i = 0; i < n; i++) place[i] = i;
     for (size_t p = 0; p < sizeof pieces / sizeof *pieces; p++) bad += differ(c, place, n, pieces[p] * c->unit);
@@ -63,6 +65,7 @@ static moe_layer *trained(const moe_system *system, const shape *s) {
     moe_layer *layer = NULL;
     memset(&desc, 0, sizeof desc);
     desc.d_model = s->d, desc.d_ff = s->f, desc.sequence = SEQ, desc.seed = 3, desc.parallel.n_threads = s->threads;
+    if (s->threads > 2) desc.parallel = pool_parallel(&threads);
     CHECK_OK(moe_desc_system(&desc, system->name));
     if (!CHECK_OK(moe_layer_new(&layer, &desc))) return NULL;
     for (int step = 0; step < 2; step++) {
@@ -118,6 +121,12 @@ static void test_two_threads(void) {
     shape s = {32, 24, TEST_SANITIZED ? 72 : 104, 2};
     check_systems(&s);
 }
+static void test_many_threads(void) {
+    shape s = {32, 24, 72, POOL_MOST};
+    pool_start(&threads, POOL_MOST);
+    check_systems(&s);
+    pool_stop(&threads);
+}
 static void test_over_blocks(void) { /* widths beyond a block of the products */
     shape s = {MAX_D, 260, TEST_SANITIZED ? 72 : 104, 2};
     check_systems(&s);
@@ -126,6 +135,7 @@ static void test_over_blocks(void) { /* widths beyond a block of the products */
 int main(void) {
     RUN(test_every_instruction_set);
     RUN(test_two_threads);
+    RUN(test_many_threads);
     RUN(test_over_blocks);
     return test_end();
 }

@@ -2,8 +2,7 @@
  * threads and every order in which the tasks may run. (Across compilers and processors: golden.c.) */
 #include "test.h"
 #include "cases.h"
-
-#include <pthread.h>
+#include "pool.h"
 
 /* ---- ways to run tasks ---- */
 static void run_reversed(void *user, size_t n_threads, size_t n_tasks, moe_task *task, void *arg) {
@@ -40,6 +39,22 @@ static void run_on_threads(void *user, size_t n_threads, size_t n_tasks, moe_tas
     for (size_t w = 1; w < n; w++) pthread_join(thread[w], NULL);
 }
 
+/* On 32 threads that wait for work: the first `steps` steps give the same as on one. */
+static void check_many_threads(const layer_case *c, int steps) {
+    uint64_t one[HASHES], many[HASHES];
+    float y[4];
+    pool p;
+    const moe_parallel alone = {NULL, NULL, 1};
+    pool_start(&p, POOL_MOST);
+    moe_parallel parallel = pool_parallel(&p);
+    run_layer_case(c, &alone, steps, one, y);
+    run_layer_case(c, &parallel, steps, many, y);
+    for (int i = 0; i < HASHES; i++)
+        if (!CHECK(one[i] == many[i])) printf("        case %s, 32 threads, hash %d\n", c->name, i);
+    CHECK(p.calls > 0);
+    pool_stop(&p);
+}
+
 static void check_everywhere(const layer_case *c, int steps) {
     uint64_t first[HASHES], hash[HASHES];
     float y[4];
@@ -68,6 +83,13 @@ static void check_everywhere(const layer_case *c, int steps) {
 
 static void test_cases(void) {
     for (size_t i = 0; i < LAYER_CASES; i++) check_everywhere(&layer_cases[i], TEST_SANITIZED ? 2 : 5);
+}
+
+static void test_many_threads(void) {
+    for (size_t i = 0; i < LAYER_CASES; i++) check_many_threads(&layer_cases[i], 2);
+    layer_case c = layer_cases[3];
+    c.d_model = 130, c.d_ff = 70, c.n_tokens = 300, c.n_experts = 40; /* tasks for all of them */
+    check_many_threads(&c, 1);
 }
 
 /* Shapes by chance, small to middling: every edge of blocks and panels turns up. */
@@ -138,6 +160,7 @@ static void test_readers_of_one_layer(void) {
 
 int main(void) {
     RUN(test_cases);
+    RUN(test_many_threads);
     RUN(test_random_shapes);
     RUN(test_large);
     RUN(test_readers_of_one_layer);

@@ -59,6 +59,18 @@ if [ "$ROWS" != gcc ] && command -v x86_64-w64-mingw32-gcc >/dev/null 2>&1; then
     done
 fi
 
+# floats in a wider type: refused where an option is needed, which is named; switched off where the compiler can
+if [ "$ROWS" != gcc ] && command -v i686-linux-gnu-gcc >/dev/null 2>&1; then
+    wider() { ! i686-linux-gnu-gcc "$@" >"$dir/refusal" 2>&1 && grep 'error.*-mfpmath=sse' "$dir/refusal"; }
+    check "387 arithmetic is refused" wider -std=c99 -mfpmath=387 -I. -fsyntax-only \
+        tests/contract/compile/implementation.c
+fi
+if [ "$ROWS" != gcc ] && command -v s390x-linux-gnu-gcc >/dev/null 2>&1; then
+    # shellcheck disable=SC2086
+    check "warnings s390x -std=c99" s390x-linux-gnu-gcc -std=c99 $warnings -O1 -I. -c -o "$dir/warnings.o" \
+        tests/contract/compile/implementation.c
+fi
+
 # ---- one implementation, other users; C and C++ together; static ----
 # shellcheck disable=SC2086
 for cc in $compilers; do

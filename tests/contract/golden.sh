@@ -65,6 +65,8 @@ rows_of() { # the rows that both compilers have: COMPILER
 rows_gcc() { # the two ends; what lies between them is in the other rows, with what needs more than gcc
     add gcc-O0 - gcc -std=c99 -O0
     add gcc-O3-native - gcc -std=gnu11 $hardest -O3
+    # every new gradient past the caches; no atomic counters: each step a parallel region
+    add gcc-stream - gcc -std=c99 -O1 -fopenmp -DMOE__STREAM=0 -U__GCC_ATOMIC_POINTER_LOCK_FREE
 }
 # shellcheck disable=SC2086
 rows_more() {

@@ -37,7 +37,7 @@ check "and why" says dynmoe 'experts, [0-9]* tokens that none took: now [0-9]'
 
 # bad arguments
 run system 2 --system mixtrl
-check "near names" says system 'near it: mixtral'
+check "near names" says system 'did you mean mixtral'
 run batch 2 --batch 5000
-run nothing 1 --data "$tmp"
+run nothing 2 --data "$tmp"
 finish

@@ -33,6 +33,23 @@ int main(void) {
 END
 check "a program that prints the table" build rows .
 "$tmp/rows.run" >"$tmp/table"
+cat >"$tmp/aliases.c" <<'END'
+#include <stdio.h>
+#include "moe.h"
+int main(void) {
+    for (size_t i = 0; moe_system_alias(i); i++) {
+        const moe_alias *a = moe_system_alias(i);
+        const char *quote = *a->choices ? "`" : "", *blank = *a->choices ? " " : "";
+        printf("| %s | %s | %s%s%s%s| %s |\n", a->name, a->system, quote, a->choices, quote, blank, a->mark);
+    }
+    return 0;
+}
+END
+check "a program that prints the aliases" build aliases .
+"$tmp/aliases.run" >"$tmp/aliases"
+check "some aliases" [ "$(wc -l <"$tmp/aliases")" -ge 20 ]
+sed -n '/^| alias /,/^$/{/^| alias/d;/^| ---/d;/^$/d;s/[^|]*|$//p;}' docs/systems.md >"$tmp/listed"
+check "the page has them, in their order, and no other" diff "$tmp/aliases" "$tmp/listed"
 # of each section the heading, the line about the source, and the first block
 awk '/^## / { on = 1; blocks = 0 } on { print } on && /^```$/ && ++blocks == 1 { on = 0 }' docs/systems.md \
     >"$tmp/sections"

@@ -86,8 +86,8 @@ check "the last line is a final" [ "$(tail -n 1 "$tmp/both.out" | grep -c '^{"ev
 check "standard output is experiments.jsonl" cmp -s "$tmp/both.out" "$tmp/both/experiments.jsonl"
 check "the sentence is in the page" grep -q '<b>Claim ' "$tmp/both/experiments.html"
 
-run unknown 2 --only nope
-check "an unknown experiment: the names" says unknown "'nope'.* ecology simbal phases collapse"
+run unknown 2 --only zzz
+check "an unknown experiment: the names" says unknown "'zzz'.* ecology, simbal, phases, collapse"
 run seeds 2 --seeds 100
 check "nothing is written then" [ ! -e "$tmp/unknown" ]
 

@@ -14,7 +14,7 @@ for i in 1 2 3 4 5; do batch data_batch_$i 30730000; done
 batch test_batch 30730000
 refuses() { # WHAT FILE MESSAGE
     # shellcheck disable=SC2086
-    run cut 1 --data "$tmp/data" $short
+    run cut 2 --data "$tmp/data" $short
     check "$1: the file is named" says cut "^error: .*/$2"
     check "$1: and the reason" says cut "$3"
 }

@@ -69,13 +69,13 @@ if [ "$seeds" -gt 2 ]; then
 fi
 
 # data
-run nothing 1 --data "$tmp"
+run nothing 2 --data "$tmp"
 check "a folder without MNIST" says nothing 'no MNIST in'
 mkdir -p "$tmp/bad"
 for file in train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; do
     printf '\000\000\010\003\000\000\000\002\000\000\000\034\000\000\000\034short' >"$tmp/bad/$file"
 done
-run short 1 --data "$tmp/bad"
+run short 2 --data "$tmp/bad"
 check "a file that is cut off" says short 'train-images-idx3-ubyte: says 2 pictures'
 if [ -n "${MOE_DATA:-}" ]; then
     run full 0 --data "$MOE_DATA" --epochs 2 --json

@@ -92,12 +92,12 @@ for signal in INT TERM KILL; do
     check "$signal: it goes on to the same bits" [ "$(value whole checksum)" = "$(value $signal checksum)" ]
     check "$signal: and the same loss" [ "$(value whole train_loss)" = "$(value $signal train_loss)" ]
 done
-run other 1 $long --resume --lr 0.5
+run other 2 $long --resume --lr 0.5
 cp -r "$tmp/whole/wikitext2" "$tmp/cut"
 mkdir -p "$tmp/damaged/wikitext2"
 size=$(wc -c <"$tmp/cut/training.state")
 head -c $((size - 9)) "$tmp/cut/training.state" >"$tmp/damaged/wikitext2/training.state"
-run damaged 1 $long --resume
+run damaged 2 $long --resume
 check "a state that was cut says so" says damaged 'ends too early'
 
 run noncausal 2 $tiny --system expert-choice
@@ -108,7 +108,7 @@ run isa 2 $tiny --isa mmx
 run optimizer 2 $tiny --optimizer sgd
 run width 2 $tiny --width 40
 run batch 2 $tiny --batch 4096
-run nothing 1 --data "$tmp/nothing"
+run nothing 2 --data "$tmp/nothing"
 run diverges 1 $tiny --steps 50 --lr 9 --optimizer adamw
 
 finish

@@ -231,6 +231,18 @@ static inline void *test_memory(size_t count, size_t size) {
 static inline float *test_floats(size_t n) { return (float *)test_memory(n, sizeof(float)); }
 static inline double *test_doubles(size_t n) { return (double *)test_memory(n, sizeof(double)); }
 
+/* n elements between this machine's order of bytes and little-endian, which is what files have: the same both ways. */
+static inline void test_little_endian(void *elements, size_t n, size_t size) {
+    const uint32_t one = 1;
+    unsigned char *p = (unsigned char *)elements, low;
+    memcpy(&low, &one, 1);
+    for (; !low && n > 0; n--, p += size)
+        for (size_t i = 0; i < size / 2; i++) {
+            unsigned char t = p[i];
+            p[i] = p[size - 1 - i], p[size - 1 - i] = t;
+        }
+}
+
 /* ---- FOR_EACH_ISA(isa) { ... }: every instruction set that works here, forced; AUTO again afterwards ---- */
 static inline moe_isa_kind test_next_isa(moe_isa_kind after) {
     for (int i = (int)after + 1; i < MOE_ISA_COUNT; i++)

@@ -54,4 +54,14 @@ if command -v clang >/dev/null 2>&1 && [ "$(uname -m)" = x86_64 ]; then
     check "clang -ffp-contract=fast fuses nothing that rounds" fused
 fi
 
+# ---- WebAssembly's vectors have no fma: theirs is made of double's ----
+wasm() {
+    clang-19 --target=wasm32-wasi -O1 -w "$@" -I. tests/contract/compile/arithmetic.c -o "$tmp/program" -lm &&
+        node --no-warnings --experimental-wasi-unstable-preview1 tests/lib/wasi.mjs "$tmp/program"
+}
+echo 'int main(void) { return 0; }' >"$tmp/hello.c"
+if command -v node >/dev/null 2>&1 && clang-19 --target=wasm32-wasi "$tmp/hello.c" -o "$tmp/hello" 2>/dev/null; then
+    check "WebAssembly's SIMD128 computes as it should" wasm -msimd128
+fi
+
 finish

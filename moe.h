@@ -876,7 +876,7 @@ typedef struct moe_desc {
     float weight_decay;           /* on weight matrices, not on biases; 0 = 0.01 */
     int sparse_step;              /* moe_step leaves an expert that no token chose since the last one as it is: neither
                                      momentum nor decay move it, and its state is not read; the step number counts on,
-                                     as PyTorch's SparseAdam does; default off */
+                                     after PyTorch's SparseAdam [K]; default off */
     float clip_norm;              /* moe_step scales the layer's gradient to at most this L2 norm; 0 or MOE_OFF = no
                                      clipping */
     uint64_t seed;                /* of the initial parameters; 0 = 1 */
@@ -4644,7 +4644,7 @@ static void moe__threads_worker(void *arg, size_t i, size_t worker) {
 }
 #endif
 static void moe__threads_steps(const moe_parallel *parallel, moe__threads_step *step, size_t n_steps) {
-    size_t most = 0, s = 0;
+    size_t most = 0;
     for (size_t i = 0; i < n_steps; i++) most = moe__max(most, step[i].n_tasks);
 #ifdef MOE__ATOMIC_NEXT
     moe__threads_list list = {step, n_steps};
@@ -4654,7 +4654,7 @@ static void moe__threads_steps(const moe_parallel *parallel, moe__threads_step *
         return;
     }
 #endif
-    for (; s < n_steps && most; s++) moe_run(parallel, step[s].n_tasks, step[s].task, step[s].arg);
+    for (size_t s = 0; s < n_steps; s++) moe_run(parallel, step[s].n_tasks, step[s].task, step[s].arg);
 }
 
 /* ==== >>formats ===============================================================================
@@ -15930,7 +15930,8 @@ static void moe__layer_wake(moe_layer *layer) {
     const moe__plan *plan = &layer->plan;
     if (layer->fresh) moe__layer_zero_grads(layer, 0);
     for (size_t e = 0; layer->idle && e < plan->G; e++) {
-        if (layer->idle[e]) memset(layer->part[MOE_PART_GRADS] + e * plan->expert, 0, plan->expert * sizeof(float));
+        float *grads = layer->part[MOE_PART_GRADS] + e * plan->expert;
+        if (layer->idle[e] && !layer->fresh) memset(grads, 0, plan->expert * sizeof(float));
         layer->idle[e] = 0;
     }
     layer->fresh = 0;
@@ -16221,9 +16222,6 @@ static moe_status moe__layer_find(const moe_layer *layer, moe_part_kind part, co
     if (part != MOE_PART_PARAMS && moe__layer_in_stock(layer, *id)) return MOE_E_QUANTISED;
     return count == expected[*id] ? MOE_OK : MOE_E_TENSOR_SIZE;
 }
-static int moe__layer_may_idle(const moe_layer *layer, int id, size_t e) { /* expert e's part of a tensor */
-    return layer->idle && id >= MOE__T_W1 && id <= MOE__T_B2 && e < layer->plan.G;
-}
 MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, const char *name, float *out,
                                  size_t count) {
     int id;
@@ -16238,8 +16236,9 @@ MOE_API moe_status moe_layer_get(const moe_layer *layer, moe_part_kind part, con
         for (size_t row = 0; row < count / columns; row++)
             moe__layer_values(layer, id, row, 0, columns, out + row * columns);
     } else moe__plan_read(&layer->plan, id, layer->part[part], 0, count / moe__plan_columns(&layer->plan, id), out);
+    if (part != MOE_PART_GRADS || layer->fresh || !layer->idle || id < MOE__T_W1 || id > MOE__T_B2) return MOE_OK;
     size_t each = count / layer->plan.G; /* an idle expert's gradient holds anything */
-    for (size_t e = 0; part == MOE_PART_GRADS && !layer->fresh && moe__layer_may_idle(layer, id, e); e++)
+    for (size_t e = 0; e < layer->plan.G; e++)
         if (layer->idle[e]) memset(out + e * each, 0, each * sizeof(float));
     return MOE_OK;
 }

@@ -2,12 +2,14 @@
  * place alone. */
 #ifndef _WIN32
 #define _POSIX_C_SOURCE 200809L
-#include <pthread.h>
 #include <time.h>
 #endif
 #define MOE_IMPLEMENTATION
 #define MOE_NO_SIMD /* quick to compile: see the Makefile */
 #include "test.h"
+#ifndef _WIN32
+#include "pool.h"
+#endif
 
 enum { MOST = 300 };
 static size_t seen[MOST];
@@ -93,33 +95,19 @@ static void run_backwards(void *user, size_t n_threads, size_t n_tasks, moe_task
     n_regions++;
     for (size_t i = n_tasks; i-- > 0;) task(arg, i, i % n_threads);
 }
-#ifndef _WIN32
-typedef struct pool_task { moe_task *task; void *arg; size_t i; pthread_t thread; } pool_task;
-static void *pool_thread(void *arg) {
-    pool_task *own = (pool_task *)arg;
-    own->task(own->arg, own->i, own->i);
-    return NULL;
-}
-static void run_together(void *user, size_t n_threads, size_t n_tasks, moe_task *task, void *arg) { /* all at once */
-    pool_task own[64];
-    (void)user, (void)n_threads;
-    for (size_t i = 0; i < n_tasks; i++) {
-        own[i].task = task, own[i].arg = arg, own[i].i = i;
-        CHECK(!pthread_create(&own[i].thread, NULL, pool_thread, &own[i]));
-    }
-    for (size_t i = 0; i < n_tasks; i++) CHECK(!pthread_join(own[i].thread, NULL));
-}
-#endif
-
 static void test_steps(void) {
     step_number number[N_STEPS];
     moe__threads_step step[N_STEPS];
+#ifndef _WIN32
+    pool together;
+    pool_start(&together, 8);
+#endif
     for (size_t threads = 1; threads < 9; threads++)
         for (int way = 0; way < 3; way++) {
             moe_parallel parallel = {NULL, NULL, threads};
             if (way == 1) parallel.run = run_backwards;
 #ifndef _WIN32
-            if (way == 2) parallel.run = run_together;
+            if (way == 2) parallel = pool_parallel(&together), parallel.n_threads = threads;
 #endif
             memset(step_ran, 0, sizeof step_ran);
             for (int i = 0; i < N_STEPS; i++) {
@@ -132,6 +120,9 @@ static void test_steps(void) {
             for (int i = 0; i < N_STEPS; i++)
                 for (size_t task = 0; task < 64; task++) CHECK(step_ran[i][task] == (task < step_tasks[i]));
         }
+#ifndef _WIN32
+    pool_stop(&together);
+#endif
 }
 /* More steps than a list has room for, collected: they run in their order all the same. */
 static size_t order[3 * MOE__STEPS], n_order;

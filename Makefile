@@ -1,5 +1,6 @@
 # make run     train on the real CIFAR-10 sample of this repository, print the health table, write out/
 # make test    everything that a change must pass; ends with "N passed, N failed"
+# make coverage, make fuzz   what the tests reach, and random bytes for all that reads (docs/testing.md)
 # make bench   speed, as a share of this machine's limits (PEERS=1: other libraries beside it)
 # make experiments-quick   what the sources claim, put to a test: minutes (make experiments ARGS="--data data": hours)
 # make data    download the full CIFAR-10 into data/ (curl)
@@ -30,11 +31,11 @@ TESTS = $(SUITES:tests/%.c=$(BUILD)/test/%)
 SANITIZED = $(filter-out $(BUILD)/sanitized/balance,$(SUITES:tests/%.c=$(BUILD)/sanitized/%))
 SCRIPTS = $(wildcard tests/contract/*.sh tests/examples/*.sh)
 
-.PHONY: all run test bench experiments experiments-quick sizes data install clean help
+.PHONY: all run test coverage fuzz bench experiments experiments-quick sizes data install clean help
 all: $(EXAMPLES) $(BENCHES)
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 run: $(BUILD)/cifar10
 	$(BUILD)/cifar10 $(ARGS)
@@ -57,24 +58,32 @@ TEST_NEEDS = moe.h $(wildcard tests/lib/*.h examples/common/*.h)
 TEST_FLAGS = $(FLAGS) -O2 -Itests/lib -pthread
 SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 # the library once for all suites, unless a suite has it in itself (tests/lib/test.h)
-ALONE = $(if $(shell grep -l '^.define MOE_IMPLEMENTATION' $<),,$(1))
+WITHIN = $(shell grep -l '^.define MOE_IMPLEMENTATION' $<)
 # a suite that has it in itself is compiled quickly: what it tests is not speed
-QUICK = $(if $(shell grep -l '^.define MOE_NO_SIMD' $<),-O0,$(call ALONE,,-O1))
+QUICK = $(if $(WITHIN),-O0)
 $(BUILD)/moe_test.o: tests/lib/moe.c moe.h | $(BUILD)
 	$(CC) $(TEST_FLAGS) -c $< -o $@
 $(BUILD)/moe_sanitized.o: tests/lib/moe.c moe.h | $(BUILD)
 	$(CC) $(TEST_FLAGS) $(SANITIZE) -c $< -o $@
 $(BUILD)/test/%: tests/%.c $(BUILD)/moe_test.o $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(QUICK) $< $(call ALONE,$(BUILD)/moe_test.o) -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) $(QUICK) $< $(if $(WITHIN),,$(BUILD)/moe_test.o) -o $@ $(LIBS)
 $(BUILD)/sanitized/%: tests/%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(SANITIZE) $(QUICK) $< $(call ALONE,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) $(SANITIZE) $(QUICK) $< $(if $(WITHIN),,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
 
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 test:
 	@$(MAKE) --no-print-directory -j$(JOBS) $(TESTS) $(SANITIZED) $(EXAMPLES)
 	@CC="$(CC)" CXX="$(CXX)" BUILD=$(BUILD) JOBS=$(JOBS) sh tests/lib/run.sh $(SCRIPTS) $(TESTS) $(SANITIZED)
+
+# what the suites run of moe.h, by room: lines, functions, branches, MC/DC (ARGS="--show save": what they do not)
+coverage:
+	@python3 tests/coverage.py $(ARGS)
+# every target of tests/fuzz so many times, with clang's libFuzzer (ARGS="desc layer": these)
+RUNS ?= 1000000
+fuzz:
+	@BUILD=$(BUILD) sh tests/fuzz/run.sh $(RUNS) $(ARGS)
 
 bench: $(BENCHES)
 	$(BUILD)/bench_gemm $(if $(PEERS),--peers all) $(ARGS)

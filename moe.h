@@ -143,7 +143,7 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.3.1"
+#define MOE_VERSION "0.3.2"
 #define MOE_VERSION_NUMBER 301 /* major * 10000 + minor * 100 + patch */
 
 /* ==== status ==================================================================================
@@ -541,7 +541,11 @@ typedef enum moe_error_kind {
       "lies in memory of yours and has no tape: use moe_forward_tape and moe_backward_tape with one of yours")       \
     X(MOE_E_SPARSE_STEP, 303, ARGUMENT, "sparse_step",                                                               \
       "must be MOE_DEFAULT, MOE_ON or MOE_OFF, and not be on with orthonormal experts or with codes, which change "  \
-      "experts that no token chose")
+      "experts that no token chose")                                                                                 \
+    X(MOE_E_SHARD, 304, STATE, "layer",                                                                              \
+      "is one rank's shard, without the others' experts: use moe_ep_forward, or the whole that moe_ep_collect makes") \
+    X(MOE_E_SHARD_RANK, 305, ARGUMENT, "rank",                                                                       \
+      "must be below n_ranks, which divides the experts that are networks; a shard runs as the rank that it is of")
 
 typedef enum moe_status {
     MOE_OK = 0,
@@ -1717,6 +1721,13 @@ MOE_API moe_status moe_ep_plan(const moe_ep_desc *desc, const uint64_t *load, mo
 typedef struct moe_layer moe_layer;
 
 MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc);
+/* Of the same layer the shard of one rank of n_ranks, which divides F, the number of its experts that are networks:
+ * parameters, gradients and moments of experts rank F / n_ranks and the next ones alone, beside the shared experts and
+ * all that is no expert's. "G" of its tensors is what it holds. It runs over its ranks (moe_ranks_new), steps, is saved
+ * and loaded; what needs the others' experts returns MOE_E_SHARD. */
+MOE_API moe_status moe_layer_new_shard(moe_layer **out, const moe_desc *desc, size_t rank, size_t n_ranks);
+/* The shard of a whole layer, moments and state included, gradients not; moe_ep_collect is the way back. */
+MOE_API moe_status moe_layer_shard(const moe_layer *layer, size_t rank, size_t n_ranks, moe_layer **out);
 MOE_API void moe_layer_free(moe_layer *layer); /* NULL allowed */
 /* The same in your memory (any alignment). Such a layer has no tape of its own: use moe_forward_tape with one of yours;
  * moe_forward and moe_backward return MOE_E_NO_TAPE. Only moe_layer_save and moe_layer_pes allocate then. With the
@@ -1831,22 +1842,33 @@ typedef struct moe_ep_engine {
     /* All ranks call the same one in the same order. Not 0: it failed, and must then fail on every rank, whatever
      * that one was doing, or did not do in time. */
     int (*exchange)(void *context, const void *send, const size_t *send_bytes, void *receive,
-                    const size_t *receive_bytes);   /* all-to-all-v: bytes (P), one rank's after the other's */
+                    const size_t *receive_bytes);   /* all-to-all-v: bytes (P), one rank's after the other's. send
+                                                       may be receive where a rank only does one of the two */
     int (*sum)(void *context, uint64_t *values, size_t n); /* all-reduce: each becomes its sum over the ranks */
     int (*broadcast)(void *context, size_t root, void *bytes, size_t n);
     void *context;
+    /* Or NULL, both. begin: as exchange, but it may return before the bytes are there, and wait ends it; all its arrays
+     * stay as they are until then; send is never receive. At most one of each `way` (0: there, 1: back) is under way,
+     * begun in the same order on all ranks, and no other function is called meanwhile. What has begun is waited for,
+     * whatever else failed. */
+    int (*begin)(void *context, int way, const void *send, const size_t *send_bytes, void *receive,
+                 const size_t *receive_bytes);
+    int (*wait)(void *context, int way);
 } moe_ep_engine;
 
 typedef struct moe_ranks moe_ranks;
 typedef struct moe_ep_report {
     const moe_ep *plan; /* of the last forward; its first and count are of experts that are networks */
     size_t n_rows;      /* that this rank computed in it */
+    size_t n_chunks;    /* its rows travelled in so many exchanges there and back: more than one with begin and wait */
+    size_t part_bytes[MOE_PART_COUNT], expert_bytes; /* of the layer's parts; of each, the networks that have a rank */
+    size_t guest_bytes; /* the most so far for weights that came to be computed here, and their gradients */
     uint64_t row_bytes, weight_bytes, other_bytes; /* sent to other ranks since moe_ranks_new: rows there and back;
                            experts' weights and gradients; counts, statistics and what all ranks have */
 } moe_ep_report;
 
-/* The layer must stay; its optimiser's step is yours, moe_step on every rank. plan: llep, lambda, alpha, min_tokens,
- * by_expert (NULL: standard). What cannot be spread: MOE_E_EP_DESC. */
+/* The layer, whole or the rank's shard, must stay; its optimiser's step is yours, moe_step on every rank. plan: llep,
+ * lambda, alpha, min_tokens, by_expert (NULL: standard). What cannot be spread: MOE_E_EP_DESC. */
 MOE_API moe_status moe_ranks_new(moe_ranks **out, moe_layer *layer, const moe_ep_engine *engine,
                                  const moe_ep_desc *plan);
 MOE_API void moe_ranks_free(moe_ranks *ranks); /* NULL allowed */
@@ -1857,9 +1879,11 @@ MOE_API void moe_ranks_free(moe_ranks *ranks); /* NULL allowed */
  * MOE_E_EP_EXCHANGE or MOE_E_EP_ROWS in a backward they are to be dropped (moe_layer_scale_grads by 0). */
 MOE_API moe_status moe_ep_forward(moe_ranks *ranks, const float *x, size_t n_tokens, float *y);
 MOE_API moe_status moe_ep_backward(moe_ranks *ranks, const float *dy, float *dx);
-/* A rank steps and knows its own experts alone. This gives every rank the parameters and moments of all: before
- * moe_layer_save, moe_layer_hash or moe_forward. */
+/* A rank steps and knows its own experts alone. This gives every rank the parameters and moments of all, before
+ * moe_layer_save, moe_layer_hash or moe_forward: if all have the whole layer, else MOE_E_SHARD. */
 MOE_API moe_status moe_ep_gather(moe_ranks *ranks);
+/* A new layer with them on one rank, *out NULL on the others; every rank must call it. */
+MOE_API moe_status moe_ep_collect(moe_ranks *ranks, size_t root, moe_layer **out);
 MOE_API const moe_ep_report *moe_ranks_report(const moe_ranks *ranks); /* NULL for NULL */
 MOE_API const moe_tape *moe_ranks_tape(const moe_ranks *ranks); /* of this rank's tokens; NULL before a forward */
 
@@ -4922,7 +4946,7 @@ static void moe__product_sweep(const moe__kernels *kernels, size_t rows, size_t 
     size_t cols = moe__min(MOE__W, to->cols - panel * MOE__W), lines = 0;
     float *c = to->c + panel * to->panel;
     if (next) lines = moe__ceil_div(16, tiles * moe__ceil_div(cols, kernels->tile)); /* each tile its share */
-    size_t share = lines * 64, skip = next_step ? next_step - share : 0;
+    size_t share = lines * 64, skip = next && next_step ? next_step - share : 0; /* NULL stays NULL */
     if (!next_step) share *= k / 32;
     moe__tile tile = {k, a, a_panel, b, MOE__W, NULL, 0, NULL, next, lines, skip, 0};
     for (size_t col = 0; col < cols; col += kernels->tile) {
@@ -5373,8 +5397,9 @@ static const moe__plan_tensor_row moe__plan_tensors[MOE__T_COUNT] = {
 
 typedef struct moe__plan {
     moe_desc desc;
-    size_t d, f, E, F, G, S;       /* F: routed experts with parameters; G: with bound and shared; S: slots of a token
-                                      */
+    size_t d, f, E, F, G, S;       /* F: routed experts with parameters; S: slots of a token */
+    size_t first, held, shared;    /* G = held + bound + shared have their floats here: all F are held from 0 on, or of
+                                      them a rank's, from `first` on */
     size_t networks;               /* F and the bound: the experts to which routes lead */
     size_t L, N;                   /* the score's last product: from L numbers a token to N = E times soft_slots */
     size_t dp, hp, zp, ep, np, lp; /* panels of d, the hidden values, the values before the activation, E, N, L */
@@ -5437,6 +5462,15 @@ static int moe__plan_tensor_at(const moe__plan *plan, size_t i, moe_tensor *out)
 }
 
 /* -- where elements stand -- */
+/* The place of expert e among the G; of one that another rank holds, any. And which stands at a place. */
+static size_t moe__plan_slot(const moe__plan *plan, size_t e) {
+    if (e < plan->F) return e % plan->held;
+    return e - plan->F + plan->held;
+}
+static size_t moe__plan_expert(const moe__plan *plan, size_t slot) {
+    if (slot < plan->held) return slot + plan->first;
+    return slot - plan->held + plan->F;
+}
 /* Column c of W1, or of Wu beside it, in panels of `rows` rows. */
 static size_t moe__plan_hidden(const moe__plan *plan, int up, size_t c, size_t rows) {
     if (!plan->gated) return c / MOE__W * rows * MOE__W + c % MOE__W;
@@ -5598,15 +5632,15 @@ static float moe__plan_bound(const moe__plan *plan, int id) {
     default: return 0.0f;
     }
 }
-/* A tensor's initial values, of the experts' tensors those of `expert`, into parameters that are zero. Element i is
- * number i of a stream: of an expert's tensor 16 expert + its number, of the others minus theirs. */
-static void moe__plan_initial(const moe__plan *plan, int id, size_t expert, float *params) {
+/* A tensor's initial values, of the experts' tensors those of the one at `slot`, into parameters that are zero. Element
+ * i is number i of a stream: of an expert's tensor 16 expert + its number, of the others minus theirs. */
+static void moe__plan_initial(const moe__plan *plan, int id, size_t slot, float *params) {
     const moe__plan_tensor_row *tensor = &moe__plan_tensors[id];
     size_t rows = moe__plan_rows(plan, id), columns = moe__plan_columns(plan, id);
     uint64_t stream = (uint64_t)0 - tensor->stream;
     float bound, chunk[256];
     if (!plan->count[id]) return;
-    if (tensor->region == MOE__IN_EXPERTS) stream = (uint64_t)expert * 16 + tensor->stream;
+    if (tensor->region == MOE__IN_EXPERTS) stream = (uint64_t)moe__plan_expert(plan, slot) * 16 + tensor->stream;
     if (tensor->start == MOE__START_LOG_SCALE) params[moe__plan_offset(plan, id)] = -moe__logf1(plan->desc.temperature);
     bound = moe__plan_bound(plan, id);
     if (bound == 0.0f) return;
@@ -5614,7 +5648,7 @@ static void moe__plan_initial(const moe__plan *plan, int id, size_t expert, floa
         for (size_t c = 0; c < columns; c += 256) {
             size_t n = moe__min(256, columns - c);
             moe__uniform_at(plan->desc.seed, stream, (uint64_t)(r * columns + c), n, -bound, bound, chunk);
-            moe__plan_set(plan, id, params, expert * rows + r, c, n, chunk);
+            moe__plan_set(plan, id, params, slot * rows + r, c, n, chunk);
         }
 }
 
@@ -8339,8 +8373,8 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
                                       moe__arena *arena) {
     const moe__plan *plan = &memory->plan;
     moe__run_experts *experts = &memory->experts;
-    size_t shared, slots, groups = n_own + plan->G - plan->networks;
-    if (!moe__mul(n, plan->G - plan->networks, &shared) || !moe__add_size(n_routed, shared, &memory->n_rows))
+    size_t shared, slots, groups = n_own + plan->shared;
+    if (!moe__mul(n, plan->shared, &shared) || !moe__add_size(n_routed, shared, &memory->n_rows))
         return MOE_E_OVERFLOW;
     if (!moe__mul(n, plan->S, &slots) || memory->n_rows > MOE__MAX_INDEX || slots > MOE__MAX_INDEX)
         return MOE_E_OVERFLOW;
@@ -8455,7 +8489,7 @@ static void moe__experts_phase(const moe__run *run, size_t units, size_t most, s
         tasks += moe__experts_blocks(experts->group[g].rows, most) * call.chunks;
     }
     first_task[experts->n_groups] = tasks;
-    size_t rows = experts->shared_row + (plan->G - plan->networks) * run->tape->n_tokens;
+    size_t rows = experts->shared_row + plan->shared * run->tape->n_tokens;
     moe__run_add(&call, rows, plan->expert, tasks, moe__experts_task);
 }
 
@@ -8929,13 +8963,14 @@ static void moe__combine_special_back(const moe__run *run, size_t index) {
 /* Group g: expert e's parameters over `rows` rows from `begin`, as yet all tokens. */
 static moe__run_group *moe__combine_group(const moe__run *run, size_t g, size_t expert, size_t begin, size_t rows) {
     moe__run_group *group = &run->memory->experts.group[g];
+    size_t slot = moe__plan_slot(run->plan, expert);
     memset(group, 0, sizeof *group);
-    if (run->stock) group->block = moe__plan_stock_block(run->plan, run->stock, expert);
-    else group->block = moe__plan_block_of(run->plan, run->params + expert * run->plan->expert);
-    if (run->d_params && !run->stock) group->d_params = run->d_params + expert * run->plan->expert;
+    if (run->stock) group->block = moe__plan_stock_block(run->plan, run->stock, slot);
+    else group->block = moe__plan_block_of(run->plan, run->params + slot * run->plan->expert);
+    if (run->d_params && !run->stock) group->d_params = run->d_params + slot * run->plan->expert;
     group->fresh = run->fresh;
     if (run->idle) {
-        group->idle = run->idle + expert;
+        group->idle = run->idle + slot;
         group->fresh = *group->idle;
     }
     group->begin = begin;
@@ -9473,7 +9508,7 @@ static void moe__combine_groups(moe__run *run) {
     run->weight = run->tape->routes.weight;
     if (memory->combine.robust_weight) run->weight = memory->combine.robust_weight;
     moe__combine_of(run)->groups(run);
-    size_t n_own = memory->experts.n_own, n_shared = run->plan->G - run->plan->networks, T = run->tape->n_tokens;
+    size_t n_own = memory->experts.n_own, n_shared = run->plan->shared, T = run->tape->n_tokens;
     for (size_t s = 0; s < n_shared; s++)
         moe__combine_group(run, n_own + s, run->plan->networks + s, memory->experts.shared_row + s * T, T)->weight =
             memory->combine.shared_gate;
@@ -9601,7 +9636,7 @@ MOE__APART moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens
     codes.memory.training = memory->training;
     *plan = memory->plan; /* the same experts without the shared ones, one for each token */
     plan->S = plan->desc.top_k = 1;
-    plan->G = plan->F;
+    plan->shared = 0;
     plan->output_loss = 0;
     memory->codes = (moe__run_codes *)moe__take(arena, 1, sizeof codes);
     codes.memory.tokens = moe__take_floats(arena, n_tokens, plan->dp * MOE__W);
@@ -11941,6 +11976,12 @@ static moe_status moe__measure_tokens_ok(const moe__measure_rows *rows, size_t *
     return *n_tokens ? MOE_OK : MOE_E_NO_TOKENS;
 }
 
+/* Is an expert among a token's choices? No choice always is. */
+static int moe__measure_among(size_t top_k, const int32_t *index, int32_t expert) {
+    size_t i = 0;
+    while (expert >= 0 && i < top_k && index[i] != expert) i++;
+    return expert < 0 || i < top_k;
+}
 MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *before, const int32_t *after,
                              double *share) {
     size_t pairs, changed = 0, counted = 0;
@@ -11949,15 +11990,13 @@ MOE_API moe_status moe_churn(size_t n_tokens, size_t top_k, const int32_t *befor
     if (!share) return MOE_E_NULL_OUT;
     if (pairs && (!before || !after)) return MOE_E_NULL_INDEX;
     for (size_t t = 0; t < n_tokens; t++, before += top_k, after += top_k) {
-        size_t size_before = 0, size_after = 0, common = 0;
+        int chosen = 0, same = 1;
         for (size_t i = 0; i < top_k; i++) {
-            size_after += after[i] >= 0;
-            if (before[i] < 0) continue;
-            size_before++;
-            for (size_t k = 0; k < top_k; k++) common += after[k] == before[i];
+            chosen |= before[i] >= 0 || after[i] >= 0;
+            same &= moe__measure_among(top_k, after, before[i]) && moe__measure_among(top_k, before, after[i]);
         }
-        changed += common != size_before || common != size_after;
-        counted += size_before || size_after;
+        changed += (size_t)!same;
+        counted += (size_t)chosen;
     }
     if (n_tokens && !counted) return MOE_E_NO_TOKENS;
     *share = (double)changed / (double)moe__max(counted, 1);
@@ -14346,7 +14385,7 @@ static moe_status moe__desc_tensors(moe__plan *plan) {
 static int moe__desc_floats(size_t rows, size_t columns, size_t *out) {
     return moe__mul(rows, columns, out) && *out <= SIZE_MAX / 256;
 }
-/* What follows from plan->desc, which is resolved. */
+/* What follows from plan->desc, which is resolved; held: 0 = all. */
 static moe_status moe__desc_extents(moe__plan *plan) {
     const moe_desc *desc = &plan->desc;
     const size_t widest = SIZE_MAX / 4096;
@@ -14375,7 +14414,10 @@ static moe_status moe__desc_extents(moe__plan *plan) {
     plan->output_loss = desc->loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] > 0.0f;
     if (plan->d > widest || plan->f > widest || plan->L > widest) return MOE_E_OVERFLOW;
     plan->networks = plan->F + desc->n_bound;
-    if (!moe__add_size(plan->networks, desc->n_shared, &plan->G) || plan->G > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    plan->shared = desc->n_shared;
+    if (!moe__add_size(plan->networks, plan->shared, &plan->G) || plan->G > MOE__MAX_INDEX) return MOE_E_OVERFLOW;
+    if (!plan->held) plan->held = plan->F;
+    plan->G -= plan->F - plan->held;
     if (!moe__desc_floats(plan->zp * MOE__W, plan->d, &w1)) return MOE_E_OVERFLOW;
     if (!moe__desc_floats(plan->dp * MOE__W, plan->f, &w2)) return MOE_E_OVERFLOW;
     plan->b1 = w1;
@@ -14407,6 +14449,14 @@ static moe_status moe__desc_plan(const moe_desc *in, moe__plan *plan) {
     plan->desc = desc;
     return moe__desc_extents(plan);
 }
+/* The same of one rank's shard. */
+static moe_status moe__desc_shard(moe__plan *plan, size_t rank, size_t n_ranks) {
+    if (rank >= n_ranks || plan->F % n_ranks) return MOE_E_SHARD_RANK;
+    plan->held = plan->F / n_ranks;
+    plan->first = rank * plan->held;
+    return moe__desc_extents(plan);
+}
+static moe_status moe__desc_whole(const moe__plan *plan) { return plan->held < plan->F ? MOE_E_SHARD : MOE_OK; }
 /* Whether what was laid out for one plan fits the other: the fields that the table marks are equal, and so are the
  * numbers through which the others act. */
 static int moe__desc_same_memory(const moe__plan *a, const moe__plan *b) {
@@ -15640,14 +15690,50 @@ MOE_API moe_status moe_layer_init(moe_layer **out, const moe_desc *desc, void *m
     if (!status) moe__layer_begin(*out);
     return status;
 }
-MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc) {
+MOE_API moe_status moe_layer_new(moe_layer **out, const moe_desc *desc) { return moe_layer_new_shard(out, desc, 0, 1); }
+MOE_API moe_status moe_layer_new_shard(moe_layer **out, const moe_desc *desc, size_t rank, size_t n_ranks) {
     moe__plan plan;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
     moe_status status = moe__desc_plan(desc, &plan);
+    if (!status) status = moe__desc_shard(&plan, rank, n_ranks);
     if (!status) status = moe__layer_alloc(out, &plan, NULL);
     if (!status) moe__layer_begin(*out);
     return status;
+}
+static void moe__layer_follow(moe_layer *made, const moe_layer *layer) { /* state that is no tensor of the table */
+    memcpy(made->control.state, layer->control.state, layer->control.n_state * sizeof(float));
+    made->step = layer->step;
+    made->draws = layer->draws;
+}
+/* A layer with the room for another part of the experts: all but the held ones is copied. */
+static moe_status moe__layer_recut(const moe_layer *layer, size_t rank, size_t n_ranks, moe_layer **out) {
+    moe__plan plan = layer->plan;
+    moe_status status = moe__desc_shard(&plan, rank, n_ranks);
+    if (!status) status = moe__layer_alloc(out, &plan, NULL);
+    if (status) return status;
+    moe_layer *made = *out;
+    size_t to = plan.held * plan.expert, from = layer->plan.held * plan.expert;
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        if (made->part[part] && part != MOE_PART_GRADS)
+            memcpy(made->part[part] + to, layer->part[part] + from, (made->n_floats - to) * sizeof(float));
+    moe__layer_follow(made, layer);
+    made->growth = layer->growth;
+    return MOE_OK;
+}
+MOE_API moe_status moe_layer_shard(const moe_layer *layer, size_t rank, size_t n_ranks, moe_layer **out) {
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!layer) return MOE_E_NULL_LAYER;
+    if (layer->stock.kind) return MOE_E_QUANTISED;
+    moe_status status = moe__desc_whole(&layer->plan);
+    if (!status) status = moe__layer_recut(layer, rank, n_ranks, out);
+    if (status) return status;
+    size_t count = (*out)->plan.held * layer->plan.expert, at = (*out)->plan.first * layer->plan.expert;
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        if (layer->part[part] && part != MOE_PART_GRADS)
+            memcpy((*out)->part[part], layer->part[part] + at, count * sizeof(float));
+    return MOE_OK;
 }
 /* The plan of a layer without its experts' floats. */
 static moe_status moe__layer_plan_formats(const moe_layer_formats *formats, moe__plan *plan) {
@@ -15712,6 +15798,7 @@ MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_fo
     if (!layer) return MOE_E_NULL_LAYER;
     if (!formats) return MOE_E_FORMAT;
     if (layer->stock.kind) return MOE_E_QUANTISED;
+    if (moe__desc_whole(&layer->plan)) return MOE_E_SHARD;
     const moe__plan *plan = &layer->plan;
     if (!moe__all_finite(layer->n_floats, layer->part[MOE_PART_PARAMS])) return MOE_E_NAN_PARAMS;
     if (formats->n_replicas > plan->F || (formats->n_replicas && !formats->replica)) return MOE_E_REPLICA;
@@ -15726,9 +15813,7 @@ MOE_API moe_status moe_layer_quantize(const moe_layer *layer, const moe_layer_fo
         return status;
     }
     moe_run(&plan->desc.parallel, made->plan.G, moe__layer_repack_expert, &repack);
-    memcpy(made->control.state, layer->control.state, layer->control.n_state * sizeof(float));
-    made->step = layer->step;
-    made->draws = layer->draws;
+    moe__layer_follow(made, layer);
     *out = made;
     return MOE_OK;
 }
@@ -15798,7 +15883,7 @@ MOE_API void moe_layer_free(moe_layer *layer) {
 
 /* -- forward and backward -- */
 /* A run of the layer over a tape: what the layer knows it gives itself, and leaves the tape's side to the caller. */
-static moe_status moe__layer_run(const moe_layer *layer, moe_tape *tape, moe__run *run) {
+static moe_status moe__layer_run_own(const moe_layer *layer, moe_tape *tape, moe__run *run) {
     moe_status status = moe__pass_run(run, &layer->plan, tape);
     if (status) return status;
     run->router = moe__layer_router(layer, MOE_PART_PARAMS);
@@ -15809,6 +15894,10 @@ static moe_status moe__layer_run(const moe_layer *layer, moe_tape *tape, moe__ru
     run->given.d_experts = layer->part[MOE_PART_GRADS];
     if (layer->stock.kind) run->stock = &layer->stock;
     return MOE_OK;
+}
+static moe_status moe__layer_run(const moe_layer *layer, moe_tape *tape, moe__run *run) { /* with all experts */
+    if (moe__desc_whole(&layer->plan)) return MOE_E_SHARD;
+    return moe__layer_run_own(layer, tape, run);
 }
 static moe_status moe__layer_forward(const moe_layer *layer, moe_tape *tape, uint64_t draw, const float *x, size_t n,
                                      float *y) {
@@ -16135,6 +16224,7 @@ MOE_API moe_status moe_layer_pes(const moe_layer *layer, const float *x, size_t 
     if (count && !x) return MOE_E_NULL_X;
     if (!pes) return MOE_E_NULL_OUT;
     if (layer->stock.kind) return MOE_E_QUANTISED;
+    if (moe__desc_whole(&layer->plan)) return MOE_E_SHARD;
     moe_status status = moe__layer_over_outputs(layer, x, count, moe__layer_pes_add, &sum);
     if (!status) *pes = count ? sum / (double)count : 0.0;
     return status;
@@ -16301,27 +16391,43 @@ MOE_API uint64_t moe_layer_hash(const moe_layer *layer) {
  * on from there, ..., and the last tells all. Where llep splits an expert, its gradients are made apart, and added at
  * home in the order of the ranks: the one place where rounding differs.
  *
+ * Where the engine can exchange while its caller computes, rows travel in chunks, each with a tape of its own:
+ *
+ *     exchange    there 0     there 1     there 2  back 0    ...  back 1  ...        back 2
+ *     compute     shared      chunk 0     chunk 1            chunk 2
+ *
+ * A chunk is of some experts of every rank, so that an expert's rows are all in one, and its chain is what it was.
+ *
  * No rank may wait for one that has given up. So none does between two agreements, at which all say how they are; an
- * agreement stands before every exchange whose lengths or contents something that can fail has made. Uses layer. */
+ * agreement stands before every exchange whose lengths something that can fail has made. Uses layer. */
+#define MOE__PARALLEL_CHUNKS 4
+typedef struct moe__parallel_chunk {
+    moe_tape *rows;              /* of the rows that came for its experts, */
+    size_t n_in, in, out;        /* so many; the first of them, and of the rank's own that left for its experts */
+    size_t *rows_of[2];          /* (P) rows that leave for each rank, that come from it */
+} moe__parallel_chunk;
 struct moe_ranks {
     moe_layer *layer;
     moe_ep_engine engine;
     moe_ep_desc desc;
     moe_ep plan;
     moe_ep_report report;
-    moe_tape *tape, *rows;     /* of the rank's tokens; of the rows that it computes */
+    moe_tape *tape;            /* of the rank's tokens */
+    moe__parallel_chunk chunk[MOE__PARALLEL_CHUNKS];
     size_t first, total;       /* the rank's tokens among all */
     uint64_t *table;           /* (P, width) of an agreement */
     uint64_t *routes, *before; /* (P, F) rows of each rank and expert; of it, on the ranks before */
     uint64_t *load, *top1;     /* (E) of all tokens, for the losses */
     double *mean;              /* (E) */
-    size_t *out_rows, *in_rows, *out_bytes, *in_bytes; /* (P) */
-    size_t n_in;
+    size_t *out_bytes[2], *in_bytes[2]; /* (P) of what is under way there, back */
+    int under_way[2];
+    size_t n_in, n_guests;
     void *plan_memory, *memory; /* memory: of the arrays below, for these tokens */
     size_t plan_bytes, bytes;
     uint32_t *route;           /* (n_routes) in the order in which they travel */
     int32_t *expert;           /* (n_in) of each row that came */
     float *home, *here, *work; /* messages of the rank's own rows, and of those that came; (n_in, 2 d + 1) */
+    float *guest, *d_guest;    /* (n_guests, expert) weights that came from their homes, in that order; gradients */
 };
 #define MOE__PARALLEL_COUNTS 4 /* what controllers read beside the load */
 
@@ -16337,15 +16443,44 @@ static moe_status moe__parallel_exchange(moe_ranks *ranks, const void *send, con
         if (rank != engine->rank) *sent += send_bytes[rank];
     return engine->exchange(engine->context, send, send_bytes, receive, receive_bytes) ? MOE_E_EP_EXCHANGE : MOE_OK;
 }
-/* Messages of `unit` floats for each of the counts; back: the other way round. */
-static moe_status moe__parallel_rows(moe_ranks *ranks, size_t unit, int back) {
-    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
-        ranks->out_bytes[rank] = ranks->out_rows[rank] * unit * sizeof(float);
-        ranks->in_bytes[rank] = ranks->in_rows[rank] * unit * sizeof(float);
+/* A chunk's rows of `unit` floats there, or back; at once, or begun. */
+static moe_status moe__parallel_send(moe_ranks *ranks, const moe__parallel_chunk *chunk, size_t unit, int back) {
+    const moe_ep_engine *engine = &ranks->engine;
+    size_t *out = ranks->out_bytes[back], *in = ranks->in_bytes[back];
+    float *at[2] = {ranks->home + chunk->out * unit, ranks->here + chunk->in * unit}, *from = at[back], *to = at[!back];
+    for (size_t rank = 0; rank < engine->size; rank++) {
+        out[rank] = chunk->rows_of[back][rank] * unit * sizeof(float);
+        in[rank] = chunk->rows_of[!back][rank] * unit * sizeof(float);
     }
-    uint64_t *sent = &ranks->report.row_bytes;
-    if (back) return moe__parallel_exchange(ranks, ranks->here, ranks->in_bytes, ranks->home, ranks->out_bytes, sent);
-    return moe__parallel_exchange(ranks, ranks->home, ranks->out_bytes, ranks->here, ranks->in_bytes, sent);
+    if (!engine->begin) return moe__parallel_exchange(ranks, from, out, to, in, &ranks->report.row_bytes);
+    for (size_t rank = 0; rank < engine->size; rank++)
+        if (rank != engine->rank) ranks->report.row_bytes += out[rank];
+    if (engine->begin(engine->context, back, from, out, to, in)) return MOE_E_EP_EXCHANGE;
+    ranks->under_way[back] = 1;
+    return MOE_OK;
+}
+static moe_status moe__parallel_wait(moe_ranks *ranks, int back) {
+    if (!ranks->under_way[back]) return MOE_OK;
+    ranks->under_way[back] = 0;
+    return ranks->engine.wait(ranks->engine.context, back) ? MOE_E_EP_EXCHANGE : MOE_OK;
+}
+/* The rows there, through body, and back. Meanwhile: what needs none of them, or NULL. *mine: what is wrong here. */
+typedef moe_status moe__parallel_body(moe_ranks *ranks, const moe__parallel_chunk *chunk);
+static moe_status moe__parallel_travel(moe_ranks *ranks, size_t unit, moe__parallel_body *body, moe__run *meanwhile,
+                                       moe_status *mine) {
+    const moe__parallel_chunk *chunk = ranks->chunk, *end = chunk + ranks->report.n_chunks;
+    moe_status status = moe__parallel_send(ranks, chunk, unit, 0);
+    if (meanwhile) moe__experts_forward(meanwhile);
+    for (; chunk < end && !status; chunk++) {
+        status = moe__parallel_wait(ranks, 0);
+        if (!status && chunk + 1 < end) status = moe__parallel_send(ranks, chunk + 1, unit, 0);
+        if (!status && !*mine) *mine = body(ranks, chunk);
+        if (!status) status = moe__parallel_wait(ranks, 1);
+        if (!status) status = moe__parallel_send(ranks, chunk, unit, 1);
+    }
+    for (int back = 0; back < 2; back++)
+        if (moe__parallel_wait(ranks, back)) status = MOE_E_EP_EXCHANGE;
+    return status;
 }
 static moe_status moe__parallel_broadcast(moe_ranks *ranks, size_t root, void *bytes, size_t n) {
     const moe_ep_engine *engine = &ranks->engine;
@@ -16394,12 +16529,12 @@ static moe_status moe__parallel_chain(moe_ranks *ranks, void *sums, size_t bytes
         int me = engine->rank == rank, next = engine->rank == rank + 1;
         if (me && !*own) *own = turn(ranks, user);
         if (rank + 1 == engine->size || !bytes) continue;
-        memset(ranks->out_bytes, 0, engine->size * sizeof(size_t));
-        memset(ranks->in_bytes, 0, engine->size * sizeof(size_t));
-        if (me) ranks->out_bytes[rank + 1] = bytes;
-        if (next) ranks->in_bytes[rank] = bytes;
-        status = moe__parallel_exchange(ranks, sums, ranks->out_bytes, sums, ranks->in_bytes,
-                                        &ranks->report.other_bytes);
+        size_t *out = ranks->out_bytes[0], *in = ranks->in_bytes[0];
+        memset(out, 0, engine->size * sizeof(size_t));
+        memset(in, 0, engine->size * sizeof(size_t));
+        if (me) out[rank + 1] = bytes;
+        if (next) in[rank] = bytes;
+        status = moe__parallel_exchange(ranks, sums, out, sums, in, &ranks->report.other_bytes);
     }
     return status ? status : moe__parallel_broadcast(ranks, engine->size - 1, sums, bytes);
 }
@@ -16422,7 +16557,6 @@ static int moe__parallel_fits(const moe_layer *layer) {
 }
 static void moe__parallel_layout(moe_ranks *ranks, size_t E, size_t F, size_t size, moe__arena *arena) {
     size_t width = moe__max(2 * E, MOE_LOSS_COUNT + MOE__PARALLEL_COUNTS) + 1;
-    size_t **count[] = {&ranks->out_rows, &ranks->in_rows, &ranks->out_bytes, &ranks->in_bytes};
     (void)moe__take(arena, 1, sizeof(moe_ranks));
     ranks->table = (uint64_t *)moe__take(arena, size, width * sizeof(uint64_t));
     ranks->routes = (uint64_t *)moe__take(arena, size, F * sizeof(uint64_t));
@@ -16430,8 +16564,14 @@ static void moe__parallel_layout(moe_ranks *ranks, size_t E, size_t F, size_t si
     ranks->load = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
     ranks->top1 = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
     ranks->mean = (double *)moe__take(arena, E, sizeof(double));
-    for (size_t i = 0; i < sizeof count / sizeof *count; i++)
-        *count[i] = (size_t *)moe__take(arena, size, sizeof(size_t));
+    for (int back = 0; back < 2; back++) {
+        ranks->out_bytes[back] = (size_t *)moe__take(arena, size, sizeof(size_t));
+        ranks->in_bytes[back] = (size_t *)moe__take(arena, size, sizeof(size_t));
+    }
+    for (size_t c = 0; c < ranks->report.n_chunks; c++) {
+        ranks->chunk[c].rows_of[0] = (size_t *)moe__take(arena, size, sizeof(size_t));
+        ranks->chunk[c].rows_of[1] = (size_t *)moe__take(arena, size, sizeof(size_t));
+    }
     ranks->plan_memory = moe__take(arena, ranks->plan_bytes, 1);
 }
 MOE_API moe_status moe_ranks_new(moe_ranks **out, moe_layer *layer, const moe_ep_engine *engine,
@@ -16443,13 +16583,23 @@ MOE_API moe_status moe_ranks_new(moe_ranks **out, moe_layer *layer, const moe_ep
     if (!layer) return MOE_E_NULL_LAYER;
     if (!engine || engine->rank >= engine->size) return MOE_E_EP_ENGINE;
     if (engine->size > 1 && (!engine->exchange || !engine->sum || !engine->broadcast)) return MOE_E_EP_ENGINE;
+    if (!engine->begin != !engine->wait) return MOE_E_EP_ENGINE;
     if (!moe__parallel_fits(layer)) return MOE_E_EP_DESC;
+    const moe__plan *of = &layer->plan;
+    size_t each = of->F / engine->size, shard = of->held < of->F;
+    if (shard && (of->held * engine->size != of->F || of->first != engine->rank * each)) return MOE_E_SHARD_RANK;
     memset(&made, 0, sizeof made);
     if (plan) made.desc = *plan;
-    made.desc.n_experts = layer->plan.F;
+    made.desc.n_experts = of->F;
     made.desc.n_ranks = engine->size;
     made.layer = layer;
     made.engine = *engine;
+    if (engine->size == 1) made.engine.begin = NULL;
+    made.report.n_chunks = 1;
+    if (made.engine.begin) made.report.n_chunks = moe__min(each, MOE__PARALLEL_CHUNKS);
+    made.report.expert_bytes = of->held * of->expert * sizeof(float);
+    for (int part = 0; part < MOE_PART_COUNT; part++)
+        if (layer->part[part]) made.report.part_bytes[part] = layer->n_floats * sizeof(float);
     moe_status status = moe_ep_plan_size(&made.desc, &made.plan_bytes);
     if (!status) status = moe__placement_args(&made.desc);
     if (status) return status;
@@ -16469,7 +16619,7 @@ MOE_API void moe_ranks_free(moe_ranks *ranks) {
     if (!ranks) return;
     void *context = ranks->layer->plan.desc.alloc_context;
     moe_tape_free(ranks->tape);
-    moe_tape_free(ranks->rows);
+    for (size_t c = 0; c < ranks->report.n_chunks; c++) moe_tape_free(ranks->chunk[c].rows);
     moe__free(context, ranks->memory);
     moe__free(context, ranks);
 }
@@ -16503,12 +16653,19 @@ static moe_status moe__parallel_plan(moe_ranks *ranks) {
     desc.llep = desc.llep && !ranks->tape->dropped; /* gating dropout: nothing is to leave its rank */
     return moe_ep_plan(&desc, ranks->load, &ranks->plan, ranks->plan_memory, ranks->plan_bytes);
 }
-/* The rows that go from one rank to another, by expert, then in token order: how many; with lists, which. */
-static size_t moe__parallel_between(const moe_ranks *ranks, size_t from, size_t to, uint32_t *route, int32_t *expert) {
+/* The chunk of an expert: each has some of every rank's. */
+static size_t moe__parallel_chunk_of(const moe_ranks *ranks, size_t e) {
+    size_t each = ranks->plan.n_experts / ranks->plan.n_ranks;
+    return e % each * ranks->report.n_chunks / each;
+}
+/* A chunk's rows that go from one rank to another, by expert, then in token order: how many; with lists, which. */
+static size_t moe__parallel_between(const moe_ranks *ranks, size_t chunk, size_t from, size_t to, uint32_t *route,
+                                    int32_t *expert) {
     const moe_ep *plan = &ranks->plan;
     size_t F = plan->n_experts, rows = 0;
     for (size_t e = 0; e < F; e++) {
         uint64_t begin = ranks->before[from * F + e], end = begin + ranks->routes[from * F + e];
+        if (begin == end || moe__parallel_chunk_of(ranks, e) != chunk) continue;
         for (size_t i = 0; i < plan->count[e]; i++) {
             const moe_ep_part *part = plan->part + plan->first[e] + i;
             uint64_t at = begin > part->begin ? begin : part->begin;
@@ -16537,29 +16694,50 @@ static size_t moe__parallel_moved(const moe_ranks *ranks, size_t home, size_t to
     return count;
 }
 /* Memory for this forward and its backward: it is the same block as before where that is large enough. */
-static void moe__parallel_buffers(moe_ranks *ranks, size_t out_moved, size_t in_moved, moe__arena *arena) {
-    size_t d = ranks->layer->plan.d, n_out = ranks->tape->routes.n_routes, n_in = ranks->n_in;
-    size_t expert = ranks->layer->plan.expert;
+static void moe__parallel_buffers(moe_ranks *ranks, size_t out_moved, moe__arena *arena) {
+    const moe__plan *plan = &ranks->layer->plan;
+    size_t d = plan->d, n_out = ranks->tape->routes.n_routes, n_in = ranks->n_in;
+    size_t trains = plan->desc.training != MOE_OFF;
     ranks->route = (uint32_t *)moe__take(arena, n_out, sizeof(uint32_t));
     ranks->expert = (int32_t *)moe__take(arena, n_in, sizeof(int32_t));
-    ranks->home = moe__take_floats(arena, 1, moe__max(n_out * (d + 1), out_moved * expert));
-    ranks->here = moe__take_floats(arena, 1, moe__max(n_in * (d + 1), in_moved * expert));
+    /* one more: what begins at its end, without a row, is not what the next one begins with */
+    ranks->home = moe__take_floats(arena, 1, moe__max(n_out * (d + 1), out_moved * plan->expert) + 1);
+    ranks->here = moe__take_floats(arena, n_in, d + 1);
     ranks->work = moe__take_floats(arena, n_in, 2 * d + 1);
+    ranks->guest = moe__take_floats(arena, ranks->n_guests, plan->expert);
+    ranks->d_guest = moe__take_floats(arena, ranks->n_guests * trains, plan->expert);
+    size_t bytes = ranks->n_guests * (1 + trains) * plan->expert * sizeof(float);
+    ranks->report.guest_bytes = moe__max(ranks->report.guest_bytes, bytes);
+}
+/* How many rows of each chunk go where; weights that leave: *out_moved. */
+static void moe__parallel_count(moe_ranks *ranks, size_t *out_moved) {
+    size_t me = ranks->engine.rank, out = 0;
+    ranks->n_in = ranks->n_guests = *out_moved = 0;
+    for (size_t c = 0; c < ranks->report.n_chunks; c++) {
+        moe__parallel_chunk *chunk = &ranks->chunk[c];
+        chunk->in = ranks->n_in;
+        chunk->out = out;
+        for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+            chunk->rows_of[0][rank] = moe__parallel_between(ranks, c, me, rank, NULL, NULL);
+            chunk->rows_of[1][rank] = moe__parallel_between(ranks, c, rank, me, NULL, NULL);
+            out += chunk->rows_of[0][rank];
+            ranks->n_in += chunk->rows_of[1][rank];
+        }
+        chunk->n_in = ranks->n_in - chunk->in;
+    }
+    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+        *out_moved += moe__parallel_moved(ranks, me, rank);
+        ranks->n_guests += moe__parallel_moved(ranks, rank, me);
+    }
+    ranks->report.n_rows = ranks->n_in;
 }
 static moe_status moe__parallel_prepare(moe_ranks *ranks) {
     const moe__plan *plan = &ranks->layer->plan;
-    size_t me = ranks->engine.rank, out_moved = 0, in_moved = 0, out = 0, in = 0;
+    size_t me = ranks->engine.rank, out_moved, out = 0, in = 0;
     moe__arena arena = {NULL, 0, 0};
-    ranks->n_in = 0;
-    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
-        ranks->out_rows[rank] = moe__parallel_between(ranks, me, rank, NULL, NULL);
-        ranks->in_rows[rank] = moe__parallel_between(ranks, rank, me, NULL, NULL);
-        ranks->n_in += ranks->in_rows[rank];
-        out_moved += moe__parallel_moved(ranks, me, rank);
-        in_moved += moe__parallel_moved(ranks, rank, me);
-    }
-    ranks->report.n_rows = ranks->n_in;
-    moe__parallel_buffers(ranks, out_moved, in_moved, &arena);
+    moe_status status = MOE_OK;
+    moe__parallel_count(ranks, &out_moved);
+    moe__parallel_buffers(ranks, out_moved, &arena);
     if (arena.overflow) return MOE_E_OVERFLOW;
     if (arena.used > ranks->bytes) {
         void *bigger = moe__alloc(plan->desc.alloc_context, arena.used);
@@ -16570,54 +16748,68 @@ static moe_status moe__parallel_prepare(moe_ranks *ranks) {
     }
     memset(&arena, 0, sizeof arena);
     arena.base = (unsigned char *)ranks->memory;
-    moe__parallel_buffers(ranks, out_moved, in_moved, &arena);
-    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
-        out += moe__parallel_between(ranks, me, rank, ranks->route + out, NULL);
-        in += moe__parallel_between(ranks, rank, me, NULL, ranks->expert + in);
-    }
+    moe__parallel_buffers(ranks, out_moved, &arena);
+    if (ranks->n_guests && plan->desc.training != MOE_OFF)
+        memset(ranks->d_guest, 0, ranks->n_guests * plan->expert * sizeof(float));
     moe_desc desc = moe__layer_experts_desc(&plan->desc, plan->F);
     desc.top_k = 1;
     desc.training = plan->desc.training;
-    return moe__parallel_tape(&ranks->rows, &desc, ranks->n_in);
+    for (size_t c = 0; c < ranks->report.n_chunks && !status; c++) {
+        for (size_t rank = 0; rank < ranks->engine.size; rank++) {
+            out += moe__parallel_between(ranks, c, me, rank, ranks->route + out, NULL);
+            in += moe__parallel_between(ranks, c, rank, me, NULL, ranks->expert + in);
+        }
+        status = moe__parallel_tape(&ranks->chunk[c].rows, &desc, ranks->chunk[c].n_in);
+        if (!status) ranks->chunk[c].rows->memory->plan.held = plan->held; /* where its blocks stand */
+    }
+    return status;
 }
 
 /* -- what travels -- */
-/* Weights to who helps; with `back` the gradients home, where they are added. Of an expert that moves there are two
- * sides, the home's and the helper's: a rank is the one for some, the other for others. *mine: what is wrong. */
-static void moe__parallel_copy(moe_ranks *ranks, int helper, int back, int receive, moe_status *mine) {
-    moe_layer *layer = ranks->layer;
-    size_t expert = layer->plan.expert, each = ranks->plan.n_experts / ranks->plan.n_ranks;
-    float *block = layer->part[back ? MOE_PART_GRADS : MOE_PART_PARAMS];
-    float *message = helper ? ranks->here : ranks->home;
-    for (size_t rank = 0; rank < ranks->engine.size; rank++) {
-        size_t home = ranks->engine.rank, to = rank;
-        if (helper) home = rank, to = ranks->engine.rank;
-        size_t e = home * each;
-        for (; (e = moe__parallel_next(ranks, home, to, e)) < (home + 1) * each; e++, message += expert) {
-            float *weights = block + e * expert;
-            if (receive && !*mine && !moe__all_finite(expert, message)) *mine = MOE_E_EP_ROWS;
-            if (!receive) memcpy(message, weights, expert * sizeof(float));
-            else if (!back) memcpy(weights, message, expert * sizeof(float));
-            else moe__dispatched()->axpy(expert, 1.0f, message, weights);
-            if (!receive && back) memset(weights, 0, expert * sizeof(float));
-        }
-    }
-}
+/* Weights to who helps, their guests; with `back` the gradients home, where they are added. *mine: what is wrong. */
 static moe_status moe__parallel_weights(moe_ranks *ranks, int back, moe_status *mine) {
-    size_t bytes = ranks->layer->plan.expert * sizeof(float), me = ranks->engine.rank;
-    size_t *out = ranks->out_bytes, *in = ranks->in_bytes;
+    const moe_layer *layer = ranks->layer;
+    size_t expert = layer->plan.expert, bytes = expert * sizeof(float), me = ranks->engine.rank;
+    size_t end = (me + 1) * (ranks->plan.n_experts / ranks->plan.n_ranks), *out = ranks->out_bytes[0];
+    size_t *in = ranks->in_bytes[0], count = 0, at = 0;
+    float *block = layer->part[MOE_PART_PARAMS];
     uint64_t *sent = &ranks->report.weight_bytes;
-    moe_status status;
+    moe_status status = MOE_OK;
     if (!ranks->plan.n_moved) return MOE_OK;
     for (size_t rank = 0; rank < ranks->engine.size; rank++) {
         out[rank] = moe__parallel_moved(ranks, me, rank) * bytes;
         in[rank] = moe__parallel_moved(ranks, rank, me) * bytes;
+        count += out[rank] / sizeof(float);
     }
-    moe__parallel_copy(ranks, back, back, 0, mine);
-    if (back) status = moe__parallel_exchange(ranks, ranks->here, in, ranks->home, out, sent);
-    else status = moe__parallel_exchange(ranks, ranks->home, out, ranks->here, in, sent);
-    if (!status) moe__parallel_copy(ranks, !back, back, 1, mine);
+    if (back) {
+        block = layer->part[MOE_PART_GRADS];
+        status = moe__parallel_exchange(ranks, ranks->d_guest, in, ranks->home, out, sent);
+        if (!status && !moe__all_finite(count, ranks->home) && !*mine) *mine = MOE_E_EP_ROWS;
+    }
+    for (size_t rank = 0; rank < ranks->engine.size && !*mine; rank++) {
+        size_t e = me * layer->plan.F / ranks->engine.size;
+        for (; (e = moe__parallel_next(ranks, me, rank, e)) < end; e++, at += expert) {
+            float *weights = block + moe__plan_slot(&layer->plan, e) * expert;
+            if (back) moe__dispatched()->axpy(expert, 1.0f, ranks->home + at, weights);
+            else memcpy(ranks->home + at, weights, bytes);
+        }
+    }
+    if (back) return status;
+    status = moe__parallel_exchange(ranks, ranks->home, out, ranks->guest, in, sent);
+    if (!status && !moe__all_finite(ranks->n_guests * expert, ranks->guest)) *mine = MOE_E_EP_ROWS;
     return status;
+}
+/* The groups of guests compute with what came. */
+static void moe__parallel_guests(const moe_ranks *ranks, const moe__run *run) {
+    size_t each = ranks->plan.n_experts / ranks->plan.n_ranks, at = 0, me = ranks->engine.rank;
+    for (size_t home = 0; home < ranks->engine.size; home++) {
+        size_t e = home * each;
+        for (; (e = moe__parallel_next(ranks, home, me, e)) < (home + 1) * each; e++, at += run->plan->expert) {
+            moe__run_group *group = run->memory->experts.group + e;
+            group->block = moe__plan_block_of(run->plan, ranks->guest + at);
+            if (run->d_params) group->d_params = ranks->d_guest + at;
+        }
+    }
 }
 /* The rank's rows, d numbers each out of panels, and with `width` d + 1 their weights -> home; and back from there what
  * came, and the gradients by the weights. */
@@ -16683,28 +16875,30 @@ static moe_status moe__parallel_begin(moe_ranks *ranks, const float *x, size_t n
     return status;
 }
 static moe_status moe__parallel_run(const moe_ranks *ranks, moe__run *run) {
-    moe_status status = moe__layer_run(ranks->layer, ranks->tape, run);
+    moe_status status = moe__layer_run_own(ranks->layer, ranks->tape, run);
     run->given.draw = ranks->layer->draws;
     run->given.first = ranks->first;
     run->given.total = ranks->total;
     return status;
 }
 /* The rows that came -> their outputs, in their place. */
-static moe_status moe__parallel_outputs(moe_ranks *ranks) {
+static moe_status moe__parallel_outputs(moe_ranks *ranks, const moe__parallel_chunk *chunk) {
     moe__run run;
-    size_t d = ranks->layer->plan.d;
-    if (!moe__all_finite(ranks->n_in * d, ranks->here)) return MOE_E_EP_ROWS;
-    moe_status status = moe_tape_tokens(ranks->rows, ranks->here, ranks->n_in);
+    size_t d = ranks->layer->plan.d, n = chunk->n_in;
+    float *here = ranks->here + chunk->in * d;
+    moe_tape *rows = chunk->rows;
+    if (!moe__all_finite(n * d, here)) return MOE_E_EP_ROWS;
+    moe_status status = moe_tape_tokens(rows, here, n);
     if (!status)
-        status = moe__routes_fill(&ranks->rows->routes, ranks->n_in, ranks->expert, NULL, 0, NULL, MOE_ORDER_TOKEN);
-    if (!status) status = moe__pass_own(&run, ranks->rows, NULL, ranks->layer->part[MOE_PART_PARAMS]);
+        status = moe__routes_fill(&rows->routes, n, ranks->expert + chunk->in, NULL, 0, NULL, MOE_ORDER_TOKEN);
+    if (!status) status = moe__pass_own(&run, rows, NULL, ranks->layer->part[MOE_PART_PARAMS]);
     if (!status) status = moe__pass_experts_begin(&run, ranks->work);
     if (status) return status;
+    moe__parallel_guests(ranks, &run);
     moe__experts_forward(&run);
     if (run.memory->training) run.memory->state |= MOE__STATE_FORWARD;
-    for (size_t i = 0; i < ranks->n_in; i++)
-        memcpy(ranks->here + i * d, run.memory->experts.out + ranks->rows->routes.slot[i] * run.plan->ldo,
-               d * sizeof(float));
+    for (size_t i = 0; i < n; i++)
+        memcpy(here + i * d, run.memory->experts.out + rows->routes.slot[i] * run.plan->ldo, d * sizeof(float));
     return MOE_OK;
 }
 static moe_status moe__parallel_route(moe_ranks *ranks, moe__run *run, const float *x, size_t n) {
@@ -16732,14 +16926,13 @@ static moe_status moe__parallel_forward(moe_ranks *ranks, const float *x, size_t
     if (!mine) mine = moe__pass_experts_begin(&run, y);
     if (!mine) moe__parallel_pack(ranks, &run, run.memory->experts.x, d);
     status = moe__parallel_seal(ranks, mine, 0);
-    if (!status) status = moe__parallel_rows(ranks, d, 0);
-    if (status) return status;
-    status = moe__parallel_seal(ranks, moe__parallel_outputs(ranks), 0);
-    if (!status) status = moe__parallel_rows(ranks, d, 1);
+    run.n_away = run.memory->experts.n_own;
+    if (!status) status = moe__parallel_travel(ranks, d, moe__parallel_outputs, &run, &mine);
     if (status) return status;
     moe__parallel_unpack(ranks, &run, d);
-    run.n_away = run.memory->experts.n_own;
-    status = moe__parallel_seal(ranks, moe__pass_experts_end(&run), 0);
+    run.n_away = run.memory->experts.n_groups; /* the shared ones were computed meanwhile */
+    if (!mine) mine = moe__pass_experts_end(&run);
+    status = moe__parallel_seal(ranks, mine, 0);
     if (!status) moe__pass_y(&run, y);
     return status;
 }
@@ -16799,23 +16992,29 @@ static moe_status moe__parallel_mean(moe_ranks *ranks) {
     return status;
 }
 /* The rows' dy and weights that came -> their dx and the gradients of the weights, and of the experts. */
-static moe_status moe__parallel_rows_back(moe_ranks *ranks) {
+static moe_status moe__parallel_rows_back(moe_ranks *ranks, const moe__parallel_chunk *chunk) {
     moe_layer *layer = ranks->layer;
-    size_t d = layer->plan.d, n = ranks->n_in;
-    float *dy = ranks->work, *dx = dy + n * d, *d_weight = dx + n * d;
-    moe_routes *routes = &ranks->rows->routes;
+    size_t d = layer->plan.d, n = chunk->n_in;
+    float *here = ranks->here + chunk->in * (d + 1), *dy = ranks->work, *dx = dy + n * d, *d_weight = dx + n * d;
+    moe_routes *routes = &chunk->rows->routes;
+    moe__run run;
+    if (!moe__all_finite(n * (d + 1), here)) return MOE_E_EP_ROWS;
     for (size_t i = 0; i < n; i++) {
-        memcpy(dy + i * d, ranks->here + i * (d + 1), d * sizeof(float));
-        routes->weight[routes->slot[i]] = ranks->here[i * (d + 1) + d];
+        memcpy(dy + i * d, here + i * (d + 1), d * sizeof(float));
+        routes->weight[routes->slot[i]] = here[i * (d + 1) + d];
     }
     if (n) memset(dx, 0, n * d * sizeof(float));
-    moe_status status = moe_experts_backward(ranks->rows, layer->part[MOE_PART_PARAMS], dy, 0,
-                                             layer->part[MOE_PART_GRADS], d_weight, dx);
+    moe_status status = moe__pass_own(&run, chunk->rows, NULL, layer->part[MOE_PART_PARAMS]);
+    if (!status) status = moe__pass_experts_back_begin(&run, dy, layer->part[MOE_PART_GRADS], d_weight, dx);
+    if (status) return status;
+    moe__parallel_guests(ranks, &run);
+    moe__combine_backward_params(&run);
+    moe__pass_experts_back_end(&run, dx);
     for (size_t i = 0; i < n; i++) {
-        memcpy(ranks->here + i * (d + 1), dx + i * d, d * sizeof(float));
-        ranks->here[i * (d + 1) + d] = d_weight[routes->slot[i]];
+        memcpy(here + i * (d + 1), dx + i * d, d * sizeof(float));
+        here[i * (d + 1) + d] = d_weight[routes->slot[i]];
     }
-    return status;
+    return MOE_OK;
 }
 /* This rank's turn at what all ranks have: shared and constant experts, the router. */
 typedef struct moe__parallel_back { moe__run *run; float *dx; } moe__parallel_back;
@@ -16872,7 +17071,7 @@ static moe_status moe__parallel_ready(moe_ranks *ranks, moe__run *run, const flo
 static moe_status moe__parallel_backward(moe_ranks *ranks, moe__run *run, const float *dy, float *dx) {
     moe_layer *layer = ranks->layer;
     float *grads = layer->part[MOE_PART_GRADS];
-    size_t d = layer->plan.d, own = layer->plan.networks * layer->plan.expert;
+    size_t d = layer->plan.d, own = layer->plan.held * layer->plan.expert;
     moe__parallel_back back = {run, dx};
     moe_side *side = &ranks->tape->side;
     side->load = ranks->load;
@@ -16882,15 +17081,12 @@ static moe_status moe__parallel_backward(moe_ranks *ranks, moe__run *run, const 
     if (status) return status;
     status = moe__pass_experts_back_begin(run, dy, grads, ranks->tape->memory->experts.d_weight, dx);
     if (!status) moe__parallel_pack(ranks, run, run->memory->experts.out, d + 1);
-    status = moe__parallel_seal(ranks, status, 0);
-    if (!status) status = moe__parallel_rows(ranks, d + 1, 0);
-    if (status) return status;
-    if (!moe__all_finite(ranks->n_in * (d + 1), ranks->here)) status = MOE_E_EP_ROWS;
+    if (!status && !moe__all_finite(run->tape->routes.begin[layer->plan.F] * (d + 1), ranks->home))
+        status = MOE_E_EP_ROWS;
     status = moe__parallel_seal(ranks, status, 0);
     if (status) return status;
     moe__layer_wake(layer); /* nothing can fail from here on but the engine */
-    mine = moe__parallel_rows_back(ranks);
-    status = moe__parallel_rows(ranks, d + 1, 1);
+    status = moe__parallel_travel(ranks, d + 1, moe__parallel_rows_back, NULL, &mine);
     if (!status)
         status = moe__parallel_chain(ranks, grads + own, (layer->n_floats - own) * sizeof(float),
                                      moe__parallel_router_back, &back, &mine);
@@ -16913,11 +17109,38 @@ MOE_API moe_status moe_ep_gather(moe_ranks *ranks) {
     if (!ranks) return MOE_E_NULL_RANKS;
     const moe_layer *layer = ranks->layer;
     size_t block = layer->plan.F / ranks->engine.size * layer->plan.expert;
-    moe_status status = moe__parallel_seal(ranks, MOE_OK, moe__parallel_hash(ranks, 0));
+    moe_status status = moe__parallel_seal(ranks, moe__desc_whole(&layer->plan), moe__parallel_hash(ranks, 0));
     for (int part = 0; part < MOE_PART_COUNT; part++)
         for (size_t rank = 0; rank < ranks->engine.size && !status; rank++)
             if (layer->part[part] && part != MOE_PART_GRADS)
                 status = moe__parallel_broadcast(ranks, rank, layer->part[part] + rank * block, block * sizeof(float));
+    return status;
+}
+MOE_API moe_status moe_ep_collect(moe_ranks *ranks, size_t root, moe_layer **out) {
+    moe_layer *made = NULL;
+    moe_status status = MOE_OK;
+    if (!out) return MOE_E_NULL_OUT;
+    *out = NULL;
+    if (!ranks) return MOE_E_NULL_RANKS;
+    const moe_layer *layer = ranks->layer;
+    size_t size = ranks->engine.size, me = ranks->engine.rank, block = layer->plan.F / size * layer->plan.expert;
+    if (root >= size) status = MOE_E_SHARD_RANK;
+    else if (root == me) status = moe__layer_recut(layer, 0, 1, &made);
+    status = moe__parallel_seal(ranks, status, moe__parallel_hash(ranks, 0) + root);
+    for (size_t rank = 0; rank < size && !status; rank++) {
+        ranks->out_bytes[0][rank] = block * sizeof(float) * (rank == root);
+        ranks->in_bytes[0][rank] = block * sizeof(float) * (root == me);
+    }
+    const size_t own = moe__plan_slot(&layer->plan, me * (layer->plan.F / size)) * layer->plan.expert;
+    for (int part = 0; part < MOE_PART_COUNT && !status; part++) {
+        float *to = NULL;
+        if (!layer->part[part] || part == MOE_PART_GRADS) continue;
+        if (made) to = made->part[part];
+        status = moe__parallel_exchange(ranks, layer->part[part] + own, ranks->out_bytes[0], to, ranks->in_bytes[0],
+                                        &ranks->report.other_bytes);
+    }
+    if (status) moe_layer_free(made);
+    else *out = made;
     return status;
 }
 
@@ -17014,6 +17237,7 @@ static moe_status moe__growth_begin(moe__growth_map *map, moe_layer **out, const
     *out = NULL;
     if (!layer) return MOE_E_NULL_LAYER;
     if (layer->stock.kind) return MOE_E_QUANTISED;
+    if (moe__desc_whole(&layer->plan)) return MOE_E_SHARD;
     if (!layer->fresh) return MOE_E_GROWTH_GRADS;
     if (!moe__score_is_latent(layer->plan.desc.score)) return MOE_E_GROWTH_SCORE;
     if (layer->plan.desc.n_codes) return MOE_E_GROWTH_CODES;
@@ -17968,6 +18192,7 @@ MOE_API moe_status moe_layer_worth(const moe_layer *layer, moe_worth_kind kind, 
     size_t count;
     if (!layer) return MOE_E_NULL_LAYER;
     if (!worth) return MOE_E_NULL_OUT;
+    if (moe__desc_whole(&layer->plan)) return MOE_E_SHARD;
     const moe_desc *desc = &layer->plan.desc;
     int by_expert = desc->combine == MOE_COMBINE_SUM || desc->combine == MOE_COMBINE_ROBUST;
     if ((unsigned)kind >= MOE_WORTH_COUNT || (kind == MOE_WORTH_SALIENCY && !by_expert)) return MOE_E_GROWTH_WORTH;
@@ -20609,6 +20834,10 @@ static moe_status moe__save_header(const moe_layer *layer, int with_optimizer, m
         moe__save_number(text, ",\"step\":\"", layer->step, "\"");
         moe__save_number(text, ",\"draws\":\"", layer->draws, "\"");
     }
+    if (moe__desc_whole(&layer->plan)) {
+        moe__save_number(text, ",\"shard\":\"", layer->plan.first / layer->plan.held, "\"");
+        moe__save_number(text, ",\"shards\":\"", layer->plan.F / layer->plan.held, "\"");
+    }
     moe__text_add(text, "}");
     for (size_t i = 0; moe__save_at(&layer->plan, layer->stock.kind, with_optimizer, i, &entry); i++) {
         moe__text_add(text, ",\"");
@@ -20751,7 +20980,7 @@ MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, m
 typedef struct moe__save_state {
     moe__plan plan;
     int with_optimizer;
-    uint64_t step, draws;
+    uint64_t step, draws, shard, shards; /* the layer's rank and its number of ranks */
     moe_format_kind *kind; /* the experts' formats (G), or NULL */
 } moe__save_state;
 
@@ -20774,6 +21003,8 @@ static int moe__save_metadata(const moe__json *json, const moe__file_entry *entr
     if (moe__json_is(json, entry->name, "step"))
         return state->with_optimizer = fits && moe__parse_u64(text, &state->step);
     if (moe__json_is(json, entry->name, "draws")) return fits && moe__parse_u64(text, &state->draws);
+    if (moe__json_is(json, entry->name, "shard")) return fits && moe__parse_u64(text, &state->shard);
+    if (moe__json_is(json, entry->name, "shards")) return fits && moe__parse_u64(text, &state->shards);
     for (size_t i = 0; moe__desc_field_at(i, &field, name); i++)
         if (moe__json_is(json, entry->name, field.name)) return fits && moe__desc_field_read(&field, text, desc);
     return 1;
@@ -20787,6 +21018,7 @@ static moe_status moe__save_plan(const moe_file *file, const moe_desc *surroundi
     moe_status status = moe__file_cursor_init(&cursor, file);
     memset(&desc, 0, sizeof desc);
     memset(state, 0, sizeof *state);
+    state->shards = 1;
     while (!status) {
         status = moe__file_cursor_next_of(&cursor, MOE__ENTRY_METADATA, &entry);
         if (!status && !moe__save_metadata(&cursor.j, &entry, &desc, state, &known)) return MOE_E_FILE_DESC;
@@ -20796,7 +21028,9 @@ static moe_status moe__save_plan(const moe_file *file, const moe_desc *surroundi
         desc.parallel = surroundings->parallel;
         desc.alloc_context = surroundings->alloc_context;
     }
-    if (moe__desc_plan(&desc, &state->plan)) return MOE_E_FILE_DESC;
+    if (moe__desc_plan(&desc, &state->plan) || state->shards > state->plan.F || state->shard >= state->shards ||
+        moe__desc_shard(&state->plan, (size_t)state->shard, (size_t)state->shards))
+        return MOE_E_FILE_DESC;
     if (state->with_optimizer && state->plan.desc.training == MOE_OFF) return MOE_E_FILE_DESC;
     return MOE_OK;
 }
@@ -20874,11 +21108,12 @@ static moe_status moe__save_layer(moe_layer **out, moe_file *file, moe__save_sta
         status = moe__save_find(file, &entry, &tensor);
         if (status) file->fault = tensor;
     }
+    if (!status && state->kind && moe__desc_whole(&state->plan)) status = MOE_E_FILE_DESC;
     if (status) return status;
     int train = state->plan.desc.training == MOE_OFF ? MOE_OFF : MOE_ON;
     moe_layer_formats formats = {MOE_FORMAT_F32, state->kind, train, 0, NULL};
     if (state->kind) status = moe_layer_new_formats(out, &state->plan.desc, &formats);
-    else status = moe_layer_new(out, &state->plan.desc);
+    else status = moe_layer_new_shard(out, &state->plan.desc, (size_t)state->shard, (size_t)state->shards);
     return status ? status : moe__save_fill(*out, file, state->with_optimizer);
 }
 MOE_API moe_status moe_layer_load_file(moe_layer **out, moe_file *file, const moe_desc *surroundings) {

@@ -2,7 +2,7 @@
  * it, against a loop of fused multiply-adds. Operations are those of products alone: the model's (three times its
  * forward's) and Muon's; the note says what the model's are without Muon's.
  *
- *     wikitext2    the default of build/wikitext2 --data: 4 layers of width 256, 8 experts of 256, two a token
+ *     wikitext2    the default of build/wikitext2 --data: 4 layers of width 192, 8 experts of 192, two a token
  *     dense        the same with one feed-forward network of as many active parameters
  *     gpt2-124m    GPT-2's sizes at batch 4 x 64 tokens, AdamW, as llm.c's CPU program is timed: the same products, but
  *                  OLMoE's norms and rotation in place of LayerNorm, biases and learned positions
@@ -24,8 +24,8 @@ typedef struct train_shape {
 } train_shape;
 
 static const train_shape shapes[] = {
-    {"wikitext2", "mixtral", 16, 256, {4096, 256, 4, 4, 256, 1, LM_MUON, 0.1, 10000, 1e-5, 1}},
-    {"dense", "dense", 16, 512, {4096, 256, 4, 4, 256, 1, LM_MUON, 0.1, 10000, 1e-5, 1}},
+    {"wikitext2", "mixtral", 16, 192, {4096, 192, 3, 4, 256, 1, LM_MUON, 0.05, 10000, 1e-5, 1}},
+    {"dense", "dense", 16, 384, {4096, 192, 3, 4, 256, 1, LM_MUON, 0.05, 10000, 1e-5, 1}},
     {"gpt2-124m", "dense", 4, 3072, {50257, 768, 12, 12, 64, 1, LM_ADAMW, 0, 10000, 1e-5, 1}},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };

@@ -15,7 +15,7 @@
 #include "common/dead.h"
 #include "common/game.h"
 #include "common/json.h"
-#include "common/nn.h"
+#include "common/muon.h"
 #include "common/plot.h"
 #include "common/progress.h"
 #include "common/reading.h"
@@ -26,12 +26,14 @@ enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_e
 
 // The balance loss of systems that have one weighs ten times the usual 0.01, because these trainings are short.
 static const float balance_weight = 0.1f;
+// Muon's rate, of AdamW's for the rest.
+static const float muon_rate = 4;
 
 typedef struct config {
-    const char *data, *system, *set, *isa, *out;
+    const char *data, *system, *set, *isa, *out, *optimizer;
     size_t epochs, steps, batch, eval, threads, experts, top_k, seeds;
     uint64_t seed;
-    int tokens, no_dense, scan, grow, json, quiet;
+    int wide, muon, tokens, no_dense, scan, grow, json, quiet;
     double lr, balance;
     // by the data
     size_t width[BLOCKS], shift;
@@ -55,6 +57,7 @@ typedef struct net {
     nn_bank bank;
     nn_conv stem;
     block block[BLOCKS];
+    muon muon; // of the blocks' convolutions, unless AdamW has them
     nn_norm head_norm;
     nn_pool pool; // of the last feature map, or of the tokens after the mixture
     size_t stem_weight, class_weight, class_bias;
@@ -82,6 +85,18 @@ static void init_stem(net *m, const cifar *data) {
     free(b.label);
 }
 
+// A convolution is a matrix of (its taps and channels, its filters).
+static void net_muon(net *m) {
+    float *value = m->bank.value, *grad = m->bank.grad;
+    for (int i = 0; i < BLOCKS; i++) {
+        block *b = &m->block[i];
+        size_t filters = b->conv1.filters;
+        muon_add(&m->muon, value + b->weight1, grad + b->weight1, 9 * b->conv1.c, filters);
+        muon_add(&m->muon, value + b->weight2, grad + b->weight2, 9 * filters, filters);
+    }
+    muon_begin(&m->muon, &m->ops);
+}
+
 static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
     net *m = allocate(1, sizeof *m);
     nn *s = &m->ops;
@@ -99,8 +114,8 @@ static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
         b->c1 = nn_floats(s, n * side * side * width);
         side /= 2;
         b->conv2 = (nn_conv){n, side, side, width, 3, 1, 1, width};
-        b->weight1 = nn_add(&m->bank, nn_conv_weights(&b->conv1), 1);
-        b->weight2 = nn_add(&m->bank, nn_conv_weights(&b->conv2), 1);
+        b->weight1 = nn_add(&m->bank, nn_conv_weights(&b->conv1), o->muon ? NN_ELSEWHERE : 1);
+        b->weight2 = nn_add(&m->bank, nn_conv_weights(&b->conv2), o->muon ? NN_ELSEWHERE : 1);
         nn_norm_declare(&b->norm1, &m->bank, width, 0.9f);
         nn_norm_declare(&b->norm2, &m->bank, width, 0.9f);
         float **small[] = {&b->p1, &b->x1, &b->c2, &b->y, &b->dy, &b->d2};
@@ -133,6 +148,7 @@ static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
                 m->bank.value[b->weight1 + k * b->conv1.filters + c] = k == 4 * b->conv1.c + c;
     }
     init_normal(m, o->seed, m->class_weight, FEATURES * CLASSES, 1.0f / FEATURES);
+    if (o->muon) net_muon(m);
     nn_must(moe_layer_new(&m->moe, desc));
     return m;
 }
@@ -140,6 +156,7 @@ static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
 static void net_free(net *m) {
     moe_layer_free(m->moe);
     nn_free(&m->ops);
+    muon_free(&m->muon);
     free(m->label);
     free(m);
 }
@@ -210,6 +227,13 @@ static void net_backward(net *m, size_t n) {
         nn_conv_backward_weight(s, &b->conv1, x, b->c1, g + b->weight1);
         if (i) nn_conv_backward_data(s, &b->conv1, b->c1, w + b->weight1, 0, m->block[i - 1].dy);
     }
+}
+
+static void net_step(net *m, const config *o, float lr, size_t step) {
+    moe_optimizer_args a = {.lr = lr, .weight_decay = o->decay, .step = step, .parallel = &m->ops.parallel};
+    if (o->muon) muon_step(&m->muon, muon_rate * lr, o->decay);
+    nn_bank_step(&m->bank, a);
+    nn_must(moe_step(m->moe, lr));
 }
 
 // ---- training and testing ----
@@ -492,9 +516,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
             net_backward(m, o->batch);
             float lr = moe_schedule_cosine(step, warmup, per_epoch * o->epochs, (float)o->lr, 0);
             step++;
-            nn_bank_step(&m->bank, (moe_optimizer_args){
-                                       .lr = lr, .weight_decay = o->decay, .step = step, .parallel = &s->parallel});
-            nn_must(moe_step(m->moe, lr));
+            net_step(m, o, lr, step);
             progress_update(&p, step * o->batch, "epoch %zu of %zu  loss %.3f", epoch + 1, o->epochs,
                             loss / (double)images);
         }
@@ -596,6 +618,7 @@ static void write_config(json *j, const config *o, const moe_desc *desc, const c
     json_whole(j, "epochs", o->epochs);
     json_whole(j, "steps", o->steps);
     json_whole(j, "batch", o->batch);
+    json_text(j, "optimizer", o->optimizer);
     json_real(j, "lr", o->lr);
     json_real(j, "weight_decay", (double)o->decay);
     json_real(j, "label_smoothing", (double)o->smoothing);
@@ -915,6 +938,8 @@ static void parse(config *o, int argc, char **argv) {
         ARGS_TOP_K(&o->top_k),
         {"tokens", ARGS_FLAG, &o->tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
         {"batch", ARGS_SIZE, &o->batch, "N", "images a step (0: by the data)", 0, 8192},
+        {"optimizer", ARGS_TEXT, &o->optimizer, "NAME", "of the convolutions: muon or adamw (by the data)", 0, 0},
+        {"wide", ARGS_FLAG, &o->wide, NULL, "convolutions of 64 and 256 filters, 3.4 times the work", 0, 0},
         {"lr", ARGS_REAL, &o->lr, "X", "highest learning rate (0: by the data)", 0, 100},
         {"balance", ARGS_REAL, &o->balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
         {"eval", ARGS_SIZE, &o->eval, "N", "test on the first N images only (0: all)", 0, 0},
@@ -928,6 +953,8 @@ static void parse(config *o, int argc, char **argv) {
     args_parse("cifar10", "Trains a small convolutional network with a Mixture-of-Experts layer on CIFAR-10.", options,
                sizeof options / sizeof *options, argc, argv);
     nn_isa("cifar10", o->isa);
+    if (o->optimizer && strcmp(o->optimizer, "muon") != 0 && strcmp(o->optimizer, "adamw") != 0)
+        args_fail("cifar10", "--optimizer: there is no '%s'; there are: muon, adamw", o->optimizer);
     moe_desc desc = {0};
     nn_system("cifar10", &desc, o->system); // before anything is read
     nn_set("cifar10", &desc, o->set);
@@ -936,7 +963,11 @@ static void parse(config *o, int argc, char **argv) {
 // What the data decide unless a flag does.
 static void by_data(config *o, const cifar *data) {
     static const size_t small[] = {32, 64, FEATURES}, large[] = {32, 96, FEATURES};
-    memcpy(o->width, data->sample ? small : large, sizeof o->width);
+    static const size_t wide[] = {64, 256, FEATURES};
+    const size_t *width = data->sample ? small : large;
+    memcpy(o->width, o->wide ? wide : width, sizeof o->width);
+    if (!o->optimizer) o->optimizer = data->sample ? "adamw" : "muon";
+    o->muon = strcmp(o->optimizer, "muon") == 0;
     if (!o->epochs) o->epochs = data->sample ? 20 : 5;
     if (!o->batch) o->batch = data->sample ? 50 : 250;
     if (o->lr <= 0) o->lr = data->sample ? 2e-3 : 4e-3;

@@ -1,6 +1,7 @@
-// expert_parallel.c - a mixture whose experts lie on the processes of an MPI job. Each process has the router and its
-// share of every batch; tokens travel to their experts and their outputs back. What comes out does not depend on how
-// many processes there are: the checksum of the trained network is that of one process.
+// expert_parallel.c - a mixture whose experts lie on the processes of an MPI job. Each process has the router, its own
+// experts and its share of every batch; tokens travel to their experts and their outputs back, while others are
+// computed. What comes out does not depend on how many processes there are: the checksum of the trained network is the
+// one of one process.
 //
 //     mpirun -np 4 build/expert_parallel                       all methods, on the sample of CIFAR-10 here
 //     mpirun -np 4 build/expert_parallel --method standard,llep
@@ -9,7 +10,8 @@
 //
 //     standard        made to collapse: a constant in every token, for which the router begins with its first expert
 //     llep            the same, with least-loaded expert parallelism: what is too much for a rank goes to others
-//     balanced        no constant, and the loss switch: what the next is compared with
+//     balanced        no constant, and the loss switch: what the next ones are compared with
+//     blocking        the same, but each exchange is waited for at once, as --no-overlap does for all
 //     gating-dropout  in 3 of 10 steps, drawn once for all, no token leaves its rank
 //     sorted          as balanced, but each batch is in the order of the classes, so that the ranks have unlike tokens:
 //                     where they have not, no router can tell on which rank a token is
@@ -25,9 +27,12 @@ static const float constant = 4, head_start = 1; // the first expert's logit beg
 
 // ---- MPI as moe.h wants it: what fails returns, and the library makes a status of it ----
 
+enum { WAYS = 3 }; // there and back, which may be under way together; at once
 typedef struct world {
     int rank, size;
-    int *count; // (4, size) bytes and places of what is sent and received
+    int *count; // (WAYS, 4, size) bytes and places of what is sent and received
+    MPI_Request request[2];
+    double waited; // seconds in the exchanges
 } world;
 
 // Bytes as MPI counts them, in int; 1: too many.
@@ -41,12 +46,33 @@ static int world_places(const world *w, const size_t *bytes, int *count, int *pl
     }
     return 0;
 }
+static int world_begin(void *context, int way, const void *send, const size_t *send_bytes, void *receive,
+                       const size_t *receive_bytes) {
+    world *w = context;
+    int *out = w->count + way * 4 * w->size, *from = out + w->size, *in = from + w->size, *to = in + w->size;
+    double begin = seconds_now();
+    if (world_places(w, send_bytes, out, from) || world_places(w, receive_bytes, in, to)) return 1;
+    int failed = MPI_Ialltoallv(send, out, from, MPI_BYTE, receive, in, to, MPI_BYTE, MPI_COMM_WORLD, &w->request[way]);
+    w->waited += seconds_now() - begin;
+    return failed != MPI_SUCCESS;
+}
+static int world_wait(void *context, int way) {
+    world *w = context;
+    double begin = seconds_now();
+    int failed = MPI_Wait(&w->request[way], MPI_STATUS_IGNORE);
+    w->waited += seconds_now() - begin;
+    return failed != MPI_SUCCESS;
+}
+// At once, and with the blocking function: of one array that is sent and received MPI's others think that it stays.
 static int world_exchange(void *context, const void *send, const size_t *send_bytes, void *receive,
                           const size_t *receive_bytes) {
-    const world *w = context;
-    int *out = w->count, *from = out + w->size, *in = from + w->size, *to = in + w->size;
+    world *w = context;
+    int *out = w->count + 2 * 4 * w->size, *from = out + w->size, *in = from + w->size, *to = in + w->size;
+    double begin = seconds_now();
     if (world_places(w, send_bytes, out, from) || world_places(w, receive_bytes, in, to)) return 1;
-    return MPI_Alltoallv(send, out, from, MPI_BYTE, receive, in, to, MPI_BYTE, MPI_COMM_WORLD) != MPI_SUCCESS;
+    int failed = MPI_Alltoallv(send, out, from, MPI_BYTE, receive, in, to, MPI_BYTE, MPI_COMM_WORLD);
+    w->waited += seconds_now() - begin;
+    return failed != MPI_SUCCESS;
 }
 static int world_sum(void *context, uint64_t *values, size_t n) {
     (void)context;
@@ -69,18 +95,19 @@ static void world_must(const world *w, moe_status status) {
 
 typedef struct method {
     const char *name, *set;
-    int skewed, llep, ranks, sorted; // ranks: desc.n_ranks is that of the job, which must be more than one
+    int skewed, llep, ranks, sorted, blocking; // ranks: desc.n_ranks is that of the job, which must be more than one
 } method;
+enum { STANDARD, LLEP, BALANCED, BLOCKING, DROPOUT, SORTED, LOCALITY, METHODS };
 #define TOP "top_k=1 normalize=false "
-static const method methods[] = {
-    {"standard", TOP, 1, 0, 0, 0},
-    {"llep", TOP, 1, 1, 0, 0},
-    {"balanced", TOP "loss.switch=0.01", 0, 0, 0, 0},
-    {"gating-dropout", TOP "loss.switch=0.01 gate_drop=0.3", 0, 0, 1, 0},
-    {"sorted", TOP "loss.switch=0.01", 0, 0, 0, 1},
-    {"locality", TOP "loss.switch=0.01 loss.locality=0.1", 0, 0, 1, 1},
+static const method methods[METHODS] = {
+    {"standard", TOP, 1, 0, 0, 0, 0},
+    {"llep", TOP, 1, 1, 0, 0, 0},
+    {"balanced", TOP "loss.switch=0.01", 0, 0, 0, 0, 0},
+    {"blocking", TOP "loss.switch=0.01", 0, 0, 0, 0, 1},
+    {"gating-dropout", TOP "loss.switch=0.01 gate_drop=0.3", 0, 0, 1, 0, 0},
+    {"sorted", TOP "loss.switch=0.01", 0, 0, 0, 1, 0},
+    {"locality", TOP "loss.switch=0.01 loss.locality=0.1", 0, 0, 1, 1, 0},
 };
-enum { METHODS = sizeof methods / sizeof *methods };
 static const char *method_name(void *unused, size_t i) { // for experiment_choose
     (void)unused;
     return i < METHODS ? methods[i].name : NULL;
@@ -90,6 +117,7 @@ typedef struct config {
     experiment e;
     const char *method, *set;
     size_t min_tokens;
+    int no_overlap;
     unsigned char chosen[METHODS];
     world w;
 } config;
@@ -100,6 +128,8 @@ typedef struct result {
     double imbalance, home;          // mean over the steps; share of the routes that stay on their rank
     uint64_t makespan, dropped;      // sum over the steps of the largest rank's rows; steps without exchange
     uint64_t row_bytes, weight_bytes, other_bytes; // sent by all ranks
+    double waited;                   // of the seconds, those in exchanges: mean over the ranks
+    uint64_t params, grads, moments, experts, guests; // bytes of the largest rank; of the first three the experts'
     uint64_t routes, at_home, checksum;
 } result;
 
@@ -197,10 +227,13 @@ static void train_step(job *j, size_t step, result *r) {
 }
 static job job_begin(config *o, const method *m) {
     moe_desc d = layer_desc(o, m);
-    moe_ep_engine engine = {(size_t)o->w.rank, (size_t)o->w.size, world_exchange, world_sum, world_broadcast, &o->w};
-    moe_ep_desc plan = {.llep = m->llep, .min_tokens = o->min_tokens};
-    job j = {.o = o, .m = m, .n = net_new(&o->e.plan, &d)};
     size_t size = (size_t)o->w.size, rank = (size_t)o->w.rank, batch = o->e.plan.batch;
+    moe_ep_engine engine = {.rank = rank, .size = size, .exchange = world_exchange, .sum = world_sum,
+                            .broadcast = world_broadcast, .context = &o->w};
+    if (!o->no_overlap && !m->blocking) engine.begin = world_begin, engine.wait = world_wait;
+    moe_ep_desc plan = {.llep = m->llep, .min_tokens = o->min_tokens};
+    job j = {.o = o, .m = m, .n = net_new(&o->e.plan, NULL)};
+    nn_must(moe_layer_new_shard(&j.n->moe, &d, rank, size));
     if (m->skewed) favour_first(j.n->moe, d.n_experts);
     world_must(&o->w, moe_ranks_new(&j.ranks, j.n->moe, &engine, &plan));
     j.count = allocate(2 * size, sizeof *j.count);
@@ -218,9 +251,30 @@ static void job_end(job *j) {
     net_free(j->n);
     free(j->count);
 }
-static uint64_t total(uint64_t value) {
-    MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_UINT64_T, MPI_SUM, MPI_COMM_WORLD);
+static uint64_t over_ranks(uint64_t value, MPI_Op op) {
+    MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_UINT64_T, op, MPI_COMM_WORLD);
     return value;
+}
+static uint64_t total(uint64_t value) { return over_ranks(value, MPI_SUM); }
+static void note_memory(const moe_ep_report *report, result *r) {
+    const size_t *part = report->part_bytes;
+    r->params = over_ranks(part[MOE_PART_PARAMS], MPI_MAX);
+    r->grads = over_ranks(part[MOE_PART_GRADS], MPI_MAX);
+    r->moments = over_ranks(part[MOE_PART_MOMENT1] + part[MOE_PART_MOMENT2], MPI_MAX);
+    r->guests = over_ranks(report->guest_bytes, MPI_MAX);
+    for (int i = 0; i < MOE_PART_COUNT; i++) r->experts += part[i] ? report->expert_bytes : 0;
+    r->experts = over_ranks(r->experts, MPI_MAX);
+}
+// Rank 0 gets the whole layer, to test it; the shards are done with.
+static void collect(job *j, result *r) {
+    moe_layer *whole = NULL;
+    world_must(&j->o->w, moe_ep_collect(j->ranks, 0, &whole));
+    if (!whole) return;
+    moe_ranks_free(j->ranks);
+    moe_layer_free(j->n->moe);
+    j->ranks = NULL;
+    j->n->moe = whole;
+    r->checksum = moe_layer_hash(whole);
 }
 // The test is rank 0's alone, which has all experts by then; of skewed tokens, if it learned such.
 static void test_net(job *j, result *r) {
@@ -241,21 +295,23 @@ static result train(config *o, const method *m) {
     result r = {.method = m};
     progress p = progress_begin(m->name, "steps", steps, o->e.quiet || o->w.rank);
     double begin = seconds_now();
+    o->w.waited = 0;
     for (size_t step = 0; step < steps; step++) {
         train_step(&j, step, &r);
         progress_update(&p, step + 1, "loss %.3f", r.loss);
     }
     progress_clear(&p);
     r.seconds = seconds_now() - begin;
+    r.waited = (double)total((uint64_t)(o->w.waited * 1e9)) * 1e-9 / (double)o->w.size;
     const moe_ep_report *report = moe_ranks_report(j.ranks);
+    note_memory(report, &r);
     r.row_bytes = total(report->row_bytes);
     r.weight_bytes = total(report->weight_bytes);
     r.other_bytes = total(report->other_bytes);
     r.routes = total(r.routes);
     r.home = (double)total(r.at_home) / (double)r.routes;
     r.imbalance /= (double)steps;
-    world_must(&o->w, moe_ep_gather(j.ranks));
-    r.checksum = moe_layer_hash(j.n->moe);
+    collect(&j, &r);
     for (size_t i = 0; i < 2; i++) {
         size_t at = i ? j.n->class_bias : j.n->class_weight, count = i ? NET_CLASSES : NET_D * NET_CLASSES;
         r.checksum = moe_hash(r.checksum, j.n->bank.value + at, count * sizeof(float));
@@ -267,9 +323,10 @@ static result train(config *o, const method *m) {
 
 // ---- what rank 0 writes ----
 
-enum { COLUMNS = 11 };
-static const char *const heading[COLUMNS] = {"method",   "test accuracy", "makespan", "imbalance", "at home", "dropped",
-                                             "rows, MB", "weights, MB",   "other, MB", "seconds",  "checksum"};
+enum { COLUMNS = 12 };
+static const char *const heading[COLUMNS] = {
+    "method",   "test accuracy", "makespan",  "imbalance", "at home", "dropped",
+    "rows, MB", "weights, MB",   "other, MB", "MB a rank", "seconds", "checksum"};
 static void row_cells(const result *r, char cell[COLUMNS][64]) {
     snprintf(cell[0], 64, "%s", r->method->name);
     experiment_number(cell[1], "%.1f%%", 100 * r->accuracy);
@@ -280,11 +337,12 @@ static void row_cells(const result *r, char cell[COLUMNS][64]) {
     snprintf(cell[6], 64, "%.2f", (double)r->row_bytes * 1e-6);
     snprintf(cell[7], 64, "%.2f", (double)r->weight_bytes * 1e-6);
     snprintf(cell[8], 64, "%.2f", (double)r->other_bytes * 1e-6);
-    snprintf(cell[9], 64, "%.1f", r->seconds);
-    snprintf(cell[10], 64, "%016llx", (unsigned long long)r->checksum);
+    snprintf(cell[9], 64, "%.2f", (double)(r->params + r->grads + r->moments + r->guests) * 1e-6);
+    snprintf(cell[10], 64, "%.1f", r->seconds);
+    snprintf(cell[11], 64, "%016llx", (unsigned long long)r->checksum);
 }
 static void print_row(FILE *f, const char *const *cell) {
-    static const int width[COLUMNS] = {-16, 14, 10, 10, 9, 9, 10, 13, 11, 9, 18};
+    static const int width[COLUMNS] = {-16, 14, 10, 10, 9, 9, 10, 13, 11, 11, 9, 18};
     experiment_row(f, COLUMNS, width, cell);
     fflush(f);
 }
@@ -312,6 +370,12 @@ static void write_final(json *j, const config *o, const result *r) {
     json_whole(j, "row_bytes", r->row_bytes);
     json_whole(j, "weight_bytes", r->weight_bytes);
     json_whole(j, "other_bytes", r->other_bytes);
+    json_whole(j, "param_bytes", r->params);
+    json_whole(j, "grad_bytes", r->grads);
+    json_whole(j, "optimizer_bytes", r->moments);
+    json_whole(j, "expert_bytes", r->experts);
+    json_whole(j, "guest_bytes", r->guests);
+    json_real(j, "waited", r->waited);
     json_real(j, "seconds", r->seconds);
     json_text(j, "checksum", checksum);
     json_end(j);
@@ -320,19 +384,26 @@ static void write_final(json *j, const config *o, const result *r) {
 static void print_ratios(FILE *f, const result *r, size_t n, size_t steps) {
     const result *of[METHODS] = {NULL};
     for (size_t i = 0; i < n; i++) of[r[i].method - methods] = &r[i];
-    if (of[0] && of[1])
+    fprintf(f,
+            "Memory of a rank: parameters %.3f MB, gradients %.3f MB, optimiser %.3f MB; its experts' share %.3f MB\n",
+            (double)r->params * 1e-6, (double)r->grads * 1e-6, (double)r->moments * 1e-6, (double)r->experts * 1e-6);
+    if (of[BALANCED] && of[BLOCKING])
+        fprintf(f, "Overlap: %.1f%% of the exchange hidden (waited for %.2f s of %.2f, without overlap %.2f of %.2f)\n",
+                100 * (1 - of[BALANCED]->waited / of[BLOCKING]->waited), of[BALANCED]->waited, of[BALANCED]->seconds,
+                of[BLOCKING]->waited, of[BLOCKING]->seconds);
+    if (of[STANDARD] && of[LLEP])
         fprintf(f, "LLEP: makespan / %.2f (published: a layer 6.11 times as fast at 95%% skew and 8 ranks)\n",
-                (double)of[0]->makespan / (double)of[1]->makespan);
-    if (of[2] && of[3] && of[2]->row_bytes)
+                (double)of[STANDARD]->makespan / (double)of[LLEP]->makespan);
+    if (of[BALANCED] && of[DROPOUT] && of[BALANCED]->row_bytes)
         fprintf(f, "Gating Dropout: %.1f%% of the steps without exchange, bytes of rows %+.1f%%\n",
-                100 * (double)of[3]->dropped / (double)steps,
-                100 * ((double)of[3]->row_bytes / (double)of[2]->row_bytes - 1));
-    if (of[4] && of[5] && of[4]->row_bytes)
+                100 * (double)of[DROPOUT]->dropped / (double)steps,
+                100 * ((double)of[DROPOUT]->row_bytes / (double)of[BALANCED]->row_bytes - 1));
+    if (of[SORTED] && of[LOCALITY] && of[SORTED]->row_bytes)
         fprintf(f, "Locality: at home %.1f%% -> %.1f%%, bytes of rows %+.1f%%, makespan %+.1f%% (LocMoE's epochs: "
                    "-12.68%% to -22.24%%)\n",
-                100 * of[4]->home, 100 * of[5]->home,
-                100 * ((double)of[5]->row_bytes / (double)of[4]->row_bytes - 1),
-                100 * ((double)of[5]->makespan / (double)of[4]->makespan - 1));
+                100 * of[SORTED]->home, 100 * of[LOCALITY]->home,
+                100 * ((double)of[LOCALITY]->row_bytes / (double)of[SORTED]->row_bytes - 1),
+                100 * ((double)of[LOCALITY]->makespan / (double)of[SORTED]->makespan - 1));
 }
 static void write_pages(const config *o, const result *r, size_t n) {
     double value[METHODS];
@@ -344,8 +415,8 @@ static void write_pages(const config *o, const result *r, size_t n) {
         char cell[COLUMNS][64];
         for (int k = 0; k < COLUMNS && !i; k++) snprintf(cell[k], 64, "%s", heading[k]);
         if (i) row_cells(&r[i - 1], cell);
-        page_row(f, !i, "%s|<%s|%s|%s|%s|%s|%s|%s|%s|%s|%s", cell[0], cell[1], cell[2], cell[3], cell[4], cell[5],
-                 cell[6], cell[7], cell[8], cell[9], cell[10]);
+        page_row(f, !i, "%s|<%s|%s|%s|%s|%s|%s|%s|%s|%s|%s|%s", cell[0], cell[1], cell[2], cell[3], cell[4],
+                 cell[5], cell[6], cell[7], cell[8], cell[9], cell[10], cell[11]);
     }
     page_table_end(f);
     page_card_end(f);
@@ -367,7 +438,9 @@ static void parse(config *o, int argc, char **argv) {
     args_option options[] = {
         EXPERIMENT_OPTIONS(&o->e),
         ARGS_SET(&o->set),
-        {"method", ARGS_TEXT, &o->method, "NAMES", "standard,llep,balanced,gating-dropout,sorted,locality", 0, 0},
+        {"method", ARGS_TEXT, &o->method, "NAMES",
+         "standard,llep,balanced,blocking,gating-dropout,sorted,locality", 0, 0},
+        {"no-overlap", ARGS_FLAG, &o->no_overlap, NULL, "each exchange is waited for at once", 0, 0},
         {"min-tokens", ARGS_SIZE, &o->min_tokens, "N", "LLEP: fewer tokens do not travel", 1, 0},
     };
     args_parse("expert_parallel", "Trains a mixture whose experts lie on the processes of an MPI job.", options,
@@ -379,7 +452,9 @@ static void parse(config *o, int argc, char **argv) {
     if (o->e.experts % (size_t)o->w.size)
         args_fail("expert_parallel", "%d processes do not divide %zu experts", o->w.size, o->e.experts);
 }
-static int runs(const config *o, size_t i) { return o->chosen[i] && (!methods[i].ranks || o->w.size > 1); }
+static int runs(const config *o, size_t i) {
+    return o->chosen[i] && ((!methods[i].ranks && !methods[i].blocking) || o->w.size > 1);
+}
 static void begin(config *o) {
     experiment_begin(&o->e);
     if (o->w.rank) return;
@@ -402,7 +477,7 @@ int main(int argc, char **argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &o.w.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &o.w.size);
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-    o.w.count = allocate(4 * (size_t)o.w.size, sizeof *o.w.count);
+    o.w.count = allocate(WAYS * 4 * (size_t)o.w.size, sizeof *o.w.count);
     if (o.w.rank && !freopen("/dev/null", "w", stdout)) return 1; // one rank speaks
     parse(&o, argc, argv);
     experiment_load(&o.e, argv[0], (experiment_by_data){{8, 1}, {0.01, 0.005}});

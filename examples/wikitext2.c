@@ -555,12 +555,12 @@ static void by_data(config *o, const corpus *c) {
     lm_shape *s = &o->shape;
     struct {
         size_t *value, sample, full;
-    } size[] = {{&o->epochs, 2, 5},  {&o->batch, 16, 16},      {&s->length, 128, 256}, {&s->vocab, 1024, 4096},
-                {&s->d, 128, 256},   {&o->hidden, 128, 256},   {&s->layers, 2, 4}};
+    } size[] = {{&o->epochs, 2, 4},  {&o->batch, 16, 16},      {&s->length, 128, 256}, {&s->vocab, 1024, 4096},
+                {&s->d, 128, 192},   {&o->hidden, 128, 192},   {&s->layers, 2, 4}};
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         if (!*size[i].value) *size[i].value = c->sample ? size[i].sample : size[i].full;
-    if (o->lr <= 0) o->lr = c->sample ? 1e-2 : 6e-3;
-    if (s->dropout < 0) s->dropout = 0.1;
+    if (o->lr <= 0) o->lr = c->sample ? 1e-2 : 1.2e-2;
+    if (s->dropout < 0) s->dropout = c->sample ? 0.1 : 0.05;
     if (!s->heads) s->heads = s->d >= 64 ? s->d / 64 : 1;
     s->tied = !o->untied;
     if (s->d % 16 || s->d % s->heads || s->d / s->heads % 2)

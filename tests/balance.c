@@ -1,7 +1,7 @@
 /* Balance in a layer: what each loss and controller does to a collapsed router, held against docs/math.md; a bias that
  * has no gradient and no part in weights; statistics summed over micro-batches; state that is saved; the same bits. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
+#include "inside.h"
 #include "examples/common/loss_cases.h"
 
 /* ---- a task on which a router collapses ----
@@ -52,7 +52,7 @@ static void best_teacher(moe_layer *m, moe_tape *tape, const float *x, const flo
         for (size_t t = 0; t < T; t++) index[t] = (int32_t)e;
         CHECK_OK(moe_tape_tokens(tape, x, T));
         CHECK_OK(moe_routes_fill(&tape->routes, T, index, one, 0, MOE_ORDER_TOKEN));
-        CHECK_OK(moe_experts_forward(tape, m->part[MOE_PART_PARAMS], y));
+        CHECK_OK(moe_experts_forward(tape, inside_params(m), y));
         for (size_t t = 0; t < T; t++) {
             float sum = 0;
             for (size_t i = 0; i < D; i++)

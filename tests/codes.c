@@ -1,7 +1,6 @@
 /* The discrete branch of VQMoE, in double. */
-#define MOE_IMPLEMENTATION
-#define MOE_NO_SIMD /* quick to compile: see the Makefile */
 #include "test.h"
+#include "inside.h"
 #include "rows.h"
 
 /* ---- VQMoE ---- */
@@ -24,6 +23,7 @@ static void check_vqmoe(const char *more, double share) {
     set(m, "router.codebook", C), set(m, "router.branch", G);
     C = get(m, "router.codebook"), G = get(m, "router.branch");
     const moe_tape *t = go(m, T, 0);
+    const inside in = inside_of(t);
     size_t used = 0, low = 0, high = 0;
     for (size_t i = 0; i < T; i++) {
         double best = INFINITY, want[D] = {0}, s[2] = {0};
@@ -34,13 +34,13 @@ static void check_vqmoe(const char *more, double share) {
             for (size_t c = 0; c < D; c++) far += pow((double)x[i * D + c] - (double)C[j * D + c], 2);
             if (far < best) best = far, code = j;
         }
-        CHECK(t->memory->codes->code[i] == (int32_t)code && t->memory->codes->expert[i] == (int32_t)(code % E));
+        CHECK(in.code[i] == (int32_t)code && in.code_expert[i] == (int32_t)(code % E));
         used |= (size_t)1 << code;
         for (size_t c = 0; c < D; c++)
             for (size_t k = 0; k < 2; k++) s[k] += (double)x[i * D + c] * (double)G[c * 2 + k];
         double g = sigmoid(s[0] - s[1]);
-        CHECK_NEAR(t->memory->codes->gate[i * 2], g, 1e-6);
-        CHECK_NEAR(t->memory->codes->gate[i * 2] + t->memory->codes->gate[i * 2 + 1], 1, 1e-6);
+        CHECK_NEAR(in.code_gate[i * 2], g, 1e-6);
+        CHECK_NEAR(in.code_gate[i * 2] + in.code_gate[i * 2 + 1], 1, 1e-6);
         low += g < 0.4, high += g > 0.6;
         for (size_t k = 0; k < 2; k++) {
             network(m, (size_t)t->index[i * 2 + k], NULL, x + i * D, 1, out);

@@ -1,7 +1,6 @@
 /* Robust weights and aggregates against naive forms; soft slots, merged experts, the robust layer. */
-#define MOE_IMPLEMENTATION
-#define MOE_NO_SIMD /* quick to compile: see the Makefile */
 #include "test.h"
+#include "inside.h"
 
 /* ---- robust weights ---- */
 static int compare_doubles(const void *a, const void *b) {
@@ -209,16 +208,16 @@ static void test_soft_moe(void) {
     moe_layer *m = row("soft-moe", "soft_slots=2 sequence=6");
     if (!m) return;
     tokens(T);
-    const moe_tape *t = go(m, T, 0);
+    inside in = inside_of(go(m, T, 0));
     for (size_t i = 0; i < T; i++) {
         double sum = 0;
-        for (size_t n = 0; n < N; n++) sum += (double)t->memory->combine.mix[i * N + n];
+        for (size_t n = 0; n < N; n++) sum += (double)in.mix[i * N + n];
         CHECK_NEAR(sum, 1, 1e-6); /* a token's mixture of the slots */
     }
     for (size_t s = 0; s < T; s += LONG)
         for (size_t n = 0; n < N; n++) {
             double sum = 0;
-            for (size_t i = s; i < s + LONG; i++) sum += (double)t->memory->combine.dispatch[i * N + n];
+            for (size_t i = s; i < s + LONG; i++) sum += (double)in.dispatch[i * N + n];
             CHECK_NEAR(sum, 1, 1e-6); /* a slot's mixture of its sequence's tokens */
         }
     float old[T * D];

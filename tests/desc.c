@@ -235,7 +235,20 @@ static void test_fields(void) {
         {"controller", "controller=relu-lambda gate=relu", MOE_E_CONTROLLER},
         {"controller", "controller=adaptive", MOE_E_CONTROLLER},
         {"loss.load", "loss.load=1", MOE_E_LOSS_LOAD}, {"loss.codebook", "loss.codebook=1", MOE_E_LOSS_CODEBOOK},
-        {"loss.orthonormal", "loss.orthonormal=1", MOE_E_LOSS_ORTHONORMAL}};
+        {"loss.orthonormal", "loss.orthonormal=1", MOE_E_LOSS_ORTHONORMAL},
+        {"loss.importance-selected", "loss.importance-selected=1 select=all combine=soft",
+         MOE_E_LOSS_IMPORTANCE_SELECTED},
+        {"loss.rank", "loss.rank=1", MOE_E_LOSS_RANK},
+        {"loss.communication", "loss.communication=1", MOE_E_LOSS_COMMUNICATION},
+        {"loss.locality", "loss.locality=1", MOE_E_LOSS_LOCALITY},
+        {"loss.relu-l1", "loss.relu-l1=1", MOE_E_LOSS_RELU_L1},
+        {"loss.simbal", "loss.simbal=1 score=random", MOE_E_LOSS_SIMBAL},
+        {"loss.diverse-simple", "loss.diverse-simple=1 score=random", MOE_E_LOSS_DIVERSE_SIMPLE},
+        {"loss.prototype-orthogonality", "loss.prototype-orthogonality=1 score=random",
+         MOE_E_LOSS_PROTOTYPE_ORTHOGONALITY},
+        {"loss.prototype-diversity", "loss.prototype-diversity=1 score=random", MOE_E_LOSS_PROTOTYPE_DIVERSITY},
+        {"loss.prototype-alignment", "loss.prototype-alignment=1", MOE_E_LOSS_PROTOTYPE_ALIGNMENT},
+        {"loss.output-orthogonality", "loss.output-orthogonality=1 combine=input", MOE_E_LOSS_OUTPUT_ORTHOGONALITY}};
     for (size_t i = 0; i < sizeof by_text / sizeof *by_text; i++) {
         moe_desc d = row_desc(NULL, by_text[i].text);
         bad_field(&d, by_text[i].field, by_text[i].status);
@@ -246,6 +259,7 @@ static void test_fields(void) {
         bad_.member = value;                                                                                 \
         bad_field(&bad_, #member, status);                                                                   \
     } while (0)
+    BAD_FIELD(capacity_sequence, 2, MOE_E_CAPACITY_SEQUENCE);
     static const int past[] = {-1, -2, 50, 1 << 30};
     for (int i = 0; i < 4; i++) {
         BAD_FIELD(noise, (moe_noise_kind)past[i], MOE_E_NOISE);

@@ -1,7 +1,6 @@
 /* Experts: one network alone, shared ones, zero, copy and constant ones. */
-#define MOE_IMPLEMENTATION
-#define MOE_NO_SIMD /* quick to compile: see the Makefile */
 #include "test.h"
+#include "inside.h"
 #include "rows.h"
 
 static float z[MAX_TOKENS * D]; /* outputs to compare with */
@@ -73,9 +72,7 @@ static void test_moepp(void) {
     tokens(T);
     only(m, ZERO, 1);
     const moe_tape *t = go(m, T, 0);
-    size_t rows = 0;
-    for (size_t g = 0; g < t->memory->experts.n_groups; g++) rows += t->memory->experts.group[g].rows;
-    CHECK(rows == T); /* the networks' work: expert 1 alone, though each token has two routes */
+    CHECK(inside_of(t).network_rows == T); /* the networks' work: expert 1 alone, though each token has two routes */
     CHECK(kept(t, ZERO) == T && kept(t, 1) == T);
     network(m, 1, NULL, x, T, z);
     for (size_t i = 0; i < T; i++) CHECK(t->weight[i * 2] == 0 && t->weight[i * 2 + 1] == 1 && t->index[i * 2] == ZERO);
@@ -83,10 +80,7 @@ static void test_moepp(void) {
     only(m, COPY, ZERO);
     t = go(m, T, 0);
     CHECK_SAME(y, x, T * D);
-    for (size_t g = 0, n = 0; g <= t->memory->experts.n_groups; g++) {
-        if (g == t->memory->experts.n_groups) CHECK(n == 0);
-        else n += t->memory->experts.group[g].rows;
-    }
+    CHECK(inside_of(t).network_rows == 0);
     float *gate = get(m, "experts.constant_gate");
     test_fill(gate, count_of(m, "experts.constant_gate"), -1, 1);
     set(m, "experts.constant_gate", gate);

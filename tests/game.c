@@ -1060,6 +1060,20 @@ static void test_bad_arguments(void) {
     free(d.memory);
 }
 
+/* Numbers so far apart that rounding hides the equilibrium. */
+static void test_not_found(void) {
+    static const double quality[4] = {0, 0, 0, 0}, apart[4] = {0, 0, 1, 0}, share[2] = {0.5, 0.5};
+    double load[4];
+    size_t bytes = 0;
+    CHECK_OK(moe_game_solve(4, quality, 1e10, load, NULL));
+    for (size_t e = 0; e < 4; e++) CHECK_NEAR(load[e], 0.25, 1e-12);
+    CHECK_STATUS(moe_game_solve(4, quality, 1e200, load, NULL), MOE_E_GAME);
+    CHECK_OK(moe_game_types_scratch(2, 2, &bytes));
+    double *work = (double *)test_memory(bytes, 1);
+    CHECK_STATUS(moe_game_types_solve(2, 2, share, apart, 1e10, load, work, NULL), MOE_E_GAME);
+    free(work);
+}
+
 int main(void) {
     RUN(test_oracles);
     RUN(test_solver_extremes);
@@ -1086,5 +1100,6 @@ int main(void) {
     RUN(test_phases);
     RUN(test_phases_by_hand);
     RUN(test_bad_arguments);
+    RUN(test_not_found);
     return test_end();
 }

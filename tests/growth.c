@@ -440,7 +440,8 @@ static void test_prune_add(void) {
         if (k == 3) d.controller = MOE_CONTROL_USAGE_BOOST, d.optimizer = MOE_OPTIMIZER_SGD, d.score = MOE_SCORE_MLP;
         moe_layer *m = trained(&d, 3), *p = NULL, *a = NULL;
         size_t gone = 3;
-        moe_growth_donor donor = {m, gone};
+        moe_growth_donor donor = {m, gone}, no_donor = {NULL, 0};
+        CHECK_STATUS(moe_layer_add(&a, m, 3, NULL, &no_donor), MOE_E_GROWTH_DONOR);
         if (!CHECK_OK(moe_layer_prune(&p, m, 1, &gone))) return;
         CHECK(moe_layer_desc(p)->n_experts == E - 1);
         if (CHECK_OK(moe_layer_add(&a, p, 3, NULL, &donor))) {

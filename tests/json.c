@@ -120,10 +120,61 @@ static void test_values(void) {
     CHECK_STATUS(moe_json_open(NULL, text, size), MOE_E_NULL_OUT);
 }
 
+/* Both ends of each range of characters; what is asked for wrongly; values that somebody made by hand. */
+static void test_edges(void) {
+    static const struct { const char *text; moe_status want; } rows[] = {
+        {"\"\\uD7FF\"", MOE_OK}, {"\"\\uE000\"", MOE_OK}, {"\"\\uD800\"", MOE_E_JSON}, {"\"\\uDC00\"", MOE_E_JSON},
+        {"\"\\uD83D\\uDC00\"", MOE_OK}, {"\"\\uD83D\\uE000\"", MOE_E_JSON}, {"\"\\uD83D\\uDBFF\"", MOE_E_JSON},
+        {"\"\\uD83Dx\"", MOE_E_JSON}, {"\"\\uD83D\\n\"", MOE_E_JSON}, {"\"\\u00g0\"", MOE_E_JSON},
+        {"\"\xEE\x80\x80\"", MOE_OK}, {"\"\xED\x9F\xBF\"", MOE_OK}, {"\"\xED\xA0\x80\"", MOE_E_JSON},
+        {"\"\xE0\x9F\xBF\"", MOE_E_JSON}, {"\"\xF0\x8F\xBF\xBF\"", MOE_E_JSON},
+        {"\"\xF4\x90\x80\x80\"", MOE_E_JSON},
+        {"\"\xF4\x8F\xBF\xBF\"", MOE_OK}, {"\"\xC1\xBF\"", MOE_E_JSON}, {"\"\xF5\x80\x80\x80\"", MOE_E_JSON},
+        {"1E5", MOE_OK}, {"1e+5", MOE_OK}, {"1E-5", MOE_OK}, {"1e", MOE_E_JSON}, {"1.e5", MOE_E_JSON},
+        {"-", MOE_E_JSON},
+        {"\"\\", MOE_E_JSON}, {"{\"a\"", MOE_E_JSON}, {"{1:2}", MOE_E_JSON}};
+    static const char object[] = "{\"a\" 1}", other[] = "{?}", list[] = "[1?2]";
+    moe_json json, key, item;
+    char text[8];
+    double number;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (!CHECK_STATUS(moe_json_open(&json, rows[i].text, strlen(rows[i].text)), rows[i].want))
+            printf("        %s\n", rows[i].text);
+    CHECK_OK(moe_json_open(&json, "{\"a\":123456789}", 15));
+    CHECK_STATUS(moe_json_find(NULL, "a", &item), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_json_find(&json, NULL, &item), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_json_find(&json, "a", NULL), MOE_E_NULL_OUT);
+    CHECK_OK(moe_json_find(&json, "a", &item));
+    CHECK_STATUS(moe_json_text(NULL, text, sizeof text), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_json_text(&item, NULL, 8), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_json_text(&item, text, 0), MOE_E_SMALL_MEMORY);
+    CHECK_STATUS(moe_json_text(&item, text, 8), MOE_E_SMALL_MEMORY);
+    CHECK_STATUS(moe_json_number(&item, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_json_number(NULL, &number), MOE_E_CONFIG_VALUE);
+    item.kind = MOE_JSON_NONE;
+    CHECK_STATUS(moe_json_text(&item, text, 8), MOE_E_NULL_BYTES);
+    CHECK(moe_json_next(&json, NULL, &item) && item.kind == MOE_JSON_NUMBER);
+    char digits[200];
+    memset(digits, '7', sizeof digits);
+    CHECK_OK(moe_json_open(&json, digits, sizeof digits));
+    CHECK_STATUS(moe_json_number(&json, &number), MOE_E_CONFIG_VALUE); /* too long to be read */
+    CHECK_OK(moe_json_open(&json, "1e999", 5));
+    CHECK_STATUS(moe_json_number(&json, &number), MOE_E_CONFIG_VALUE);
+    const char *const made[] = {object, other, list};
+    for (size_t i = 0; i < 3; i++) { /* not from moe_json_open */
+        moe_json hand = {i == 2 ? MOE_JSON_LIST : MOE_JSON_OBJECT, (const unsigned char *)made[i], 0, strlen(made[i])};
+        item.kind = MOE_JSON_NONE;
+        int n = 0;
+        while (moe_json_next(&hand, &key, &item)) n++;
+        CHECK(n == (i == 2));
+    }
+}
+
 int main(void) {
     RUN(test_desc_json);
     RUN(test_depth);
     RUN(test_escapes);
     RUN(test_values);
+    RUN(test_edges);
     return test_end();
 }

@@ -85,6 +85,15 @@ static void test_index_measures(void) {
     CHECK(share == 1);
     CHECK_OK(moe_churn(1, 2, half, full, &share));
     CHECK(share == 1);
+    static const int32_t twice[2] = {3, 3}, once[2] = {3, -1}, other[2] = {3, 5}; /* a set: how often does not count */
+    CHECK_OK(moe_churn(1, 2, twice, once, &share));
+    CHECK(share == 0);
+    CHECK_OK(moe_churn(1, 2, twice, twice, &share));
+    CHECK(share == 0);
+    CHECK_OK(moe_churn(1, 2, twice, other, &share));
+    CHECK(share == 1);
+    CHECK_OK(moe_churn(1, 2, other, twice, &share));
+    CHECK(share == 1);
     CHECK_OK(moe_churn(0, 2, NULL, NULL, &share));
     CHECK(share == 0);
     CHECK_OK(moe_seu(0, E, K, 4, NULL, work, &seu));

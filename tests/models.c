@@ -20,6 +20,8 @@ static void test_router_names(void) {
                 {"model.layers.1234567890.mlp.gate.weight", 0, 0},
                 {"xmodel.layers.1.mlp.gate.weight", 0, 0},
                 {"model.layers.1", 0, 0},
+                {"model.layers.1a.mlp.gate.weight", 0, 0},
+                {"model.layers.1/.mlp.gate.weight", 0, 0},
                 {"", 0, 0}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         size_t layer = 77;
@@ -443,6 +445,53 @@ static void test_pack_arguments(void) {
     free(params);
 }
 
+static moe_status no_file(void *user, const char *name, const void **bytes, size_t *size) {
+    (void)user, (void)name, (void)bytes, (void)size;
+    return MOE_E_OPEN;
+}
+/* Models and shards that are not there. */
+static void test_nothing(void) {
+    static const char *const bad[] = {"..", ".", "", "a/b", "a\\\\b", "c:d", "\\n", "\\u0000x"}; /* no file beside it */
+    moe_shards none, *nowhere = NULL;
+    moe_model model, *no_model = NULL;
+    moe_model_source source = {no_file, NULL, NULL, NULL};
+    moe_desc d;
+    moe_layer *m = NULL;
+    moe_file_tensor t;
+    char name[64], json[200];
+    size_t layer = 0;
+    float x[1];
+    memset(&none, 0, sizeof none), memset(&model, 0, sizeof model);
+    CHECK_STATUS(moe_shards_find(nowhere, "a", name, sizeof name), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_shards_find(&none, "a", name, sizeof name), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_shards_router(nowhere, 0, &layer, name, sizeof name), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_shards_router(&none, 0, &layer, name, sizeof name), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_shards_router(&none, 0, NULL, name, sizeof name), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_shards_router(&none, 0, &layer, NULL, sizeof name), MOE_E_NULL_OUT);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        int n = snprintf(json, sizeof json, "{\"weight_map\":{\"a\":\"%s\"}}", bad[i]);
+        if (!CHECK(moe_shards_open(&none, json, (size_t)n) != MOE_OK)) printf("        %s\n", bad[i]);
+        moe_shards_close(&none);
+    }
+    CHECK_OK(moe_shards_open(&none, "{\"weight_map\":{\"a\":\"...\"}}", 26));
+    moe_shards_close(&none);
+    CHECK_STATUS(moe_model_open(NULL, &source), MOE_E_NULL_MODEL);
+    CHECK_STATUS(moe_model_open(&model, NULL), MOE_E_NULL_MODEL);
+    source.file = NULL;
+    CHECK_STATUS(moe_model_open(&model, &source), MOE_E_NULL_MODEL);
+    source.file = no_file;
+    CHECK_STATUS(moe_model_open(&model, &source), MOE_E_OPEN);
+    moe_model *const given[] = {no_model, &model};
+    for (size_t i = 0; i < 2; i++) { /* NULL, and one whose opening failed */
+        CHECK_STATUS(moe_model_desc(given[i], 0, &d), MOE_E_NULL_MODEL);
+        CHECK_STATUS(moe_model_layer(given[i], 0, NULL, NULL, &m), MOE_E_NULL_MODEL);
+        CHECK_STATUS(moe_model_tensor(given[i], "a", &t), MOE_E_NULL_MODEL);
+        CHECK_STATUS(moe_model_read(given[i], "a", 0, 1, x), MOE_E_NULL_MODEL);
+        CHECK(!moe_model_mixture(given[i], 0) && m == NULL);
+        moe_model_close(given[i]);
+    }
+}
+
 int main(void) {
     RUN(test_router_names);
     RUN(test_file_router);
@@ -453,5 +502,6 @@ int main(void) {
     RUN(test_router_bias_name);
     RUN(test_pack_layouts);
     RUN(test_pack_arguments);
+    RUN(test_nothing);
     return test_end();
 }

@@ -1,7 +1,6 @@
 /* Level 2 gives the bits of the layer, and runs over a routing of the caller's own; sizes and numbers of every kind. */
-#define MOE_IMPLEMENTATION
-#define MOE_NO_SIMD /* quick to compile: see the Makefile */
 #include "test.h"
+#include "inside.h"
 #include "oracle.h"
 #include "fixture.h"
 
@@ -361,7 +360,7 @@ static void test_level_two_statuses(void) {
         CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON));
         tokens(T + 1);
         for (size_t k = 0; k < n; k++) router[k] = NAN;
-        t->side.experts = m->part[MOE_PART_PARAMS];
+        t->side.experts = inside_params(m);
         if (n) CHECK_STATUS(moe_route(t, NULL, x, T), MOE_E_NULL_PARAMS);
         CHECK_STATUS(moe_route(t, router, NULL, T), MOE_E_NULL_X);
         CHECK_STATUS(moe_route(NULL, router, x, T), MOE_E_NULL_TAPE);
@@ -373,7 +372,7 @@ static void test_level_two_statuses(void) {
             t->side.experts = NULL;
             CHECK_STATUS(moe_route(t, router, x, T), MOE_E_NULL_EXPERTS);
         }
-        t->side.experts = m->part[MOE_PART_PARAMS];
+        t->side.experts = inside_params(m);
         memset(router, 0, n * sizeof *router);
         CHECK_OK(moe_route(t, router, x, T));
         for (size_t e = 0; e < E; e++) most += kept(t, e);

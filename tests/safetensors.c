@@ -350,6 +350,35 @@ static void test_index(void) {
     free(text);
 }
 
+/* A file that changes after it was opened (somebody writes to what is mapped): an answer or a refusal, no crash. */
+static void test_changed(void) {
+    bytes b = with_header("{\"__metadata__\":{\"k\":\"v\"},\"a\":" ONE("U8", "1", "0", "1") ",\"b\":"
+                          ONE("U8", "1", "1", "2") "}", 2);
+    moe_file f;
+    moe_file_tensor t;
+    char text[8];
+    size_t refused = 0;
+    CHECK_OK(moe_file_open(&f, b.p, b.n));
+    for (size_t i = 8; i < b.n - 2; i++) {
+        static const char to[] = "\"}{[]:,0\\x\x80";
+        for (size_t k = 0; k < sizeof to; k++) {
+            unsigned char kept = b.p[i];
+            b.p[i] = (unsigned char)to[k];
+            moe_status s[3] = {moe_file_find(&f, "b", &t), moe_file_tensor_at(&f, 1, &t),
+                               moe_file_metadata(&f, "nothing", text, sizeof text)};
+            for (int n = 0; n < 3; n++) {
+                refused += s[n] == MOE_E_FILE_HEADER;
+                CHECK(s[n] == MOE_OK || s[n] == MOE_E_NAME || moe_status_kind(s[n]) == MOE_KIND_FILE);
+            }
+            b.p[i] = kept;
+        }
+    }
+    CHECK(refused > 300);
+    CHECK_OK(moe_file_find(&f, "b", &t));
+    moe_file_close(&f);
+    free(b.p);
+}
+
 int main(void) {
     RUN(test_header_length);
     RUN(test_headers);
@@ -359,5 +388,6 @@ int main(void) {
     RUN(test_time);
     RUN(test_cap);
     RUN(test_index);
+    RUN(test_changed);
     return test_end();
 }

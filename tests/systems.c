@@ -1,6 +1,5 @@
 /* Every row of the table of systems: it trains, its gradients are those of the pipeline in double, its bits are the
  * same everywhere, and it has the property that defines it. */
-#define MOE_IMPLEMENTATION
 #include "test.h"
 #include "oracle.h"
 #include "pipeline.h"

@@ -87,10 +87,42 @@ static void test_cut(void) { /* as snprintf: what fits, a zero at the end, and h
     }
 }
 
+static const char *of_list(void *list, size_t i) { return ((const char *const *)list)[i]; }
+/* Near names: the nearest, then one change more, then those with the word in them; at most eight; cut at the size. */
+static void test_near(void) {
+    static const char *const few[] = {"softmax", "sigmoid", "softmax-selected", "relu", NULL};
+    static const char *const many[] = {"a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8", "a9", NULL};
+    static const char *const lengthy[] = {"abcdefghijklmnopqrstuvwxyzabcdefghij", NULL};
+    char out[128], cut[4], word[100];
+    void *list = (void *)(uintptr_t)few;
+    moe_near("sofmax", of_list, list, out, sizeof out);
+    CHECK(!strcmp(out, "softmax"));
+    moe_near("soft", of_list, list, out, sizeof out);
+    CHECK(!strcmp(out, "softmax, softmax-selected"));
+    moe_near("zzz", of_list, list, out, sizeof out);
+    CHECK(!strcmp(out, ""));
+    moe_near("", of_list, list, out, sizeof out);
+    CHECK(!strcmp(out, ""));
+    moe_near("sofmax", of_list, list, cut, sizeof cut);
+    CHECK(!strcmp(cut, "sof"));
+    moe_near("ax", of_list, (void *)(uintptr_t)many, out, sizeof out);
+    CHECK(!strcmp(out, "a1, a2, a3, a4, a5, a6, a7, a8"));
+    memset(word, 'x', 99), word[99] = 0; /* neither is read past what there is room for */
+    moe_near(word, of_list, (void *)(uintptr_t)lengthy, out, sizeof out);
+    moe_near(lengthy[0], of_list, (void *)(uintptr_t)lengthy, out, sizeof out);
+    CHECK(!strcmp(out, lengthy[0]));
+    moe_near(NULL, of_list, list, out, sizeof out);
+    CHECK(out[0] == 0);
+    moe_near("relu", NULL, NULL, out, sizeof out);
+    CHECK(out[0] == 0);
+    moe_near("relu", of_list, list, NULL, 10);
+}
+
 int main(void) {
     RUN(test_float_text);
     RUN(test_parse_float);
     RUN(test_integers);
     RUN(test_cut);
+    RUN(test_near);
     return test_end();
 }

@@ -132,7 +132,8 @@ typedef struct nn_bank {
     float *value, *grad, *moment1, *moment2; // (count) each
 } nn_bank;
 
-// Declares a tensor; decay: it takes weight decay. Returns its offset.
+// Declares a tensor; decay: it takes weight decay; NN_ELSEWHERE: another optimiser steps it. Returns its offset.
+enum { NN_ELSEWHERE = 2 };
 EX_FUNC size_t nn_add(nn_bank *b, size_t count, int decay) {
     if (b->n_tensors == NN_MAX_TENSORS) die("more than %d tensors", NN_MAX_TENSORS);
     size_t at = b->count;
@@ -155,6 +156,7 @@ EX_FUNC void nn_bank_step(nn_bank *b, moe_optimizer_args o) {
     float decay = o.weight_decay;
     for (size_t i = 0; i < b->n_tensors; i++) {
         size_t at = b->tensor[i].at;
+        if (b->tensor[i].decay == NN_ELSEWHERE) continue;
         o.weight_decay = b->tensor[i].decay ? decay : MOE_OFF;
         nn_must(
             moe_optimizer_step(&o, b->tensor[i].count, b->value + at, b->grad + at, b->moment1 + at, b->moment2 + at));

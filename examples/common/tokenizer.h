@@ -465,13 +465,18 @@ EX_FUNC uint32_t *token_codes(const char *text, size_t n, size_t *count) {
     return codes;
 }
 EX_FUNC void token_normal_form(const char *text, size_t n, int compose, text_buffer *out) {
-    size_t count, plain = 0;
+    size_t plain = 0;
     while (plain < n && (unsigned char)text[plain] < 128) plain++;
     text_add(out, text, plain == n ? n : 0);
     if (plain == n) return;
-    uint32_t *codes = token_codes(text, n, &count), *normal = allocate(4 * count, sizeof *normal);
-    count = uni_normalize(codes, count, compose, normal);
-    for (size_t i = 0; i < count; i++) text_code(out, normal[i]);
+    uint32_t *codes = allocate(n, sizeof *codes), *normal = allocate(n, 4 * sizeof *normal), code;
+    for (size_t i = 0; i < n;) {
+        size_t count = 0, length;
+        for (; i < n && (code = uni_decode(text + i, n - i, &length)) != UNI_NONE; i += length) codes[count++] = code;
+        count = uni_normalize(codes, count, compose, normal);
+        for (size_t k = 0; k < count; k++) text_code(out, normal[k]);
+        if (i < n) text_add(out, text + i++, 1); // no UTF-8: stays
+    }
     free(codes);
     free(normal);
 }

@@ -116,6 +116,13 @@ static void test_array_functions(void) {
         CHECK_STATUS(moe_loss(MOE_LOSS_SWITCH, &loss, bad[i], &value), MOE_E_COEFFICIENT);
         CHECK_STATUS(moe_loss(MOE_LOSS_Z, &loss, bad[i], &value), MOE_E_COEFFICIENT);
     }
+    double lo, hi;
+    for (int i = 0; i < 5; i++)
+        if (i) CHECK_STATUS(moe_rand_normal(1, 0, 3, 0, cold[i], b), MOE_E_STD);
+    CHECK_STATUS(moe_rand_normal(1, 0, 3, NAN, 1, b), MOE_E_STD);
+    CHECK_STATUS(moe_interval(0, &value, &lo, &hi), MOE_E_REPLICATES);
+    CHECK_STATUS(moe_interval(1, NULL, &lo, &hi), MOE_E_NULL_X);
+    CHECK_STATUS(moe_interval(1, &value, NULL, &hi), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_topk(2, 3, 0, a, index, b), MOE_E_TOP_K);
     CHECK_STATUS(moe_topk(2, 3, 4, a, index, b), MOE_E_TOP_K);
     CHECK_STATUS(moe_topk(2, 3, 2, NULL, index, b), MOE_E_NULL_SCORES);

@@ -102,34 +102,36 @@ static void check_system(const moe_system *system, const shape *s) {
     moe_layer_free(c.layer);
 }
 
-static void check_systems(const shape *s) {
+/* Under the sanitizers each shape takes every third system, from `first` on: what they look for is the same in all. */
+static void check_systems(const shape *s, size_t first) {
     test_seed = 11;
     test_fill(x, s->n_tokens * s->d, -0.5f, 1); /* a mean that is not 0: the experts' loads are uneven */
     test_fill(dy, s->n_tokens * s->d, -1, 1);
     for (size_t t = 0; t < s->n_tokens; t++) id[t] = test_u32() % 1000;
-    for (size_t i = 0; i < moe_systems_count(); i++) check_system(moe_system_at(i), s);
+    for (size_t i = TEST_SANITIZED ? first : 0; i < moe_systems_count(); i += TEST_SANITIZED ? 3 : 1)
+        check_system(moe_system_at(i), s);
     CHECK(test_live_blocks == 0);
 }
 
 static void test_every_instruction_set(void) {
     FOR_EACH_ISA(isa) {
         shape small = {32, 24, 72, 1};
-        check_systems(&small);
+        check_systems(&small, 0);
     }
 }
 static void test_two_threads(void) {
-    shape s = {32, 24, TEST_SANITIZED ? 72 : 104, 2};
-    check_systems(&s);
+    shape s = {32, 24, 104, 2};
+    check_systems(&s, 1);
 }
 static void test_many_threads(void) {
     shape s = {32, 24, 72, POOL_MOST};
     pool_start(&threads, POOL_MOST);
-    check_systems(&s);
+    check_systems(&s, 2);
     pool_stop(&threads);
 }
 static void test_over_blocks(void) { /* widths beyond a block of the products */
     shape s = {MAX_D, 260, TEST_SANITIZED ? 72 : 104, 2};
-    check_systems(&s);
+    check_systems(&s, 1);
 }
 
 int main(void) {

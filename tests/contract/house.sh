@@ -213,6 +213,13 @@ letters() {
 }
 check "one-letter names: fewer than $most_letters in 100 lines" letters
 
+# A status that no test asks for is dead, or nobody knows whether it comes.
+unasked() {
+    grep -rhoE 'MOE_E_[A-Z0-9_]+' tests | sort -u >"$tmp/asked"
+    sed -n 's/^    X(\(MOE_E_[A-Z0-9_]*\), .*/\1/p' "$header" | sort | comm -23 - "$tmp/asked"
+}
+check "every status stands in a test" none unasked
+
 # Every tracked text file; a table's row in Markdown, and generated pages, may be longer.
 files() {
     git ls-files -c -o --exclude-standard 2>/dev/null || find . -type f ! -path './build/*' ! -path './out/*'

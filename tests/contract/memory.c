@@ -70,6 +70,89 @@ static moe_status load(moe_layer *m) {
     return s;
 }
 
+/* ---- what makes another layer: the old one stays whole ---- */
+static float values[T * F], hot[T * E];
+static double worth_of[E + 2];
+static const moe_growth_data by_x = {x, T, NULL, NULL, 3}, by_column = {NULL, 0, NULL, values, 3};
+static moe_status made_of(moe_status status, moe_layer *made) {
+    CHECK((status == MOE_OK) == (made != NULL));
+    moe_layer_free(made);
+    return status;
+}
+#define MAKES(name, call)                  \
+    static moe_status name(moe_layer *m) { \
+        moe_layer *made = NULL;            \
+        moe_status s = call;               \
+        return made_of(s, made);           \
+    }
+MAKES(split, moe_layer_split(&made, m, 1, &by_x))
+MAKES(clone, moe_layer_clone(&made, m, 1, 0.01f, 0.5f, 3))
+MAKES(add, moe_layer_add(&made, m, 2, &by_column, NULL))
+MAKES(merge, moe_layer_merge(&made, m, 1, 2, NULL))
+MAKES(merge_to, moe_layer_merge_to(&made, m, E - 2, x, T, NULL))
+MAKES(revive, moe_layer_revive(&made, m, 1, 2, &by_x))
+static const size_t pruned[] = {1};
+MAKES(prune, moe_layer_prune(&made, m, 1, pruned))
+static const moe_layer_formats int8 = {MOE_FORMAT_INT8, NULL, MOE_OFF, 0, NULL};
+MAKES(quantize, moe_layer_quantize(m, &int8, &made))
+static moe_status release(moe_layer *m) {
+    moe_layer *bound = NULL, *made = NULL;
+    moe_status s = moe_layer_split(&bound, m, 1, &by_x);
+    if (!s) s = moe_layer_release(&made, bound, 1), (void)made_of(s, made);
+    moe_layer_free(bound);
+    return s;
+}
+static moe_status new_formats(moe_layer *m) {
+    moe_layer *made = NULL;
+    moe_desc d = desc();
+    (void)m;
+    moe_status s = moe_layer_new_formats(&made, &d, &int8);
+    return made_of(s, made);
+}
+static moe_status replicate(moe_layer *m) {
+    moe_layer *made = NULL;
+    static const uint64_t load[E] = {9, 1, 1, 1, 1};
+    moe_replicate_desc d;
+    memset(&d, 0, sizeof d);
+    d.load = load, d.small = MOE_FORMAT_INT8;
+    moe_status s = moe_layer_replicate(m, &d, &made, NULL);
+    return made_of(s, made);
+}
+static moe_status upcycle(moe_layer *m) {
+    moe_layer *made = NULL;
+    moe_expert_weights dense = {values, NULL, values, NULL, NULL, NULL};
+    moe_desc d = desc();
+    (void)m;
+    d.expert = MOE_EXPERT_RELU, d.n_shared = 0;
+    moe_status s = moe_layer_upcycle(&made, &d, &dense, F, 0.5f, 3);
+    return made_of(s, made);
+}
+static moe_status dynmoe(moe_layer *m) {
+    moe_layer *made = NULL;
+    moe_health h;
+    moe_status s = moe_layer_health(m, &h);
+    if (!s) s = moe_layer_dynmoe(&made, m, &h, x, 3, 0, 3);
+    return made_of(s, made);
+}
+
+/* ---- what measures a layer, and its file ---- */
+static moe_status worth(moe_layer *m) { return moe_layer_worth(m, MOE_WORTH_SALIENCY, x, T, worth_of); }
+static moe_status pes(moe_layer *m) { return moe_layer_pes(m, x, T, worth_of); }
+static moe_status check_layer(moe_layer *m) {
+    moe_part_kind part;
+    const char *name;
+    return moe_layer_check(m, 1, &part, &name);
+}
+
+/* ---- arrays, with scratch of their own ---- */
+static int32_t some[T * E];
+static moe_status choice(moe_layer *m) { return (void)m, moe_expert_choice(T, E, 3, E, hot, some, NULL, 0); }
+static moe_status sinkhorn(moe_layer *m) { return (void)m, moe_sinkhorn(T, E, 1, 3, hot, values, NULL, 0); }
+static moe_status auction(moe_layer *m) { return (void)m, moe_auction(T, E, hot, some, NULL, 0); }
+static moe_status aggregate(moe_layer *m) {
+    return (void)m, moe_aggregate(MOE_AGGREGATE_MEDIAN, T, D, x, 0.1f, values, NULL, 0);
+}
+
 /* Fails the first, second, ... allocation of `act` until it needs no more. Before each try `prepare` (may be
  * NULL) runs. */
 static void fail_each(moe_layer *m, action *prepare, action *act, int fresh_layer, const char *name) {
@@ -115,6 +198,21 @@ static void test_layer_calls(void) {
     fail_each(NULL, forward, step, 1, "step");
     fail_each(NULL, forward, health, 1, "health");
     fail_each(NULL, forward, load, 1, "load");
+}
+
+static void test_other_calls(void) {
+    static const struct { const char *name; action *act; } calls[] = {
+        {"split", split}, {"release", release}, {"clone", clone}, {"add", add}, {"merge", merge},
+        {"merge_to", merge_to},
+        {"prune", prune}, {"revive", revive}, {"quantize", quantize}, {"new_formats", new_formats},
+        {"replicate", replicate}, {"upcycle", upcycle}, {"dynmoe", dynmoe}, {"worth", worth}, {"pes", pes},
+        {"check", check_layer}, {"expert_choice", choice}, {"sinkhorn", sinkhorn}, {"auction", auction},
+        {"aggregate", aggregate}};
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        long before = test_allocations;
+        fail_each(NULL, forward, calls[i].act, 1, calls[i].name);
+        if (!CHECK(test_allocations > before)) printf("        %s\n", calls[i].name);
+    }
 }
 
 static void test_arrays(void) {
@@ -173,8 +271,11 @@ static void test_no_allocation_in_the_loop(void) {
 int main(void) {
     test_fill(x, T * D, -1, 1);
     test_fill(dy, T * D, -1, 1);
+    test_fill(values, T * F, -1, 1);
+    test_fill(hot, T * E, 0, 1);
     RUN(test_create);
     RUN(test_layer_calls);
+    RUN(test_other_calls);
     RUN(test_arrays);
     RUN(test_growing_tape);
     RUN(test_no_allocation_in_the_loop);

@@ -1,5 +1,6 @@
 #!/bin/sh
-# How much stack moe.h's functions use, as gcc counts it: at most 4 KB each, but for three that docs/manual.md names.
+# What gcc says of moe.h at -O2: no warning, and how much stack its functions use: at most 4 KB each, but for three that
+# docs/manual.md names.
 # The last line is "N passed, N failed[, N skipped]".
 cd "$(dirname "$0")/../.." || exit 1
 suite=stack
@@ -9,7 +10,10 @@ if ! command -v gcc >/dev/null 2>&1; then
     echo "0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-check "compiles" gcc -std=c99 -O2 -fstack-usage -I. -c tests/contract/compile/implementation.c -o "$tmp/moe.o"
+warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
+# shellcheck disable=SC2086 # words
+check "compiles without a warning" gcc -std=c99 -O2 $warnings -fstack-usage -I. \
+    -c tests/contract/compile/implementation.c -o "$tmp/moe.o"
 # FUNCTION BYTES [dynamic], without the suffixes of gcc's clones
 awk -F '\t' '{ n = split($1, part, ":"); sub(/\..*/, "", part[n]); print part[n], $2, $3 }' "$tmp/moe.su" |
     sort -k 2,2nr >"$tmp/stack"

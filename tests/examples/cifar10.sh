@@ -18,6 +18,15 @@ check "the page and the picture are whole" \
     [ "$(tail -n 1 "$tmp/second/cifar10.html")$(tail -n 1 "$tmp/second/cifar10.svg")" = "</main></body></html></svg>" ]
 check "standard output is cifar10.jsonl" cmp -s "$tmp/second.out" "$tmp/second/cifar10.jsonl"
 
+# Muon for the convolutions: another training, and the same with any number of threads
+run muon 0 $few --steps 3 --no-dense --optimizer muon --threads 1
+run adamw 0 $few --steps 3 --no-dense --optimizer adamw
+run threads 0 $few --steps 3 --no-dense --optimizer muon --threads 3
+check "another optimiser, another training" \
+    sh -c "[ '$(finals muon | value_of checksum)' != '$(finals adamw | value_of checksum)' ]"
+check "the same bits with 3 threads" [ "$(finals muon | value_of checksum)" = "$(finals threads | value_of checksum)" ]
+check "the configuration names it" grep -q '"optimizer":"muon"' "$tmp/muon.out"
+
 # nothing is learned: the controller sees a plateau after three epochs, splits once, and the pair has places at the end
 still='--grow --lr 1e-30 --batch 200 --eval 20 --no-dense --json'
 run plateau 0 $still --epochs 5
@@ -38,6 +47,7 @@ check "and why" says dynmoe 'experts, [0-9]* tokens that none took: now [0-9]'
 # bad arguments
 run system 2 --system mixtrl
 check "near names" says system 'did you mean mixtral'
+run optimizer 2 --optimizer sgd
 run batch 2 --batch 5000
 run nothing 2 --data "$tmp"
 finish

@@ -33,11 +33,17 @@ for ranks in 1 2 3 4; do
 done
 check "a checksum" [ "$(value of1 standard checksum | wc -c)" -eq 17 ]
 check "another training, another checksum" [ "$(value of1 standard checksum)" != "$(value of1 balanced checksum)" ]
+for ranks in 2 4; do
+    of_one="$(value of1 standard expert_bytes)"
+    held=$(value "of$ranks" standard expert_bytes)
+    check "on $ranks each holds its part of the experts" [ $((held * ranks)) -eq "$of_one" ]
+done
 check "alone nothing is sent" [ "$(value of1 standard row_bytes)" = 0 ]
 
 ranks=4
 run all 0 --steps 12 --images 150 --json
-check "six methods" [ "$(count all)" -eq 6 ]
+check "seven methods" [ "$(count all)" -eq 7 ]
+check "waited for at once, the same bits" [ "$(value all balanced checksum)" = "$(value all blocking checksum)" ]
 check "LLEP evens the work" holds "$(value all llep makespan) * 2 < $(value all standard makespan)"
 check "and moves weights" holds "$(value all llep weight_bytes) > 0 && $(value all standard weight_bytes) == 0"
 check "LLEP learns the same" holds "($(value all llep loss) - $(value all standard loss))^2 < 1e-8"
@@ -47,7 +53,7 @@ check "a step without exchange sends no rows" \
 check "some are" holds "$(value all gating-dropout dropped) > 0"
 check "a quarter stays at home by chance" holds "($(value all balanced home) - 0.25)^2 < 0.05^2"
 for ending in html svg; do check "expert_parallel.$ending" [ -s "$tmp/all/expert_parallel.$ending" ]; done
-for ratio in LLEP 'Gating Dropout' Locality; do check "$ratio in words" says all "^$ratio: "; done
+for ratio in Memory Overlap LLEP 'Gating Dropout' Locality; do check "$ratio in words" says all "^$ratio.*: "; done
 
 run wrong 2 --method nothing
 check "names the method" says wrong "there is no 'nothing'"

@@ -110,6 +110,8 @@ static void test_byte_level(void) {
     CHECK(encodes(t, "ababab", 0, "12 4") && encodes(t, "a<e> ab", 0, "0 9 6"));
     CHECK(encodes(t, "a   b     ", 0, "0 11 1 11 10"));
     CHECK(encodes(t, "e\xCC\x81z\xC3\xA9", 0, "7 8 7 8")); /* NFC; z is no token and falls out */
+    CHECK(encodes(t, "a\xC3 b", 0, "0 7 3 1") && encodes(t, "\xA9", 0, "8")); /* no UTF-8: bytes as they are */
+    CHECK(encodes(t, "\xC3\xA9\xC3", 0, "7 8 7") && encodes(t, "\xC3\xC3\xA9", 0, "7 7 8"));
     static const int32_t ids[] = {6, 9, 7, 8, 7, 0};
     CHECK(decodes(t, ids, 6, 0,
                   " ab<e>\xC3\xA9\xEF\xBF\xBD"

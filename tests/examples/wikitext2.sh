@@ -16,7 +16,8 @@ for part in train valid test; do
     [ $part = train ] || lines=12
     head -n $lines examples/data/wikitext2/wiki.$part.tokens >"$tmp/text/wikitext-2/wiki.$part.tokens"
 done
-tiny="--data $tmp/text --vocab 320 --width 32 --hidden 16 --layers 2 --heads 2 --length 32 --batch 4 --json"
+tiny="--data $tmp/text --vocab 320 --width 32 --hidden 16 --layers 2 --heads 2 --length 32 --batch 4"
+tiny="$tiny --lr 0.006 --dropout 0.1 --json"
 
 run one 0 $tiny --steps 50 --threads 1
 number='-\{0,1\}[0-9][0-9.e+-]*' keys='{"event":"final","system":"mixtral"'

@@ -6,10 +6,13 @@
 #ifndef PIPELINE_H
 #define PIPELINE_H
 
+#include "inside.h"
+
 enum { PIPELINE_TENSORS = 24 };
 typedef struct pipeline {
     moe_layer *m;
     const moe_tape *t;
+    inside in;
     moe_desc d;
     size_t T, E, F, S, N, L, seq;
     size_t n_tensors;
@@ -31,7 +34,7 @@ static inline double *pipeline_tensor(const pipeline *o, const char *name) {
 /* After a forward of m on x (T, d): reads everything. */
 static inline pipeline *pipeline_new(moe_layer *m, const float *x, const float *dy, size_t T) {
     pipeline *o = (pipeline *)test_memory(1, sizeof *o);
-    o->m = m, o->t = moe_layer_tape(m), o->d = *moe_layer_desc(m), o->T = T;
+    o->m = m, o->t = moe_layer_tape(m), o->in = inside_of(o->t), o->d = *moe_layer_desc(m), o->T = T;
     o->E = o->d.n_experts, o->F = o->E - o->d.n_zero - o->d.n_copy - o->d.n_constant, o->S = o->t->n_slots;
     o->N = o->E * o->d.soft_slots, o->seq = o->d.sequence ? o->d.sequence : T;
     o->n_tensors = moe_layer_tensors(m);
@@ -47,11 +50,9 @@ static inline pipeline *pipeline_new(moe_layer *m, const float *x, const float *
     o->x = test_doubles(n), o->dy = test_doubles(n), o->y = test_doubles(n), o->jitter = test_doubles(n);
     o->stop = test_doubles(T * o->S * 2), o->stop_x = test_doubles(n);
     for (size_t i = 0; i < n; i++) o->x[i] = x[i], o->dy[i] = dy[i], o->jitter[i] = 1;
-    if (o->d.jitter > 0 && o->t->memory->now.training) { /* the same numbers as the library draws */
-        moe__run run;
+    if (o->d.jitter > 0 && o->in.training) { /* the same numbers as the library draws */
         float *u = test_floats(n);
-        CHECK_OK(moe__pass_run(&run, &o->t->memory->plan, (moe_tape *)(uintptr_t)o->t));
-        moe__run_uniforms(&run, MOE__USE_JITTER, 0, n, 1 - o->d.jitter, 1 + o->d.jitter, u);
+        CHECK(inside_jitter(o->t, n, 1 - o->d.jitter, 1 + o->d.jitter, u));
         for (size_t i = 0; i < n; i++) o->jitter[i] = u[i];
         free(u);
     }
@@ -221,7 +222,7 @@ static inline double pl_shares(const pipeline *o, size_t t0, size_t t1, const do
     return sum;
 }
 static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
-    size_t T = o->T, E = o->E, S = o->S, d = o->d.d_model, P = o->d.n_ranks, k = o->t->memory->now.k;
+    size_t T = o->T, E = o->E, S = o->S, d = o->d.d_model, P = o->d.n_ranks, k = o->in.k;
     const int32_t *index = o->t->index;
     const double *R = pipeline_tensor(o, "router");
     size_t L = pipeline_tensor(o, "router.proj") ? o->d.d_router : d;
@@ -351,8 +352,8 @@ static inline double pl_loss(const pipeline *o, int kind, const pl_batch *b) {
     case MOE_LOSS_CODEBOOK: { /* the codes' part and the tokens' part, each with the other constant */
         const double *C = pipeline_tensor(o, "router.codebook");
         for (size_t t = 0; t < T; t++) {
-            const float *code = moe_layer_tape(o->m)->memory->codes->x + t * d; /* the token as it was */
-            size_t j = (size_t)o->t->memory->codes->code[t];
+            const float *code = o->in.code_x + t * d; /* the token as it was */
+            size_t j = (size_t)o->in.code[t];
             float *before = test_floats(o->d.n_codes * d);
             CHECK_OK(moe_layer_get(o->m, MOE_PART_PARAMS, "router.codebook", before, o->d.n_codes * d));
             for (size_t i = 0; i < d; i++) {
@@ -400,8 +401,8 @@ static inline double pipeline_objective(pipeline *o) {
     double *z = test_doubles(T * N), *clean = test_doubles(T * E), *std = test_doubles(T * E),
            *prob = test_doubles(T * E), *score = test_doubles(T * E);
     double *w = test_doubles(T * S), *out = test_doubles(T * S * d), *one = test_doubles(d), *xr = test_doubles(T * d);
-    double tau = (double)t->memory->now.prob_t, inv_t = log_scale ? exp(fmin(*log_scale, 20)) : 1 / tau, objective = 0;
-    int training = t->memory->now.training, soft = o->d.combine == MOE_COMBINE_SOFT;
+    double tau = (double)o->in.prob_t, inv_t = log_scale ? exp(fmin(*log_scale, 20)) : 1 / tau, objective = 0;
+    int training = o->in.training, soft = o->d.combine == MOE_COMBINE_SOFT;
     for (size_t i = 0; i < T; i++)
         for (size_t c = 0; c < d; c++) {
             size_t t0 = i / o->seq * o->seq, t1 = t0 + o->seq < T ? t0 + o->seq : T;
@@ -424,7 +425,7 @@ static inline double pipeline_objective(pipeline *o) {
                 std[i * E + e] = log(1 + exp(raw)) + 0.01;
             }
             if (o->d.noise != MOE_NOISE_NONE && training)
-                *v += std[i * E + e] * (double)t->memory->noise.draw[i * E + e];
+                *v += std[i * E + e] * (double)o->in.noise[i * E + e];
             if (o->d.score == MOE_SCORE_SLICE && *v < 0) *v = 0;
         }
         oracle_softmax(E, z + i * E, tau, prob + i * E);
@@ -438,7 +439,7 @@ static inline double pipeline_objective(pipeline *o) {
         int normal = o->d.normalize == MOE_ON && o->d.gate != MOE_GATE_SOFTMAX_SELECTED && o->d.gate != MOE_GATE_SIGN &&
                      o->d.gate != MOE_GATE_SPARSEMIXER;
         int second = training && o->d.random_second == MOE_ON && !(normal && o->d.normalize_late == MOE_ON);
-        const int32_t *index = (second ? t->memory->gate.before : t->index) + i * S; /* those that share the weight */
+        const int32_t *index = (second ? o->in.before : t->index) + i * S; /* those that share the weight */
         double *wi = w + i * S, sum = 0, n = 0;
         for (size_t s = 0; s < S; s++) n += index[s] >= 0;
         for (size_t s = 0; s < S; s++) {
@@ -569,7 +570,7 @@ static inline double pipeline_objective(pipeline *o) {
         double *q = test_doubles(d);
         CHECK_OK(moe_layer_get(o->m, MOE_PART_PARAMS, "router.codebook", codes, o->d.n_codes * d));
         for (size_t i = 0; i < T; i++) {
-            size_t j = (size_t)t->memory->codes->code[i];
+            size_t j = (size_t)o->in.code[i];
             double zg[2] = {0, 0}, g[2];
             for (size_t c = 0; c < d; c++) {
                 if (!o->recorded) o->stop_x[i * d + c] = o->x[i * d + c];

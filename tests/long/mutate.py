@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CC = os.environ.get("CC", "gcc")
 FLAGS = ["-std=c99", "-w", "-DMOE_NO_SIMD", "-DTEST_SANITIZED=1", "-Itests/lib"]
-SLOW = ["balance", "passes", "systems"] # worth optimising with the library in them
 # a room's own suites, where they are not named as it is
 OWN = {"tape": ["tape", "passes"], "losses": ["losses", "balance"], "balance": ["balance", "losses"],
        "models": ["models", "models_rows", "safetensors"], "systems": ["systems", "systems_rows", "authors"],
@@ -233,7 +232,7 @@ class Runner:
 
         def one(suite):
             library = [] if suite.alone else [os.path.join(self.work, "moe.o")]
-            optimise = "-O0" if suite.alone and suite.name not in SLOW else "-O1"
+            optimise = "-O0" if suite.alone else "-O1"
             status, said, _ = run([CC, *FLAGS, optimise, "-I" + where, "-I.", suite.file, *library, "-o", suite.program,
                                    "-lm"])
             if status:

@@ -1,44 +1,8 @@
-/* libFuzzer target: any bytes as a safetensors file, as a layer's file, as .npy and as a model's index of shards.
- *
- *     clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined -I. tests/fuzz/fuzz_file.c -o build/fuzz_file -lm
- *     build/fuzz_file -max_len=4096 -max_total_time=60 CORPUS_DIR
- *
- * With -DFUZZ_SEED instead of -fsanitize=fuzzer it is a program that writes a small layer's file to each path given,
- * to begin a corpus with. */
-#define MOE_IMPLEMENTATION
-#include "moe.h"
-
-#include <stdlib.h>
-
-#ifdef FUZZ_SEED
-int main(int argc, char **argv) {
-    for (int i = 1; i < argc; i++) {
-        moe_desc d;
-        moe_layer *m = NULL;
-        memset(&d, 0, sizeof d);
-        d.d_model = 2;
-        d.d_ff = 1;
-        d.n_experts = 2;
-        d.bias = i % 2 ? MOE_ON : MOE_OFF;
-        moe_status s = moe_layer_new(&m, &d);
-        if (!s) s = moe_layer_save(m, i % 3 != 0, argv[i]);
-        moe_layer_free(m);
-        if (s) {
-            fprintf(stderr, "%s: %s\n", argv[i], moe_status_string(s));
-            return 1;
-        }
-    }
-    return 0;
-}
-#else
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-static void require(int ok) {
-    if (!ok) abort();
-}
+/* Any bytes as a safetensors file, as a layer's file, as .npy and as a model's index of shards. */
+#include "fuzz.h"
 
 /* What was accepted must keep every promise of moe_file. */
-static void check_file(const moe_file *f) {
+static void fuzz_check_file(const moe_file *f) {
     moe_file_tensor t, found;
     char text[64];
     size_t covered = 8 + f->header;
@@ -60,7 +24,7 @@ static void check_file(const moe_file *f) {
 }
 
 /* The other formats: what is accepted lies inside the bytes; what is not names a place in them. */
-static void check_others(const uint8_t *data, size_t size) {
+static void fuzz_check_others(const uint8_t *data, size_t size) {
     moe_npy a;
     moe_shards s;
     char name[64], file[64];
@@ -80,11 +44,11 @@ static void check_others(const uint8_t *data, size_t size) {
     } else require(s.offset <= size && s.n_tensors == 0);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+static int fuzz_file(const uint8_t *data, size_t size) {
     moe_file f;
-    check_others(data, size);
+    fuzz_check_others(data, size);
     moe_layer *m = NULL;
-    if (moe_file_open(&f, data, size) == MOE_OK) check_file(&f);
+    if (moe_file_open(&f, data, size) == MOE_OK) fuzz_check_file(&f);
     else require(f.n_tensors == 0 && f.offset <= size);
     moe_file_close(&f);
     if (moe_layer_load_memory(&m, data, size, NULL) == MOE_OK) {
@@ -108,4 +72,4 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     moe_layer_free(m);
     return 0;
 }
-#endif
+FUZZ_TARGET(fuzz_file)

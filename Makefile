@@ -55,22 +55,21 @@ $(BUILD)/bench_%: bench/%.c $(BUILD)/moe.o $(wildcard bench/*.h examples/common/
 	$(CC) $(FLAGS) $< $(LINKED) -o $@ $(LIBS)
 
 TEST_NEEDS = moe.h $(wildcard tests/lib/*.h examples/common/*.h)
-TEST_FLAGS = $(FLAGS) -O2 -Itests/lib -pthread
-SANITIZE = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
-# the library once for all suites, unless a suite has it in itself (tests/lib/test.h)
+TEST_FLAGS = $(FLAGS) -Itests/lib -pthread
+SANITIZE = -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+# the library once for all suites, unless a suite has it in itself (tests/lib/test.h); a suite is compiled quickly: what
+# it tests is not speed
 WITHIN = $(shell grep -l '^.define MOE_IMPLEMENTATION' $<)
-# a suite that has it in itself is compiled quickly: what it tests is not speed
-QUICK = $(if $(WITHIN),-O0)
 $(BUILD)/moe_test.o: tests/lib/moe.c moe.h | $(BUILD)
-	$(CC) $(TEST_FLAGS) -c $< -o $@
+	$(CC) $(TEST_FLAGS) -O2 -c $< -o $@
 $(BUILD)/moe_sanitized.o: tests/lib/moe.c moe.h | $(BUILD)
-	$(CC) $(TEST_FLAGS) $(SANITIZE) -c $< -o $@
+	$(CC) $(TEST_FLAGS) $(SANITIZE) -O1 -c $< -o $@
 $(BUILD)/test/%: tests/%.c $(BUILD)/moe_test.o $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(QUICK) $< $(if $(WITHIN),,$(BUILD)/moe_test.o) -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) -O0 $< $(if $(WITHIN),,$(BUILD)/moe_test.o) -o $@ $(LIBS)
 $(BUILD)/sanitized/%: tests/%.c $(BUILD)/moe_sanitized.o $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(CC) $(TEST_FLAGS) $(SANITIZE) $(QUICK) $< $(if $(WITHIN),,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
+	$(CC) $(TEST_FLAGS) $(SANITIZE) -O0 $< $(if $(WITHIN),,$(BUILD)/moe_sanitized.o) -o $@ $(LIBS)
 
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 test:

@@ -123,6 +123,9 @@
  *   MOE_NO_TEXT          no names of fields and rows: a desc is filled in as a struct, not read or written
  *   MOE_ONLY_SCORE, _NOISE, _GATE, _SELECT, _COMBINE, _EXPERT   the one row of a table that this build has, for a
  *                        small program: #define MOE_ONLY_GATE MOE_GATE_SOFTMAX (docs/embedded.md)
+ *   MOE_ONLY_PLAN        the one desc of this build, as moe_desc_export writes it: the compiler then knows every field
+ *                        and extent, and drops what they do not need. Levels 1 and 2 alone, with MOE_NO_SIMD, _STDIO,
+ *                        _TRAINING, _FORMATS and _TEXT; where a desc is asked for, give NULL
  *   MOE_NO_OPENMP        ignore OpenMP even when compiled with it
  *   MOE_FILENAME         this file's name, if you renamed it (default "moe.h"): it includes itself
  *   MOE_USE_CBLAS        moe_gemm without a_fill goes through cblas_sgemm (you link it; outside the same-bits
@@ -131,6 +134,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef MOE_ONLY_PLAN
+#define MOE_NO_SIMD
+#define MOE_NO_STDIO
+#define MOE_NO_TRAINING
+#define MOE_NO_FORMATS
+#define MOE_NO_TEXT
+#endif
 #ifdef MOE_STATIC
 #if defined(__GNUC__)
 #define MOE_API static __attribute__((unused))
@@ -143,8 +153,11 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.3.2"
-#define MOE_VERSION_NUMBER 301 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.3.3"
+#define MOE_VERSION_NUMBER 303 /* major * 10000 + minor * 100 + patch */
+#if defined(MOE_ONLY_PLAN) && MOE_ONLY_VERSION != MOE_VERSION_NUMBER
+#error "MOE_ONLY_PLAN was written by another version of moe.h: export the desc again"
+#endif
 
 /* ==== status ==================================================================================
  * Every code has a kind, the argument or field that it is about, and a sentence. */
@@ -964,6 +977,10 @@ MOE_API size_t moe_desc_explain(moe_status status, const moe_desc *desc, const c
 /* Writes the desc as one JSON object, e.g. {"d_model":8,...}, NUL-terminated, cut at `size`. Returns the
  * length that it needs without the NUL, like snprintf. NULL desc: 0. */
 MOE_API size_t moe_desc_json(const moe_desc *desc, char *buffer, size_t size);
+/* Writes the desc as C for a small program that has no other: MOE_ONLY_PLAN, and MOE_ONLY_SCORE to MOE_ONLY_EXPERT, to
+ * be included there before moe.h (docs/embedded.md). training, loss and parallel are off in it. Returns the length, as
+ * above. 0: refused (moe_desc_explain says why), or n_codes is on, whose branch has a second plan. */
+MOE_API size_t moe_desc_export(const moe_desc *desc, char *buffer, size_t size);
 
 /* ==== arrays ==================================================================================
  * Level 1: stateless functions on row-major float arrays. Arrays may be NULL only where their count is 0
@@ -1433,7 +1450,7 @@ MOE_API moe_status moe_seu(size_t n_tokens, size_t n_experts, size_t top_k, size
 /* count (E, E) += tokens that select both i and j; the diagonal is the load. */
 MOE_API moe_status moe_coselect(size_t n_tokens, size_t n_experts, size_t top_k, const int32_t *index, uint64_t *count);
 /* Share of the routes that leave their token's rank: token t lives on rank t P / T, expert e on rank e P / E (whole
- * numbers). */
+ * numbers). MOE_E_NO_TOKENS if no row has a choice. */
 MOE_API moe_status moe_crossing(size_t n_tokens, size_t n_experts, size_t top_k, size_t n_ranks, const int32_t *index,
                                 double *share);
 /* share (n_tiers) = of the load (E), by tier (E): the tier of each expert, below n_tiers. With a rank as a tier: its
@@ -2237,15 +2254,15 @@ MOE_API moe_status moe_model_read(moe_model *model, const char *name, size_t fir
  *
  *     any field of moe_desc       d_model=@hidden_size gate=softmax normalize=@norm_topk_prob|=false
  *     n_layers                    n_layers=@num_hidden_layers
- *     shared_width                of all shared experts together: n_shared follows (the last is filled up with zeros)
+ *     shared_width                of all shared experts together: n_shared follows from d_ff, the rest is zeros
  *     layer                       how the names of a layer's tensors begin, # its number; alternatives with |
- *     router, router_bias, choice_bias, w1, wu, w2, b1, bu, b2, shared_gate, shared_w1, shared_wu, shared_w2
+ *     router, router.bias, control.bias, experts.w1 .wu .w2 .b1 .bu .b2 .shared_gate, shared.w1 .wu .w2 .b1 .bu .b2
  *                                 the rest of the names, * an expert's number; without * one tensor holds them all.
  *                                 After the name, :in = stored (in, out), not (out, in) as torch's nn.Linear;
- *                                 :fused and :interleaved = w1 holds wu too (moe_gate_up_kind)
+ *                                 :fused and :interleaved = w1 holds wu too (moe_gate_up_kind), b1 bu
  *     require.KEY                 the only value that config.json may have there, if it has one: require.swiglu_limit=7
  *
- * choice_bias is added to what the selection sees (e_score_correction_bias) and needs controller=bias, which holds it.
+ * control.bias is added to what the selection sees (e_score_correction_bias) and needs controller=bias, which holds it.
  * Words of configs stand for ours: silu = swiglu, gelu = geglu, greedy = top-k, group_limited_greedy = groups ... */
 typedef struct moe_model_row {
     const char *name;   /* model_type */
@@ -2338,6 +2355,11 @@ ssize_t readlink(const char *path, char *to, size_t size);
 #endif
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
+#endif
+
+#if defined(MOE_ONLY_PLAN) && defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function" /* what level 3 alone calls */
 #endif
 
 #if !defined(MOE_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64)) && !defined(__TINYC__)
@@ -2482,6 +2504,8 @@ MOE__INLINE size_t moe__max(size_t a, size_t b) { return a > b ? a : b; }
 /* Not fmax and fmin: gcc 12 for aarch64 breaks on loops that reduce with them at -O3. */
 MOE__INLINE double moe__larger(double a, double b) { return a > b ? a : b; }
 MOE__INLINE double moe__smaller(double a, double b) { return a < b ? a : b; }
+/* Of a count times a float: 0.7f is below 0.7, but 10 times 0.7f is 7 as a float, which is what was meant. */
+MOE__INLINE double moe__meant(double product) { return (double)(float)product; }
 MOE__INLINE size_t moe__ceil_div(size_t count, size_t each) { return count / each + (count % each != 0); }
 
 /* 0 if the result does not fit. */
@@ -3017,6 +3041,7 @@ MOE_API void moe_near(const char *word, moe_names *names, void *context, char *b
  *
  *     moe.h                                 moe.h again, with MOE__PASS
  *     declarations, ground                  (skipped)
+ *     #define MOE__PASS 0, include  ---->   functions of one number, in plain C: moe__v_exp_lane, ...
  *     #define MOE__PASS 1, include  ---->   the second half in plain C: moe__kernel_softmax_scalar, ...
  *     #define MOE__PASS 2, include  ---->   the second half in AVX2:    moe__kernel_softmax_avx2, ...
  *     ...                           ---->   ...
@@ -3141,6 +3166,7 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 #define MOE__ROWS_12(M) MOE__ROWS_11(M) M(11)
 #define MOE__ROWS_13(M) MOE__ROWS_12(M) M(12)
 #define MOE__ROWS_14(M) MOE__ROWS_13(M) M(13)
+#define MOE__SIZES_1(M) M(1)
 #define MOE__SIZES_4(M) M(1) M(2) M(3) M(4)
 #define MOE__SIZES_6(M) MOE__SIZES_4(M) M(5) M(6)
 #define MOE__SIZES_14(M) MOE__SIZES_6(M) M(7) M(8) M(9) M(10) M(11) M(12) M(13) M(14)
@@ -3201,9 +3227,10 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 #define MOE__NN(R)                                                                                       \
     MOE__FN void MOE__K(nn##R)(const moe__tile *tile) {                                                  \
         enum { a_row = 32 };                                                                             \
-        const float *from = tile->c, *a = tile->a, *b = tile->b, *ahead = tile->prefetch;                \
+        const float *from = tile->c, *a = tile->a, *b = tile->b, *ahead = b;                             \
         size_t from_ld = tile->ldc, ldb = tile->ldb, left = tile->k;                                     \
         float *to = tile->c;                                                                             \
+        if (tile->prefetch) ahead = tile->prefetch; /* or steps of 0, from something */                  \
         if (tile->init) from = tile->init, from_ld = 0;                                                  \
         MOE__ROWS_##R(MOE__ROW_LOAD)                                                                     \
         for (; left >= 32; left -= 32, a += tile->a_panel - 32) {                                        \
@@ -3242,14 +3269,14 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
             moe__v_store_n(y + i, n - i, moe__v_##name(moe__v_load_n(x + i, n - i, 1.0f)));              \
     }
 
-/* An activation `f`, forward and backward. */
-#define MOE__ACT(name, f)                                                                                \
-    MOE__FN void MOE__K(name##_forward)(size_t rows, const float *z0, const float *z1, float *h) {       \
+/* An activation, forward and backward. */
+#define MOE__ACT(f)                                                                                      \
+    MOE__FN void MOE__K(f##_forward)(size_t rows, const float *z0, const float *z1, float *h) {          \
         moe__v slope;                                                                                    \
         (void)z1;                                                                                        \
-        for (size_t i = 0; i < rows * 32; i += 16) moe__v_store(h + i, f(moe__v_load(z0 + i), &slope));  \
+        for (size_t i = 0; i < rows * 32; i += 16) moe__v_store(h + i, MOE__OF(f, moe__v_load(z0 + i), &slope)); \
     }                                                                                                    \
-    MOE__FN void MOE__K(name##_backward)(size_t rows, const float *weight, float *z0, float *z1, float *h, \
+    MOE__FN void MOE__K(f##_backward)(size_t rows, const float *weight, float *z0, float *z1, float *h,  \
                                          const float *dh, float *part, size_t part_ld) {                 \
         (void)z1;                                                                                        \
         for (size_t r = 0; r < rows; r++, z0 += 32, h += 32, dh += 32) {                                 \
@@ -3258,7 +3285,7 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
             for (int c = 0; c < 32; c += 16) {                                                           \
                 moe__v value = moe__v_load(h + c), grad = moe__v_load(dh + c);                           \
                 along = moe__v_fma(value, grad, along);                                                  \
-                f(moe__v_load(z0 + c), &slope);                                                          \
+                (void)MOE__OF(f, moe__v_load(z0 + c), &slope);                                           \
                 moe__v_store(z0 + c, moe__v_mul(moe__v_mul(w, grad), slope));                            \
                 moe__v_store(h + c, moe__v_mul(w, value));                                               \
             }                                                                                            \
@@ -3273,8 +3300,8 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
         for (size_t r = 0; r < rows; r++, z0 += 32, z1 += 32, h += 32) {                                 \
             const float *z = z0;                                                                         \
             for (int c = 0; c < 32; c += 16, z = z1) {                                                   \
-                moe__v gate = f(moe__v_load(z), &slope);                                                 \
-                moe__v_store(h + c, moe__v_mul(gate, u(moe__v_load(z + 16), &slope)));                   \
+                moe__v gate = MOE__OF(f, moe__v_load(z), &slope);                                        \
+                moe__v_store(h + c, moe__v_mul(gate, MOE__OF(u, moe__v_load(z + 16), &slope)));          \
             }                                                                                            \
         }                                                                                                \
     }                                                                                                    \
@@ -3286,9 +3313,9 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
             if (weight) w = moe__v_set1(weight[r]);                                                      \
             for (int c = 0; c < 32; c += 16, z = z1) {                                                   \
                 moe__v value = moe__v_load(h + c), grad = moe__v_load(dh + c);                           \
-                moe__v up = u(moe__v_load(z + 16), &rise);                                               \
+                moe__v up = MOE__OF(u, moe__v_load(z + 16), &rise);                                      \
                 along = moe__v_fma(value, grad, along);                                                  \
-                moe__v gate = f(moe__v_load(z), &slope), wg = moe__v_mul(w, grad);                       \
+                moe__v gate = MOE__OF(f, moe__v_load(z), &slope), wg = moe__v_mul(w, grad);              \
                 moe__v_store(z, moe__v_mul(moe__v_mul(wg, up), slope));                                  \
                 moe__v_store(z + 16, moe__v_mul(moe__v_mul(wg, gate), rise));                            \
                 moe__v_store(h + c, moe__v_mul(w, value));                                               \
@@ -3382,6 +3409,9 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 #ifndef MOE_FILENAME
 #define MOE_FILENAME "moe.h"
 #endif
+#define MOE__PASS 0
+#include MOE_FILENAME
+#undef MOE__PASS
 #define MOE__PASS 1
 #include MOE_FILENAME
 #undef MOE__PASS
@@ -3448,7 +3478,7 @@ MOE__INLINE v128_t moe__fma_simd128(v128_t a, v128_t b, v128_t c) {
 #elif defined(__GNUC__) && MOE__PASS == 3
 #define MOE__FN static __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
 #define MOE__FI static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
-#elif defined(__GNUC__) && !defined(__clang__) && MOE__PASS == 1 /* inlined, arrays of 16 keep gcc busy for 15 s */
+#elif defined(__GNUC__) && !defined(__clang__) && MOE__PASS == 1 /* inlined, arrays of 16 are long code */
 #define MOE__FN static
 #define MOE__FI static __attribute__((noinline, unused))
 #else
@@ -3458,14 +3488,27 @@ MOE__INLINE v128_t moe__fma_simd128(v128_t a, v128_t b, v128_t c) {
 
 /* Native vectors: MOE__VL lanes; a tile is MOE__MR rows by MOE__NT vectors. MOE__EACH(n, s) repeats s for the
  * constant i = 0 .. n - 1 without a loop, so that arrays of vectors stay in registers at every optimisation level. */
+#if MOE__PASS == 0
+#define MOE__SUFFIX lane
+#define MOE__EACH_V(...) { enum { i = 0 }; __VA_ARGS__ }
+#define MOE__LANES 1
+#else
+#define MOE__LANES 16
+#endif
 #if MOE__PASS == 1
 #define MOE__SUFFIX scalar
-typedef float moe__f;
-#define MOE__VL 1
 #define MOE__NT 4
+#ifdef MOE_ONLY_PLAN
+#define MOE__MR 1
+#else
 #define MOE__MR 4
+#endif
 #define MOE__EACH_V(...) for (int i = 0; i < 16; i++) { __VA_ARGS__ }
 #define MOE__EACH_T(...) for (int i = 0; i < 4; i++) { __VA_ARGS__ }
+#endif
+#if MOE__PASS == 1 || MOE__PASS == 0
+typedef float moe__f;
+#define MOE__VL 1
 #define MOE__F_LOAD(p) (*(p))
 #define MOE__F_STORE(p, a) (*(p) = (a))
 #define MOE__F_STREAM(p, a) MOE__F_STORE(p, a) /* to memory past the caches; p aligned to 64 bytes */
@@ -3498,8 +3541,7 @@ typedef float moe__f;
 #define MOE__F_UPPER(w) moe__float_of(*(w) & 0xffff0000u)
 #define MOE__F_FIELD(w, left, right) /* a signed field of a word: what is left after these shifts */ \
     ((float)((int32_t)(*(w) << (left) >> (right) ^ 1u << (31 - (right))) - (int32_t)(1u << (31 - (right)))))
-typedef int moe__fmask_scalar;
-#define MOE__FMASK moe__fmask_scalar
+#define MOE__FMASK int
 #elif MOE__PASS == 2
 #define MOE__SUFFIX avx2
 typedef __m256 moe__f;
@@ -3686,9 +3728,9 @@ typedef float32x4_t moe__f;
 #define MOE__FMASK uint32x4_t
 #endif
 
-/* 16 virtual lanes */
-typedef struct moe__v { moe__f v[16 / MOE__VL]; } moe__v;
-typedef struct moe__m { MOE__FMASK v[16 / MOE__VL]; } moe__m;
+/* 16 virtual lanes, or in the pass of one number 1 */
+typedef struct moe__v { moe__f v[MOE__LANES / MOE__VL]; } moe__v;
+typedef struct moe__m { MOE__FMASK v[MOE__LANES / MOE__VL]; } moe__m;
 MOE__FI moe__v moe__v_load(const float *p) { moe__v r; MOE__EACH_V(r.v[i] = MOE__F_LOAD(p + i * MOE__VL);) return r; }
 MOE__FI void moe__v_store(float *p, moe__v a) { MOE__EACH_V(MOE__F_STORE(p + i * MOE__VL, a.v[i]);) }
 MOE__FI moe__v moe__v_set1(float x) { moe__v r; MOE__EACH_V(r.v[i] = MOE__F_SET1(x);) return r; }
@@ -3735,6 +3777,7 @@ MOE__FI moe__v moe__v_frexp(moe__v x, moe__v *e) {
     *e = moe__v_sel(low, q, moe__v_add(q, one));
     return moe__v_sel(low, m, moe__v_mul(m, half));
 }
+#if MOE__PASS != 0
 /* the first n lanes, all 16 if there are so many; the others `fill` */
 MOE__FI moe__v moe__v_load_n(const float *p, size_t n, float fill) {
     if (n >= 16) return moe__v_load(p);
@@ -3766,6 +3809,7 @@ MOE__FI float moe__v_maximum(moe__v a) {
         if (lane[i] > lane[0]) lane[0] = lane[i];
     return lane[0];
 }
+#endif
 
 /* Elementary functions on 16 lanes: a fixed sequence of correctly rounded operations, so the same bits on every
  * instruction set. NaN in, NaN out. No product is ever the operand of a plain addition that could round otherwise if
@@ -3784,6 +3828,18 @@ MOE__FI float moe__v_maximum(moe__v a) {
  *
  * Where nothing is said about order, results of neighbouring x may be 1 unit out of order. */
 
+#if MOE__PASS == 1 /* lane by lane: the same steps, but in registers */
+#define MOE__BY_LANE(name)                                                                               \
+    MOE__FI moe__v MOE__S(moe__v_##name##_)(moe__v x) {                                                  \
+        MOE__EACH_V(moe__v_lane a = {{x.v[i]}}; x.v[i] = moe__v_##name##_lane(a).v[0];)                 \
+        return x;                                                                                        \
+    }
+MOE__BY_LANE(exp)
+MOE__BY_LANE(log)
+MOE__BY_LANE(tanh)
+MOE__BY_LANE(erf)
+#undef MOE__BY_LANE
+#else
 /* e^x: 0 below -86.5, where the result would near the subnormals; +inf above 88.72283. */
 MOE__FI moe__v moe__v_exp(moe__v x) {
     const moe__v zero = moe__v_set1(0.0f), one = moe__v_set1(1.0f), low = moe__v_set1(-86.5f);
@@ -3869,7 +3925,9 @@ MOE__FI moe__v moe__v_sigmoid(moe__v x) {
     moe__v top = moe__v_sel(moe__v_lt(x, moe__v_set1(0.0f)), z, one);
     return moe__v_div(top, moe__v_add(one, z));
 }
+#endif
 
+#if MOE__PASS != 0
 /* -- products -- */
 typedef struct moe__row { moe__f v[MOE__NT]; } moe__row;
 MOE__SIZES(MOE__NN)
@@ -3958,7 +4016,17 @@ MOE__FN void MOE__K(slope)(size_t n, float s, float scale, float mean, const flo
     }
 }
 
+#endif
+
 /* -- activations: value and derivative together -- */
+#if MOE__PASS == 1
+static moe__v moe__kernel_by_lane(moe__v_lane (*f)(moe__v_lane z, moe__v_lane *slope), moe__v z, moe__v *slope) {
+    MOE__EACH_V(moe__v_lane a = {{z.v[i]}}, b; z.v[i] = f(a, &b).v[0]; slope->v[i] = b.v[0];)
+    return z;
+}
+#define MOE__OF(f, z, slope) moe__kernel_by_lane(moe__kernel_##f##_lane, z, slope)
+#else
+#define MOE__OF(f, z, slope) MOE__K(f)(z, slope)
 MOE__FI moe__v MOE__K(same)(moe__v z, moe__v *slope) {
     *slope = moe__v_set1(1.0f);
     return z;
@@ -4003,15 +4071,18 @@ MOE__FI moe__v MOE__K(clamped_up)(moe__v z, moe__v *slope) {
     *slope = moe__v_sel(moe__v_lt(limit, moe__v_abs(z)), zero, one);
     return moe__v_add(moe__v_max(moe__v_neg(limit), moe__v_min(limit, z)), one);
 }
-MOE__ACT(relu, MOE__K(relu))
-MOE__ACT(same, MOE__K(same))
-MOE__ACT(gelu, MOE__K(gelu))
-MOE__ACT(silu, MOE__K(silu))
-MOE__ACT(gelu_tanh, MOE__K(gelu_tanh))
-MOE__GLU(swiglu, MOE__K(silu), MOE__K(same))
-MOE__GLU(geglu, MOE__K(gelu), MOE__K(same))
-MOE__GLU(geglu_tanh, MOE__K(gelu_tanh), MOE__K(same))
-MOE__GLU(swiglu_clamped, MOE__K(clamped_gate), MOE__K(clamped_up))
+#endif
+
+#if MOE__PASS != 0
+MOE__ACT(relu)
+MOE__ACT(same)
+MOE__ACT(gelu)
+MOE__ACT(silu)
+MOE__ACT(gelu_tanh)
+MOE__GLU(swiglu, silu, same)
+MOE__GLU(geglu, gelu, same)
+MOE__GLU(geglu_tanh, gelu_tanh, same)
+MOE__GLU(swiglu_clamped, clamped_gate, clamped_up)
 
 /* -- optimisers -- */
 MOE__FN void MOE__K(adamw)(size_t n, const moe__adam *adam, float *param, const float *grad, float *mean,
@@ -4442,12 +4513,15 @@ static moe__kernel_act_back *const MOE__K(act_back)[] = MOE__ACT_BOTH(backward);
 static const moe__kernels MOE__S(moe__kernels_) = {
     (moe_isa_kind)MOE__PASS, MOE__MR, MOE__NT * MOE__VL, MOE__K(nn), MOE__K(tn), MOE__K(act), MOE__K(act_back)
     MOE__KERNEL_LIST(MOE__X)};
-
 #undef MOE__X
+#endif
+
 #undef MOE__SUM_COLUMNS
+#undef MOE__OF
 #undef MOE__FN
 #undef MOE__FI
 #undef MOE__SUFFIX
+#undef MOE__LANES
 #undef MOE__VL
 #undef MOE__NT
 #undef MOE__MR
@@ -5396,7 +5470,7 @@ static const moe__plan_tensor_row moe__plan_tensors[MOE__T_COUNT] = {
 #undef MOE__CONSTANTS
 
 typedef struct moe__plan {
-    moe_desc desc;
+    moe_desc desc; /* behind it only size_t: moe_desc_export writes one after the other */
     size_t d, f, E, F, G, S;       /* F: routed experts with parameters; S: slots of a token */
     size_t first, held, shared;    /* G = held + bound + shared have their floats here: all F are held from 0 on, or of
                                       them a rank's, from `first` on */
@@ -6067,10 +6141,26 @@ static void moe__run_begin(moe__run *run, const moe__plan *plan, moe_tape *tape)
 #else
 #define MOE__KERNELS(run) ((run)->kernels)
 #endif
+/* The plan of a run, of a tape. With MOE_ONLY_PLAN the compiler knows it, as it knows the one table of kernels: what
+ * inference at level 2 calls asks here; run->plan is the same, but read from memory. */
+#ifdef MOE_ONLY_PLAN
+#ifdef __cplusplus /* a field's value: there an enum does not take an int */
+#define MOE_FIELD(name, value) ((decltype(moe_desc::name))(value))
+#else
+#define MOE_FIELD(name, value) value
+#endif
+static const moe__plan moe__run_only_plan = MOE_ONLY_PLAN;
+#define MOE__PLAN(run) ((void)(run), &moe__run_only_plan)
+#define MOE__PLAN_OF(memory) ((void)(memory), &moe__run_only_plan)
+#else
+#define MOE__PLAN(run) ((run)->plan)
+#define MOE__PLAN_OF(memory) (&(memory)->plan)
+#endif
+#define MOE__DESC(run) (&MOE__PLAN(run)->desc)
 /* Where the caller's arrays have token t, and its row of dy. */
 static size_t moe__run_row(const moe__run *run, size_t t) { return run->kept ? run->kept[t] : t; }
 static const float *moe__run_dy(const moe__run *run, size_t t) {
-    return run->dy + (run->dy_kept ? run->dy_kept[t] : t) * run->plan->d;
+    return run->dy + (run->dy_kept ? run->dy_kept[t] : t) * MOE__PLAN(run)->d;
 }
 
 #define MOE__TOKENS 64 /* a block of tokens */
@@ -6081,7 +6171,7 @@ static const float *moe__run_dy(const moe__run *run, size_t t) {
  * parallel region, in their order. Until then nothing that they read may change, nor may what they write be read. */
 static void moe__run_go(const moe__run *run) {
     moe__run_list *list = &run->memory->list;
-    moe_parallel parallel = run->desc->parallel;
+    moe_parallel parallel = MOE__DESC(run)->parallel;
     parallel.n_threads = moe__min(moe_workers(&parallel), run->memory->experts.workers); /* the tape has room for */
     moe__threads_steps(list->large ? &parallel : &moe__threads_none, list->step, list->n);
     list->n = 0;
@@ -6097,7 +6187,7 @@ static void moe__run_add(const moe__run_call *call, size_t rows, size_t work, si
     moe__threads_step step = {task, &list->call[list->n], n_tasks, 0, 0};
     list->call[list->n] = *call;
     list->step[list->n++] = step;
-    list->large |= moe__threads_pay(&call->run->desc->parallel, rows, work);
+    list->large |= moe__threads_pay(&MOE__DESC(call->run)->parallel, rows, work);
     if (!list->open) moe__run_go(call->run);
 }
 static void moe__run_collect(const moe__run *run) { run->memory->list.open = 1; }
@@ -6117,7 +6207,7 @@ static void moe__run_task(void *arg, size_t i, size_t worker) {
 }
 static void moe__run_over_blocks(const moe__run *run, moe__run_block *body) {
     moe__run_call call = {run, body, NULL, NULL, 0, 0, 0, 0, NULL};
-    size_t work = run->plan->d * (run->plan->N + run->plan->S), n = run->tape->n_tokens;
+    size_t work = MOE__PLAN(run)->d * (MOE__PLAN(run)->N + MOE__PLAN(run)->S), n = run->tape->n_tokens;
     moe__run_add(&call, n, work, moe__ceil_div(n, MOE__TOKENS), moe__run_task);
 }
 static void moe__run_over(const moe__run *run, size_t count, size_t work, moe__run_item *body) {
@@ -6127,12 +6217,12 @@ static void moe__run_over(const moe__run *run, size_t count, size_t work, moe__r
 
 /* A tensor of the router, or of its gradient; NULL if this desc has it not. */
 static const float *moe__run_tensor(const moe__run *run, int part) {
-    const size_t *at = run->plan->at;
+    const size_t *at = MOE__PLAN(run)->at;
     if (!run->router || at[part + 1] == at[part]) return NULL;
     return run->router + at[part];
 }
 static float *moe__run_grad(const moe__run *run, int part) {
-    const size_t *at = run->plan->at;
+    const size_t *at = MOE__PLAN(run)->at;
     if (!run->d_router || at[part + 1] == at[part]) return NULL;
     return run->d_router + at[part];
 }
@@ -6169,19 +6259,21 @@ static size_t moe__run_most_sequences(const moe__plan *plan, size_t count) { /* 
 }
 /* The row of random numbers of token t: a sequence that goes one way has one. */
 static size_t moe__run_draw_row(const moe__run *run, size_t t) {
-    return run->plan->by_sequence ? moe__run_sequence_of(run, t) : run->memory->now.first + t;
+    return MOE__PLAN(run)->by_sequence ? moe__run_sequence_of(run, t) : run->memory->now.first + t;
 }
 
 /* The tokens as panels: panel p of token t, of which the last has fewer columns than 32; and run->x into them. */
 static float *moe__run_token(const moe__run *run, size_t p, size_t t) {
     return run->memory->tokens + (p * run->tape->n_tokens + t) * MOE__W;
 }
-static size_t moe__run_columns(const moe__run *run, size_t p) { return moe__min(MOE__W, run->plan->d - p * MOE__W); }
+static size_t moe__run_columns(const moe__run *run, size_t p) {
+    return moe__min(MOE__W, MOE__PLAN(run)->d - p * MOE__W);
+}
 static void moe__run_pack_tokens(const moe__run *run, size_t t0, size_t t1) {
     size_t rows = run->kept ? 1 : t1 - t0;
-    for (size_t p = 0; p < run->plan->dp; p++)
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++)
         for (size_t token = t0; token < t1; token += rows)
-            moe__product_fill(run->x, run->plan->d, moe__run_row(run, token), rows, p * MOE__W,
+            moe__product_fill(run->x, MOE__PLAN(run)->d, moe__run_row(run, token), rows, p * MOE__W,
                               moe__run_columns(run, p), moe__run_token(run, p, token));
 }
 
@@ -6343,7 +6435,7 @@ static const moe__score_latent *moe__score_latent_of(const moe__plan *plan); /* 
 
 /* Columns of R (L, N) scaled into memory->score.columns, as moe__score_row_unit does with rows. */
 static void moe__score_columns_unit(const moe__run *run, const float *matrix, int centred) {
-    size_t L = run->plan->L, N = run->plan->N;
+    size_t L = MOE__PLAN(run)->L, N = MOE__PLAN(run)->N;
     float *columns = run->memory->score.columns, *inverse = run->memory->score.column_inverse;
     for (size_t e = 0; e < N; e++) {
         float mean = 0.0f, square = 0.0f;
@@ -6382,14 +6474,14 @@ static void moe__score_columns_unit_back(const moe__run *run, float *d_matrix, i
 static moe__score_map moe__score_projection(const moe__run *run) {
     const moe__run_score *score = &run->memory->score;
     const float *matrix = moe__run_tensor(run, MOE__R_PROJ);
-    moe__score_map map = {run, score->x, run->plan->d, matrix, run->plan->L, NULL, NULL, NULL, 0};
+    moe__score_map map = {run, score->x, MOE__PLAN(run)->d, matrix, MOE__PLAN(run)->L, NULL, NULL, NULL, 0};
     if (score->silu) map.in = score->silu;
     return map;
 }
 static moe__score_map moe__score_last_product(const moe__run *run) {
     const moe__run_score *score = &run->memory->score;
     const float *matrix = moe__run_tensor(run, MOE__R_ROUTER);
-    moe__score_map map = {run, score->x, run->plan->L, matrix, run->plan->N, NULL, NULL, NULL, 0};
+    moe__score_map map = {run, score->x, MOE__PLAN(run)->L, matrix, MOE__PLAN(run)->N, NULL, NULL, NULL, 0};
     if (score->latent) map.in = score->latent;
     if (score->columns) map.matrix = score->columns;
     return map;
@@ -6417,7 +6509,7 @@ static moe_status moe__score_latent_layout(const moe__plan *plan, size_t n_token
 static void moe__score_project(const moe__run *run, size_t t0, size_t t1) { /* -> score.latent */
     const moe__score_latent *latent = moe__score_latent_of(run->plan);
     const moe__run_score *score = &run->memory->score;
-    size_t d = run->plan->d, L = run->plan->L;
+    size_t d = MOE__PLAN(run)->d, L = MOE__PLAN(run)->L;
     const float *bias = moe__run_tensor(run, MOE__R_PROJ_BIAS);
     if (latent->pre)
         for (size_t t = t0; t < t1; t++) {
@@ -6461,7 +6553,7 @@ static void moe__score_latent_prepare(const moe__run *run) {
     moe__score_map_pack(&map);
 }
 static void moe__score_latent_forward(const moe__run *run, size_t t0, size_t t1) {
-    size_t N = run->plan->N;
+    size_t N = MOE__PLAN(run)->N;
     const float *bias = moe__run_tensor(run, MOE__R_BIAS);
     float *out = run->memory->combine.soft;
     moe__score_map map = moe__score_last_product(run);
@@ -6475,7 +6567,7 @@ static void moe__score_latent_forward(const moe__run *run, size_t t0, size_t t1)
 static void moe__score_unproject(const moe__run *run, size_t t0, size_t t1) {
     const moe__run_score *score = &run->memory->score;
     moe__score_unit act = moe__score_latent_of(run->plan)->act;
-    size_t L = run->plan->L;
+    size_t L = MOE__PLAN(run)->L;
     for (size_t t = t0; t < t1; t++) {
         const float *y = score->latent + t * MOE__W;
         float *dy = score->d_latent + t * MOE__W;
@@ -6508,7 +6600,7 @@ static void moe__score_into_x(const moe__run *run, size_t t0, size_t t1) {
     for (size_t t = t0; t < t1; t++) {
         float *grad = (pre ? score->silu : score->d_latent) + t * MOE__W;
         if (pre) moe__score_silu_back(run, score->x + t * MOE__W, score->d_latent + t * MOE__W, grad);
-        moe__score_row_add(run, 1.0f, grad, run->plan->d, run->dx + t * run->plan->d);
+        moe__score_row_add(run, 1.0f, grad, MOE__PLAN(run)->d, run->dx + t * MOE__PLAN(run)->d);
     }
 }
 /* The sum over tokens of a gradient (T, width) in panels, added to d_bias (width), if that is asked for. */
@@ -6565,7 +6657,7 @@ static moe_status moe__score_slice_fits(const moe_desc *desc) {
     return desc->d_model % desc->n_experts ? MOE_E_SLICE : MOE_OK;
 }
 static void moe__score_slice_forward(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, width = run->plan->d / E;
+    size_t E = MOE__PLAN(run)->E, width = MOE__PLAN(run)->d / E;
     for (size_t t = t0; t < t1; t++)
         for (size_t e = 0; e < E; e++) {
             const float *x = run->memory->score.x + t * MOE__W;
@@ -6599,7 +6691,7 @@ static moe_status moe__score_subspace_layout(const moe__plan *plan, size_t n_tok
     return MOE_OK;
 }
 static const float *moe__score_basis(const moe__run *run, size_t e) {
-    return run->given.experts + e * run->plan->expert;
+    return run->given.experts + e * MOE__PLAN(run)->expert;
 }
 static float *moe__score_subspace_u(const moe__run *run, size_t e) {
     return run->memory->score.latent + e * run->tape->n_tokens * run->plan->hp * MOE__W;
@@ -6669,18 +6761,18 @@ static void moe__score_subspace_backward(const moe__run *run) {
  * used ids; the next choices are the next experts. A logit of 30 is certainty in float32. -- */
 #define MOE__CERTAIN 30.0f
 static void moe__score_hash_forward(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E;
+    size_t E = MOE__PLAN(run)->E;
     for (size_t t = t0; t < t1; t++) {
         uint64_t id = moe__run_place(run, t);
         if (run->tape->side.id) id = run->tape->side.id[moe__run_row(run, t)];
-        uint64_t first = (id % E + moe_rand_u32(run->desc->seed, ~(uint64_t)0, id / E)) % E;
+        uint64_t first = (id % E + moe_rand_u32(MOE__DESC(run)->seed, ~(uint64_t)0, id / E)) % E;
         float *logits = run->tape->logits + t * E;
         memset(logits, 0, E * sizeof(float));
-        for (size_t i = 0; i < run->desc->top_k; i++) logits[(first + i) % E] = MOE__CERTAIN - (float)i / (float)E;
+        for (size_t i = 0; i < MOE__DESC(run)->top_k; i++) logits[(first + i) % E] = MOE__CERTAIN - (float)i / (float)E;
     }
 }
 static void moe__score_random_forward(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E;
+    size_t E = MOE__PLAN(run)->E;
     for (size_t t = t0; t < t1; t++) {
         uint64_t at = (uint64_t)moe__run_draw_row(run, t) * E;
         moe__run_uniforms(run, MOE__USE_SCORE, at, E, 0.0f, 1.0f, run->tape->logits + t * E);
@@ -6749,7 +6841,7 @@ static moe_status moe__score_layout(const moe__plan *plan, size_t n_tokens, int 
 /* -- logits += previous A -- */
 static void moe__score_residual_add(const moe__run *run, size_t t0, size_t t1) {
     const float *matrix = moe__run_tensor(run, MOE__R_RESIDUAL), *previous = run->tape->side.previous;
-    size_t E = run->plan->E;
+    size_t E = MOE__PLAN(run)->E;
     if (!matrix || !previous) return;
     for (size_t t = t0; t < t1; t++)
         for (size_t i = 0; i < E; i++)
@@ -6808,12 +6900,12 @@ static moe_status moe__noise_layout(const moe__plan *plan, size_t n_tokens, moe_
 
 static moe__score_map moe__noise_map(const moe__run *run) {
     const float *matrix = moe__run_tensor(run, MOE__R_NOISE);
-    moe__score_map map = {run, run->memory->score.x, run->plan->d, matrix, run->plan->E, NULL, NULL, NULL, 0};
+    moe__score_map map = {run, run->memory->score.x, MOE__PLAN(run)->d, matrix, MOE__PLAN(run)->E, NULL, NULL, NULL, 0};
     return map;
 }
 static void moe__noise_raw(const moe__run *run, size_t t0, size_t t1) {
-    size_t count = (t1 - t0) * run->plan->E;
-    float *raw = run->memory->noise.raw + t0 * run->plan->E, *std = run->tape->noise_std + t0 * run->plan->E;
+    size_t count = (t1 - t0) * MOE__PLAN(run)->E;
+    float *raw = run->memory->noise.raw + t0 * MOE__PLAN(run)->E, *std = run->tape->noise_std + t0 * MOE__PLAN(run)->E;
     moe__score_map map = moe__noise_map(run);
     moe__score_map_forward(&map, run->memory->noise.raw, 0, t0, t1);
     /* softplus r = max(r, 0) + log(1 + e^-|r|) */
@@ -6833,25 +6925,25 @@ static void moe__noise_slope(const moe__run *run, size_t at, size_t count, float
     for (size_t i = 0; i < count; i++) slope[i] = 1.0f - slope[i];
 }
 static void moe__noise_prepare(const moe__run *run) {
-    if (!moe__noise_table[MOE__PICK(NOISE, run->desc->noise)].learned) return;
+    if (!moe__noise_table[MOE__PICK(NOISE, MOE__DESC(run)->noise)].learned) return;
     moe__score_map map = moe__noise_map(run);
     moe__score_map_pack(&map);
     moe__run_over_blocks(run, moe__noise_raw);
 }
 static void moe__noise_add(const moe__run *run, size_t t0, size_t t1) {
-    const moe__noise_row *row = &moe__noise_table[MOE__PICK(NOISE, run->desc->noise)];
-    size_t E = run->plan->E, begin = t0 * E, end = t1 * E;
+    const moe__noise_row *row = &moe__noise_table[MOE__PICK(NOISE, MOE__DESC(run)->noise)];
+    size_t E = MOE__PLAN(run)->E, begin = t0 * E, end = t1 * E;
     float *std = run->tape->noise_std;
     if (row->normal) memcpy(run->tape->clean + begin, run->tape->logits + begin, (end - begin) * sizeof(float));
     if (row->normal && !row->learned)
-        for (size_t i = begin; i < end; i++) std[i] = run->desc->noise_std;
+        for (size_t i = begin; i < end; i++) std[i] = MOE__DESC(run)->noise_std;
     if (!row->draw || !MOE__TRAINS(run->memory->now.training)) return;
     for (size_t t = t0; t < t1; t++) {
         uint64_t at = (uint64_t)moe__run_draw_row(run, t) * E;
         row->draw(MOE__DRAW_KEY(run), moe__run_stream(run, MOE__USE_NOISE), at, E, run->memory->noise.draw + t * E);
     }
     for (size_t i = begin; i < end; i++) {
-        float scale = row->learned ? std[i] : run->desc->noise_std;
+        float scale = row->learned ? std[i] : MOE__DESC(run)->noise_std;
         run->tape->logits[i] = moe__fma(run->memory->noise.draw[i], scale, run->tape->logits[i]);
     }
 }
@@ -6975,9 +7067,9 @@ typedef struct moe__gate_token {
     int32_t none, none_end;       /* experts that a softmax of the selected leaves out */
 } moe__gate_token;
 static moe__gate_token moe__gate_token_of(const moe__run *run, size_t t) {
-    size_t S = run->plan->S, at = t * run->plan->E;
+    size_t S = MOE__PLAN(run)->S, at = t * MOE__PLAN(run)->E;
     const moe_tape *tape = run->tape;
-    moe__gate_token token = {run, t, S, run->plan->E, tape->index + t * S, tape->logits + at, tape->scores + at,
+    moe__gate_token token = {run, t, S, MOE__PLAN(run)->E, tape->index + t * S, tape->logits + at, tape->scores + at,
                              run->memory->select.work + at, run->memory->now.inv_t, 0, 0};
     return token;
 }
@@ -7048,7 +7140,7 @@ static size_t moe__gate_sparse_row(const moe__gate_token *token, size_t i, float
     for (size_t e = 0; e < E; e++) {
         float scale = fabsf(logits[e]);
         if (!(scale > highest)) scale = highest;
-        if (p[e] > 0.0f && highest - logits[e] > 2.0f * token->run->desc->mask_jitter * scale) p[e] = 0.0f;
+        if (p[e] > 0.0f && highest - logits[e] > 2.0f * MOE__DESC(token->run)->mask_jitter * scale) p[e] = 0.0f;
     }
     for (size_t begin = 0; begin < E; begin += MOE__W) {
         size_t count = moe__min(MOE__W, E - begin);
@@ -7138,9 +7230,9 @@ static moe_status moe__gate_layout(const moe__plan *plan, size_t n_tokens, int t
 
 /* The scores of a block of tokens, from the logits; prob is there. */
 static void moe__gate_scores(const moe__run *run, size_t t0, size_t t1) {
-    size_t begin = t0 * run->plan->E, count = (t1 - t0) * run->plan->E;
+    size_t begin = t0 * MOE__PLAN(run)->E, count = (t1 - t0) * MOE__PLAN(run)->E;
     float *scores = run->memory->gate.scores;
-    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)];
     if (scores) gate->own(run, count, run->tape->logits + begin, scores + begin);
 }
 /* d_logits += d_scores by the slope of scores of the gate's own. */
@@ -7173,47 +7265,47 @@ static void moe__gate_take_away(int32_t *choice, float *weight) {
 }
 /* Second and later choices stay with probability top_k w. */
 static void moe__gate_random_second(const moe__run *run, size_t t, int32_t *index, float *weight) {
-    memcpy(run->memory->gate.before + t * run->plan->S, index, run->plan->S * sizeof(int32_t));
-    for (size_t i = 1; i < run->plan->S; i++) {
+    memcpy(run->memory->gate.before + t * MOE__PLAN(run)->S, index, MOE__PLAN(run)->S * sizeof(int32_t));
+    for (size_t i = 1; i < MOE__PLAN(run)->S; i++) {
         float drawn;
         if (index[i] < 0) continue;
-        moe__run_uniforms(run, MOE__USE_SECOND, (run->memory->now.first + t) * (uint64_t)run->plan->S + i, 1, 0.0f,
+        moe__run_uniforms(run, MOE__USE_SECOND, (run->memory->now.first + t) * (uint64_t)MOE__PLAN(run)->S + i, 1, 0.0f,
                           1.0f, &drawn);
-        if (!((float)run->desc->top_k * weight[i] > drawn)) moe__gate_take_away(index + i, weight + i);
+        if (!((float)MOE__DESC(run)->top_k * weight[i] > drawn)) moe__gate_take_away(index + i, weight + i);
     }
 }
 /* Experts are dropped for a whole sequence; a token that would have no other keeps them. */
 static int moe__gate_dropped(const moe__run *run, size_t t, int32_t expert) {
-    uint64_t at = (uint64_t)moe__run_sequence_of(run, t) * run->plan->E + (uint64_t)expert;
+    uint64_t at = (uint64_t)moe__run_sequence_of(run, t) * MOE__PLAN(run)->E + (uint64_t)expert;
     float drawn;
     moe__run_uniforms(run, MOE__USE_EXPERT_DROP, at, 1, 0.0f, 1.0f, &drawn);
-    return drawn < run->desc->expert_drop;
+    return drawn < MOE__DESC(run)->expert_drop;
 }
 static void moe__gate_drop(const moe__run *run, size_t t, int32_t *index, float *weight) {
     float kept = 0.0f;
-    for (size_t i = 0; i < run->plan->S; i++)
+    for (size_t i = 0; i < MOE__PLAN(run)->S; i++)
         if (index[i] >= 0 && !moe__gate_dropped(run, t, index[i])) kept += weight[i];
     if (!(kept > 0.0f)) return;
-    for (size_t i = 0; i < run->plan->S; i++)
+    for (size_t i = 0; i < MOE__PLAN(run)->S; i++)
         if (index[i] >= 0 && moe__gate_dropped(run, t, index[i])) moe__gate_take_away(index + i, weight + i);
 }
 /* Zero experts add nothing: their weight, or the gradient by it, is 0 whatever the gate gives. */
 static void moe__gate_zero_experts(const moe__run *run, const int32_t *index, float *weight) {
-    size_t first = run->plan->F, end = first + run->desc->n_zero;
-    for (size_t i = 0; i < run->plan->S; i++)
+    size_t first = MOE__PLAN(run)->F, end = first + MOE__DESC(run)->n_zero;
+    for (size_t i = 0; i < MOE__PLAN(run)->S; i++)
         if (index[i] >= 0 && (size_t)index[i] >= first && (size_t)index[i] < end) weight[i] = 0.0f;
 }
 static void moe__gate_scale(const moe__run *run, float *weight) {
-    if (run->desc->weight_scale == 1.0f) return;
-    for (size_t i = 0; i < run->plan->S; i++) weight[i] *= run->desc->weight_scale;
+    if (MOE__DESC(run)->weight_scale == 1.0f) return;
+    for (size_t i = 0; i < MOE__PLAN(run)->S; i++) weight[i] *= MOE__DESC(run)->weight_scale;
 }
 static int moe__gate_normalized(const moe__run *run) {
-    return run->desc->normalize == MOE_ON && !moe__gate_table[MOE__PICK(GATE, run->desc->gate)].normalizes;
+    return MOE__DESC(run)->normalize == MOE_ON && !moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)].normalizes;
 }
 /* Whether the weights are those over the choices before random second, of which those that stay keep theirs. */
 static int moe__gate_keeps(const moe__run *run) {
-    if (!MOE__TRAINS(run->memory->now.training) || run->desc->random_second != MOE_ON) return 0;
-    return !moe__gate_normalized(run) || run->desc->normalize_late != MOE_ON;
+    if (!MOE__TRAINS(run->memory->now.training) || MOE__DESC(run)->random_second != MOE_ON) return 0;
+    return !moe__gate_normalized(run) || MOE__DESC(run)->normalize_late != MOE_ON;
 }
 /* Scores whose sum is so small that some may have underflowed have no shares that can be computed. Those of a softmax
  * and a sigmoid are exponentials of the logits there (of a sigmoid within 1e-30), so that their shares are the softmax
@@ -7221,9 +7313,9 @@ static int moe__gate_keeps(const moe__run *run) {
 #define MOE__GATE_TINY 1e-30f /* exp is 0 below e^-86.5: against this sum that is less than a rounding */
 static int moe__gate_underflows(moe__gate_token *token, float sum) {
     const moe__run *run = token->run;
-    if (!(sum < MOE__GATE_TINY) || !moe__gate_table[MOE__PICK(GATE, run->desc->gate)].exponential) return 0;
-    token->none = (int32_t)run->plan->F;
-    token->none_end = (int32_t)(run->plan->F + run->desc->n_zero);
+    if (!(sum < MOE__GATE_TINY) || !moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)].exponential) return 0;
+    token->none = (int32_t)MOE__PLAN(run)->F;
+    token->none_end = (int32_t)(MOE__PLAN(run)->F + MOE__DESC(run)->n_zero);
     return 1;
 }
 static void moe__gate_shares_of(moe__gate_token *token, float *weight) {
@@ -7231,17 +7323,17 @@ static void moe__gate_shares_of(moe__gate_token *token, float *weight) {
 }
 /* index -> weight of a block of tokens; may take choices away (random second, expert dropout) */
 static void moe__gate_weights(const moe__run *run, size_t t0, size_t t1) {
-    size_t S = run->plan->S;
+    size_t S = MOE__PLAN(run)->S;
     int training = MOE__TRAINS(run->memory->now.training), keeps = moe__gate_keeps(run);
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         int32_t *index = run->tape->index + t * S;
         float *weight = run->tape->weight + t * S;
-        moe__gate_table[MOE__PICK(GATE, run->desc->gate)].value(&token, weight);
+        moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)].value(&token, weight);
         moe__gate_zero_experts(run, index, weight);
         if (keeps && moe__gate_normalized(run)) moe__gate_shares_of(&token, weight);
-        if (training && run->desc->random_second == MOE_ON) moe__gate_random_second(run, t, index, weight);
-        if (training && run->desc->expert_drop > 0.0f) moe__gate_drop(run, t, index, weight);
+        if (training && MOE__DESC(run)->random_second == MOE_ON) moe__gate_random_second(run, t, index, weight);
+        if (training && MOE__DESC(run)->expert_drop > 0.0f) moe__gate_drop(run, t, index, weight);
         if (!keeps && moe__gate_normalized(run)) moe__gate_shares_of(&token, weight);
         moe__gate_scale(run, weight);
     }
@@ -7278,7 +7370,7 @@ static int moe__gate_row_underflows(const moe__run *run, size_t t) {
     return moe__gate_underflows(&token, sum);
 }
 static const float *moe__gate_shares(const moe__run *run) {
-    size_t E = run->plan->E, n_tokens = run->tape->n_tokens;
+    size_t E = MOE__PLAN(run)->E, n_tokens = run->tape->n_tokens;
     float *shares = run->memory->select.view;
     memcpy(shares, run->tape->scores, n_tokens * E * sizeof(float));
     for (size_t t = 0; t < n_tokens; t++)
@@ -7751,21 +7843,21 @@ MOE_API moe_status moe_laser(size_t rows, size_t cols, size_t top_k, float mass,
 
 /* -- the selections of the pipeline: memory->select.seen -> tape.index -- */
 static const float *moe__select_seen(const moe__run *run, size_t t) {
-    return run->memory->select.seen + t * run->plan->E;
+    return run->memory->select.seen + t * MOE__PLAN(run)->E;
 }
-static int32_t *moe__select_index(const moe__run *run, size_t t) { return run->tape->index + t * run->plan->S; }
+static int32_t *moe__select_index(const moe__run *run, size_t t) { return run->tape->index + t * MOE__PLAN(run)->S; }
 static void moe__select_no_choice(const moe__run *run, size_t t, size_t from) {
-    for (size_t i = from; i < run->plan->S; i++) moe__select_index(run, t)[i] = -1;
+    for (size_t i = from; i < MOE__PLAN(run)->S; i++) moe__select_index(run, t)[i] = -1;
 }
 static int moe__select_fallback(const moe__run *run) {
     if (run->desc->fallback == MOE_DEFAULT) return !MOE__TRAINS(run->memory->now.training);
     return run->desc->fallback == MOE_ON;
 }
 static moe_status moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, top_k = moe__min(run->memory->now.k, E), step = 1;
-    float threshold = run->desc->threshold;
+    size_t E = MOE__PLAN(run)->E, top_k = moe__min(run->memory->now.k, E), step = 1;
+    float threshold = MOE__DESC(run)->threshold;
     int plain = threshold == (float)MOE_OFF;
-    if (plain && top_k == run->plan->S) step = t1 - t0; /* all at once */
+    if (plain && top_k == MOE__PLAN(run)->S) step = t1 - t0; /* all at once */
     for (size_t t = t0; t < t1; t += step) {
         const float *seen = moe__select_seen(run, t);
         int32_t *index = moe__select_index(run, t);
@@ -7778,7 +7870,7 @@ static moe_status moe__select_topk(const moe__run *run, size_t t0, size_t t1) {
     return MOE_OK;
 }
 static moe_status moe__select_groups(const moe__run *run, size_t t0, size_t t1) {
-    size_t top_k = run->memory->now.k, n_groups = run->desc->n_groups, top_groups = run->desc->top_groups;
+    size_t top_k = run->memory->now.k, n_groups = MOE__DESC(run)->n_groups, top_groups = MOE__DESC(run)->top_groups;
     for (size_t t = t0; t < t1; t++) {
         const float *seen = moe__select_seen(run, t);
         moe_status status = moe_topk_groups_best(1, run->plan->E, top_k, n_groups, top_groups, run->desc->group_best,
@@ -7794,11 +7886,12 @@ static moe_status moe__select_top_p(const moe__run *run, size_t t0, size_t t1) {
 }
 static moe_status moe__select_threshold(const moe__run *run, size_t t0, size_t t1) {
     const float *learned = moe__run_tensor(run, MOE__R_THRESHOLD);
-    return moe_topk_threshold(t1 - t0, run->plan->E, run->plan->S, run->desc->threshold, learned,
+    return moe_topk_threshold(t1 - t0, MOE__PLAN(run)->E, MOE__PLAN(run)->S, MOE__DESC(run)->threshold, learned,
                               moe__select_fallback(run), moe__select_seen(run, t0), moe__select_index(run, t0));
 }
 static moe_status moe__select_all(const moe__run *run, size_t t0, size_t t1) {
-    return moe_topk(t1 - t0, run->plan->E, run->plan->S, moe__select_seen(run, t0), moe__select_index(run, t0), NULL);
+    const moe__plan *plan = MOE__PLAN(run);
+    return moe_topk(t1 - t0, plan->E, plan->S, moe__select_seen(run, t0), moe__select_index(run, t0), NULL);
 }
 /* The highest logit plus Gumbel noise among those with p > 0. */
 static size_t moe__select_sample(const moe__gate_token *token, size_t i, size_t best) {
@@ -7819,7 +7912,7 @@ static moe_status moe__select_sampled(const moe__run *run, size_t t0, size_t t1)
     for (size_t t = t0; t < t1; t++) {
         moe__gate_token token = moe__gate_token_of(run, t);
         moe__select_no_choice(run, t, 0);
-        for (size_t i = 0; i < moe__min(run->memory->now.k, run->plan->E); i++) {
+        for (size_t i = 0; i < moe__min(run->memory->now.k, MOE__PLAN(run)->E); i++) {
             size_t best = moe__gate_sparse_row(&token, i, token.work);
             if (MOE__TRAINS(run->memory->now.training)) best = moe__select_sample(&token, i, best);
             moe__select_index(run, t)[i] = (int32_t)best;
@@ -7829,20 +7922,20 @@ static moe_status moe__select_sampled(const moe__run *run, size_t t0, size_t t1)
 }
 static moe_status moe__select_expert_choice(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
-    size_t T = run->tape->n_tokens, E = run->plan->E;
+    size_t T = run->tape->n_tokens, E = MOE__PLAN(run)->E;
     double share = (double)T * (double)run->memory->now.k / (double)E;
     size_t capacity = moe__min(T, moe__max(1, (size_t)share));
-    return moe_expert_choice(T, E, capacity, run->plan->S, memory->seen, run->tape->index, memory->scratch,
+    return moe_expert_choice(T, E, capacity, MOE__PLAN(run)->S, memory->seen, run->tape->index, memory->scratch,
                              memory->scratch_bytes);
 }
 static moe_status moe__select_sinkhorn(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
-    size_t T = run->tape->n_tokens, E = run->plan->E, top_k = run->memory->now.k;
+    size_t T = run->tape->n_tokens, E = MOE__PLAN(run)->E, top_k = run->memory->now.k;
     const float *plan = memory->seen;
     moe_status status = MOE_OK;
     if (MOE__TRAINS(run->memory->now.training)) {
         plan = memory->work;
-        status = moe_sinkhorn(T, E, run->desc->sinkhorn_epsilon, run->desc->sinkhorn_iterations, memory->seen,
+        status = moe_sinkhorn(T, E, MOE__DESC(run)->sinkhorn_epsilon, MOE__DESC(run)->sinkhorn_iterations, memory->seen,
                               memory->work, memory->scratch, memory->scratch_bytes);
     }
     for (size_t t = 0; t < T; t++) {
@@ -7853,13 +7946,13 @@ static moe_status moe__select_sinkhorn(const moe__run *run) {
 }
 static moe_status moe__select_auction(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
-    size_t T = run->tape->n_tokens, E = run->plan->E;
+    size_t T = run->tape->n_tokens, E = MOE__PLAN(run)->E;
     if (!MOE__TRAINS(run->memory->now.training)) return moe_topk(T, E, 1, memory->seen, run->tape->index, NULL);
     return moe_auction(T, E, memory->seen, run->tape->index, memory->scratch, memory->scratch_bytes);
 }
 /* The first choice is the highest; the others are drawn one after the other by softmax(logits), without replacement. */
 static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, top_k = run->memory->now.k;
+    size_t E = MOE__PLAN(run)->E, top_k = run->memory->now.k;
     moe_status status = moe__select_topk(run, t0, t1);
     if (!MOE__TRAINS(run->memory->now.training)) return status;
     for (size_t t = t0; t < t1 && !status; t++) {
@@ -7876,8 +7969,8 @@ static moe_status moe__select_gumbel(const moe__run *run, size_t t0, size_t t1) 
 
 static moe_status moe__select_laser(const moe__run *run) {
     const moe__run_select *memory = &run->memory->select;
-    const moe_desc *desc = run->desc;
-    size_t E = run->plan->E, top_k = run->memory->now.k;
+    const moe_desc *desc = MOE__DESC(run);
+    size_t E = MOE__PLAN(run)->E, top_k = run->memory->now.k;
     float *window = run->tape->side.window;
     moe_status status = MOE_OK;
     if (!window) {
@@ -7954,8 +8047,8 @@ static moe_status moe__select_layout(const moe__plan *plan, size_t n_tokens, moe
 
 /* What a selection looks at when nothing interferes. */
 static const float *moe__select_selection_base(const moe__run *run) {
-    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, run->desc->gate)];
-    int sees = moe__select_table[MOE__PICK(SELECT, run->desc->select)].sees_logits;
+    const moe__gate_row *gate = &moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)];
+    int sees = moe__select_table[MOE__PICK(SELECT, MOE__DESC(run)->select)].sees_logits;
     if (sees == 1 || gate->sees_logits) return run->tape->logits;
     if (sees == 2 && gate->scores == MOE__SCORES_LOGITS) return run->tape->prob;
     return run->tape->scores;
@@ -7963,7 +8056,7 @@ static const float *moe__select_selection_base(const moe__run *run) {
 /* What the selection sees of a block of tokens, where it is not simply logits or scores: with the bias, in warm-up
  * random numbers, and without the experts of other ranks while gating dropout holds. */
 static void moe__select_view(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, ranks = run->desc->n_ranks;
+    size_t E = MOE__PLAN(run)->E, ranks = MOE__DESC(run)->n_ranks;
     const moe__run_now *now = &run->memory->now;
     const float *base = moe__select_selection_base(run), *bias = run->given.bias;
     if (run->memory->select.seen != run->memory->select.view) return;
@@ -7980,12 +8073,12 @@ static void moe__select_view(const moe__run *run, size_t t0, size_t t1) {
 }
 /* Choices that gating dropout forbids were made for want of others; in evaluation weak ones are pruned. */
 static void moe__select_filter(const moe__run *run, size_t t0, size_t t1) {
-    size_t S = run->plan->S, E = run->plan->E;
+    size_t S = MOE__PLAN(run)->S, E = MOE__PLAN(run)->E;
     const moe__run_now *now = &run->memory->now;
     const float *scores = run->tape->scores;
-    float least = now->training ? 0.0f : run->desc->prune;
+    float least = now->training ? 0.0f : MOE__DESC(run)->prune;
     int keep = moe__select_fallback(run);
-    if (moe__gate_table[MOE__PICK(GATE, run->desc->gate)].scores == MOE__SCORES_LOGITS) scores = run->tape->prob;
+    if (moe__gate_table[MOE__PICK(GATE, MOE__DESC(run)->gate)].scores == MOE__SCORES_LOGITS) scores = run->tape->prob;
     if (!now->local && !now->skip && !(least > 0.0f)) return;
     for (size_t p = t0 * S; p < t1 * S; p++) {
         int32_t *choice = run->tape->index + p;
@@ -8210,7 +8303,7 @@ static moe_status moe__routes_pairs_layout(const moe__plan *plan, size_t n_token
     return MOE_OK;
 }
 static void moe__routes_undivided(const moe__run *run) { /* all are the parents' */
-    for (size_t i = 0; i < run->desc->n_bound; i++) {
+    for (size_t i = 0; i < MOE__DESC(run)->n_bound; i++) {
         run->memory->pairs.parent[i] = run->tape->bound[i] = 0;
         run->memory->pairs.middle[i] = MOE_NONE;
     }
@@ -8230,8 +8323,8 @@ static moe_status moe__routes_parents(size_t n_bound, size_t n_networks, const f
 static float moe__routes_side(const moe__run *run, const float *plane, size_t t) {
     const float *row = moe__score_last_product(run).in + t * MOE__W;
     float sum = 0.0f;
-    for (size_t i = 0; i < run->plan->L; i += MOE__W)
-        sum += MOE__KERNELS(run)->dot(moe__min(MOE__W, run->plan->L - i), row + moe__score_at(run, i), plane + i);
+    for (size_t i = 0; i < MOE__PLAN(run)->L; i += MOE__W)
+        sum += MOE__KERNELS(run)->dot(moe__min(MOE__W, MOE__PLAN(run)->L - i), row + moe__score_at(run, i), plane + i);
     return sum;
 }
 /* The token's one route of expert e becomes route `to` of it. */
@@ -8250,11 +8343,11 @@ static int moe__routes_no_plane(size_t L, const float *plane) {
 static void moe__routes_divide_pair(const moe__run *run, size_t i) {
     moe_routes *routes = &run->tape->routes;
     const moe__run_pairs *pairs = &run->memory->pairs;
-    const float *plane = moe__run_tensor(run, MOE__R_PAIR) + i * run->plan->L;
+    const float *plane = moe__run_tensor(run, MOE__R_PAIR) + i * MOE__PLAN(run)->L;
     float offset = moe__run_tensor(run, MOE__R_PAIR_OFFSET)[i];
     size_t parent = pairs->parent[i], moved = 0;
     uint32_t begin = routes->begin[parent], at = begin;
-    int turns = moe__routes_no_plane(run->plan->L, plane);
+    int turns = moe__routes_no_plane(MOE__PLAN(run)->L, plane);
     for (uint32_t route = at; route < routes->begin[parent + 1]; route++) {
         uint32_t token = routes->token[route];
         float weight = routes->weight[route];
@@ -8271,9 +8364,9 @@ static void moe__routes_divide_pair(const moe__run *run, size_t i) {
 }
 static moe_status moe__routes_divide(const moe__run *run) {
     const moe__run_pairs *pairs = &run->memory->pairs;
-    moe_status status = moe__routes_parents(run->desc->n_bound, run->plan->F,
+    moe_status status = moe__routes_parents(MOE__DESC(run)->n_bound, MOE__PLAN(run)->F,
                                             moe__run_tensor(run, MOE__R_PAIR_PARENT), pairs->parent);
-    for (size_t i = 0; i < run->desc->n_bound && !status; i++) moe__routes_divide_pair(run, i);
+    for (size_t i = 0; i < MOE__DESC(run)->n_bound && !status; i++) moe__routes_divide_pair(run, i);
     return status;
 }
 
@@ -8352,7 +8445,7 @@ MOE__NAME_API(expert, moe__experts_table, MOE_EXPERT_COUNT)
 
 /* Room for each worker: z of a block of rows, where the tape does not keep it, or dh; and a chunk of a matrix. */
 static void moe__experts_work(moe__run_memory *memory, moe__arena *arena) {
-    const moe__plan *plan = &memory->plan;
+    const moe__plan *plan = MOE__PLAN_OF(memory);
     moe__run_experts *experts = &memory->experts;
     size_t rows = moe__min(MOE__MB, memory->n_rows), longest = moe__max(plan->dp, moe__max(plan->hp, plan->zp));
     if (!MOE__TRAINS(memory->training)) {
@@ -8371,7 +8464,7 @@ static void moe__experts_work(moe__run_memory *memory, moe__arena *arena) {
  * experts all n. */
 static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t n_own, size_t n_routed, size_t gathered,
                                       moe__arena *arena) {
-    const moe__plan *plan = &memory->plan;
+    const moe__plan *plan = MOE__PLAN_OF(memory);
     moe__run_experts *experts = &memory->experts;
     size_t shared, slots, groups = n_own + plan->shared;
     if (!moe__mul(n, plan->shared, &shared) || !moe__add_size(n_routed, shared, &memory->n_rows))
@@ -8399,10 +8492,10 @@ static moe_status moe__experts_layout(moe__run_memory *memory, size_t n, size_t 
  * s (x - mean), s = input_scale over the standard deviation. Back: dx = s (g - mean g - v <g, v> / d), v = the normed
  * token. -- */
 static void moe__experts_view(const moe__run *run, size_t t0, size_t t1) {
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     for (size_t token = t0; token < t1; token++) {
-        float *x = moe__run_token(run, 0, token), scale = run->desc->input_scale;
-        if (run->desc->expert_norm == MOE_ON) {
+        float *x = moe__run_token(run, 0, token), scale = MOE__DESC(run)->input_scale;
+        if (MOE__DESC(run)->expert_norm == MOE_ON) {
             float mean = moe__score_row_mean(run, x, d);
             for (size_t i = 0; i < d; i++) x[moe__score_at(run, i)] -= mean;
             scale = scale / sqrtf(moe__score_row_dot(run, x, x, d) / (float)d + 1e-5f);
@@ -8473,9 +8566,9 @@ static void moe__experts_task(void *arg, size_t i, size_t worker) {
 }
 /* cap: most units of a chunk; 0 = any */
 static void moe__experts_phase(const moe__run *run, size_t units, size_t most, size_t cap, moe__experts_body *body) {
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     moe__run_experts *experts = &run->memory->experts;
-    size_t tasks = 0, blocks = 0, workers = moe__min(moe_workers(&run->desc->parallel), experts->workers);
+    size_t tasks = 0, blocks = 0, workers = moe__min(moe_workers(&MOE__DESC(run)->parallel), experts->workers);
     size_t *first_task = experts->first_task + moe__run_next(run) * (experts->most_groups + 1);
     moe__run_call call = {run, NULL, NULL, body, units, most, units, 1, first_task};
     for (size_t g = 0; g < run->n_away; g++) first_task[g] = 0;
@@ -8502,7 +8595,7 @@ static float *moe__experts_panel(float *array, size_t panels, const moe__run_gro
 }
 /* Where a share's product goes in experts.out, row-major. */
 static moe__product_target moe__experts_out(const moe__run *run, const moe__experts_share *share) {
-    size_t at = share->group->begin + share->row, ld = run->plan->ldo;
+    size_t at = share->group->begin + share->row, ld = MOE__PLAN(run)->ldo;
     moe__product_target to = {NULL, ld, MOE__W, (share->end - share->unit) * MOE__W, moe__product_zeros, 0};
     to.c = run->memory->experts.out + at * ld + share->unit * MOE__W;
     return to;
@@ -8513,15 +8606,15 @@ static moe__product_target moe__experts_out(const moe__run *run, const moe__expe
 static void moe__experts_gather(const moe__run *run, const moe__experts_share *share) {
     const moe__run_group *group = share->group;
     if (!group->token) return;
-    for (size_t unit = 0; unit < run->plan->dp; unit++) {
+    for (size_t unit = 0; unit < MOE__PLAN(run)->dp; unit++) {
         const float *from = moe__run_token(run, unit, 0);
-        float *to = moe__experts_panel(run->memory->experts.x, run->plan->dp, group, unit, share->row);
+        float *to = moe__experts_panel(run->memory->experts.x, MOE__PLAN(run)->dp, group, unit, share->row);
         for (size_t row = 0; row < share->rows; row++)
             memcpy(to + row * MOE__W, from + group->token[share->row + row] * (size_t)MOE__W, MOE__W * sizeof(float));
     }
 }
 static void moe__experts_up(const moe__run *run, const moe__experts_share *share) { /* z = x W1 + b1, h = act(z) */
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     const moe__run_group *group = share->group;
     const float *x = group->x + share->row * MOE__W;
     size_t panels = plan->gated + 1;
@@ -8541,11 +8634,11 @@ static void moe__experts_up(const moe__run *run, const moe__experts_share *share
             moe__product_weights(MOE__KERNELS(run), rows, plan->d, x + row * MOE__W, group->x_panel, &w1, &z, 1,
                                  moe__format_at(&w1, panels, 0), share->chunk);
             float *h = moe__experts_panel(run->memory->experts.h, plan->hp, group, unit, at);
-            MOE__KERNELS(run)->act[MOE__PICK(EXPERT, run->desc->expert)](rows, z.c, z.c + z.panel, h);
+            MOE__KERNELS(run)->act[MOE__PICK(EXPERT, MOE__DESC(run)->expert)](rows, z.c, z.c + z.panel, h);
         }
 }
 static void moe__experts_down(const moe__run *run, const moe__experts_share *share) { /* o = h W2 + b2 */
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     const moe__run_group *group = share->group;
     const float *h = moe__experts_panel(run->memory->experts.h, plan->hp, group, 0, share->row);
     moe__weights w2 = moe__format_from(group->block.w2, share->unit);
@@ -8558,14 +8651,14 @@ static void moe__experts_down(const moe__run *run, const moe__experts_share *sha
                          moe__format_at(&w2, share->end - share->unit, 0), share->chunk);
 }
 static void moe__experts_forward(const moe__run *run) {
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     moe__experts_phase(run, plan->hp, moe__experts_block_rows(plan->d), 0, moe__experts_up);
     moe__experts_phase(run, plan->dp, moe__experts_block_rows(moe__min(plan->f, MOE__KG)), 0, moe__experts_down);
 }
 
 /* -- backward: experts.out holds dy of the rows as panels, at the end the rows' dx, row-major -- */
 static void moe__experts_gather_dy(const moe__run *run, const moe__experts_share *share) {
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     const moe__run_group *group = share->group;
     const float *d_out = run->memory->losses.d_out;
     for (size_t unit = 0; unit < plan->dp; unit++) {
@@ -8629,7 +8722,7 @@ static void moe__experts_weights_back(const moe__run *run, const moe__experts_sh
 static void moe__experts_outer(const moe__run *run, const moe__experts_share *share, const float *a, size_t a_panel,
                                size_t m, const float *b, size_t n_panels, float *dw) {
     size_t rows = share->group->rows;
-    int fresh = share->group->fresh, large = run->plan->experts >= MOE__STREAM / sizeof(float);
+    int fresh = share->group->fresh, large = MOE__PLAN(run)->experts >= MOE__STREAM / sizeof(float);
     if (fresh && large && rows <= MOE__TB && (uintptr_t)dw % 64 == 0) fresh = MOE__ONCE;
     for (size_t t = 0; t < rows; t += MOE__TB)
         for (size_t n = 0; n < n_panels; n++)
@@ -8870,7 +8963,8 @@ MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, co
     if (status) return status;
     moe__combine_work_layout(n, d, &work, &memory.arena);
     for (size_t r = 0; r < n; r++) work.row[r] = rows + r * d;
-    if (kind == MOE_AGGREGATE_TRIMMED) cut = moe__min((size_t)((double)trim * (double)n), moe__combine_median_cut(n));
+    if (kind == MOE_AGGREGATE_TRIMMED) cut = (size_t)moe__meant((double)trim * (double)n);
+    cut = moe__min(cut, moe__combine_median_cut(n));
     if (kind >= MOE_AGGREGATE_MEDIAN) cut = moe__combine_median_cut(n);
     moe__combine_trimmed_mean(n, d, cut, work.row, work.sorted, out);
     if (kind == MOE_AGGREGATE_GEOMETRIC) moe__combine_geometric_median(moe__dispatched(), n, d, &work, out);
@@ -8880,12 +8974,12 @@ MOE_API moe_status moe_aggregate(moe_aggregate_kind kind, size_t n, size_t d, co
 
 /* Row t of all tokens' panels: y += a x, and <w, x>. */
 static void moe__combine_token_axpy(const moe__run *run, float a, size_t token, float *y) {
-    for (size_t p = 0; p < run->plan->dp; p++)
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++)
         MOE__KERNELS(run)->axpy(moe__run_columns(run, p), a, moe__run_token(run, p, token), y + p * MOE__W);
 }
 static float moe__combine_token_dot(const moe__run *run, const float *w, size_t token) {
     float sum = 0.0f;
-    for (size_t p = 0; p < run->plan->dp; p++)
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++)
         sum += MOE__KERNELS(run)->dot(moe__run_columns(run, p), moe__run_token(run, p, token), w + p * MOE__W);
     return sum;
 }
@@ -8896,11 +8990,11 @@ typedef struct moe__combine_constant { const float *w, *v; float *dw, *dv, a[2];
 /* What expert e is; c is filled for a constant one. */
 static moe__combine_special_kind moe__combine_special(const moe__run *run, size_t expert, size_t token,
                                                       moe__combine_constant *constant) {
-    size_t d = run->plan->d, i = expert - run->plan->F;
+    size_t d = MOE__PLAN(run)->d, i = expert - MOE__PLAN(run)->F;
     float z[2];
-    if (i < run->desc->n_zero) return MOE__ZERO;
-    if (i < run->desc->n_zero + run->desc->n_copy) return MOE__COPY;
-    i -= run->desc->n_zero + run->desc->n_copy;
+    if (i < MOE__DESC(run)->n_zero) return MOE__ZERO;
+    if (i < MOE__DESC(run)->n_zero + MOE__DESC(run)->n_copy) return MOE__COPY;
+    i -= MOE__DESC(run)->n_zero + MOE__DESC(run)->n_copy;
     size_t w = run->plan->special + i * 2 * d, v = run->plan->special + run->desc->n_constant * 2 * d + i * d;
     constant->w = run->params + w;
     constant->v = run->params + v;
@@ -8916,7 +9010,7 @@ static void moe__combine_special_add(const moe__run *run, size_t expert, size_t 
     if (kind == MOE__COPY) moe__combine_token_axpy(run, weight, token, y);
     if (kind == MOE__CONSTANT) {
         moe__combine_token_axpy(run, weight * constant.a[0], token, y);
-        MOE__KERNELS(run)->axpy(run->plan->d, weight * constant.a[1], constant.v, y);
+        MOE__KERNELS(run)->axpy(MOE__PLAN(run)->d, weight * constant.a[1], constant.v, y);
     }
 }
 /* What the two gates of a constant expert get: dz = weight * a (da - <a, da>), da = (<dy, x>, <dy, v>). Returns
@@ -8924,14 +9018,14 @@ static void moe__combine_special_add(const moe__run *run, size_t expert, size_t 
 static float moe__combine_constant_dz(const moe__run *run, const moe__combine_constant *constant, size_t token,
                                       float weight, float dz[2]) {
     const float *dy = moe__run_dy(run, token);
-    float da[2] = {moe__combine_token_dot(run, dy, token), MOE__KERNELS(run)->dot(run->plan->d, dy, constant->v)};
+    float da[2] = {moe__combine_token_dot(run, dy, token), MOE__KERNELS(run)->dot(MOE__PLAN(run)->d, dy, constant->v)};
     float mean = moe__fma(constant->a[0], da[0], constant->a[1] * da[1]);
     for (int k = 0; k < 2; k++) dz[k] = weight * constant->a[k] * (da[k] - mean);
     return mean;
 }
 static void moe__combine_special_dx(const moe__run *run, size_t expert, size_t token, float weight, float *dx) {
     moe__combine_constant constant;
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     float dz[2];
     moe__combine_special_kind kind = moe__combine_special(run, expert, token, &constant);
     if (kind == MOE__COPY) MOE__KERNELS(run)->axpy(d, weight, moe__run_dy(run, token), dx);
@@ -8963,11 +9057,11 @@ static void moe__combine_special_back(const moe__run *run, size_t index) {
 /* Group g: expert e's parameters over `rows` rows from `begin`, as yet all tokens. */
 static moe__run_group *moe__combine_group(const moe__run *run, size_t g, size_t expert, size_t begin, size_t rows) {
     moe__run_group *group = &run->memory->experts.group[g];
-    size_t slot = moe__plan_slot(run->plan, expert);
+    size_t slot = moe__plan_slot(MOE__PLAN(run), expert);
     memset(group, 0, sizeof *group);
     if (run->stock) group->block = moe__plan_stock_block(run->plan, run->stock, slot);
-    else group->block = moe__plan_block_of(run->plan, run->params + slot * run->plan->expert);
-    if (run->d_params && !run->stock) group->d_params = run->d_params + slot * run->plan->expert;
+    else group->block = moe__plan_block_of(MOE__PLAN(run), run->params + slot * MOE__PLAN(run)->expert);
+    if (run->d_params && !run->stock) group->d_params = run->d_params + slot * MOE__PLAN(run)->expert;
     group->fresh = run->fresh;
     if (run->idle) {
         group->idle = run->idle + slot;
@@ -8981,7 +9075,7 @@ static moe__run_group *moe__combine_group(const moe__run *run, size_t g, size_t 
 }
 /* Its rows' inputs are gathered into experts.x. */
 static void moe__combine_group_gathered(const moe__run *run, moe__run_group *group) {
-    group->x = run->memory->experts.x + group->begin * run->plan->dp * MOE__W;
+    group->x = run->memory->experts.x + group->begin * MOE__PLAN(run)->dp * MOE__W;
     group->x_panel = group->rows * MOE__W;
 }
 
@@ -9007,14 +9101,14 @@ static void moe__combine_sum_group(const moe__run *run, size_t expert, size_t be
 static void moe__combine_sum_groups(const moe__run *run) {
     const moe_routes *routes = &run->tape->routes;
     const moe__run_pairs *pairs = &run->memory->pairs;
-    run->memory->experts.n_own = run->plan->networks;
+    run->memory->experts.n_own = MOE__PLAN(run)->networks;
     run->memory->experts.shared_row = routes->n_routes;
-    for (size_t expert = 0; expert < run->plan->F; expert++)
+    for (size_t expert = 0; expert < MOE__PLAN(run)->F; expert++)
         moe__combine_sum_group(run, expert, routes->begin[expert], routes->begin[expert + 1]);
-    for (size_t i = 0; i < run->desc->n_bound; i++) {
+    for (size_t i = 0; i < MOE__DESC(run)->n_bound; i++) {
         size_t parent = pairs->parent[i], end = routes->begin[parent + 1], middle = moe__min(pairs->middle[i], end);
         moe__combine_sum_group(run, parent, routes->begin[parent], middle);
-        moe__combine_sum_group(run, run->plan->F + i, middle, end);
+        moe__combine_sum_group(run, MOE__PLAN(run)->F + i, middle, end);
     }
 }
 static void moe__combine_sum_gather(const moe__run *run) {
@@ -9024,7 +9118,7 @@ static void moe__combine_sum_gather_dy(const moe__run *run) {
     moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__experts_gather_dy);
 }
 static void moe__combine_sum_mix(const moe__run *run, size_t token, float *y) {
-    const moe__plan *plan = run->plan;
+    const moe__plan *plan = MOE__PLAN(run);
     const moe_routes *routes = &run->tape->routes;
     for (size_t s = 0; s < plan->S; s++) {
         uint32_t route = routes->slot[token * plan->S + s];
@@ -9267,7 +9361,7 @@ static int moe__combine_merge_rows(const moe__plan *plan, size_t n_tokens, size_
     return 1;
 }
 static moe_status moe__combine_merge_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
-    size_t count = moe__run_most_sequences(&memory->plan, n_tokens);
+    size_t count = moe__run_most_sequences(MOE__PLAN_OF(memory), n_tokens);
     memory->combine.merged = moe__take_floats(arena, count, memory->plan.expert);
     if (MOE__TRAINS(memory->training)) memory->combine.d_merged = moe__take_floats(arena, count, memory->plan.expert);
     return MOE_OK;
@@ -9334,7 +9428,7 @@ static moe_status moe__combine_robust_fits(const moe_desc *desc) {
     return moe__combine_special_experts(desc) ? MOE_E_SPECIAL_EXPERTS : moe__combine_sum_fits(desc);
 }
 static moe_status moe__combine_robust_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
-    const moe__plan *plan = &memory->plan;
+    const moe__plan *plan = MOE__PLAN_OF(memory);
     moe__run_combine *combine = &memory->combine;
     size_t bytes;
     moe_status status = moe_robust_weights_scratch(plan->S, plan->d, &bytes);
@@ -9476,7 +9570,7 @@ static const moe__combine_row moe__combine_table[MOE_COMBINE_COUNT] = {
 };
 MOE__NAME_API(combine, moe__combine_table, MOE_COMBINE_COUNT)
 static const moe__combine_row *moe__combine_of(const moe__run *run) {
-    return &moe__combine_table[MOE__PICK(COMBINE, run->desc->combine)];
+    return &moe__combine_table[MOE__PICK(COMBINE, MOE__DESC(run)->combine)];
 }
 
 /* Routed experts whose parameters a token uses. */
@@ -9487,12 +9581,12 @@ static size_t moe__combine_used(const moe__plan *plan) {
 }
 /* The experts' memory, and that of the combination. */
 static moe_status moe__combine_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
-    const moe__combine_row *row = &moe__combine_table[MOE__PICK(COMBINE, memory->plan.desc.combine)];
-    size_t n_routed, n_own = memory->plan.networks, gathered;
-    if (!row->rows(&memory->plan, n_tokens, &n_routed)) return MOE_E_OVERFLOW;
+    const moe__combine_row *row = &moe__combine_table[MOE__PICK(COMBINE, MOE__PLAN_OF(memory)->desc.combine)];
+    size_t n_routed, n_own = MOE__PLAN_OF(memory)->networks, gathered;
+    if (!row->rows(MOE__PLAN_OF(memory), n_tokens, &n_routed)) return MOE_E_OVERFLOW;
     gathered = n_routed;
-    if (row->by_sequence) n_own = moe__run_most_sequences(&memory->plan, n_tokens), gathered = 0;
-    if (memory->plan.desc.shared_gate == MOE_ON) {
+    if (row->by_sequence) n_own = moe__run_most_sequences(MOE__PLAN_OF(memory), n_tokens), gathered = 0;
+    if (MOE__PLAN_OF(memory)->desc.shared_gate == MOE_ON) {
         memory->combine.shared_gate = moe__take_floats(arena, n_tokens, 1);
         if (MOE__TRAINS(memory->training)) memory->combine.d_shared_gate = moe__take_floats(arena, n_tokens, 1);
     }
@@ -9508,7 +9602,7 @@ static void moe__combine_groups(moe__run *run) {
     run->weight = run->tape->routes.weight;
     if (memory->combine.robust_weight) run->weight = memory->combine.robust_weight;
     moe__combine_of(run)->groups(run);
-    size_t n_own = memory->experts.n_own, n_shared = run->plan->shared, T = run->tape->n_tokens;
+    size_t n_own = memory->experts.n_own, n_shared = MOE__PLAN(run)->shared, T = run->tape->n_tokens;
     for (size_t s = 0; s < n_shared; s++)
         moe__combine_group(run, n_own + s, run->plan->networks + s, memory->experts.shared_row + s * T, T)->weight =
             memory->combine.shared_gate;
@@ -9518,8 +9612,8 @@ static void moe__combine_groups(moe__run *run) {
 static void moe__combine_shared(const moe__run *run, float weight, size_t token, float *y) {
     const moe__run_experts *experts = &run->memory->experts;
     for (size_t g = experts->n_own; g < experts->n_groups; g++)
-        MOE__KERNELS(run)->axpy(run->plan->d, weight,
-                                experts->out + (experts->group[g].begin + token) * run->plan->ldo, y);
+        MOE__KERNELS(run)->axpy(MOE__PLAN(run)->d, weight,
+                                experts->out + (experts->group[g].begin + token) * MOE__PLAN(run)->ldo, y);
 }
 /* The weight of the shared experts, 1 or sigmoid(x . w); then what w and x get: dz = s (1 - s) sum <dy, o>. */
 static float moe__combine_shared_weight(const moe__run *run, size_t token) {
@@ -9533,7 +9627,7 @@ static float moe__combine_shared_weight(const moe__run *run, size_t token) {
 }
 static void moe__combine_shared_dz(const moe__run *run, size_t t0, size_t t1) {
     const moe__run_experts *experts = &run->memory->experts;
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     for (size_t token = t0; token < t1; token++) {
         float gate = run->memory->combine.shared_gate[token], sum = 0.0f;
         for (size_t g = experts->n_own; g < experts->n_groups; g++)
@@ -9551,7 +9645,7 @@ static void moe__combine_shared_dw(const moe__run *run, size_t panel) {
                            moe__run_token(run, panel, token), dw);
 }
 static void moe__combine_mix(const moe__run *run, size_t t0, size_t t1) {
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     memset(run->y + t0 * d, 0, (t1 - t0) * d * sizeof(float));
     for (size_t token = t0; token < t1; token++) {
         moe__combine_shared(run, moe__combine_shared_weight(run, token), token, run->y + token * d);
@@ -9629,7 +9723,7 @@ typedef struct moe__run_codes {
 MOE__APART moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens, moe__arena *arena) {
     moe__run_codes codes;
     moe__plan *plan = &codes.memory.plan;
-    size_t d = memory->plan.d, count = memory->plan.desc.n_codes;
+    size_t d = MOE__PLAN_OF(memory)->d, count = MOE__PLAN_OF(memory)->desc.n_codes;
     if (!count) return MOE_OK;
     memset(&codes, 0, sizeof codes);
     codes.memory.max_tokens = n_tokens;
@@ -10805,7 +10899,7 @@ typedef struct moe__balance_row {
 
 /* Memory of the losses: only backward has any. */
 static moe_status moe__balance_layout(moe_tape *tape, moe__run_memory *memory, size_t count, moe__arena *arena) {
-    const moe__plan *plan = &memory->plan;
+    const moe__plan *plan = MOE__PLAN_OF(memory);
     moe__run_losses *losses = &memory->losses;
     size_t blocks = moe__ceil_div(count, MOE__TOKENS), sequences = 1, counts;
     (void)tape;
@@ -12055,6 +12149,7 @@ MOE_API moe_status moe_crossing(size_t n_tokens, size_t n_experts, size_t top_k,
         routes++;
         crossing += moe__placement_of_expert((size_t)index[i], n_experts, n_ranks) != home;
     }
+    if (n_tokens && !routes) return MOE_E_NO_TOKENS;
     *share = (double)crossing / (double)moe__max(routes, 1);
     return MOE_OK;
 }
@@ -14439,6 +14534,11 @@ static int moe__desc_built(const moe_desc *desc) {
            (MOE__TRAINS(1) || desc->training == MOE_OFF);
 }
 static moe_status moe__desc_plan(const moe_desc *in, moe__plan *plan) {
+#ifdef MOE_ONLY_PLAN
+    if (in) return MOE_E_ONLY;
+    *plan = *MOE__PLAN_OF(plan);
+    return moe__arithmetic_ok() ? MOE_OK : MOE_E_ARITHMETIC;
+#endif
     if (!in) return MOE_E_NULL_DESC;
     if (!moe__arithmetic_ok()) return MOE_E_ARITHMETIC;
     moe_desc desc = *in;
@@ -14477,6 +14577,67 @@ MOE_API moe_status moe_desc_resolve(const moe_desc *in, moe_desc *out) {
     if (!status) *out = plan.desc;
     return status;
 }
+
+#ifndef MOE_NO_TEXT
+/* A field and a comma, in the order of the struct, in which the losses do not stand last. */
+static void moe__desc_export_field(const moe__desc_field *field, const moe_desc *desc, moe__text *text) {
+    moe__desc_value value = moe__desc_load(field, desc); /* the members of other types are 0 */
+    int whole = field->type == MOE__FIELD_SIZE || field->type == MOE__FIELD_U64, choice = value.choice;
+    if (field->type == MOE__FIELD_FLOAT) {
+        moe__text_add(text, " (float)");
+        moe__text_float(text, value.number);
+    } else {
+        moe__text_add(text, " MOE_FIELD(");
+        moe__text_add(text, field->name);
+        moe__text_add(text, choice < 0 ? ", -" : ", ");
+        moe__text_u64(text, value.whole + (uint64_t)(choice < 0 ? -choice : choice));
+        moe__text_add(text, whole ? "u)" : ")");
+    }
+    moe__text_add(text, ",\\\n");
+}
+static void moe__desc_export(const moe__plan *plan, moe__text *text) {
+    const moe__desc_field *losses = &moe__desc_fields[MOE__FIELD_COUNT - 1];
+    const size_t count = offsetof(moe__plan, count), at = offsetof(moe__plan, at), end = offsetof(moe__plan, jitter);
+    int after = 0;
+    moe__text_add(text, "#define MOE_ONLY_PLAN {{\\\n");
+    for (size_t i = 0; i < MOE__FIELD_COUNT - 1; i++) {
+        if (!after && moe__desc_fields[i].offset > losses->offset) moe__text_add(text, " {0},\\\n"), after = 1;
+        moe__desc_export_field(&moe__desc_fields[i], &plan->desc, text);
+    }
+    moe__text_add(text, " {0, 0, 0}, 0}");
+    for (size_t from = offsetof(moe__plan, d), extent; from < sizeof *plan; from += sizeof extent) {
+        memcpy(&extent, (const char *)plan + from, sizeof extent);
+        if (from == at || from == end) moe__text_char(text, '}');
+        moe__text_add(text, from % 64 ? ", " : ",\\\n ");
+        if (from == count || from == at) moe__text_char(text, '{');
+        moe__text_u64(text, extent);
+    }
+    moe__text_add(text, "}\n");
+}
+MOE_API size_t moe_desc_export(const moe_desc *desc, char *buffer, size_t size) {
+    static const char *const stages[] = {"VERSION", "SCORE", "NOISE", "GATE", "SELECT", "COMBINE", "EXPERT"};
+    moe__text text = {buffer, buffer ? size : 0, 0};
+    moe__plan plan;
+    moe_desc given;
+    if (!desc) return 0;
+    given = *desc;
+    given.training = MOE_OFF;
+    if (moe__desc_plan(&given, &plan) || given.n_codes) return 0;
+    int rows[] = {MOE_VERSION_NUMBER, (int)plan.desc.score, (int)plan.desc.noise, (int)plan.desc.gate,
+                  (int)plan.desc.select, (int)plan.desc.combine, (int)plan.desc.expert};
+    plan.ortho_loss = plan.output_loss = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe__text_add(&text, "#define MOE_ONLY_");
+        moe__text_add(&text, stages[i]);
+        moe__text_char(&text, ' ');
+        moe__text_u64(&text, (uint64_t)rows[i]);
+        moe__text_char(&text, '\n');
+    }
+    moe__desc_export(&plan, &text);
+    moe__text_end(&text);
+    return text.n;
+}
+#endif
 
 MOE_API size_t moe_desc_explain(moe_status status, const moe_desc *desc, const char *set, char *buffer, size_t size) {
     moe__text text = {buffer, buffer ? size : 0, 0};
@@ -14702,7 +14863,7 @@ MOE_API void moe_system_near(const char *name, char *buffer, size_t size) {
 enum { MOE__STATE_TOKENS = 1, MOE__STATE_ROUTED = 2, MOE__STATE_FORWARD = 4, MOE__STATE_VIEW = 8 };
 
 static moe_status moe__tape_stages(moe_tape *tape, moe__run_memory *memory, size_t count, moe__arena *arena) {
-    const moe__plan *plan = &memory->plan;
+    const moe__plan *plan = MOE__PLAN_OF(memory);
     int training = memory->training;
     moe_status status = moe__routes_take(&tape->routes, count, plan->E, plan->S, arena);
     if (!status) status = moe__score_layout(plan, count, training, arena, memory->tokens, &memory->score);
@@ -14774,15 +14935,16 @@ MOE_API moe_status moe_tape_init(moe_tape **out, const moe_desc *desc, size_t ma
 }
 
 MOE_API moe_status moe_tape_new(moe_tape **out, const moe_desc *desc, size_t max_tokens, int training) {
+    moe__plan plan;
     size_t bytes;
     if (!out) return MOE_E_NULL_OUT;
     *out = NULL;
-    moe_status status = moe_tape_size(desc, max_tokens, training, &bytes);
+    moe_status status = moe__tape_bytes(desc, max_tokens, training, &plan, &bytes);
     if (status) return status;
-    void *memory = moe__alloc(desc->alloc_context, bytes);
+    void *memory = moe__alloc(plan.desc.alloc_context, bytes);
     if (!memory) return MOE_E_NO_MEMORY;
     status = moe_tape_init(out, desc, max_tokens, training, memory, bytes);
-    if (status) moe__free(desc->alloc_context, memory);
+    if (status) moe__free(plan.desc.alloc_context, memory);
     else (*out)->memory->own = memory;
     return status;
 }
@@ -14802,7 +14964,8 @@ static moe_status moe__pass_run(moe__run *run, const moe__plan *plan, moe_tape *
     if (!tape) return MOE_E_NULL_TAPE;
     const moe_side *side = &tape->side;
     moe__run_given given = {side->step, side->draw, side->bias, side->experts, side->d_experts, 0, 0};
-    if (plan != &tape->memory->plan && !moe__desc_same_memory(plan, &tape->memory->plan)) return MOE_E_TAPE_DESC;
+    const moe__plan *own = MOE__PLAN_OF(tape->memory);
+    if (plan != own && !moe__desc_same_memory(plan, own)) return MOE_E_TAPE_DESC;
     moe__run_begin(run, plan, tape);
     run->given = given;
     return MOE_OK;
@@ -14811,7 +14974,7 @@ static moe_status moe__pass_run(moe__run *run, const moe__plan *plan, moe_tape *
 /* What holds for this forward: the schedules' values, the one draw of gating dropout, what the selection sees. The desc
  * is resolved: the schedules cannot fail. */
 static moe_status moe__pass_temperatures(const moe__run *run) {
-    const moe_desc *desc = run->desc;
+    const moe_desc *desc = MOE__DESC(run);
     moe__run_now *now = &run->memory->now;
     const float *scale = moe__run_tensor(run, MOE__R_SCALE);
     float temperature = desc->temperature, given = run->tape->side.temperature;
@@ -14831,13 +14994,13 @@ static moe_status moe__pass_temperatures(const moe__run *run) {
     return MOE_OK;
 }
 static moe_status moe__pass_now(const moe__run *run) {
-    const moe_desc *desc = run->desc;
+    const moe_desc *desc = MOE__DESC(run);
     const moe_side *side = &run->tape->side;
     moe__run_now *now = &run->memory->now;
     uint64_t step = run->given.step;
     float draw;
     memset(now, 0, sizeof *now);
-    if (run->given.bias && !moe__all_finite(run->plan->E, run->given.bias)) return MOE_E_NAN_BIAS;
+    if (run->given.bias && !moe__all_finite(MOE__PLAN(run)->E, run->given.bias)) return MOE_E_NAN_BIAS;
     now->training = !side->evaluate && desc->training != MOE_OFF;
     now->draw = run->given.draw;
     now->first = run->given.first;
@@ -14876,7 +15039,7 @@ static void moe__pass_keep(moe__run *run, size_t n) {
     tape->kept = run->kept = run->memory->kept;
 }
 static void moe__pass_swap(const moe__run *run, float *rows, size_t i) {
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     float *a = rows + i * d, *b = rows + run->kept[i] * d;
     for (size_t c = 0; c < d && a != b; c++) {
         float other = a[c];
@@ -14895,13 +15058,13 @@ static void moe__pass_apart(const moe__run *run, float *rows) {
 }
 /* A backward reads dy while it writes dx and side.d_previous. (A forward has read all of x before it writes y.) */
 static moe_status moe__pass_apart_from(const moe__run *run, const float *dy, const float *dx) {
-    size_t n = run->tape->n_given, d = n * run->plan->d, E = n * run->plan->E;
+    size_t n = run->tape->n_given, d = n * MOE__PLAN(run)->d, E = n * MOE__PLAN(run)->E;
     const float *previous = run->tape->side.d_previous;
     int bad = moe__overlap(dx, d, dy, d) || moe__overlap(previous, E, dy, d) || moe__overlap(previous, E, dx, d);
     return bad ? MOE_E_OVERLAP : MOE_OK;
 }
 static void moe__pass_y(const moe__run *run, float *y) { /* a masked token's y is 0 */
-    size_t at = run->tape->n_tokens * run->plan->d, end = run->tape->n_given * run->plan->d;
+    size_t at = run->tape->n_tokens * MOE__PLAN(run)->d, end = run->tape->n_given * MOE__PLAN(run)->d;
     if (run->kept && end > at) memset(y + at, 0, (end - at) * sizeof(float));
     moe__pass_apart(run, y);
 }
@@ -14910,7 +15073,7 @@ static moe_status moe__pass_sequences(const moe__run *run) {
     const moe_side *side = &run->tape->side;
     moe__run_memory *memory = run->memory;
     const size_t *begin = side->sequence_begin;
-    size_t length = run->desc->sequence, most = moe__run_most_sequences(run->plan, memory->max_tokens);
+    size_t length = MOE__DESC(run)->sequence, most = moe__run_most_sequences(MOE__PLAN(run), memory->max_tokens);
     size_t count = 0, sequence = 0, last = SIZE_MAX, next = 0;
     for (size_t i = 0; begin && i < side->n_sequences; i++)
         if (i ? begin[i] < begin[i - 1] || begin[i] > run->tape->n_given : begin[0]) return MOE_E_SEQUENCE_BEGIN;
@@ -14945,11 +15108,11 @@ static moe_status moe__pass_begin(moe__run *run, const float *x, size_t n) {
 /* -- what the router sees, score.x: the tokens, or with jitter (panel p of x times the numbers of `row`), or their
  * means -- */
 static void moe__pass_jitter(const moe__run *run, size_t row, size_t p, float *x) {
-    float factor[MOE__W], width = run->desc->jitter;
+    float factor[MOE__W], width = MOE__DESC(run)->jitter;
     size_t cols = moe__run_columns(run, p);
-    if (!run->plan->by_sequence) row += run->memory->now.first;
-    if (!run->plan->jitter || !MOE__TRAINS(run->memory->now.training)) return;
-    moe__run_uniforms(run, MOE__USE_JITTER, (uint64_t)row * run->plan->d + p * MOE__W, cols, 1.0f - width,
+    if (!MOE__PLAN(run)->by_sequence) row += run->memory->now.first;
+    if (!MOE__PLAN(run)->jitter || !MOE__TRAINS(run->memory->now.training)) return;
+    moe__run_uniforms(run, MOE__USE_JITTER, (uint64_t)row * MOE__PLAN(run)->d + p * MOE__W, cols, 1.0f - width,
                       1.0f + width, factor);
     for (size_t c = 0; c < cols; c++) x[c] *= factor[c];
 }
@@ -14958,15 +15121,15 @@ static float *moe__pass_seen(const moe__run *run, size_t p, size_t token) {
 }
 static void moe__pass_tokens(const moe__run *run, size_t t0, size_t t1) {
     moe__run_pack_tokens(run, t0, t1);
-    if (run->memory->score.x == run->memory->tokens || run->plan->by_sequence) return;
-    for (size_t p = 0; p < run->plan->dp; p++)
+    if (run->memory->score.x == run->memory->tokens || MOE__PLAN(run)->by_sequence) return;
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++)
         memcpy(moe__pass_seen(run, p, t0), moe__run_token(run, p, t0), (t1 - t0) * MOE__W * sizeof(float));
     for (size_t token = t0; token < t1; token++)
-        for (size_t p = 0; p < run->plan->dp; p++) moe__pass_jitter(run, token, p, moe__pass_seen(run, p, token));
+        for (size_t p = 0; p < MOE__PLAN(run)->dp; p++) moe__pass_jitter(run, token, p, moe__pass_seen(run, p, token));
 }
 static void moe__pass_sequence(const moe__run *run, size_t i) { /* score.x of a sequence's tokens = their mean */
     size_t t0 = moe__run_sequence_begin(run, i), t1 = moe__run_sequence_end(run, i);
-    for (size_t p = 0; p < run->plan->dp; p++) {
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++) {
         float *mean = moe__pass_seen(run, p, t0);
         memset(mean, 0, MOE__W * sizeof(float));
         for (size_t token = t0; token < t1; token++)
@@ -15002,9 +15165,9 @@ static void moe__pass_sequence_back(const moe__run *run, size_t i) {
 /* After the score: is every number of a block of tokens finite? A blind score has not looked at x. */
 static int moe__pass_finite(const moe__run *run, size_t t0, size_t t1) {
     const float *soft = run->memory->combine.soft;
-    if (soft && !moe__all_finite((t1 - t0) * run->plan->N, soft + t0 * run->plan->N)) return 0;
-    if (!moe__score_table[MOE__PICK(SCORE, run->desc->score)].blind) return 1;
-    for (size_t p = 0; p < run->plan->dp; p++)
+    if (soft && !moe__all_finite((t1 - t0) * MOE__PLAN(run)->N, soft + t0 * MOE__PLAN(run)->N)) return 0;
+    if (!moe__score_table[MOE__PICK(SCORE, MOE__DESC(run)->score)].blind) return 1;
+    for (size_t p = 0; p < MOE__PLAN(run)->dp; p++)
         if (!moe__all_finite((t1 - t0) * MOE__W, moe__run_token(run, p, t0))) return 0;
     return 1;
 }
@@ -15013,17 +15176,14 @@ static void moe__pass_weights(const moe__run *run, size_t t0, size_t t1) { /* af
     moe__gate_weights(run, t0, t1);
 }
 static int moe__pass_logits_finite(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E;
+    size_t E = MOE__PLAN(run)->E;
     return moe__all_finite((t1 - t0) * E, run->tape->logits + t0 * E);
 }
 static int moe__pass_y_finite(const moe__run *run, size_t t0, size_t t1) {
-    size_t d = run->plan->d;
+    size_t d = MOE__PLAN(run)->d;
     return MOE__KERNELS(run)->all_finite((t1 - t0) * d, run->y + t0 * d);
 }
-static int moe__pass_ok(const moe__run *run, moe_status about, size_t t0, size_t t1) {
-    if (about == MOE_E_NAN_Y) return moe__pass_y_finite(run, t0, t1);
-    return moe__pass_finite(run, t0, t1) && moe__pass_logits_finite(run, t0, t1);
-}
+typedef int moe__pass_check(const moe__run *run, size_t t0, size_t t1);
 /* After a pass over the blocks: what went wrong first, and with which token. */
 static moe_status moe__pass_failed(const moe__run *run) {
     size_t n = run->tape->n_tokens;
@@ -15031,15 +15191,18 @@ static moe_status moe__pass_failed(const moe__run *run) {
         moe_status status = run->memory->failed[i];
         size_t token = MOE__BLOCK_BEGIN(i);
         if (!status) continue;
-        while (token + 1 < MOE__BLOCK_END(i, n) && moe__pass_ok(run, status, token, token + 1)) token++;
+        moe__pass_check *good = moe__pass_logits_finite; /* of a block with a bad x they may not be there */
+        if (status == MOE_E_NAN_Y) good = moe__pass_y_finite;
+        else if (!moe__pass_finite(run, token, MOE__BLOCK_END(i, n))) good = moe__pass_finite;
+        while (token + 1 < MOE__BLOCK_END(i, n) && good(run, token, token + 1)) token++;
         run->tape->bad_token = moe__run_row(run, token);
         return status;
     }
     return MOE_OK;
 }
 static void moe__pass_route_block(const moe__run *run, size_t t0, size_t t1) {
-    size_t E = run->plan->E, S = run->plan->S, count = (t1 - t0) * E;
-    const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, run->desc->score)];
+    size_t E = MOE__PLAN(run)->E, S = MOE__PLAN(run)->S, count = (t1 - t0) * E;
+    const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, MOE__DESC(run)->score)];
     float *z = run->tape->logits + t0 * E;
     moe_status *failed = run->memory->failed + t0 / MOE__TOKENS;
     memset(run->tape->index + t0 * S, 0xff, (t1 - t0) * S * sizeof(int32_t)); /* -1: whatever fails, no choice */
@@ -15059,8 +15222,8 @@ static void moe__pass_route_block(const moe__run *run, size_t t0, size_t t1) {
     moe__gate_scores(run, t0, t1);
     moe__select_view(run, t0, t1);
     *failed = MOE_OK;
-    if (!moe__select_table[MOE__PICK(SELECT, run->desc->select)].select) return;
-    *failed = moe__select_table[MOE__PICK(SELECT, run->desc->select)].select(run, t0, t1);
+    if (!moe__select_table[MOE__PICK(SELECT, MOE__DESC(run)->select)].select) return;
+    *failed = moe__select_table[MOE__PICK(SELECT, MOE__DESC(run)->select)].select(run, t0, t1);
     if (!*failed) moe__pass_weights(run, t0, t1);
 }
 static void moe__pass_pack_and_route(const moe__run *run, size_t t0, size_t t1) {
@@ -15074,7 +15237,7 @@ static size_t moe__pass_capacity(const moe_desc *desc, size_t n_tokens, int trai
     double pairs = (double)factor * (double)desc->top_k, capacity = pairs * (double)n_tokens / (double)desc->n_experts;
     if (desc->capacity_round == MOE_ROUND_SHARE)
         capacity = pairs * (double)moe__ceil_div(n_tokens, desc->n_experts);
-    capacity = (double)(float)capacity; /* 0.7f is not 0.7, but 10 times 0.7f is 7 as a float */
+    capacity = moe__meant(capacity);
     if (capacity >= (double)MOE_NONE) return 0;
     if (desc->capacity_round == MOE_ROUND_NEAREST) capacity = rint(capacity);
     if (desc->capacity_round == MOE_ROUND_UP) capacity = ceil(capacity);
@@ -15083,7 +15246,7 @@ static size_t moe__pass_capacity(const moe_desc *desc, size_t n_tokens, int trai
 
 /* run has the router's parameters. */
 static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
-    const moe_desc *desc = run->desc;
+    const moe_desc *desc = MOE__DESC(run);
     moe_tape *tape = run->tape;
     moe__run_memory *memory = run->memory;
     const moe__score_row *score = &moe__score_table[MOE__PICK(SCORE, desc->score)];
@@ -15091,7 +15254,7 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     moe_status status = moe__pass_begin(run, x, n);
     if (status) return status;
     n = tape->n_tokens;
-    if (!run->router && run->plan->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
+    if (!run->router && MOE__PLAN(run)->at[MOE__R_COUNT]) return MOE_E_NULL_PARAMS;
     if (score->experts && !run->given.experts) return MOE_E_NULL_EXPERTS;
     status = moe__pass_now(run);
     if (status) return status;
@@ -15100,15 +15263,15 @@ static moe_status moe__pass_route(moe__run *run, const float *x, size_t n) {
     int one_pass = memory->score.x == memory->tokens && score->latent.act == MOE__RAW &&
         !moe__noise_table[MOE__PICK(NOISE, desc->noise)].learned;
     if (!one_pass) moe__run_over_blocks(run, moe__pass_tokens);
-    if (run->plan->by_sequence)
-        moe__run_over_sequences(run, run->plan->d, moe__pass_sequence);
+    if (MOE__PLAN(run)->by_sequence)
+        moe__run_over_sequences(run, MOE__PLAN(run)->d, moe__pass_sequence);
     moe__noise_prepare(run); /* before the score: their matrices share a place */
     if (score->prepare) score->prepare(run);
     moe__run_over_blocks(run, one_pass ? moe__pass_pack_and_route : moe__pass_route_block);
     status = moe__pass_failed(run);
     if (status) return status;
     if (MOE__MAY(COMBINE, MOE_COMBINE_SOFT) && memory->combine.soft)
-        moe__run_over_sequences(run, run->plan->N * 16, moe__combine_soft_dispatch);
+        moe__run_over_sequences(run, MOE__PLAN(run)->N * 16, moe__combine_soft_dispatch);
     if (select->batch && n) {
         status = select->batch(run);
         if (status) return status;
@@ -15213,7 +15376,7 @@ static moe_status moe__pass_experts_begin(moe__run *run, float *y) {
     if (run->tape->n_given && !y) return MOE_E_NULL_Y;
     run->y = y;
     memory->n_routes = routes->n_routes;
-    if (run->plan->view && !(memory->state & MOE__STATE_VIEW)) moe__run_over_blocks(run, moe__experts_view);
+    if (MOE__PLAN(run)->view && !(memory->state & MOE__STATE_VIEW)) moe__run_over_blocks(run, moe__experts_view);
     memory->state |= MOE__STATE_VIEW;
     moe__combine_forward_begin(run);
     return MOE_OK;
@@ -15319,7 +15482,7 @@ static moe_status moe__pass_experts_back(moe__run *run, const float *dy, float *
 /* -- level 2: the tape's own plan -- */
 static moe_status moe__pass_own(moe__run *run, moe_tape *tape, const float *router, const float *params) {
     if (!tape) return MOE_E_NULL_TAPE;
-    moe_status status = moe__pass_run(run, &tape->memory->plan, tape);
+    moe_status status = moe__pass_run(run, MOE__PLAN_OF(tape->memory), tape);
     run->router = router;
     run->params = params;
     return status;
@@ -15439,6 +15602,8 @@ MOE_API moe_status moe_expert_unpack(const moe_desc *desc, size_t e, const float
     }
     return MOE_OK;
 }
+
+#ifndef MOE_ONLY_PLAN /* for which levels 1 and 2 are enough */
 
 /* ==== >>layer =================================================================================
  * Level 3: parameters, gradients and optimiser state in one block, and a tape that grows. A layer's forward is a run of
@@ -16415,7 +16580,8 @@ struct moe_ranks {
     moe_tape *tape;            /* of the rank's tokens */
     moe__parallel_chunk chunk[MOE__PARALLEL_CHUNKS];
     size_t first, total;       /* the rank's tokens among all */
-    uint64_t *table;           /* (P, width) of an agreement */
+    size_t width;              /* the most that an agreement is about */
+    uint64_t *table;           /* (P, 1 + width) of one */
     uint64_t *routes, *before; /* (P, F) rows of each rank and expert; of it, on the ranks before */
     uint64_t *load, *top1;     /* (E) of all tokens, for the losses */
     double *mean;              /* (E) */
@@ -16490,6 +16656,7 @@ static moe_status moe__parallel_broadcast(moe_ranks *ranks, size_t root, void *b
 }
 /* A table (P, 1 + width) of zeros; the rank's own row, without the first column, which is its status. */
 static uint64_t *moe__parallel_row(moe_ranks *ranks, size_t width) {
+    MOE_ASSERT(width <= ranks->width);
     memset(ranks->table, 0, ranks->engine.size * (1 + width) * sizeof(uint64_t));
     return ranks->table + ranks->engine.rank * (1 + width) + 1;
 }
@@ -16556,9 +16723,9 @@ static int moe__parallel_fits(const moe_layer *layer) {
     return !(desc->clip_norm > 0.0f) && desc->controller != MOE_CONTROL_QUANTILE;
 }
 static void moe__parallel_layout(moe_ranks *ranks, size_t E, size_t F, size_t size, moe__arena *arena) {
-    size_t width = moe__max(2 * E, MOE_LOSS_COUNT + MOE__PARALLEL_COUNTS) + 1;
+    ranks->width = moe__max(2 * E, MOE_LOSS_COUNT + MOE__PARALLEL_COUNTS);
     (void)moe__take(arena, 1, sizeof(moe_ranks));
-    ranks->table = (uint64_t *)moe__take(arena, size, width * sizeof(uint64_t));
+    ranks->table = (uint64_t *)moe__take(arena, size, (1 + ranks->width) * sizeof(uint64_t));
     ranks->routes = (uint64_t *)moe__take(arena, size, F * sizeof(uint64_t));
     ranks->before = (uint64_t *)moe__take(arena, size, F * sizeof(uint64_t));
     ranks->load = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
@@ -16644,11 +16811,10 @@ static moe_status moe__parallel_plan(moe_ranks *ranks) {
     for (size_t rank = 0; rank < size; rank++)
         for (size_t e = 0; e < F; e++) {
             uint64_t rows = moe__parallel_row_of(ranks, rank, F)[e];
-            if (rows > ranks->total) return MOE_E_EP_COUNTS; /* of a rank's tokens, each at most once */
+            if (rows > ranks->total - ranks->load[e]) return MOE_E_EP_COUNTS; /* a token at most once */
             ranks->routes[rank * F + e] = rows;
             ranks->before[rank * F + e] = ranks->load[e];
             ranks->load[e] += rows;
-            if (ranks->load[e] > ranks->total) return MOE_E_EP_COUNTS;
         }
     desc.llep = desc.llep && !ranks->tape->dropped; /* gating dropout: nothing is to leave its rank */
     return moe_ep_plan(&desc, ranks->load, &ranks->plan, ranks->plan_memory, ranks->plan_bytes);
@@ -16852,14 +17018,11 @@ static uint64_t moe__parallel_hash(const moe_ranks *ranks, int evaluate) {
     return moe_hash(hash, count, sizeof count);
 }
 /* How many tokens each rank has, and whether all have the same layer. */
-static moe_status moe__parallel_begin(moe_ranks *ranks, const float *x, size_t n, const float *y) {
+static moe_status moe__parallel_begin(moe_ranks *ranks, size_t n) {
     moe_layer *layer = ranks->layer;
     const unsigned char *mask = layer->side.mask;
     uint64_t *row, seal = moe__parallel_hash(ranks, layer->side.evaluate);
-    moe_status status = MOE_OK;
-    if (n && !x) status = MOE_E_NULL_X;
-    else if (n && !y) status = MOE_E_NULL_Y;
-    else status = moe__parallel_tape(&ranks->tape, &layer->plan.desc, n);
+    moe_status status = moe__parallel_tape(&ranks->tape, &layer->plan.desc, n);
     row = moe__parallel_row(ranks, 2);
     row[0] = seal;
     for (size_t i = 0; i < n; i++) row[1] += !mask || mask[i];
@@ -16917,7 +17080,7 @@ static moe_status moe__parallel_route(moe_ranks *ranks, moe__run *run, const flo
 static moe_status moe__parallel_forward(moe_ranks *ranks, const float *x, size_t n, float *y) {
     moe__run run;
     size_t d = ranks->layer->plan.d;
-    moe_status status = moe__parallel_begin(ranks, x, n, y), mine = MOE_OK;
+    moe_status status = moe__parallel_begin(ranks, n), mine = MOE_OK;
     if (status) return status;
     ranks->tape->side = ranks->layer->side;
     status = moe__parallel_route(ranks, &run, x, n);
@@ -16964,7 +17127,7 @@ static moe_status moe__parallel_loads(moe_ranks *ranks, moe_status status) {
     for (size_t rank = 0; rank < ranks->engine.size && !status; rank++)
         for (size_t e = 0; e < E; e++) {
             const uint64_t *said = moe__parallel_row_of(ranks, rank, 2 * E);
-            if (said[e] > ranks->total || said[E + e] > said[e]) status = MOE_E_EP_COUNTS;
+            if (said[e] > ranks->total - ranks->load[e] || said[E + e] > said[e]) status = MOE_E_EP_COUNTS;
             ranks->load[e] += said[e];
             ranks->top1[e] += said[E + e];
         }
@@ -17461,7 +17624,12 @@ static void moe__growth_control(const moe__growth_map *map) {
         if (to->usage) to->usage[e] = usage;
     }
 }
-/* The pairs' parents by their new numbers: the expert that is made of the old one first. */
+static int moe__growth_made_of(const moe__growth_map *map, const moe__growth_list *list, size_t thing, size_t old) {
+    for (size_t i = list->first[thing]; i < list->first[thing + 1]; i++)
+        if (list->link[i].from == map->old && list->link[i].index == old) return 1;
+    return 0;
+}
+/* The pairs' parents by their new numbers: the first expert that is made of the old one. */
 static void moe__growth_parents(const moe__growth_map *map) {
     const moe__growth_list *columns = &map->list[MOE__GROWTH_COLUMNS], *pairs = &map->list[MOE__GROWTH_PAIRS];
     if (!pairs->n) return;
@@ -17469,7 +17637,7 @@ static void moe__growth_parents(const moe__growth_map *map) {
     for (size_t i = 0; i < pairs->n; i++) {
         size_t e = 0;
         if (pairs->first[i] == pairs->first[i + 1]) continue; /* a new pair */
-        while (columns->link[columns->first[e]].index != map->parent[pairs->link[pairs->first[i]].index]) e++;
+        while (!moe__growth_made_of(map, columns, e, map->parent[pairs->link[pairs->first[i]].index])) e++;
         parent[i] = (float)e;
     }
 }
@@ -17640,7 +17808,8 @@ static float moe__growth_length(const moe__growth_map *map, size_t e) {
     const moe__plan *plan = &map->made->plan;
     const float *router = map->made->part[MOE_PART_PARAMS] + plan->experts + plan->at[MOE__R_ROUTER];
     float square = 0.0f;
-    for (size_t r = 0; r < plan->L; r++) square = moe__fma(router[r * plan->N + e], router[r * plan->N + e], square);
+    for (size_t at = e * plan->desc.soft_slots; at < plan->count[MOE__R_ROUTER]; at += plan->N)
+        square = moe__fma(router[at], router[at], square);
     return sqrtf(square);
 }
 /* Columns `up` and `down`, equal as yet, lean to the two sides of a plane: logits += (+-(plane . row - offset) - sink)
@@ -17770,7 +17939,7 @@ static void moe__growth_redraw(moe_layer *layer, size_t g, size_t count, const i
 }
 /* A share of f hidden units, drawn: their number; unit (f), work (f). */
 static size_t moe__growth_units(size_t f, float share, uint64_t seed, size_t g, float *work, int32_t *unit) {
-    size_t count = moe__min(f, (size_t)((double)share * (double)f));
+    size_t count = moe__min(f, (size_t)moe__meant((double)share * (double)f));
     float next;
     moe__uniform_at(seed, 2, (uint64_t)g * f, f, 0.0f, 1.0f, work);
     if (count) moe__select_highest(f, count, work, unit, &next);
@@ -17797,7 +17966,7 @@ static void moe__growth_noise(const moe__growth_map *map, size_t a, size_t b, fl
             down[at] = moe__fma(-size, drawn, down[at]);
         }
     }
-    float size = noise * moe__growth_length(map, a * plan->desc.soft_slots) / sqrtf((float)plan->L);
+    float size = noise * moe__growth_length(map, a) / sqrtf((float)plan->L);
     moe__normal_at(map->seed, 3, 0, plan->L, map->plane);
     moe__growth_lean(map, a, map->plane, size, 0.0f);
     moe__growth_lean(map, b, map->plane, -size, 0.0f);
@@ -17833,6 +18002,7 @@ MOE_API moe_status moe_layer_clone(moe_layer **out, const moe_layer *layer, size
 static moe_status moe__growth_donor_fits(const moe_layer *layer, const moe_growth_donor *donor) {
     if (!donor->layer || donor->layer->stock.kind) return MOE_E_GROWTH_DONOR;
     const moe__plan *a = &layer->plan, *b = &donor->layer->plan;
+    if (moe__desc_whole(b)) return MOE_E_SHARD;
     if (donor->expert >= b->E) return MOE_E_GROWTH_EXPERT;
     if (donor->expert >= b->F) return MOE_E_GROWTH_SPECIAL;
     if (a->d != b->d || a->f != b->f || a->L != b->L || a->desc.expert != b->desc.expert) return MOE_E_GROWTH_DONOR;
@@ -18551,9 +18721,9 @@ static int32_t moe__json_escape(moe__json *json) {
 static size_t moe__json_plain(const moe__json *json, unsigned char out[4]) {
     int32_t code = json->bytes[json->at];
     size_t length = 2 + (size_t)(code >= 0xE0) + (size_t)(code >= 0xF0);
-    if (code < 0x80) length = code >= 0x20;
-    if ((code >= 0x80 && code < 0xC2) || code >= 0xF5 || length > json->end - json->at) return 0;
     out[0] = (unsigned char)code;
+    if (code < 0x80) return code >= 0x20;
+    if (code < 0xC2 || code >= 0xF5 || length > json->end - json->at) return 0;
     code &= 0x7F >> length;
     for (size_t i = 1; i < length; i++) {
         out[i] = json->bytes[json->at + i];
@@ -18566,16 +18736,18 @@ static size_t moe__json_plain(const moe__json *json, unsigned char out[4]) {
 
 /* One character of a string, as UTF-8: its length, or 0 for a fault, which moves nothing. */
 static size_t moe__json_char(moe__json *json, unsigned char out[4]) {
-    moe__json after = *json;
-    size_t length;
-    if (!moe__json_next(&after, '\\')) {
+    size_t length, start = json->at;
+    if (moe__json_peek(json) != '\\') {
         length = moe__json_plain(json, out);
         json->at += length;
         return length;
     }
-    int32_t code = moe__json_escape(&after);
-    if (code < 0) return 0;
-    *json = after;
+    json->at++;
+    int32_t code = moe__json_escape(json);
+    if (code < 0) {
+        json->at = start;
+        return 0;
+    }
     length = 1 + (size_t)(code >= 0x80) + (size_t)(code >= 0x800) + (size_t)(code >= 0x10000);
     for (size_t i = length; i-- > 1; code >>= 6) out[i] = (unsigned char)(0x80 | (code & 0x3F));
     if (length > 1) code |= 0xF00 >> length & 0xF0; /* 110, 1110 or 11110, then the highest bits */
@@ -18610,7 +18782,6 @@ static int moe__json_is(const moe__json *json, moe__json_text text, const char *
     unsigned char out[4];
     while (inside.at < inside.end) {
         size_t length = moe__json_char(&inside, out);
-        if (!length) return 0;
         for (size_t i = 0; i < length; i++, name++)
             if (!*name || (unsigned char)*name != out[i]) return 0;
     }
@@ -18937,6 +19108,12 @@ static moe_status moe__file_cursor_next(moe__file_cursor *cursor, moe__file_entr
     }
 }
 
+/* The next entry, if there is one; *status: why not. */
+static int moe__file_cursor_more(moe__file_cursor *cursor, moe__file_entry *entry, moe_status *status) {
+    *status = moe__file_cursor_next(cursor, entry);
+    return !*status && entry->kind != MOE__ENTRY_END;
+}
+
 /* -- names in order --
  * Tensors may stand in the header in any order, but their offsets must tile the data, and no name may come twice. Both
  * are seen when keys are in order: (begin, end) of the bytes, or (hash of the name, where it stands). A hash has 64
@@ -19003,7 +19180,7 @@ static moe_status moe__file_names(moe__file_cursor cursor, moe__file_index *inde
     moe__file_entry entry;
     moe_status status;
     size_t n = 0, n_tensors = 0;
-    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+    while (moe__file_cursor_more(&cursor, &entry, &status)) {
         index->names[n].major = moe__file_hash(&cursor.j, entry.name, entry.kind);
         index->names[n++].minor = entry.name.begin;
         if (index->order && (cursor.alone || entry.kind == MOE__ENTRY_TENSOR))
@@ -19021,8 +19198,9 @@ static moe_status moe__file_names(moe__file_cursor cursor, moe__file_index *inde
 /* The routers from a cursor at the start, by layer: how many. Of two names of one layer the first counts. */
 static size_t moe__file_routers(moe__file_cursor cursor, moe__file_key *routers) {
     moe__file_entry entry;
+    moe_status status;
     size_t n = 0, kept = 0, layer;
-    while (!moe__file_cursor_next(&cursor, &entry) && entry.kind != MOE__ENTRY_END) {
+    while (moe__file_cursor_more(&cursor, &entry, &status)) {
         size_t length = entry.name.end - entry.name.begin;
         if (!cursor.alone && entry.kind != MOE__ENTRY_TENSOR) continue;
         if (!moe_router_name((const char *)cursor.j.bytes + entry.name.begin, length, &layer)) continue;
@@ -19064,18 +19242,18 @@ static moe_status moe__file_tiles(moe_file *file, moe__file_cursor cursor, moe__
     moe__file_entry entry;
     moe_status status;
     size_t n = 0, end = 0;
-    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+    while (moe__file_cursor_more(&cursor, &entry, &status)) {
         if (entry.kind != MOE__ENTRY_TENSOR) continue;
         keys[n].major = entry.begin;
         keys[n++].minor = entry.end;
     }
     moe__file_sort(n, keys);
-    for (size_t i = 0; i < n && !status; end = (size_t)keys[i++].minor)
+    for (size_t i = 0; i < n; end = (size_t)keys[i++].minor)
         if (keys[i].major != end) {
             file->offset = cursor.j.end + end;
             return MOE_E_FILE_OFFSETS; /* a hole, or bytes of two */
         }
-    return status;
+    return MOE_OK;
 }
 
 /* The header read once: how many entries, tensors and bytes of theirs, in which order. */
@@ -19083,7 +19261,7 @@ static moe_status moe__file_count(moe_file *file, moe__file_cursor cursor, size_
                                   int *in_order) {
     moe__file_entry entry;
     moe_status status;
-    while (!(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END) {
+    while (moe__file_cursor_more(&cursor, &entry, &status)) {
         ++*n_entries;
         if (entry.kind == MOE__ENTRY_METADATA) continue;
         file->n_tensors++;
@@ -19176,7 +19354,7 @@ static void moe__file_jump(moe__file_cursor *cursor, uint64_t name, moe__file_en
 static moe_status moe__file_seek(moe__file_cursor *cursor, const void *names, moe__file_entry_kind kind,
                                  const char *name, moe__file_entry *entry) {
     const moe__file_index *index = (const moe__file_index *)names;
-    moe_status status = MOE_OK;
+    moe_status status;
     if (index) {
         size_t low = 0, high = index->n_names;
         uint64_t hash = UINT64_C(0xcbf29ce484222325) ^ (uint64_t)kind;
@@ -19189,10 +19367,8 @@ static moe_status moe__file_seek(moe__file_cursor *cursor, const void *names, mo
         if (low == index->n_names || index->names[low].major != hash) return MOE_E_NAME;
         moe__file_jump(cursor, index->names[low].minor, kind);
     }
-    while (!status) {
-        status = moe__file_cursor_next_of(cursor, kind, entry);
-        if (status || moe__json_is(&cursor->j, entry->name, name)) break;
-    }
+    do status = moe__file_cursor_next_of(cursor, kind, entry);
+    while (!status && !moe__json_is(&cursor->j, entry->name, name));
     return status;
 }
 
@@ -19423,19 +19599,28 @@ MOE_API moe_status moe_npy_open(moe_npy *npy, const void *bytes, size_t size) {
     return status;
 }
 
+/* n floats between this machine's order of bytes and little-endian: the same both ways. */
+static void moe__npy_little_endian(float *values, size_t n) {
+    unsigned char *bytes = (unsigned char *)values;
+    for (; n > 0; n--, bytes += 4) {
+        uint32_t word;
+        memcpy(&word, bytes, 4);
+        for (int i = 0; i < 4; i++) bytes[i] = (unsigned char)(word >> (8 * i));
+    }
+}
+
 MOE_API moe_status moe_to_float(moe_dtype_kind dtype, size_t n, const void *elements, float *out) {
     const unsigned char *bytes = (const unsigned char *)elements;
-    const uint32_t one = 1; /* its first byte is 1 where the machine is little-endian */
     if ((unsigned)dtype >= MOE_DTYPE_I32 || dtype == MOE_DTYPE_NONE) return MOE_E_FILE_DTYPE;
     if (!n) return MOE_OK;
     if (!bytes) return MOE_E_NULL_BYTES;
     if (!out) return MOE_E_NULL_OUT;
     if (dtype == MOE_DTYPE_F16) moe__dispatched()->half(n, bytes, out);
     else if (dtype == MOE_DTYPE_BF16 || dtype == MOE_DTYPE_U16) moe__dispatched()->bfloat(n, bytes, out);
-    else if (dtype == MOE_DTYPE_F32 && !memcmp(&one, "\1", 1)) memcpy(out, bytes, n * sizeof *out);
-    else if (dtype == MOE_DTYPE_F32)
-        for (size_t i = 0; i < n; i++) out[i] = moe__float_of((uint32_t)moe__npy_little(bytes + 4 * i, 4));
-    else
+    else if (dtype == MOE_DTYPE_F32) {
+        memcpy(out, bytes, n * sizeof *out);
+        moe__npy_little_endian(out, n);
+    } else
         for (size_t i = 0; i < n; i++) {
             uint64_t bits = moe__npy_little(bytes + 8 * i, 8);
             double value;
@@ -19504,20 +19689,20 @@ MOE_API moe_status moe_router_bias_name(const char *router, char *name, size_t s
 MOE_API moe_status moe_file_router_bias(const moe_file *file, size_t layer, size_t n_experts, float *bias) {
     moe_file_tensor tensor;
     moe_status status = MOE_E_NAME;
-    char name[80];
+    char name[80]; /* longer than any */
     size_t bytes;
     if (!bias) return MOE_E_NULL_OUT;
     for (int sparse = 0; sparse < 2 && status == MOE_E_NAME; sparse++) {
-        status = moe__model_bias_name(layer, sparse, name, sizeof name);
-        if (!status) status = moe_file_find(file, name, &tensor);
+        (void)moe__model_bias_name(layer, sparse, name, sizeof name);
+        status = moe_file_find(file, name, &tensor);
     }
     if (status) return status;
     moe_dtype_kind dtype = moe_dtype_of(tensor.dtype);
     status = moe_to_float(dtype, 0, NULL, NULL);
     if (status) return status;
     if (!moe__mul(n_experts, moe_dtype_size(dtype), &bytes) || tensor.bytes != bytes) return MOE_E_FILE_SHAPE;
-    status = moe_to_float(dtype, n_experts, tensor.data, bias);
-    return status || moe__all_finite(n_experts, bias) ? status : MOE_E_FILE_NAN;
+    (void)moe_to_float(dtype, n_experts, tensor.data, bias);
+    return moe__all_finite(n_experts, bias) ? MOE_OK : MOE_E_FILE_NAN;
 }
 
 /* A file in the same folder: no separator, drive or control character, and not "." or "..". */
@@ -19543,7 +19728,7 @@ static int moe__model_shards_map(moe__json *json, moe_shards *shards) {
     if (shards->map || !moe__json_take(json, '{')) return 0;
     shards->map = json->at;
     moe__model_shards_start(shards, &cursor);
-    for (; !(status = moe__file_cursor_next(&cursor, &entry)) && entry.kind != MOE__ENTRY_END; shards->n_tensors++) {
+    for (; moe__file_cursor_more(&cursor, &entry, &status); shards->n_tensors++) {
         json->at = entry.value.begin;
         if (!moe__model_plain_name(json, entry.value)) return 0;
     }
@@ -19632,19 +19817,18 @@ MOE_API moe_status moe_shards_router(const moe_shards *shards, size_t i, size_t 
  * MXFP4's come in blocks of 32 with a power of two for each, low half of a byte first. */
 typedef struct moe__model_values moe__model_values;
 struct moe__model_values {
-    moe_status (*read)(const moe__model_values *values, size_t first, size_t n, float *out);
+    void (*read)(const moe__model_values *values, size_t first, size_t n, float *out);
     moe_file_tensor tensor;
     size_t count;
     const unsigned char *bytes, *scale;
-    moe_dtype_kind dtype, scale_dtype; /* of what moe_to_float reads; scale NULL: 1 */
+    moe_dtype_kind dtype, scale_dtype; /* of what moe_to_float reads */
     size_t block_rows, block_columns, scale_rows, scale_columns;
 };
 
-static moe_status moe__model_read_plain(const moe__model_values *values, size_t first, size_t n, float *out) {
+static void moe__model_read_plain(const moe__model_values *values, size_t first, size_t n, float *out) {
     size_t size = moe_dtype_size(values->dtype);
-    if (values->dtype) return moe_to_float(values->dtype, n, values->bytes + first * size, out);
-    memcpy(out, values->bytes + first * sizeof *out, n * sizeof *out); /* not a file's: this machine's */
-    return MOE_OK;
+    if (values->dtype) (void)moe_to_float(values->dtype, n, values->bytes + first * size, out);
+    else memcpy(out, values->bytes + first * sizeof *out, n * sizeof *out); /* not a file's: this machine's */
 }
 /* Four bits of exponent above 7, three of fraction: a float32's bits, 120 powers of two too small; all ones are NaN. */
 static float moe__model_f8(unsigned char byte) {
@@ -19652,7 +19836,7 @@ static float moe__model_f8(unsigned char byte) {
     if ((byte & 0x7F) == 0x7F) return NAN;
     return moe__float_of(bits) * moe__float_of(0x7B800000u);
 }
-static moe_status moe__model_read_f8(const moe__model_values *values, size_t first, size_t n, float *out) {
+static void moe__model_read_f8(const moe__model_values *values, size_t first, size_t n, float *out) {
     size_t columns = 1, rows = 1, wide = moe_dtype_size(values->scale_dtype);
     if (values->tensor.n_dims) columns = values->tensor.dim[values->tensor.n_dims - 1];
     if (values->tensor.n_dims > 1) rows = values->tensor.dim[values->tensor.n_dims - 2];
@@ -19662,12 +19846,11 @@ static moe_status moe__model_read_f8(const moe__model_values *values, size_t fir
         float scale = 1.0f;
         run = moe__min(n - i, moe__min(columns - column, values->block_columns - column % values->block_columns));
         at += column / values->block_columns;
-        if (values->scale) (void)moe_to_float(values->scale_dtype, 1, values->scale + at * wide, &scale);
+        (void)moe_to_float(values->scale_dtype, 1, values->scale + at * wide, &scale);
         for (size_t k = i; k < i + run; k++) out[k] = moe__model_f8(values->bytes[first + k]) * scale;
     }
-    return MOE_OK;
 }
-static moe_status moe__model_read_mxfp4(const moe__model_values *values, size_t first, size_t n, float *out) {
+static void moe__model_read_mxfp4(const moe__model_values *values, size_t first, size_t n, float *out) {
     static const float numbers[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                       -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
     for (size_t i = 0; i < n; i++) {
@@ -19675,7 +19858,6 @@ static moe_status moe__model_read_mxfp4(const moe__model_values *values, size_t 
         uint32_t power = values->scale[at / 32], half = values->bytes[at / 2] >> 4 * (at % 2) & 15;
         out[i] = numbers[half] * moe__float_of(power ? power << 23 : 0x400000u); /* 255: infinity times it */
     }
-    return MOE_OK;
 }
 
 /* -- experts' weights in the layouts of others -- */
@@ -19694,8 +19876,8 @@ static size_t moe__model_place(const moe__model_matrix *m, size_t row, size_t co
     return (m->e * m->ins + in) * m->outs + out;
 }
 static moe_status moe__model_line(const moe__model_matrix *m, size_t place, size_t length, float *line) {
-    moe_status status = m->values.read(&m->values, place, length, line);
-    return status || moe__all_finite(length, line) ? status : MOE_E_NAN_WEIGHT;
+    m->values.read(&m->values, place, length, line);
+    return moe__all_finite(length, line) ? MOE_OK : MOE_E_NAN_WEIGHT;
 }
 
 /* An expert's matrices go into its format through floats that stay in cache: so many rows of a panel at a time. Half a
@@ -19716,24 +19898,22 @@ static moe__model_half moe__model_half_of(const moe__model_matrix *from, size_t 
     half.columns = moe__min(16, from->columns - column);
     return half;
 }
-static moe_status moe__model_half_read(const moe__model_half *half, size_t row, float *lines, float *tile) {
+static void moe__model_half_read(const moe__model_half *half, size_t row, float *lines, float *tile) {
     const moe__model_matrix *m = half->from;
-    moe_status status = MOE_OK;
     float line[MOE__W];
-    if (half->columns && m->out_first)
-        for (size_t c = 0; c < half->columns && !status; c++, lines += MOE__MODEL_ROWS) {
+    if (m->out_first)
+        for (size_t c = 0; c < half->columns; c++, lines += MOE__MODEL_ROWS) {
             size_t place = moe__model_place(m, row, half->column + c), size = moe_dtype_size(m->values.dtype);
             const unsigned char *next = m->values.bytes + (place + half->rows) * size; /* what this line has next */
             for (size_t at = 0; at < half->rows * size; at += 64) MOE__PREFETCH_L1(next + at);
-            status = m->values.read(&m->values, place, half->rows, lines);
+            m->values.read(&m->values, place, half->rows, lines);
         }
     else
-        for (size_t r = 0; r < half->rows && !status; r++, tile += MOE__W) {
+        for (size_t r = 0; r < half->rows; r++, tile += MOE__W) {
             size_t place = moe__model_place(m, row + r, half->column);
-            status = m->values.read(&m->values, place, (half->columns - 1) * m->step + 1, line);
+            m->values.read(&m->values, place, (half->columns - 1) * m->step + 1, line);
             for (size_t c = 0; c < half->columns; c++) tile[c] = line[c * m->step];
         }
-    return status;
 }
 static int moe__model_half_finite(size_t rows, const float *tile) { /* of the lower half: is it finite? */
     while (rows && moe__all_finite(16, tile)) rows--, tile += MOE__W;
@@ -19753,10 +19933,7 @@ static moe_status moe__model_rows(const moe__weights *to, size_t panel, size_t r
     for (int pass = across ? 0 : 1; pass < 2; pass++) { /* what lies across first: it fills the tile's other columns */
         for (int h = 0; h < 2; h++) {
             if (!half[h].columns || half[h].from->out_first == pass) continue;
-            moe_status status = moe__model_half_read(&half[h], row, lines + 16 * h * MOE__MODEL_ROWS, tile + 16 * h);
-            if (!status) continue;
-            *bad = half[h].from;
-            return status;
+            moe__model_half_read(&half[h], row, lines + 16 * h * MOE__MODEL_ROWS, tile + 16 * h);
         }
         for (size_t r = 0; r < rows && !pass; r += MOE__W)
             kernels->transpose(lines + r, MOE__MODEL_ROWS, tile + r * MOE__W);
@@ -19810,13 +19987,12 @@ static moe_status moe__model_expert(const moe__plan *plan, const moe__plan_block
 }
 /* A tensor that is no expert's, along the file's lines. */
 static moe_status moe__model_plain(const moe__plan *plan, int id, const moe__model_matrix *m, float *params) {
-    size_t lines = m->rows, length = m->columns, most = MOE__W;
+    size_t lines = m->rows, length = m->columns;
     float line[MOE__W];
     if (m->out_first) lines = m->columns, length = m->rows;
-    else if (m->step > 1) most = 1;
     for (size_t i = 0; i < lines; i++)
         for (size_t k = 0, n; k < length; k += n) {
-            n = moe__min(most, length - k);
+            n = moe__min(MOE__W, length - k);
             size_t place = m->out_first ? moe__model_place(m, k, i) : moe__model_place(m, i, k);
             moe_status status = moe__model_line(m, place, n, line);
             if (status) return status;
@@ -20108,14 +20284,13 @@ static moe_status moe__model_bad(moe_model *model, moe__model_word key, const ch
 static moe_status moe__model_whole(moe_model *model, const char *key, size_t *out) {
     moe__model_word value;
     char text[64], from[64];
-    uint64_t number;
     if (!moe__model_value(model, key, &value))
         return moe__model_fault(model, "family", moe__model_word_of(key), MOE_E_MODEL_TEXT);
     moe_status status = moe__model_text(model, moe__model_word_of(key), value, text, from);
     if (status) return status;
-    if (!moe__parse_u64(text, &number) || number > SIZE_MAX)
+    moe__json number = moe__json_over((const unsigned char *)text, 0, strlen(text));
+    if (moe__json_size(&number, MOE_E_JSON, MOE_E_JSON, out) || number.at != number.end)
         return moe__model_bad(model, moe__model_word_of(key), from);
-    *out = (size_t)number;
     return MOE_OK;
 }
 
@@ -20235,11 +20410,12 @@ static moe_status moe__model_blocks(moe_model *model, const char *name, moe__mod
     if (status) return status;
     (void)moe__model_join(name, "_scales", other);
     status = moe__model_find(model, other, &scales);
-    if (status == MOE_E_NAME) status = MOE_E_MODEL_TENSOR;
-    else if (!status && (strcmp(tensor->dtype, "U8") || strcmp(scales.dtype, "U8"))) status = MOE_E_MODEL_DTYPE;
-    else if (!status && (tensor->n_dims < 3 || tensor->dim[tensor->n_dims - 1] != 16)) status = MOE_E_MODEL_SHAPE;
-    else if (!status && scales.bytes != tensor->bytes / 16) status = MOE_E_MODEL_SHAPE;
-    if (status) return moe__model_about(model, other, status);
+    if (status == MOE_E_NAME) return moe__model_about(model, other, MOE_E_MODEL_TENSOR);
+    if (status) return status;
+    if (strcmp(tensor->dtype, "U8") || strcmp(scales.dtype, "U8"))
+        return moe__model_about(model, other, MOE_E_MODEL_DTYPE);
+    if (tensor->n_dims < 3 || tensor->dim[tensor->n_dims - 1] != 16 || scales.bytes != tensor->bytes / 16)
+        return moe__model_about(model, other, MOE_E_MODEL_SHAPE);
     tensor->n_dims--;
     if (!moe__mul(tensor->dim[tensor->n_dims - 1], 32, &tensor->dim[tensor->n_dims - 1])) return MOE_E_OVERFLOW;
     memcpy(tensor->dtype, "MXFP4", sizeof "MXFP4");
@@ -20292,7 +20468,8 @@ MOE_API moe_status moe_model_read(moe_model *model, const char *name, size_t fir
     if (status) return status;
     if (first > values.count || n > values.count - first)
         return moe__model_about(model, name, MOE_E_MODEL_RANGE);
-    return values.read(&values, first, n, out);
+    values.read(&values, first, n, out);
+    return MOE_OK;
 }
 
 /* -- its layers -- */
@@ -20384,13 +20561,16 @@ static moe_status moe__model_desc(moe_model *model, moe_desc *desc, size_t *widt
     memset(desc, 0, sizeof *desc);
     desc->training = MOE_OFF;
     while (!status && moe__model_pair(&rest, &key, &value) > 0) status = moe__model_field(model, key, value, desc);
-    if (!status && moe__model_value(model, "shared_width", &value)) {
-        status = moe__model_whole(model, "shared_width", width);
-        if (!status && desc->d_ff) desc->n_shared = moe__ceil_div(*width, desc->d_ff);
-        if (!desc->n_shared) desc->shared_gate = MOE_OFF;
-    } else if (!moe__mul(desc->n_shared, desc->d_ff, width)) status = MOE_E_OVERFLOW;
+    int given = moe__model_value(model, "shared_width", &value);
+    if (!status && given) status = moe__model_whole(model, "shared_width", width);
     if (status) return status;
+    if (given) {
+        if (!desc->d_ff) return moe__model_fault(model, "family", moe__model_word_of("d_ff"), MOE_E_MODEL_TEXT);
+        desc->n_shared = moe__ceil_div(*width, desc->d_ff);
+        if (!desc->n_shared) desc->shared_gate = MOE_OFF;
+    }
     status = moe_desc_resolve(desc, &resolved);
+    if (!status && !given) *width = resolved.n_shared * resolved.d_ff;
     if (!status) return status;
     char from[64] = "", text[64];
     const char *field = moe_status_field(status);
@@ -20445,21 +20625,22 @@ static int moe__model_fits(const moe__model_matrix *m, size_t n_experts) {
     size_t rows = m->ins, columns = m->outs, product = 1;
     if (m->out_first) rows = m->outs, columns = m->ins;
     if (!tensor->n_dims || tensor->dim[tensor->n_dims - 1] != columns) return 0;
-    for (size_t i = 0; i + 1 < tensor->n_dims; i++)
-        if (!moe__mul(product, tensor->dim[i], &product)) return 0;
+    for (size_t i = 0; i + 1 < tensor->n_dims; i++) product *= tensor->dim[i]; /* the file and the plan are sound */
     if (tensor->n_dims > 2 && tensor->dim[0] != n_experts) return 0;
-    return tensor->n_dims < 4 && moe__mul(rows, n_experts, &rows) && product == rows;
+    return tensor->n_dims < 4 && product == rows * n_experts;
 }
 static moe_status moe__model_part_of(moe_model *model, const moe__plan *plan, size_t layer, size_t width,
                                      moe__model_part *part) {
     int id = part->id, routed = moe__plan_tensors[id].region == MOE__IN_EXPERTS;
     int shared = routed && part->expert >= plan->F, bias = id >= MOE__T_B1 && id <= MOE__T_B2;
+    int pair = routed && id != MOE__T_W2 && id != MOE__T_B2; /* gate and up */
     int vector = strlen(moe__plan_tensors[id].axes) == 1u + (unsigned)routed;
     char name[256], key[32];
     moe__model_form form;
     moe__model_matrix *m = &part->from;
-    if (!moe__model_part_name(model, plan, layer, id, part->expert, name, &form)) {
-        if (bias || id == MOE__R_BIAS) return MOE_OK; /* zeros */
+    int named = moe__model_part_name(model, plan, layer, id, part->expert, name, &form);
+    if (!named && (bias || id == MOE__R_BIAS)) return MOE_OK; /* zeros */
+    if (!named || (form.gate_up && !pair)) {
         const char *what = moe__model_key(plan, id, part->expert, key);
         return moe__model_fault(model, "family", moe__model_word_of(what), MOE_E_MODEL_TEXT);
     }
@@ -20521,10 +20702,9 @@ static moe_status moe__model_bias(moe_model *model, size_t layer, moe_layer *mad
         return moe__model_fault(model, "family", moe__model_word_of("control.bias"), MOE_E_MODEL_TEXT);
     moe_status status = moe__model_readable(model, name, &values);
     if (status) return status;
-    if (values.count != E) status = MOE_E_MODEL_SHAPE;
-    if (!status) status = values.read(&values, 0, E, made->control.bias);
-    if (!status && !moe__all_finite(E, made->control.bias)) status = MOE_E_MODEL_NAN;
-    return status ? moe__model_about(model, name, status) : MOE_OK;
+    if (values.count != E) return moe__model_about(model, name, MOE_E_MODEL_SHAPE);
+    values.read(&values, 0, E, made->control.bias);
+    return moe__all_finite(E, made->control.bias) ? MOE_OK : moe__model_about(model, name, MOE_E_MODEL_NAN);
 }
 /* All parts filled, side by side; the first fault is named. */
 static moe_status moe__model_fill_all(moe_model *model, size_t layer, moe_layer *made, moe__model_part *parts,
@@ -20536,9 +20716,8 @@ static moe_status moe__model_fill_all(moe_model *model, size_t layer, moe_layer 
     moe_run(&made->plan.desc.parallel, made->plan.G, moe__model_fill_expert, &fill);
     for (size_t i = 0; i < n; i++) {
         if (!parts[i].status) continue;
-        if (!moe__model_part_name(model, &made->plan, layer, parts[i].id, parts[i].expert, name, &form)) name[0] = 0;
-        if (parts[i].status == MOE_E_NAN_WEIGHT) parts[i].status = MOE_E_MODEL_NAN;
-        return moe__model_about(model, name, parts[i].status);
+        (void)moe__model_part_name(model, &made->plan, layer, parts[i].id, parts[i].expert, name, &form);
+        return moe__model_about(model, name, MOE_E_MODEL_NAN);
     }
     return moe__model_bias(model, layer, made);
 }
@@ -20797,7 +20976,7 @@ static int moe__save_at(const moe__plan *plan, const moe_format_kind *kind, int 
         }
     moe_control control;
     moe__arena none = {NULL, 0, 0};
-    if (moe__control_layout(&control, plan->desc.controller, plan->E, &none)) return 0;
+    (void)moe__control_layout(&control, plan->desc.controller, plan->E, &none);
     size_t states[2] = {control.n_state, MOE__GROWTH_STATE * (size_t)moe__layer_has_growth(&plan->desc)};
     for (int id = 0; id < 2; id++) {
         if (!states[id] || i--) continue;
@@ -20824,8 +21003,9 @@ static void moe__save_number(moe__text *text, const char *before, uint64_t numbe
     moe__text_u64(text, number);
     moe__text_add(text, after);
 }
-/* The header, padded so that the data begins at a multiple of 8; the data's size into *data. */
-static moe_status moe__save_header(const moe_layer *layer, int with_optimizer, moe__text *text, size_t *data) {
+/* The header, padded so that the data begins at a multiple of 8; the data's size into *data. What is in memory has a
+ * size that fits. */
+static void moe__save_header(const moe_layer *layer, int with_optimizer, moe__text *text, size_t *data) {
     moe__save_entry entry;
     *data = 0;
     moe__text_add(text, "{\"__metadata__\":{\"format\":\"moe.h\",\"version\":\"1\",");
@@ -20847,40 +21027,30 @@ static moe_status moe__save_header(const moe_layer *layer, int with_optimizer, m
         moe__text_add(text, "\",\"shape\":");
         for (size_t k = 0; k < entry.tensor.n_dims; k++) moe__save_number(text, k ? "," : "[", entry.tensor.dim[k], "");
         moe__save_number(text, "],\"data_offsets\":[", *data, ",");
-        if (!moe__add_size(*data, entry.bytes, data)) return MOE_E_OVERFLOW;
+        *data += entry.bytes;
         moe__save_number(text, "", *data, "]}");
     }
     moe__text_add(text, "}");
     while (text->n % 8) moe__text_char(text, ' ');
-    return MOE_OK;
 }
 /* Bytes of the header, without the 8 of its length, and of the whole file. */
 static moe_status moe__save_measure(const moe_layer *layer, int with_optimizer, size_t *header, size_t *total) {
     moe__text text = {NULL, 0, 0};
     if (!layer) return MOE_E_NULL_LAYER;
     if (with_optimizer && layer->plan.desc.training == MOE_OFF) return MOE_E_INFERENCE;
-    moe_status status = moe__save_header(layer, with_optimizer, &text, total);
+    moe__save_header(layer, with_optimizer, &text, total);
     *header = text.n;
-    if (status) return status;
-    if (!moe__add_size(*total, text.n + 8, total)) return MOE_E_OVERFLOW;
+    *total += text.n + 8;
     return MOE_OK;
 }
 static size_t moe__save_put_header(const moe_layer *layer, int with_optimizer, size_t header, unsigned char *to) {
     moe__text text = {(char *)to + 8, header, 0};
     size_t data;
     for (size_t i = 0; i < 8; i++) to[i] = (unsigned char)((uint64_t)header >> (8 * i));
-    (void)moe__save_header(layer, with_optimizer, &text, &data);
+    moe__save_header(layer, with_optimizer, &text, &data);
     return 8 + header;
 }
 
-/* n floats between this machine's order of bytes and little-endian: the same both ways. */
-static void moe__save_little_endian(unsigned char *bytes, size_t n) {
-    for (; n > 0; n--, bytes += 4) {
-        uint32_t word;
-        memcpy(&word, bytes, 4);
-        for (int i = 0; i < 4; i++) bytes[i] = (unsigned char)(word >> (8 * i));
-    }
-}
 /* Of an expert's matrix in a format: its elements or scales between the layer and a file's bytes, row-major and
  * little-endian; of 4 bits the lower half of a byte comes first. Written, or read into words that were 0. */
 static size_t moe__save_fields(const moe_layer *layer, const moe__save_entry *entry, unsigned char *bytes, int read) {
@@ -20920,12 +21090,12 @@ static moe_status moe__save_put_tensor(const moe_layer *layer, const moe__save_e
     unsigned char below[sizeof(float)], *aligned = to - shift;
     float *floats = (float *)(void *)aligned;
     memcpy(below, aligned, shift);
-    moe_status status = moe_layer_get(layer, entry->part, entry->tensor.name, floats, entry->tensor.count);
-    if (!status && !moe__layer_numbers_ok(entry->part, entry->tensor.count, floats)) status = MOE_E_SAVE_NAN;
+    (void)moe_layer_get(layer, entry->part, entry->tensor.name, floats, entry->tensor.count);
+    int good = moe__layer_numbers_ok(entry->part, entry->tensor.count, floats);
+    moe__npy_little_endian(floats, entry->tensor.count);
     if (shift) memmove(to, aligned, entry->bytes);
     memcpy(aligned, below, shift);
-    moe__save_little_endian(to, entry->tensor.count);
-    return status;
+    return good ? MOE_OK : MOE_E_SAVE_NAN;
 }
 
 MOE_API moe_status moe_layer_save_size(const moe_layer *layer, int with_optimizer, size_t *bytes) {
@@ -20941,8 +21111,8 @@ MOE_API moe_status moe_layer_save_memory(const moe_layer *layer, int with_optimi
     moe__save_entry entry;
     size_t header, total;
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
-    if (!status && with_optimizer && !layer->fresh) status = MOE_E_UNSTEPPED;
     if (status) return status;
+    if (with_optimizer && !layer->fresh) return MOE_E_UNSTEPPED;
     if (!bytes) return MOE_E_NULL_BYTES;
     if (size < total) return MOE_E_SMALL_MEMORY;
     to += moe__save_put_header(layer, with_optimizer, header, to);
@@ -20968,8 +21138,8 @@ MOE_API moe_status moe_layer_check(const moe_layer *layer, int with_optimizer, m
     for (size_t i = 0; !status && moe__save_at(plan, kind, with_optimizer, i, &entry); i++) {
         *part = entry.part;
         if (entry.stored) continue; /* finite when it was packed */
-        status = moe_layer_get(layer, entry.part, entry.tensor.name, values, entry.tensor.count);
-        if (!status && !moe__layer_numbers_ok(entry.part, entry.tensor.count, values)) status = MOE_E_SAVE_NAN;
+        (void)moe_layer_get(layer, entry.part, entry.tensor.name, values, entry.tensor.count);
+        if (!moe__layer_numbers_ok(entry.part, entry.tensor.count, values)) status = MOE_E_SAVE_NAN;
         if (status) *name = entry.tensor.name;
     }
     moe__free(plan->desc.alloc_context, values);
@@ -21055,7 +21225,7 @@ static moe_status moe__save_set_tensor(moe_layer *layer, const moe__save_entry *
         if (!bad) return MOE_OK;
         return entry->stored->scaled ? MOE_E_FILE_QUANTISED : MOE_E_FILE_NAN;
     }
-    moe__save_little_endian((unsigned char *)scratch, n);
+    moe__npy_little_endian(scratch, n);
     if (!moe__layer_numbers_ok(entry->part, n, scratch)) return MOE_E_FILE_NAN;
     return moe_layer_set(layer, entry->part, entry->tensor.name, scratch, n);
 }
@@ -21304,7 +21474,11 @@ MOE_API moe_status moe_layer_load(moe_layer **out, const char *path, const moe_d
     return status;
 }
 #endif /* MOE_NO_STDIO */
+#endif /* !MOE_ONLY_PLAN */
 
+#if defined(MOE_ONLY_PLAN) && defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT DEFAULT
 #elif defined(__GNUC__)

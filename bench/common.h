@@ -176,8 +176,8 @@ static void bench_usage(const char *program, const char *what, int with_pass)
            "  --help           this\n");
 }
 
-static bench_options bench_parse(int argc, char **argv, const char *what, const char *const *shapes, size_t n_shapes,
-                                 int with_pass, void (*print_shapes)(FILE *))
+static inline bench_options bench_parse(int argc, char **argv, const char *what, const char *const *shapes,
+                                        size_t n_shapes, int with_pass, void (*print_shapes)(FILE *))
 {
     bench_options o;
     memset(&o, 0, sizeof o);
@@ -226,7 +226,7 @@ static bench_options bench_parse(int argc, char **argv, const char *what, const 
 }
 
 /* Is this instruction set asked for, and there? If so it is active afterwards. */
-static int bench_use_isa(const bench_options *o, moe_isa_kind isa)
+static inline int bench_use_isa(const bench_options *o, moe_isa_kind isa)
 {
     if (isa == MOE_ISA_AUTO) {
         if (strcmp(o->isa, "all") == 0 || !bench_listed(o->isa, "auto")) return 0;
@@ -240,7 +240,7 @@ static int bench_use_isa(const bench_options *o, moe_isa_kind isa)
 
 /* Threads of everything that follows: the library, the limits, the peers. */
 static size_t bench_threads = 1;
-static int bench_use_threads(size_t n)
+static inline int bench_use_threads(size_t n)
 {
 #ifdef _OPENMP
     omp_set_num_threads((int)n);

@@ -39,11 +39,11 @@ awk -F ' *[|] *' -v command='build/zoo --quiet --markdown --seeds 3' '
         sub(/^<!-- zoo /, "", s)
         sub(/ -->$/, "", s)
         if (!(s in rank)) { print "no row of " s >"/dev/stderr"; exit 1 }
-        printf "Zoo: test loss %s (%d of %d), accuracy %s, training loss %s, %s active parameters;\n",
-            cell[s, "test loss"], rank[s], n, cell[s, "test accuracy"], cell[s, "train loss"],
-            cell[s, "active parameters"]
+        printf "Zoo: test loss %s (%d of %d), accuracy %s, training loss %s,\n", cell[s, "test loss"], rank[s], n,
+            cell[s, "test accuracy"], cell[s, "train loss"]
+        printf "%s active parameters; ", cell[s, "active parameters"]
         printf "MaxVio %s, load CV %s, dead %s, dropped %s, PES %s.\n", cell[s, "MaxVio"], cell[s, "CV"],
             cell[s, "dead"], cell[s, "dropped"], cell[s, "PES"]
-        if (cell[s, "notes"] != "") printf "Beside it: %s.\n", cell[s, "notes"]
+        if (cell[s, "notes"] != "") printf "Beside it:\n%s.\n", cell[s, "notes"]
     }' "$tmp/zoo" "$page" >"$tmp/page"
 cp "$tmp/page" "$page"

@@ -265,23 +265,36 @@ static size_t test_count(const config *o, const cifar *data) {
     return o->eval && o->eval < data->test.count ? o->eval : data->test.count;
 }
 
-// Tests on the first `count` images. With `r` the whole report: each image also mirrored, the logits averaged, and the
-// experts' health and classes noted.
+// How the final test looks at an image: as it is and moved by a pixel, each also mirrored; the logits are averaged.
+static const struct view {
+    int flip, moved;
+    float weight;
+} views[] = {{0, 0, 0.25f}, {2, 0, 0.25f}, {0, -1, 0.125f}, {2, -1, 0.125f}, {0, 1, 0.125f}, {2, 1, 0.125f}};
+enum { VIEWS = sizeof views / sizeof *views };
+
+// Tests on the first `count` images. With `r` the whole report: each image in all views, and the experts' health and
+// classes noted.
 static score test(net *m, const cifar_set *set, size_t count, result *r) {
     score sum = {0, 0};
     float *logits = allocate(m->batch * CLASSES, sizeof(float));
     nn_must(moe_layer_health_reset(m->moe));
     for (size_t first = 0, n; first < count; first += n) {
         n = count - first < m->batch ? count - first : m->batch;
-        for (int mirror = 0; mirror < (r ? 2 : 1); mirror++) {
-            cifar_batch b = {
-                .set = set, .first = first, .count = n, .flip = 2 * mirror, .x = m->image, .label = m->label};
+        memset(logits, 0, n * CLASSES * sizeof *logits);
+        for (int v = 0; v < (r ? VIEWS : 1); v++) {
+            float weight = r ? views[v].weight : 1;
+            cifar_batch b = {.set = set,
+                             .first = first,
+                             .count = n,
+                             .flip = views[v].flip,
+                             .moved = views[v].moved,
+                             .x = m->image,
+                             .label = m->label};
             cifar_batch_make(&b, &m->ops.parallel);
             net_forward(m, n, 0);
             const moe_tape *t = moe_layer_tape(m->moe);
             size_t k = t->n_slots;
-            for (size_t i = 0; i < n * CLASSES; i++)
-                logits[i] = mirror ? 0.5f * (logits[i] + m->logits[i]) : m->logits[i];
+            for (size_t i = 0; i < n * CLASSES; i++) logits[i] += weight * m->logits[i];
             for (size_t i = 0; r && i < t->n_tokens * k; i++)
                 if (t->index[i] >= 0)
                     r->class_map[m->label[i / (k * m->positions)] * r->experts + (size_t)t->index[i]] += 1;
@@ -578,7 +591,15 @@ static score train_linear(const config *o, const moe_parallel *parallel, const c
     for (size_t step = 0; step < total; step++) {
         size_t epoch = step / per_epoch;
         if (step % per_epoch == 0) cifar_shuffle(order, data->train.count, o->seed, epoch);
-        cifar_batch in = {&data->train, order, step % per_epoch * batch, batch, 0, 1, o->seed, epoch, x, label, {{0}}};
+        cifar_batch in = {.set = &data->train,
+                          .order = order,
+                          .first = step % per_epoch * batch,
+                          .count = batch,
+                          .flip = 1,
+                          .seed = o->seed,
+                          .epoch = epoch,
+                          .x = x,
+                          .label = label};
         cifar_batch_make(&in, parallel);
         nn_linear_forward(&s, batch, PIXELS, CLASSES, x, w, b, logits);
         nn_cross_entropy(&s, batch, CLASSES, 0, logits, label, prob, dlogits);

@@ -67,6 +67,10 @@ static void ask_to_stop(int number) {
     stop_asked = number;
     signal(number, SIG_DFL); // a second time it ends the program
 }
+static void on_stop(void (*handler)(int)) {
+    signal(SIGINT, handler);
+    signal(SIGTERM, handler);
+}
 
 // ---- evaluation ----
 
@@ -464,7 +468,9 @@ static int run(config *o, corpus *c, uint64_t seed, result *r) {
     for (size_t e = 0; e < v->epochs; e++) write_epoch(o, v, e); // of before
     memset(r, 0, sizeof *r);
     r->seed = seed;
+    on_stop(ask_to_stop);
     int whole = train(o, m, c, v, seed);
+    on_stop(SIG_DFL); // the checkpoint is written
     if (whole) finish(m, c, v, r);
     r->seconds = seconds_now() - begin;
     if (whole) report(o, m, v, r);
@@ -593,8 +599,6 @@ int main(int argc, char **argv) {
     o.lines = (json){{open_output(o.out, "wikitext2.jsonl"), o.json ? stdout : NULL}, 0};
     fprintf(o.human, "WikiText-2%s: %zu training tokens (%zu words), %zu different; %s\n", c.sample ? " sample" : "",
             c.part[0].n, c.part[0].words, o.shape.vocab, moe_isa_name(moe_active_isa()));
-    signal(SIGINT, ask_to_stop);
-    signal(SIGTERM, ask_to_stop);
     int whole = run_seeds(&o, &c, r);
     if (whole) write_final(&o, &r[0], "final");
     else fprintf(stderr, "stopped; --resume goes on from %s/wikitext2/training.state\n", o.out);

@@ -576,31 +576,6 @@ static void test_saved(void) {
     }
 }
 
-/* With the optimiser a file promises to go on as if nothing had been: not with gradients in the layer. */
-static void test_saved_between_steps(void) {
-    static float x[T * D], y[T * D], dy[T * D];
-    static int32_t type[T];
-    static char file[1 << 18];
-    moe_layer *m = make_layer("", 1);
-    size_t bytes;
-    if (!m) return;
-    make_batch(1, T, x, NULL, type);
-    CHECK_OK(moe_layer_save_size(m, 1, &bytes));
-    if (!CHECK(bytes <= sizeof file)) return;
-    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes));
-    CHECK_OK(moe_forward(m, x, T, y));
-    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes)); /* a forward alone leaves nothing behind */
-    CHECK_OK(moe_backward(m, dy, NULL));
-    CHECK_STATUS(moe_layer_save_memory(m, 1, file, bytes), MOE_E_UNSTEPPED);
-    CHECK_STATUS(moe_layer_save(m, 1, "build/unstepped.safetensors"), MOE_E_UNSTEPPED);
-    CHECK(fopen("build/unstepped.safetensors", "rb") == NULL);
-    CHECK_OK(moe_layer_save_memory(m, 0, file, bytes)); /* the parameters alone promise nothing */
-    CHECK_OK(moe_layer_save_size(m, 1, &bytes));
-    CHECK_OK(moe_step(m, 0.01f));
-    CHECK_OK(moe_layer_save_memory(m, 1, file, bytes));
-    moe_layer_free(m);
-}
-
 /* Every loss that a layer with these stages can have, and a controller. */
 static const char *const rich[] = {
     "top_k=2 noise=learned n_ranks=4 controller=bias",
@@ -659,7 +634,6 @@ int main(void) {
     RUN(test_micro_batches);
     RUN(test_loss_weight);
     RUN(test_switch_load);
-    RUN(test_saved_between_steps);
     RUN(test_controllers_sum);
     RUN(test_quantile_sees_every_backward);
     RUN(test_saved);

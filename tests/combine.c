@@ -123,8 +123,8 @@ static double distances(size_t n, size_t d, const float *x, const double *y) {
     return total;
 }
 
-static void aggregate_case(size_t n, size_t d, float trim) {
-    size_t cut = (size_t)((double)trim * (double)n), bytes = 0;
+static void aggregate_case(size_t n, size_t d, float trim, size_t cut) { /* so many at each end */
+    size_t bytes = 0;
     float *x = test_floats(n * d), *out = test_floats(d), *other = test_floats(d);
     double *v = test_doubles(n), *y = test_doubles(d);
     test_fill(x, n * d, -1, 1);
@@ -163,12 +163,12 @@ static void aggregate_case(size_t n, size_t d, float trim) {
 }
 
 static void test_aggregate(void) {
-    aggregate_case(1, 5, 0.2f);
-    aggregate_case(2, 17, 0.4f);
-    aggregate_case(5, 1, 0.25f);
-    aggregate_case(8, 33, 0.25f);
-    aggregate_case(9, 16, 0.49f);
-    aggregate_case(40, 7, 0);
+    aggregate_case(1, 5, 0.2f, 0);
+    aggregate_case(2, 17, 0.4f, 0);
+    aggregate_case(5, 1, 0.25f, 1);
+    aggregate_case(8, 33, 0.25f, 2);
+    aggregate_case(9, 16, 0.49f, 4);
+    aggregate_case(40, 7, 0, 0);
     float same[6] = {1, 2, 1, 2, 1, 2}, line[3] = {0, 1, 10}, square[8] = {0, 0, 0, 1, 1, 0, 1, 1}, out[2];
     CHECK_OK(moe_aggregate(MOE_AGGREGATE_GEOMETRIC, 3, 2, same, 0, out, NULL, 0));
     CHECK(out[0] == 1 && out[1] == 2);
@@ -177,6 +177,10 @@ static void test_aggregate(void) {
     CHECK_OK(moe_aggregate(MOE_AGGREGATE_GEOMETRIC, 4, 2, square, 0, out, NULL, 0));
     CHECK_WITHIN(out[0], 0.5, 1e-7);
     CHECK_WITHIN(out[1], 0.5, 1e-7);
+    float squares[20];
+    for (int r = 0; r < 20; r++) squares[r] = (float)(r * r);
+    CHECK_OK(moe_aggregate(MOE_AGGREGATE_TRIMMED, 20, 1, squares, 0.45f, out, NULL, 0));
+    CHECK(out[0] == 90.5f); /* of 81 and 100: 9 are cut at each end, though 0.45f is below 0.45 */
     /* 40% at a distance of a million: the mean follows, the others do not */
     float crowd[20];
     for (int r = 0; r < 10; r++)

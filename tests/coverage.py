@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
 """How much of moe.h the suites run: `make coverage` (docs/testing.md).
 
-Builds the library and every suite with clang's source coverage and MC/DC (without clang: gcc's branches alone), runs
-the suites as `make test` runs them, and prints one table by room. What counts: what a compiler sees of moe.h on this
-machine, the scalar kernels and those of its instruction sets; what is compiled several times (a kernel for each
-instruction set, the suites that have the library in themselves) counts once, as covered by any of them.
+Builds the library and every suite with clang 19's source coverage and MC/DC, runs the suites as `make test` runs them,
+and prints one table by room. What counts: what the compiler sees of moe.h on this machine, the scalar kernels and those
+of its instruction sets; what is compiled several times (a kernel for each instruction set, the suites that have the
+library in themselves) counts once, as covered by any of them.
 
   --show ROOM[,ROOM] | all   after the table: what no test reaches, each with its line
   --suites NAME[,NAME]       these alone (save, contract/memory)
   --jobs N                   suites at one time (default 1)
   --work DIR                 keep programs and profiles there; a suite that is there and newer is not run again
-  --gcc                      gcc, though there is clang
   --loaders PERCENT, --branches PERCENT   exit with 1 if the loaders' MC/DC or the header's branches are below
+
+CPPFLAGS=-DMOE_NO_SIMD measures the scalar kernels alone, in a quarter of the time.
 
 What cannot be reached stands in tests/unreached.txt, each with its reason. It stays in the count: the last column says
 how many of the branches and conditions that are missing have one."""
 import argparse
 import concurrent.futures
 import glob
-import gzip
 import json
 import os
 import re
@@ -31,7 +31,9 @@ LOADERS = ["json", "text", "safetensors", "npy", "models", "save"]
 # no suites; and balance trains for minutes, calling nothing that other suites do not
 NO_SUITE = ["contract/golden", "examples/inspect_files", "examples/npy_near", "balance"]
 FLAGS = ["-std=c99", "-O1", "-g0", "-w", "-ffp-contract=off", "-pthread", "-I.", "-Itests/lib"]
-CLANG = ["-fprofile-instr-generate", "-fcoverage-mapping", "-fcoverage-mcdc"]
+COVERAGE = ["-fprofile-instr-generate", "-fcoverage-mapping", "-fcoverage-mcdc"]
+ONE_NAME = ["-Xclang", "-main-file-name", "-Xclang", "moe.c"]  # a static function is the same one in each suite
+TOOLS = {"cc": "clang-19", "profdata": "llvm-profdata-19", "cov": "llvm-cov-19"}
 
 
 def rooms_of(lines):
@@ -67,8 +69,8 @@ def explained_of(path, lines):
 
 class Build:
     """Programs of the suites, run once each; what they covered as sets of (place, covered?)."""
-    def __init__(self, options, tools):
-        self.options, self.tools = options, tools
+    def __init__(self, options):
+        self.options = options
         self.work = options.work or tempfile.mkdtemp(prefix="coverage.")
         os.makedirs(self.work, exist_ok=True)
 
@@ -76,8 +78,8 @@ class Build:
         return os.path.join(self.work, name.replace("/", "."))
 
     def compile(self, source, to, flags):
-        flags = FLAGS + self.flags() + flags
-        result = subprocess.run([self.tools["cc"], *flags, source, "-o", to, "-lm"], capture_output=True, text=True)
+        flags = FLAGS + COVERAGE + ONE_NAME + os.environ.get("CPPFLAGS", "").split() + flags
+        result = subprocess.run([TOOLS["cc"], *flags, source, "-o", to, "-lm"], capture_output=True, text=True)
         if result.returncode:
             sys.exit("%s: %s" % (source, result.stderr[:2000]))
 
@@ -92,11 +94,13 @@ class Build:
     def suite(self, name):
         source, program = "tests/%s.c" % name, self.at(name)
         alone = self.alone(name)
-        if self.fresh(program) and os.path.getmtime(program) > os.path.getmtime(source) and self.done(name):
+        if self.fresh(program) and os.path.getmtime(program) > os.path.getmtime(source) and self.raw(name):
             return
-        self.forget(name)
+        for f in self.raw(name):
+            os.remove(f)
         self.compile(source, program, ["-O0"] if alone else [self.at("moe.o")])
-        run = subprocess.run([program], capture_output=True, text=True, env={**os.environ, **self.profile(name)})
+        environment = {**os.environ, "LLVM_PROFILE_FILE": self.at(name) + "-%p.profraw"}
+        run = subprocess.run([program], capture_output=True, text=True, env=environment)
         last = (run.stdout.strip().splitlines() or ["nothing"])[-1]
         if run.returncode:
             print("%s: %s (status %d)" % (name, last, run.returncode), flush=True)
@@ -109,35 +113,18 @@ class Build:
                 print("\r%d of %d suites" % (number, len(names)), end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
 
-
-class Clang(Build):
-    kind = "clang's source coverage and MC/DC"
-
-    def flags(self):  # one name for all sources: a static function is the same one in each suite
-        return CLANG + ["-Xclang", "-main-file-name", "-Xclang", "moe.c"]
-
-    def profile(self, name):
-        return {"LLVM_PROFILE_FILE": self.at(name) + "-%p.profraw"}
-
     def raw(self, name):
         return glob.glob(glob.escape(self.at(name)) + "-*.profraw")
-
-    def done(self, name):
-        return self.raw(name)
-
-    def forget(self, name):
-        for f in self.raw(name):
-            os.remove(f)
 
     def measure(self, names, found):
         merged = self.at("all.profdata")
         listed = self.at("profiles")
         with open(listed, "w") as f:
             f.write("\n".join(p for n in names for p in self.raw(n)))
-        subprocess.run([self.tools["profdata"], "merge", "-sparse", "-f", listed, "-o", merged], check=True)
+        subprocess.run([TOOLS["profdata"], "merge", "-sparse", "-f", listed, "-o", merged], check=True)
         linked = [n for n in names if not self.alone(n)][:1] # the library in one is the library in all
         for name in linked + [n for n in names if self.alone(n)]:
-            out = subprocess.run([self.tools["cov"], "export", "-format=text", self.at(name), "-instr-profile", merged,
+            out = subprocess.run([TOOLS["cov"], "export", "-format=text", self.at(name), "-instr-profile", merged,
                                   "-sources", os.path.abspath("moe.h")], capture_output=True)
             if out.returncode:
                 sys.exit("%s: %s" % (name, out.stderr.decode()[:2000]))
@@ -149,7 +136,7 @@ class Clang(Build):
             return os.path.basename(f["filenames"][number]) == "moe.h"
         for f in data["files"]:
             if os.path.basename(f["filename"]) == "moe.h":
-                Clang.lines(f["segments"], found)
+                Build.lines(f["segments"], found)
         for f in data["functions"]:
             first = f["regions"][0]
             if not here(f, first[5]):
@@ -179,48 +166,6 @@ class Clang(Build):
                 counts = [s[2] for s in starts] + ([wrapped[2]] if wrapped and wrapped[3] else [])
                 found.add("lines", (line, 0, ""), max(counts) > 0)
             wrapped = here[-1] if here else wrapped
-
-
-class Gcc(Build):
-    kind = "gcc's branches (no clang here)"
-
-    def flags(self):
-        return ["--coverage"]
-
-    def profile(self, name):
-        return {}
-
-    def data(self):
-        return glob.glob(os.path.join(glob.escape(self.work), "*.gcda"))
-
-    def done(self, name):
-        return False
-
-    def forget(self, name):
-        pass
-
-    def measure(self, names, found):
-        for data in self.data():
-            subprocess.run(["gcov", "--json-format", "--branch-probabilities", "-o", self.work, data],
-                           cwd=self.work, capture_output=True, check=True)
-            for path in glob.glob(os.path.join(glob.escape(self.work), "*.gcov.json.gz")):
-                with gzip.open(path) as f:
-                    files = json.load(f)["files"]
-                os.remove(path)
-                for f in files:
-                    if os.path.basename(f["file"]) == "moe.h":
-                        self.read(f, found)
-
-    @staticmethod
-    def read(f, found):
-        for function in f["functions"]:
-            found.add("functions", (function["start_line"], 0, ""), function["execution_count"] > 0)
-        for line in f["lines"]:
-            number = line["line_number"]
-            found.add("lines", (number, 0, ""), line["count"] > 0)
-            for i, b in enumerate(line["branches"]):
-                if not b["throw"]:
-                    found.add("branches", (number, i, ""), b["count"] > 0)
 
 
 class Found:
@@ -269,17 +214,15 @@ def main():
     parser.add_argument("--suites", default="")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--work", default="")
-    parser.add_argument("--gcc", action="store_true")
     parser.add_argument("--loaders", type=float, default=0)
     parser.add_argument("--branches", type=float, default=0)
     options = parser.parse_args()
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    tools = {"cc": shutil.which("clang-19"), "profdata": shutil.which("llvm-profdata-19"),
-             "cov": shutil.which("llvm-cov-19")}
-    build = Clang(options, tools)
-    if options.gcc or None in tools.values():
-        build = Gcc(options, {"cc": shutil.which("gcc") or "cc"})
+    missing = [name for name in TOOLS.values() if not shutil.which(name)]
+    if missing:
+        sys.exit("needs %s: clang-19, llvm-19 and libclang-rt-19-dev of Debian" % ", ".join(missing))
+    build = Build(options)
     every = [f[6:-2] for d in ("", "contract/", "examples/") for f in sorted(glob.glob("tests/%s*.c" % d))]
     names = options.suites.split(",") if options.suites else [n for n in every if n not in NO_SUITE]
     lines = open("moe.h").read().splitlines()
@@ -287,7 +230,7 @@ def main():
     found = Found()
     build.all(names)
     build.measure(names, found)
-    print("%d suites, %s" % (len(names), build.kind))
+    print("%d suites, clang's source coverage and MC/DC" % len(names))
     percent = table(found, room_at, explained)
     if options.show:
         show(found, options.show.split(","), room_at, explained, lines)

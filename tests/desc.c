@@ -217,7 +217,24 @@ static void test_fields(void) {
         {"residual", "combine=soft select=all residual=true", MOE_E_RESIDUAL},
         {"n_codes", "n_codes=7", MOE_E_N_CODES}, {"n_codes", "n_codes=8 jitter=0.1", MOE_E_N_CODES},
         {"n_codes", "n_codes=8 combine=robust", MOE_E_N_CODES},
-        {"n_codes", "n_codes=8 n_zero=1", MOE_E_N_CODES}, {"soft_slots", "soft_slots=2", MOE_E_SOFT_SLOTS},
+        {"n_codes", "n_codes=8 n_zero=1", MOE_E_N_CODES}, {"n_codes", "n_codes=8 n_copy=1", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 n_constant=1", MOE_E_N_CODES},
+        {"n_codes", "n_codes=8 route_sequence=true", MOE_E_N_CODES},
+        {"expert_norm", "expert_norm=true n_copy=1", MOE_E_EXPERT_NORM},
+        {"expert_norm", "expert_norm=true n_constant=1", MOE_E_EXPERT_NORM},
+        {"expert_norm", "expert_norm=true n_codes=8", MOE_E_EXPERT_NORM},
+        {"expert_norm", "expert_norm=true combine=soft select=all", MOE_E_EXPERT_NORM},
+        {"input_scale", "input_scale=2 n_codes=8", MOE_E_INPUT_SCALE},
+        {"sparse_step", "sparse_step=true n_codes=8", MOE_E_SPARSE_STEP},
+        {"sparse_step", "sparse_step=true expert=orthonormal", MOE_E_SPARSE_STEP},
+        {"n_bound", "n_bound=1 score=hash", MOE_E_N_BOUND}, {"n_bound", "n_bound=1 n_codes=8", MOE_E_N_BOUND},
+        {"n_bound", "n_bound=1 combine=soft select=all", MOE_E_N_BOUND},
+        {"n_bound", "n_bound=1 combine=merge select=all", MOE_E_N_BOUND},
+        {"n_bound", "n_bound=8 n_zero=1", MOE_E_N_BOUND},
+        {"router_bias", "router_bias=true score=hash", MOE_E_ROUTER_BIAS},
+        {"shared_gate", "shared_gate=true", MOE_E_SHARED_GATE}, {"temperature", "temperature=1e-40", MOE_E_TEMPERATURE},
+        {"temperature_end", "temperature_end=1e-40 schedule_steps=5", MOE_E_TEMPERATURE_END},
+        {"soft_slots", "soft_slots=2", MOE_E_SOFT_SLOTS},
         {"soft_slots", "combine=soft select=all soft_slots=131073", MOE_E_SOFT_SLOTS},
         {"n_groups", "n_groups=3", MOE_E_GROUPS},
         {"n_groups", "n_groups=512 n_experts=512", MOE_E_GROUPS},
@@ -253,6 +270,24 @@ static void test_fields(void) {
         moe_desc d = row_desc(NULL, by_text[i].text);
         bad_field(&d, by_text[i].field, by_text[i].status);
     }
+    static const char *const good[] = {
+        "expert_norm=true", "input_scale=2", "sparse_step=true", "n_bound=1 router_bias=true", "n_codes=8",
+        "gate_drop=0.3", "shared_gate=true n_shared=1", "temperature_end=2 schedule_steps=5",
+        "top_k_min=1 schedule_steps=5", "controller=relu-lambda gate=relu loss.relu-l1=1",
+        "controller=adaptive loss.switch=1", "top_k=1 gate=softmax-selected freeze_router=true",
+        "select=threshold threshold=off"};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) { /* what is left out of a rule */
+        moe_desc d = row_desc(NULL, good[i]), resolved;
+        if (!CHECK_OK(moe_desc_resolve(&d, &resolved))) printf("        %s\n", good[i]);
+    }
+    moe_desc none = row_desc(NULL, "");
+    size_t at;
+    CHECK_STATUS(moe_desc_set(NULL, "top_k", "2"), MOE_E_NULL_DESC);
+    CHECK_STATUS(moe_desc_set(&none, NULL, "2"), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_desc_set(&none, "top_k", NULL), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_desc_parse(NULL, "top_k=2", &at), MOE_E_NULL_DESC);
+    CHECK_STATUS(moe_desc_parse(&none, NULL, &at), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_desc_parse(&none, "a_name_that_is_longer_than_any_field_or_value_may_be=2", &at), MOE_E_FIELD);
 #define BAD_FIELD(member, value, status)                                                                           \
     do {                                                                                                     \
         moe_desc bad_ = row_desc(NULL, "");                                                                  \
@@ -448,8 +483,41 @@ static void test_near(void) {
     CHECK(!strcmp(near, ""));
 }
 
+/* How often a text stands in another. */
+static size_t times(const char *text, const char *word) {
+    size_t n = 0;
+    while ((text = strstr(text, word)) != NULL) n++, text++;
+    return n;
+}
+static void test_export(void) { /* that it is the plan: tests/contract/compile.sh */
+    moe_desc d = small_desc();
+    static char text[8192], part[8192];
+    d.loss[MOE_LOSS_SWITCH] = 0.5f, d.seed = 0xffffffffffffffffull, d.router_gain = 0.1f, d.bias = MOE_ON;
+    size_t n = moe_desc_export(&d, text, sizeof text);
+    CHECK(n > 1000 && n < sizeof text && strlen(text) == n && text[n - 1] == '\n');
+    CHECK(moe_desc_export(&d, NULL, 0) == n && moe_desc_export(&d, part, 100) == n);
+    CHECK(strlen(part) == 99 && !memcmp(part, text, 99));
+    CHECK(times(text, "#define MOE_ONLY_GATE 1\n") == 1 && times(text, "#define MOE_ONLY_EXPERT 4\n") == 1);
+    CHECK(times(text, "#define") == 8);
+    CHECK(times(text, "MOE_FIELD(top_k, 2u)") == 1 && times(text, "MOE_FIELD(bias, 1)") == 1);
+    CHECK(times(text, "MOE_FIELD(seed, 18446744073709551615u)") == 1); /* router_gain, mask_jitter: */
+    CHECK(times(text, "(float)0.1,") == 2 && times(text, "(float)") + times(text, "MOE_FIELD") == 82);
+    CHECK(times(text, "MOE_FIELD(training, -1)") == 1); /* off, as the losses and their extents are */
+    d.loss[MOE_LOSS_SWITCH] = 0.0f, d.training = MOE_OFF;
+    CHECK(moe_desc_export(&d, part, sizeof part) == n && !strcmp(part, text));
+    d.loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] = 0.5f;
+    CHECK(moe_desc_export(&d, part, sizeof part) == n && !strcmp(part, text));
+    CHECK(moe_desc_export(NULL, text, sizeof text) == 0);
+    d.n_codes = 6, d.loss[MOE_LOSS_OUTPUT_ORTHOGONALITY] = 0.0f;
+    CHECK_OK(moe_desc_resolve(&d, &d));
+    CHECK(moe_desc_export(&d, text, sizeof text) == 0);
+    d.top_k = 99;
+    CHECK(moe_desc_export(&d, text, sizeof text) == 0);
+}
+
 int main(void) {
     RUN(test_desc_defaults);
+    RUN(test_export);
     RUN(test_explain);
     RUN(test_explain_every_field);
     RUN(test_explain_garbage);

@@ -54,9 +54,28 @@ static void test_feedback(void) {
     CHECK_NEAR(lambda, 0.7, 5e-13);
     CHECK_STATUS(moe_feedback_fit(N, E, dt, s, s, &a, &lambda), MOE_E_FEEDBACK);
     CHECK_STATUS(moe_feedback_fit(1, E, dt, s, p, &a, &lambda), MOE_E_SERIES);
+    CHECK_STATUS(moe_feedback_fit(N, 0, dt, s, p, &a, &lambda), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_feedback_fit(SIZE_MAX, E, dt, s, p, &a, &lambda), MOE_E_SERIES);
+    CHECK_STATUS(moe_feedback_fit(N, E, 0, s, p, &a, &lambda), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_fit(N, E, INFINITY, s, p, &a, &lambda), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, NULL, p, &a, &lambda), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, s, NULL, &a, &lambda), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, s, p, NULL, &lambda), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, s, p, &a, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_fold(INFINITY, &u, &h), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_fold(3, NULL, &h), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_fold(3, &u, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_thresholds(3, NULL, &kc), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_thresholds(3, &ks, NULL), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_feedback_fold(1.9, &u, &h), MOE_E_FEEDBACK);
     CHECK_STATUS(moe_feedback_two(NAN, 0, &u), MOE_E_FEEDBACK);
     CHECK_STATUS(moe_feedback_thresholds(1, &ks, &kc), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_feedback_two(2, INFINITY, &u), MOE_E_FEEDBACK);
+    CHECK_STATUS(moe_feedback_two(2, 0, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_feedback_thresholds(SIZE_MAX, &ks, &kc), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_feedback_fit(N, SIZE_MAX, dt, s, p, &a, &lambda), MOE_E_N_EXPERTS);
+    s[E] = INFINITY;
+    CHECK_STATUS(moe_feedback_fit(N, E, dt, s, p, &a, &lambda), MOE_E_FEEDBACK);
 }
 
 int main(void) {

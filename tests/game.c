@@ -1060,6 +1060,138 @@ static void test_bad_arguments(void) {
     free(d.memory);
 }
 
+/* What is not given, one thing at a time; what cannot be counted. */
+static void test_missing_arguments(void) {
+    enum { E = 4 };
+    double q[E] = {1, 2, 3, 4}, m[E] = {.25, .25, .25, .25}, zero[E] = {0}, huge[E] = {1e308, 1e308, 0, 0};
+    double work[400], one = 1, x;
+    float z[E] = {0, 1, 2, 3};
+    int32_t index[1] = {0};
+    uint32_t type[1];
+    uint8_t half[2];
+    int feasible;
+    size_t n;
+    moe_game_fit fit;
+    moe_game_types_fit types;
+    moe_game_null null;
+    moe_phase_kind phase[1];
+    dump d = dump_new(E, 2), other = dump_new(E + 1, 2), longer = dump_new(E, 3);
+    moe_game none, *g = &d.g;
+    memset(&none, 0, sizeof none);
+    CHECK_STATUS(moe_game_solve(SIZE_MAX, q, 1, m, NULL), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_softmax(0, q, 1, m), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_softmax(E, q, 1, NULL), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_softmax(E, q, NAN, m), MOE_E_TEMPERATURE);
+    CHECK_STATUS(moe_game_sensitivity(0, 1, m, q), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_sensitivity(SIZE_MAX, 1, m, q), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_sensitivity(E, -1, m, q), MOE_E_GAMMA);
+    CHECK_STATUS(moe_game_sensitivity(E, 1, NULL, q), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_sensitivity(E, 1, m, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_sensitivity(E, 1, huge, work), MOE_E_LOAD); /* whose sum is infinite */
+    CHECK_STATUS(moe_game_estimate(0, q, m, 1, work, &fit), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_estimate(E, q, NULL, 1, work, &fit), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_estimate(E, q, m, 1, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_estimate(E, q, m, INFINITY, work, &fit), MOE_E_LOAD);
+    CHECK_STATUS(moe_game_types_scratch(E, 1, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_types_scratch(0, 1, &n), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_types_scratch(SIZE_MAX, 1, &n), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_cluster(SIZE_MAX, E, 1, 1, z, type, work, work, work), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_game_cluster(1, E, 1, 1, NULL, type, work, work, work), MOE_E_NULL_LOGITS);
+    CHECK_STATUS(moe_game_cluster(1, E, 1, 1, z, NULL, work, work, work), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_cluster(1, E, 1, 1, z, type, NULL, work, work), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_cluster(1, E, 1, 1, z, type, work, NULL, work), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_cluster(1, E, 1, 1, z, type, work, work, NULL), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_types_solve(E, 1, NULL, q, 1, m, work, NULL), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_game_types_solve(E, 1, &one, NULL, 1, m, work, NULL), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_game_types_solve(E, 1, &one, q, INFINITY, m, work, NULL), MOE_E_GAMMA);
+    CHECK_STATUS(moe_game_types_solve(E, 1, &one, q, 1, NULL, work, NULL), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_types_solve(E, 1, &one, q, 1, m, NULL, NULL), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_types_softmax(E, 0, &one, q, 1, m, work), MOE_E_N_TYPES);
+    CHECK_STATUS(moe_game_types_softmax(E, 1, &one, q, 0, m, work), MOE_E_TEMPERATURE);
+    CHECK_STATUS(moe_game_types_softmax(E, 1, &one, q, 1, NULL, work), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_types_softmax(E, 1, &one, q, 1, m, NULL), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_types_estimate(E, 0, &one, q, m, work, &types), MOE_E_N_TYPES);
+    CHECK_STATUS(moe_game_types_estimate(E, 1, &one, q, NULL, work, &types), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_types_estimate(E, 1, &one, q, m, NULL, &types), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_types_estimate(E, 1, &one, q, m, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_types_estimate(E, 1, &one, q, zero, work, &types), MOE_E_LOAD);
+    CHECK_STATUS(moe_game_feasible(E, 2, NULL, &feasible), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_feasible(E, 2, m, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_feasible(E, 2, zero, &feasible), MOE_E_LOAD);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, 0, z, m, 1, 1, work, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, SIZE_MAX, z, m, 1, 1, work, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, NULL, m, 1, 1, work, &x), MOE_E_NULL_LOGITS);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, z, NULL, 1, 1, work, &x), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, z, m, NAN, 1, work, &x), MOE_E_GAMMA);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, z, m, 1, 1, NULL, &x), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, z, m, 1, 1, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_epsilon(1, E, 1, index, E, z, zero, 1, 1, work, &x), MOE_E_LOAD);
+    CHECK(isnan(moe_game_epsilon_bound(-1, 1, E)) && isnan(moe_game_epsilon_bound(1, -1, E)));
+    CHECK(isnan(moe_game_epsilon_bound(1, 1, 0)));
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEAN, 1, 0, 1, z, NULL, work, q), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEAN, 1, SIZE_MAX, 1, z, NULL, work, q), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEAN, 0, E, 1, z, NULL, work, q), MOE_E_NO_TOKENS);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEAN, SIZE_MAX, E, 1, z, NULL, work, q), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEAN, 1, E, 1, z, NULL, work, NULL), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_MEDIAN, 1, E, 1, z, NULL, NULL, q), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_quality(MOE_QUALITY_SELECTED, 1, E, 1, z, NULL, work, q), MOE_E_NULL_INDEX);
+    CHECK_STATUS(moe_pearson(1, NULL, q, &x), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_pearson(1, q, NULL, &x), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_pearson(1, q, q, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_size(0, 1, &n), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_size(E, 1, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_init(NULL, E, 1, work, sizeof work), MOE_E_NULL_GAME);
+    CHECK_STATUS(moe_game_init(&none, 0, 1, work, sizeof work), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_init(&none, E, 1, NULL, sizeof work), MOE_E_NULL_MEMORY);
+    CHECK_STATUS(moe_game_init(&none, E, 1, work, 1), MOE_E_SMALL_MEMORY);
+    memset(&none, 0, sizeof none);
+    moe_game *const games[] = {NULL, &none};
+    for (int i = 0; i < 2; i++) { /* no game, and one that was never begun */
+        moe_game *no = games[i];
+        CHECK_STATUS(moe_game_reset(no), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_add(no, 0, 1, 1, z, index), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_add_null(no, 0, 1, 1, z, index), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_merge(no, g), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_merge(g, no), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_pool(no, NULL, 0, q, m, &x), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_split(no, 1, half), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_holdout(no, 1, &fit), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_bootstrap(no, 1, 1, NULL, work, work, work), MOE_E_NULL_GAME);
+        CHECK_STATUS(moe_game_excess(no, 1, 1, NULL, work, work, &null), MOE_E_NULL_GAME);
+    }
+    CHECK_STATUS(moe_game_add(g, 0, 1, 1, NULL, index), MOE_E_NULL_LOGITS);
+    CHECK_STATUS(moe_game_add(g, 0, SIZE_MAX, 1, z, index), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_game_add_null(g, 0, 1, 1, NULL, index), MOE_E_NULL_LOGITS);
+    CHECK_STATUS(moe_game_merge(g, &other.g), MOE_E_MERGE);
+    CHECK_STATUS(moe_game_merge(g, &longer.g), MOE_E_N_BATCHES);
+    CHECK_STATUS(moe_game_pool(g, NULL, 0, NULL, m, &x), MOE_E_NULL_QUALITY);
+    CHECK_STATUS(moe_game_pool(g, NULL, 0, q, NULL, &x), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_game_split(g, 1, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_holdout(g, 1, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_bootstrap(g, 0, 1, NULL, work, work, work), MOE_E_REPLICATES);
+    CHECK_STATUS(moe_game_bootstrap(g, 1, 1, NULL, NULL, work, work), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_bootstrap(g, 1, 1, NULL, work, NULL, work), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_bootstrap(g, 1, 1, NULL, work, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_bootstrap(g, SIZE_MAX, 1, NULL, work, work, work), MOE_E_OVERFLOW);
+    moe_parallel many = {NULL, NULL, SIZE_MAX / 8};
+    CHECK_STATUS(moe_game_bootstrap(g, 1, 1, &many, work, work, work), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_game_excess(g, 1, 1, NULL, work, NULL, &null), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_excess(g, SIZE_MAX, 1, NULL, work, work, &null), MOE_E_OVERFLOW);
+    CHECK_OK(moe_game_phases(0, NULL, NULL, NULL, NULL, NULL, NULL));
+    const double *series[4] = {&one, &one, &one, &one};
+    static const double bad[] = {NAN, INFINITY};
+    for (int i = 0; i < 4; i++) {
+        series[i] = NULL;
+        CHECK_STATUS(moe_game_phases(1, series[0], series[1], series[2], series[3], work, phase), MOE_E_NULL_QUALITY);
+        series[i] = &bad[i % 2];
+        CHECK_STATUS(moe_game_phases(1, series[0], series[1], series[2], series[3], work, phase), MOE_E_SERIES);
+        series[i] = &one;
+    }
+    CHECK_STATUS(moe_game_phases(1, &one, &one, &one, &one, NULL, phase), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_game_phases(1, &one, &one, &one, &one, work, NULL), MOE_E_NULL_OUT);
+    free(d.memory), free(other.memory), free(longer.memory);
+}
+
 /* Numbers so far apart that rounding hides the equilibrium. */
 static void test_not_found(void) {
     static const double quality[4] = {0, 0, 0, 0}, apart[4] = {0, 0, 1, 0}, share[2] = {0.5, 0.5};
@@ -1100,6 +1232,7 @@ int main(void) {
     RUN(test_phases);
     RUN(test_phases_by_hand);
     RUN(test_bad_arguments);
+    RUN(test_missing_arguments);
     RUN(test_not_found);
     return test_end();
 }

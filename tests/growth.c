@@ -525,6 +525,34 @@ static void test_add(void) {
     if (CHECK_OK(moe_layer_dynmoe(&a, m, &h, NULL, 0, 0, 0))) same_layers(a, m, 1);
     moe_layer_free(a), moe_layer_free(m);
 }
+/* A pair keeps its parent where an expert made of nothing, or of another layer's, comes before it. */
+static float parent_after(moe_status status, moe_layer *made) {
+    if (!CHECK_OK(status)) return -1;
+    float *parent = tensor_of(made, "router.pair_parent"), is = parent[0];
+    train(made, 1, 720);
+    free(parent);
+    moe_layer_free(made);
+    return is;
+}
+static void test_parents(void) {
+    moe_desc d = plain();
+    moe_layer *m = trained(&d, 1), *s = NULL, *a = NULL;
+    float unit[D] = {1};
+    moe_growth_data along = {NULL, 0, NULL, unit, 0};
+    moe_growth_donor same_number = {m, 2};
+    if (!CHECK_OK(moe_layer_split(&s, m, 2, NULL))) return;
+    moe_status status = moe_layer_add(&a, s, 2, &along, NULL);
+    CHECK(parent_after(status, a) == 3);
+    status = moe_layer_add(&a, s, 0, NULL, &same_number);
+    CHECK(parent_after(status, a) == 3);
+    status = moe_layer_add(&a, s, 3, NULL, &same_number);
+    CHECK(parent_after(status, a) == 2);
+    status = moe_layer_revive(&a, s, 1, MOE_GROWTH_END, &along);
+    CHECK(parent_after(status, a) == 2);
+    status = moe_layer_revive(&a, s, 0, 1, &along);
+    CHECK(parent_after(status, a) == 2);
+    moe_layer_free(m), moe_layer_free(s);
+}
 /* What a split does to moments and to a controller's state. */
 static void test_moments(void) {
     moe_desc d = plain();
@@ -599,10 +627,40 @@ static void test_clone(void) {
         free(u), free(v), free(w);
     }
     moe_layer_free(c);
+    for (size_t units = 1; units < F; units++) { /* a share that float cannot hold is still so many units */
+        if (!CHECK_OK(moe_layer_clone(&c, m, 4, 0, (float)units / F, 9))) return;
+        float *u = tensor_of(m, "experts.w1"), *v = tensor_of(c, "experts.w1");
+        size_t drawn = 0;
+        for (size_t k = 0; k < F; k++) drawn += test_bits(v[E * D * F + k]) != test_bits(u[4 * D * F + k]);
+        CHECK(drawn == units);
+        free(u), free(v);
+        moe_layer_free(c);
+    }
     CHECK_STATUS(moe_layer_clone(&c, m, 4, -1, 0, 9), MOE_E_GROWTH_NOISE);
     CHECK_STATUS(moe_layer_clone(&c, m, 4, 0, 1.5f, 9), MOE_E_GROWTH_SHARE);
     CHECK_STATUS(moe_layer_clone(&c, m, 4, NAN, 0, 9), MOE_E_GROWTH_NOISE);
     moe_layer_free(m), moe_layer_free(h);
+}
+/* Where columns are scaled and an expert has several, the turn is by the length of its own: unit gap along e0, so a
+ * column of length 4 moves by 4 / 4 in that direction, whatever length the columns of others have. */
+static void revive_slots(void) {
+    moe_desc d = plain();
+    moe_layer *m = NULL, *r = NULL;
+    float unit[D] = {1}, column[D * 2 * E];
+    moe_growth_data along = {NULL, 0, NULL, unit, 0};
+    CHECK_OK(moe_desc_system(&d, "soft-moe"));
+    d.soft_slots = 2;
+    if (!CHECK_OK(moe_layer_new(&m, &d))) return;
+    for (size_t i = 0; i < D * 2 * E; i++) column[i] = i / (2 * E) == 1 ? (i % (2 * E) == 3 ? 64.0f : 4.0f) : 0.0f;
+    CHECK_OK(moe_layer_set(m, MOE_PART_PARAMS, "router", column, D * 2 * E));
+    if (!CHECK_OK(moe_layer_revive(&r, m, 3, 2, &along))) return;
+    float *router = tensor_of(r, "router");
+    for (size_t slot = 0; slot < 2; slot++) {
+        CHECK_NEAR(router[6 + slot], 1.0f, 1e-6);
+        CHECK_NEAR(router[4 + slot], -1.0f, 1e-6);
+    }
+    free(router);
+    moe_layer_free(m), moe_layer_free(r);
 }
 static void test_revive(void) {
     moe_desc d = plain();
@@ -641,6 +699,7 @@ static void test_revive(void) {
         free(router), free(v);
     }
     moe_layer *no = m;
+    revive_slots();
     CHECK_STATUS(moe_layer_revive(&no, m, 6, 6, &data), MOE_E_GROWTH_TWICE);
     CHECK_STATUS(moe_layer_revive(&no, m, 6, E, &data), MOE_E_GROWTH_EXPERT);
     CHECK_STATUS(moe_layer_revive(&no, m, 6, MOE_GROWTH_END, NULL), MOE_E_NULL_X);
@@ -896,6 +955,11 @@ static void test_arguments(void) {
     CHECK_STATUS(moe_layer_release(&no, m, 0), MOE_E_GROWTH_NO_PAIR);
     CHECK_STATUS(moe_layer_add(&no, m, E + 1, &flat, NULL), MOE_E_GROWTH_EXPERT);
     CHECK_STATUS(moe_layer_add(&no, m, E, NULL, NULL), MOE_E_NULL_X);
+    if (CHECK_OK(moe_layer_shard(m, 1, 2, &s))) { /* half of its experts are elsewhere */
+        moe_growth_donor half = {s, 0};
+        CHECK_STATUS(moe_layer_add(&no, m, E, NULL, &half), MOE_E_SHARD);
+        moe_layer_free(s);
+    }
     CHECK_STATUS(moe_layer_dynmoe(&no, m, NULL, NULL, 0, 0, 0), MOE_E_NULL_HEALTH);
     if (CHECK_OK(moe_layer_split(&s, m, 1, NULL))) { /* pairs are left alone; others may change */
         const size_t other = 0;
@@ -1146,6 +1210,7 @@ int main(void) {
     RUN(test_merge_to);
     RUN(test_prune_add);
     RUN(test_add);
+    RUN(test_parents);
     RUN(test_moments);
     RUN(test_clone);
     RUN(test_revive);

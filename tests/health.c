@@ -313,7 +313,30 @@ static void test_dead_second(void) {
     free(x.memory);
 }
 
+/* No health, and one that was never begun. */
+static void test_missing(void) {
+    unsigned char memory[4096];
+    moe_health none, good;
+    moe_health_change change;
+    moe_routes routes;
+    memset(&none, 0, sizeof none), memset(&routes, 0, sizeof routes);
+    CHECK_OK(moe_health_init(&good, 3, memory, sizeof memory));
+    CHECK_STATUS(moe_health_init(&none, 0, memory, sizeof memory), MOE_E_N_EXPERTS);
+    moe_health *const given[] = {NULL, &none};
+    for (int i = 0; i < 2; i++) {
+        CHECK_STATUS(moe_health_reset(given[i]), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_add(given[i], &routes, NULL), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_update(given[i]), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_merge(given[i], &good), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_merge(&good, given[i]), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_compare(given[i], &good, &change), MOE_E_NULL_HEALTH);
+        CHECK_STATUS(moe_health_compare(&good, given[i], &change), MOE_E_NULL_HEALTH);
+    }
+    CHECK_STATUS(moe_health_compare(&good, &good, NULL), MOE_E_NULL_OUT);
+}
+
 int main(void) {
+    RUN(test_missing);
     RUN(test_metrics);
     RUN(test_dead_borders);
     RUN(test_dead_second);

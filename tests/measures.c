@@ -21,6 +21,36 @@ static void test_crossing_uneven(void) {
     CHECK_OK(moe_crossing(2, 3, 1, 3, five, &share)); /* fewer tokens than ranks: on ranks 0 and 1 */
     CHECK(share == 0);
 }
+/* A choice that is no expert, by every function that counts choices; nothing is counted then. */
+static void refused(void) {
+    uint32_t work[8] = {0}, label[1] = {0};
+    uint64_t count[64] = {0}, wide[8];
+    uint8_t correct[1] = {1};
+    float loss[1] = {1};
+    double number = -1, sum[8] = {0};
+    moe_repeats repeats;
+    int32_t beyond[2] = {0, 7};
+    CHECK_STATUS(moe_seu(1, 7, 2, 1, beyond, work, &number), MOE_E_INDEX);
+    CHECK_STATUS(moe_seu(1, 8, 2, 1, beyond, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_coselect(1, 7, 2, beyond, count), MOE_E_INDEX);
+    CHECK_STATUS(moe_coselect(1, 8, 2, beyond, NULL), MOE_E_NULL_COUNT);
+    CHECK_STATUS(moe_crossing(1, 7, 2, 7, beyond, &number), MOE_E_INDEX);
+    CHECK_STATUS(moe_crossing(1, 8, 2, 8, beyond, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_loss_by_expert(1, 7, 2, beyond, loss, sum), MOE_E_INDEX);
+    CHECK_STATUS(moe_loss_by_expert(1, 8, 2, beyond, loss, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_right_by_expert(1, 7, 2, beyond, correct, count), MOE_E_INDEX);
+    CHECK_STATUS(moe_right_by_expert(1, 8, 2, beyond, NULL, count), MOE_E_NULL_LABEL);
+    CHECK_STATUS(moe_label_by_expert(1, 7, 2, 1, beyond, label, count), MOE_E_INDEX);
+    CHECK_STATUS(moe_label_by_expert(1, 8, 2, 1, beyond, NULL, count), MOE_E_NULL_LABEL);
+    CHECK_STATUS(moe_label_by_expert(1, 8, 2, 1, beyond, label, NULL), MOE_E_NULL_COUNT);
+    CHECK_STATUS(moe_repetition(1, 7, 2, 7, beyond, wide, &repeats), MOE_E_INDEX);
+    CHECK_STATUS(moe_repetition(1, 8, 2, 8, beyond, wide, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_churn(1, 2, beyond, NULL, &number), MOE_E_NULL_INDEX);
+    CHECK_STATUS(moe_churn(1, 2, NULL, beyond, &number), MOE_E_NULL_INDEX);
+    CHECK_STATUS(moe_churn(1, 2, beyond, beyond, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_churn(1, 0, beyond, beyond, &number), MOE_E_TOP_K);
+    CHECK(number == -1 && count[0] == 0 && sum[0] == 0);
+}
 static void test_index_measures(void) {
     enum { T = 60, E = 9, K = 3 };
     int32_t index[T * K], after[T * K];
@@ -106,6 +136,7 @@ static void test_index_measures(void) {
     CHECK_STATUS(moe_coselect(1, 0, 1, index, count), MOE_E_N_EXPERTS);
     CHECK_STATUS(moe_coselect(SIZE_MAX, E, K, index, count), MOE_E_OVERFLOW);
     CHECK_STATUS(moe_coselect(1, E, K, NULL, count), MOE_E_NULL_INDEX);
+    refused();
     CHECK_STATUS(moe_seu(T, E, K, 0, after, work, &seu), MOE_E_SEQUENCE);
     CHECK_STATUS(moe_seu(T, E, K, 1, after, NULL, &seu), MOE_E_NULL_WORK);
     CHECK_STATUS(moe_crossing(T, E, K, 0, after, &share), MOE_E_N_RANKS);
@@ -149,6 +180,7 @@ static void test_padding(void) {
     with = 7;
     CHECK_STATUS(moe_churn(T, K, none, none, &with), MOE_E_NO_TOKENS);
     CHECK_STATUS(moe_seu(T, E, K, S, none, work, &with), MOE_E_NO_TOKENS);
+    CHECK_STATUS(moe_crossing(T, E, K, S, none, &with), MOE_E_NO_TOKENS);
     CHECK(with == 7);
     CHECK_OK(moe_churn(T, K, none, before, &with)); /* what appears has changed */
     CHECK(with == 1);
@@ -605,7 +637,118 @@ static void test_replicate_pair(void) {
     replicated_end(&r);
 }
 
+/* ---- what is not given, one thing at a time; what cannot be counted ---- */
+static void test_missing_arguments(void) {
+    enum { MANY = (1 << 20) + 1 }; /* experts, and tokens at one time */
+    static float logits[MANY];
+    static uint64_t load[4], count[8];
+    static const int32_t index[8] = {0, 1, 2, 3, 0, 1, 2, 3};
+    static const uint32_t label[4] = {0, 1, 1, 9};
+    static const uint8_t right[4] = {1, 0, 1, 0};
+    static double x, sum[40];
+    uint32_t work[8];
+    float temperature = 1, z[8] = {0};
+    uint64_t many[32];
+    moe_ecology_kind classes[4];
+    moe_temperature_row row;
+    moe_repeats repeats;
+    CHECK_STATUS(moe_churn(2, 0, index, index, &x), MOE_E_TOP_K);
+    CHECK_STATUS(moe_churn(SIZE_MAX, 2, index, index, &x), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_churn(2, 2, index, index, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_churn(2, 2, NULL, index, &x), MOE_E_NULL_INDEX);
+    CHECK_STATUS(moe_churn(2, 2, index, NULL, &x), MOE_E_NULL_INDEX);
+    CHECK_OK(moe_churn(0, 2, NULL, NULL, &x));
+    CHECK_STATUS(moe_coselect(1, MANY, 2, index, count), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_coselect(1, 4, 0, index, count), MOE_E_TOP_K);
+    CHECK_STATUS(moe_coselect(1, 4, 2, index, NULL), MOE_E_NULL_COUNT);
+    CHECK_STATUS(moe_seu(1, 0, 2, 1, index, work, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_seu(1, 4, 2, 1, index, work, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_crossing(1, 0, 2, 2, index, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_crossing(1, 4, 2, 2, index, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_crossing(1, 4, 2, SIZE_MAX, index, &x), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_tier_usage(0, 2, label, load, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_tier_usage(MANY, 2, label, load, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_tier_usage(3, 2, label, NULL, &x), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_tier_usage(3, 2, label, load, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_tier_usage(3, 2, NULL, load, &x), MOE_E_NULL_LABEL);
+    sum[0] = sum[1] = 7;
+    CHECK_OK(moe_tier_usage(3, 2, label, load, sum)); /* no load: no shares */
+    CHECK(!(sum[0] > 0) && !(sum[1] > 0));
+    CHECK_STATUS(moe_loss_by_expert(2, 0, 2, index, z, sum), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_loss_by_expert(2, 4, 2, index, z, NULL), MOE_E_NULL_OUT);
+    CHECK_OK(moe_loss_by_expert(0, 4, 2, NULL, NULL, sum));
+    CHECK_STATUS(moe_right_by_expert(2, 0, 2, index, right, count), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_right_by_expert(2, 4, 2, index, NULL, count), MOE_E_NULL_LABEL);
+    CHECK_OK(moe_right_by_expert(0, 4, 2, NULL, NULL, count));
+    CHECK_STATUS(moe_label_by_expert(2, 0, 2, 2, index, label, count), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_label_by_expert(2, 4, 2, 2, index, NULL, count), MOE_E_NULL_LABEL);
+    CHECK_STATUS(moe_label_by_expert(2, 4, 2, 2, index, label, NULL), MOE_E_NULL_COUNT);
+    CHECK_OK(moe_label_by_expert(0, 4, 2, 2, NULL, NULL, count));
+    static const int32_t last_none[4] = {0, 1, 2, -1};
+    CHECK_OK(moe_label_by_expert(4, 4, 1, 2, last_none, label, count)); /* no token, so its label is none */
+    CHECK_STATUS(moe_label_majority(0, 2, count, load), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_label_majority(MANY, 2, count, load), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_label_majority(4, 2, NULL, load), MOE_E_NULL_COUNT);
+    CHECK_STATUS(moe_label_majority(4, 2, count, NULL), MOE_E_NULL_COUNT);
+    CHECK_STATUS(moe_ecology_classes(0, load, count, classes), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_ecology_classes(MANY, load, count, classes), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_ecology_classes(4, NULL, count, classes), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_ecology_classes(4, load, count, NULL), MOE_E_NULL_OUT);
+    CHECK(isnan(moe_ecology_number(1, 1, 1, -1)) && isnan(moe_ecology_number(1, 1, 1, (double)INFINITY)));
+    CHECK_STATUS(moe_pes(1, 0, 2, z, sum, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_pes(1, MANY, 2, z, sum, &x), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_pes(1, 4, SIZE_MAX, z, sum, &x), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_pes(1, 4, 2, NULL, sum, &x), MOE_E_NULL_X);
+    CHECK_STATUS(moe_pes(1, 4, 2, z, NULL, &x), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_pes(1, 4, 2, z, sum, NULL), MOE_E_NULL_OUT);
+    CHECK_OK(moe_pes(0, 4, 2, NULL, sum, &x));
+    CHECK_STATUS(moe_topk_count(SIZE_MAX, 4, 2, z, load, NULL, NULL, many, sizeof many), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_temperature_scan(SIZE_MAX, 4, 2, z, 1, &temperature, &row, many, sizeof many), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_temperature_scan(2, 4, 2, z, 1, NULL, &row, many, sizeof many), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_temperature_scan(2, 4, 2, z, 1, &temperature, NULL, many, sizeof many), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_temperature_scan(2, 4, 2, z, 1, &temperature, &row, NULL, sizeof many), MOE_E_NULL_WORK);
+    CHECK_STATUS(moe_repetition(1, 0, 2, 2, index, many, &repeats), MOE_E_N_EXPERTS);
+    /* more tokens than one piece: counted whole, and not at all if a number in the last is none */
+    size_t bytes = 0;
+    uint64_t first[1] = {0}, all[1] = {0};
+    CHECK_OK(moe_topk_count_scratch(1, 1, &bytes));
+    void *room = test_memory(bytes, 1);
+    CHECK_OK(moe_topk_count(MANY, 1, 1, logits, all, first, sum, room, bytes));
+    CHECK(all[0] == MANY && first[0] == MANY);
+    logits[MANY - 1] = NAN;
+    CHECK_STATUS(moe_topk_count(MANY, 1, 1, logits, all, first, sum, room, bytes), MOE_E_NAN_LOGITS);
+    CHECK(all[0] == MANY && first[0] == MANY);
+    free(room);
+}
+static void test_missing_of_plan(void) {
+    static const uint64_t load[4] = {4, 3, 2, 1};
+    moe_replicate_desc good, d;
+    size_t replica[4];
+    moe_format_kind formats[8];
+    moe_replicate out;
+    memset(&good, 0, sizeof good);
+    good.n_experts = 4, good.n_replicas = 1, good.load = load, good.full_bytes = 8, good.small_bytes = 2;
+    good.full = MOE_FORMAT_F32, good.small = MOE_FORMAT_INT8;
+    CHECK_OK(moe_replicate_plan(&good, replica, formats, &out));
+    CHECK_STATUS(moe_replicate_plan(NULL, replica, formats, &out), MOE_E_NULL_DESC);
+    CHECK_STATUS(moe_replicate_plan(&good, NULL, formats, &out), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_replicate_plan(&good, replica, NULL, &out), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_replicate_plan(&good, replica, formats, NULL), MOE_E_NULL_OUT);
+    d = good, d.n_experts = 0;
+    CHECK_STATUS(moe_replicate_plan(&d, replica, formats, &out), MOE_E_N_EXPERTS);
+    d = good, d.n_experts = SIZE_MAX;
+    CHECK_STATUS(moe_replicate_plan(&d, replica, formats, &out), MOE_E_N_EXPERTS);
+    d = good, d.full = MOE_FORMAT_COUNT;
+    CHECK_STATUS(moe_replicate_plan(&d, replica, formats, &out), MOE_E_FORMAT);
+    d = good, d.small = MOE_FORMAT_COUNT;
+    CHECK_STATUS(moe_replicate_plan(&d, replica, formats, &out), MOE_E_FORMAT);
+    d = good, d.small_bytes = 0;
+    CHECK_STATUS(moe_replicate_plan(&d, replica, formats, &out), MOE_E_BUDGET);
+}
+
 int main(void) {
+    RUN(test_missing_arguments);
+    RUN(test_missing_of_plan);
     RUN(test_crossing_uneven);
     RUN(test_index_measures);
     RUN(test_padding);

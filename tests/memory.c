@@ -70,6 +70,9 @@ static void test_overflow(void) {
         CHECK(arena.overflow);
     }
     CHECK(bytes == 7);
+    moe__file_cursor none;
+    memset(&none, 0, sizeof none);
+    CHECK(!moe__file_index_new(&none, SIZE_MAX / 4, 0, NULL) && test_live_blocks == 0);
 }
 
 int main(void) {

@@ -439,9 +439,65 @@ static void test_pack_arguments(void) {
     CHECK_STATUS(moe_experts_pack(&d, SIZE_MAX, N, &x.arrays, &l, params), MOE_E_INDEX);
     CHECK_STATUS(moe_experts_pack(&d, 0, N, NULL, &l, params), MOE_E_NULL_WEIGHT);
     CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &l, NULL), MOE_E_NULL_PARAMS);
-    memset(x.w[0] + 4 * (D * F + 7), 0xff, 4); /* one NaN of the second half: what the gate gates */
-    CHECK_STATUS(moe_experts_pack(&d, 0, N, &x.arrays, &l, params), MOE_E_NAN_WEIGHT);
+    both.wu = NULL, both.bu = x.w[3];
+    CHECK_STATUS(moe_experts_pack(&d, 0, N, &both, &l, params), MOE_E_GATE_UP);
+    moe_desc many = d;
+    many.parallel.n_threads = SIZE_MAX / 8;
+    CHECK_STATUS(moe_experts_pack(&many, 0, N, &x.arrays, &l, params), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_layer_pack(NULL, 0, N, &x.arrays, &l), MOE_E_NULL_LAYER);
+    moe_layer *m = NULL;
+    if (CHECK_OK(moe_layer_new(&m, &d))) CHECK_STATUS(moe_layer_pack(m, 0, N, NULL, &l), MOE_E_NULL_WEIGHT);
+    CHECK_OK(moe_layer_pack(m, 0, 0, &x.arrays, NULL)); /* without a layout: as this machine and header have them */
+    moe_layer_free(m);
     foreign_free(&x);
+    free(params);
+}
+
+/* Every worker in its turn, each with every n-th task. */
+static void in_turn(void *user, size_t workers, size_t n_tasks, moe_task *task, void *arg) {
+    (void)user;
+    for (size_t worker = 0; worker < workers; worker++)
+        for (size_t i = worker; i < n_tasks; i += workers) task(arg, i, worker);
+}
+/* A number that is none, in each array of each expert, in either place of a line, with one worker and with three. */
+static void test_pack_nan(void) {
+    static const moe_experts_layout layouts[] = {{MOE_DTYPE_F32, 0, MOE_GATE_UP_SEPARATE},
+                                                 {MOE_DTYPE_F32, 1, MOE_GATE_UP_SEPARATE},
+                                                 {MOE_DTYPE_F32, 1, MOE_GATE_UP_FUSED}};
+    moe_desc d = pack_desc(1, 1);
+    size_t count = 0;
+    CHECK_OK(moe_experts_count(&d, &count));
+    float *params = test_floats(count);
+    d.parallel.run = in_turn;
+    for (int way = 0; way < 6; way++)
+        for (size_t i = 0; i < 6; i++) {
+            size_t e = (size_t)way % N, size = i < 3 ? D * F : i == 5 ? D : F;
+            foreign x;
+            foreign_make(&x, &layouts[way / 2], 1, 1);
+            d.parallel.n_threads = i % 2 ? 3 : 1;
+            if (!x.w[i]) { foreign_free(&x); continue; }
+            if (way / 2 == 2 && i != 2 && i != 5) size *= 2; /* what the gate gates, too */
+            CHECK_OK(moe_experts_pack(&d, FROM, N, &x.arrays, &layouts[way / 2], params));
+            memset(x.w[i] + 4 * (e * size + size - 1 - (size_t)way), 0xff, 4);
+            if (!CHECK_STATUS(moe_experts_pack(&d, FROM, N, &x.arrays, &layouts[way / 2], params), MOE_E_NAN_WEIGHT))
+                printf("        way %d, array %zu\n", way, i);
+            foreign_free(&x);
+        }
+    free(params);
+}
+
+/* Arrays that are not given stand for zeros. */
+static void test_pack_zeros(void) {
+    moe_desc d = pack_desc(1, 0);
+    moe_experts_arrays none;
+    size_t count = 0, not_zero = 0;
+    memset(&none, 0, sizeof none);
+    CHECK_OK(moe_experts_count(&d, &count));
+    float *params = test_floats(count);
+    for (size_t i = 0; i < count; i++) params[i] = 7;
+    CHECK_OK(moe_experts_pack(&d, 0, E, &none, NULL, params));
+    for (size_t i = 0; i < count; i++) not_zero += params[i] < 0 || params[i] > 0;
+    CHECK(not_zero == 0);
     free(params);
 }
 
@@ -468,12 +524,23 @@ static void test_nothing(void) {
     CHECK_STATUS(moe_shards_router(&none, 0, &layer, name, sizeof name), MOE_E_NULL_BYTES);
     CHECK_STATUS(moe_shards_router(&none, 0, NULL, name, sizeof name), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_shards_router(&none, 0, &layer, NULL, sizeof name), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_shards_router(&none, 0, &layer, name, 0), MOE_E_SMALL_MEMORY);
+    CHECK_STATUS(moe_shards_open(NULL, "{}", 2), MOE_E_NULL_OUT);
+    moe_shards_close(NULL);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         int n = snprintf(json, sizeof json, "{\"weight_map\":{\"a\":\"%s\"}}", bad[i]);
         if (!CHECK(moe_shards_open(&none, json, (size_t)n) != MOE_OK)) printf("        %s\n", bad[i]);
         moe_shards_close(&none);
     }
     CHECK_OK(moe_shards_open(&none, "{\"weight_map\":{\"a\":\"...\"}}", 26));
+    CHECK_STATUS(moe_shards_find(&none, NULL, name, sizeof name), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_shards_find(&none, "a", NULL, sizeof name), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_shards_find(&none, "a", name, 0), MOE_E_SMALL_MEMORY);
+    moe_shards_close(&none);
+    static const char accents[] = "{\"weight_map\":{\"a\":\"mod\xc3\xa8le\"}}"; /* UTF-8 */
+    CHECK_OK(moe_shards_open(&none, accents, sizeof accents - 1));
+    CHECK_OK(moe_shards_find(&none, "a", name, sizeof name));
+    CHECK(!strcmp(name, "mod\xc3\xa8le"));
     moe_shards_close(&none);
     CHECK_STATUS(moe_model_open(NULL, &source), MOE_E_NULL_MODEL);
     CHECK_STATUS(moe_model_open(&model, NULL), MOE_E_NULL_MODEL);
@@ -502,6 +569,8 @@ int main(void) {
     RUN(test_router_bias_name);
     RUN(test_pack_layouts);
     RUN(test_pack_arguments);
+    RUN(test_pack_nan);
+    RUN(test_pack_zeros);
     RUN(test_nothing);
     return test_end();
 }

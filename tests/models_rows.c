@@ -30,7 +30,7 @@ static moe_status folder_file(void *user, const char *name, const void **bytes, 
         if (!strcmp(from->file[i].name, name)) {
             *bytes = from->file[i].bytes;
             *size = from->file[i].size;
-            return MOE_OK;
+            return *bytes ? MOE_OK : MOE_E_READ;
         }
     if (!from->path || !CHECK(from->n < MOST_FILES)) return MOE_E_OPEN;
     snprintf(path, sizeof path, "%s/%s", from->path, name);
@@ -716,6 +716,7 @@ static void test_mxfp4(void) {
 }
 
 /* ---- what is wrong is said, and where ---- */
+#define LONG "abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz"
 /* A checkpoint of a family, with a word of its config put in place of another: opened, described, loaded. */
 static void refused(const char *type, const char *word, const char *other, moe_status want, const char *about) {
     const family_row *row = row_of(type);
@@ -754,6 +755,7 @@ static void test_config_faults(void) {
     refused("olmoe", "{\"model_type\"", "{\"model_typo\"", MOE_E_CONFIG_KEY, "config.json: model_type");
     refused("olmoe", "\"olmoe\"", "\"gpt2\"", MOE_E_MODEL_FAMILY, "model_type: gpt2");
     refused("olmoe", "\"olmoe\"", "7", MOE_E_CONFIG_VALUE, "config.json: model_type");
+    refused("olmoe", "\"olmoe\"", "\"" LONG "\"", MOE_E_CONFIG_VALUE, "config.json: model_type");
     refused("olmoe", "\"olmoe\",", "\"olmoe\"", MOE_E_JSON, "config.json");
     refused("olmoe", "\"hidden_size\":64", "\"hidden\":64", MOE_E_CONFIG_KEY, "config.json: hidden_size");
     refused("olmoe", "\"hidden_size\":64", "\"hidden_size\":null", MOE_E_CONFIG_KEY, "config.json: hidden_size");
@@ -821,6 +823,7 @@ static void broken(const char *name, const char *what, moe_status want, const ch
             if (!strcmp(what, "turned")) { size_t a = tensor.dim[0]; tensor.dim[0] = tensor.dim[1], tensor.dim[1] = a; }
             if (!strcmp(what, "flat")) tensor.dim[0] *= tensor.dim[1], tensor.n_dims = 1;
             if (!strcmp(what, "type")) strcpy(tensor.dtype, "I32");
+            if (!strcmp(what, "halves")) strcpy(tensor.dtype, "F16"), tensor.dim[0] *= 2;
             if (!strcmp(what, "new")) strcpy(tensor.dtype, "F6_NEW");
             if (!strcmp(what, "f8")) strcpy(tensor.dtype, "F8_E4M3"), tensor.dim[0] *= 4;
             if (!strcmp(what, "nan")) memcpy(bytes + tensor.bytes - 4, "\0\0\xc0\x7f", 4);
@@ -858,6 +861,7 @@ static void test_tensor_faults(void) {
         for (size_t k = 0; k < sizeof ways / sizeof *ways; k++)
             broken(of[i].name, ways[k].what, ways[k].status, of[i].about);
     broken("e_score", "missing", MOE_E_MODEL_TENSOR, IN_FILE "gate.e_score_correction_bias");
+    broken("e_score", "halves", MOE_E_MODEL_SHAPE, IN_FILE "gate.e_score_correction_bias");
     broken("e_score", "nan", MOE_E_MODEL_NAN, IN_FILE "gate.e_score_correction_bias");
     broken("e_score", "type", MOE_E_MODEL_DTYPE, IN_FILE "gate.e_score_correction_bias");
 }
@@ -956,6 +960,334 @@ static void test_other_faults(void) {
     free(m);
 }
 
+/* ---- small checkpoints of a family of one's own ---- */
+#define LONGER LONG LONG LONG /* 234 letters */
+static const char own_config[] = "{\"five\":5,\"six\":6,\"eight\":8,\"list\":[1],\"object\":{},\"word\":\"abc\","
+                                 "\"long\":\"" LONG "\",\"text_config\":7}";
+static const char own_text[] = "n_layers=1 d_model=4 d_ff=6 n_experts=2 top_k=1 gate=softmax expert=swiglu layer=x. "
+                               "router=r experts.w1=g* experts.wu=u* experts.w2=d*";
+static const char own_tensors[] = "x.r:F32:2,4 x.g0:F32:6,4 x.g1:F32:6,4 x.u0:F32:6,4 x.u1:F32:6,4 x.d0:F32:4,6 "
+                                  "x.d1:F32:4,6";
+
+/* A text with its first `word` replaced; a word that is not there is a fault of the test. */
+static void replaced(const char *text, const char *word, const char *other, char *to, size_t room) {
+    const char *at = strstr(text, word);
+    if (!CHECK(at != NULL)) { printf("        no \"%s\"\n", word); at = text; }
+    CHECK((size_t)snprintf(to, room, "%.*s%s%s", (int)(at - text), text, other, at + strlen(word)) < room);
+}
+/* Tensors "name:type:dims", @ for a number that is too large, into a file; the floats are 1, 2, 3 ... of 64, the bytes
+ * 0, 1, 2 ... */
+static void write_tensors(const char *tensors, folder *to, const char *file) {
+    writer w;
+    write_begin(&w);
+    while (*tensors) {
+        char name[300], type[16], dims[64];
+        size_t dim[8], n_dims = 0, n = 1;
+        int length = 0;
+        dims[0] = 0;
+        if (!CHECK(sscanf(tensors, " %299[^:]:%15[^:]:%63[0-9,@]%n", name, type, dims, &length) == 3 ||
+                   sscanf(tensors, " %299[^:]:%15[^:]:%n", name, type, &length) == 2)) break;
+        for (char *d = strtok(dims, ","); d; d = strtok(NULL, ",")) {
+            dim[n_dims] = *d == '@' ? SIZE_MAX / 16 : (size_t)strtoul(d, NULL, 10);
+            n *= dim[n_dims++];
+        }
+        float *values = test_floats(n);
+        unsigned char *bytes = (unsigned char *)test_memory(n, 1);
+        for (size_t i = 0; i < n; i++) values[i] = (float)(i + 1) / 64, bytes[i] = (unsigned char)i;
+        if (!strcmp(type, "F32")) write_numbers(&w, MOE_DTYPE_F32, name, n_dims, dim, values);
+        else if (!strcmp(type, "I32")) write_raw(&w, name, type, n_dims, dim, values, 4 * n);
+        else write_raw(&w, name, type, n_dims, dim, bytes, n);
+        free(values), free(bytes);
+        tensors += length + (tensors[length] == ' ');
+    }
+    write_end(&w, to, file);
+}
+
+/* The family's text and its tensors, each with a word replaced. */
+static void test_own_families(void) {
+#define TEXT(word, other) word, other, "", ""
+#define AS(word, other) TEXT(word, other), MOE_OK, ""
+#define SHARED_TEXT "shared.w1=s shared.wu=t shared.w2=v"
+    static const struct {
+        const char *word, *other, *tensor, *instead;
+        moe_status status;
+        const char *about;
+    } ways[] = {
+        {AS("", "")}, {AS(" d_ff", "   d_ff")}, {AS("w2=d*", "w2=d*  ")}, {AS("d_model=4", "d_model=@|=4")},
+        {AS("d_model=4", "d_model=@none||=4")}, {AS("top_k=1", "top_k=1 bias=true router_bias=true")},
+        {AS("top_k=1", "top_k=1 require.none=1")}, {AS("top_k=1", "top_k=1 require.five=5.0")},
+        {AS("top_k=1", "top_k=1 require.word=abc")}, {AS("top_k=1", "top_k=1 shared_width=0")},
+        {TEXT("top_k=1", "top_k="), MOE_E_MODEL_TEXT, "family"},
+        {TEXT("n_layers=1", "n_layers=1x"), MOE_E_MODEL_TEXT, "family: n_layers"},
+        {TEXT("n_layers=1", "n_layers=@word"), MOE_E_CONFIG_VALUE, "config.json: word"},
+        {TEXT("n_layers=1", "n_layers=@none"), MOE_E_CONFIG_KEY, "config.json: none"},
+        {TEXT("d_model=4", "d_model=@object"), MOE_E_CONFIG_VALUE, "config.json: object"},
+        {TEXT("d_model=4", "d_model=@list"), MOE_E_CONFIG_VALUE, "config.json: list"},
+        {TEXT("d_model=4", "d_model=@long"), MOE_E_CONFIG_VALUE, "config.json: long"},
+        {TEXT("top_k=1", "top_k=1 require.list=1"), MOE_E_CONFIG_REQUIRE, "config.json: list"},
+        {TEXT("top_k=1", "top_k=1 require.object=1"), MOE_E_CONFIG_REQUIRE, "config.json: object"},
+        {TEXT("top_k=1", "top_k=1 require.long=1"), MOE_E_CONFIG_REQUIRE, "config.json: long"},
+        {TEXT("top_k=1", "top_k=1 require.word=7"), MOE_E_CONFIG_REQUIRE, "config.json: word"},
+        {TEXT("top_k=1", "top_k=1 require.five=abc"), MOE_E_CONFIG_REQUIRE, "config.json: five"},
+        {TEXT("top_k=1", "top_k=1 require.six=7"), MOE_E_CONFIG_REQUIRE, "config.json: six"},
+        {TEXT("top_k=1", "top_k=1 require.eight=7"), MOE_E_CONFIG_REQUIRE, "config.json: eight"},
+        {TEXT("w1=g*", "w1=g*:odd"), MOE_E_MODEL_TEXT, "family: experts.w1"},
+        {TEXT("router=r", "router=r:fused"), MOE_E_MODEL_TEXT, "family: router"},
+        {TEXT("w2=d*", "w2=d*:interleaved"), MOE_E_MODEL_TEXT, "family: experts.w2"},
+        {TEXT("experts.wu=u* ", ""), MOE_E_MODEL_TEXT, "family: experts.wu"},
+        {TEXT("top_k=1", "top_k=1 control.bias=r"), MOE_E_MODEL_TEXT, "family: control.bias"},
+        {TEXT("router=r", "router=" LONGER), MOE_E_MODEL_TENSOR, NULL},
+        {TEXT("router=r", "router=" LONGER "abcdefghijklmnop"), MOE_E_MODEL_TENSOR, NULL}, /* and "_blocks" */
+        {"", "", "x.r:F32:2,4 x.g0:F32:6,4", "x.g0_blocks:U8:1,2,16", MOE_E_MODEL_TENSOR, "model.safetensors: x.r"},
+        {TEXT("router=r", "router=" LONGER LONG), MOE_E_MODEL_TEXT, "family: router"},
+        {TEXT("d_ff=6", "shared_width=7 " SHARED_TEXT), MOE_E_MODEL_TEXT, "family: d_ff"},
+        {TEXT("d_ff=6", "d_ff=6 shared_width=@word"), MOE_E_CONFIG_VALUE, "config.json: word"},
+        {TEXT("d_ff=6", "d_ff=6 n_shared=4611686018427387904"), MOE_E_OVERFLOW, "family: size"},
+        {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:2,6,4", MOE_OK, ""},
+        {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:12,4", MOE_OK, ""},
+        {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:3,4,4", MOE_E_MODEL_SHAPE, "model.safetensors: x.g"},
+        {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:2,2,3,4", MOE_E_MODEL_SHAPE, "model.safetensors: x.g"},
+        {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:2,5,4", MOE_E_MODEL_SHAPE, "model.safetensors: x.g"},
+        {"", "", "x.r:F32:2,4", "x.r:F32:", MOE_E_MODEL_SHAPE, "model.safetensors: x.r"}};
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        char text[1024], tensors[512];
+        folder from;
+        moe_model model;
+        moe_layer *layer = NULL;
+        memset(&from, 0, sizeof from);
+        replaced(own_text, ways[i].word, ways[i].other, text, sizeof text);
+        replaced(own_tensors, ways[i].tensor, ways[i].instead, tensors, sizeof tensors);
+        write_text(&from, "config.json", own_config);
+        write_tensors(tensors, &from, "model.safetensors");
+        moe_model_source source = folder_source(&from);
+        source.family = text;
+        long before = test_live_blocks;
+        moe_status status = moe_model_open(&model, &source);
+        if (!status) status = moe_model_layer(&model, 0, NULL, NULL, &layer);
+        if (!CHECK_STATUS(status, ways[i].status) || !CHECK(!ways[i].about || !strcmp(model.about, ways[i].about)))
+            printf("        %s -> %s, %s: about \"%s\"\n", ways[i].word, ways[i].other, ways[i].instead, model.about);
+        CHECK((layer != NULL) == (status == MOE_OK));
+        moe_layer_free(layer);
+        moe_model_close(&model);
+        CHECK(test_live_blocks == before);
+        folder_free(&from);
+    }
+}
+
+/* Shared experts of width 161 over networks of 160, with biases: the second has one column and zeros, b2 the first
+ * alone. */
+static void test_own_shared(void) {
+    enum { FF = 160, WIDE = 161, DD = 4 };
+    static const struct { const char *text, *tensors; int turns; } ways[] = {
+        {"shared.w1=s shared.wu=t shared.b1=sb shared.bu=tb",
+         "x.s:F32:161,4 x.t:F32:161,4 x.sb:F32:161 x.tb:F32:161", 0},
+        {"shared.w1=s:fused shared.b1=sb:fused", "x.s:F32:322,4 x.sb:F32:322", 1},
+        {"shared.w1=s:interleaved shared.b1=sb:interleaved", "x.s:F32:322,4 x.sb:F32:322", 2}};
+    for (size_t i = 0; i < 3; i++) {
+        char text[512], tensors[512];
+        static float w1[4 * DD * FF], wu[4 * DD * FF], w2[4 * DD * FF], b1[4 * FF], bu[4 * FF], b2[4 * DD];
+        folder from;
+        moe_model model;
+        moe_layer *layer = NULL;
+        memset(&from, 0, sizeof from);
+        snprintf(text, sizeof text, "n_layers=1 d_model=4 d_ff=160 n_experts=2 top_k=1 gate=softmax expert=swiglu "
+                 "bias=true shared_width=161 layer=x. router=r experts.w1=w:in experts.wu=w:in experts.w2=w "
+                 "shared.w2=v shared.b2=vb %s", ways[i].text);
+        snprintf(tensors, sizeof tensors, "x.r:F32:2,4 x.w:F32:2,4,160 x.v:F32:4,161 x.vb:F32:4 %s", ways[i].tensors);
+        write_text(&from, "config.json", "{}");
+        write_tensors(tensors, &from, "model.safetensors");
+        moe_model_source source = folder_source(&from);
+        source.family = text;
+        if (!CHECK_OK(moe_model_open(&model, &source)) || !CHECK_OK(moe_model_layer(&model, 0, NULL, NULL, &layer)))
+            printf("        %s\n", model.about);
+        else {
+            const moe_part_kind part = MOE_PART_PARAMS;
+            size_t wrong = 0;
+            CHECK(moe_layer_desc(layer)->n_shared == 2);
+            CHECK_OK(moe_layer_get(layer, part, "experts.w1", w1, sizeof w1 / sizeof *w1));
+            CHECK_OK(moe_layer_get(layer, part, "experts.wu", wu, sizeof wu / sizeof *wu));
+            CHECK_OK(moe_layer_get(layer, part, "experts.w2", w2, sizeof w2 / sizeof *w2));
+            CHECK_OK(moe_layer_get(layer, part, "experts.b1", b1, sizeof b1 / sizeof *b1));
+            CHECK_OK(moe_layer_get(layer, part, "experts.bu", bu, sizeof bu / sizeof *bu));
+            CHECK_OK(moe_layer_get(layer, part, "experts.b2", b2, sizeof b2 / sizeof *b2));
+            for (size_t c = 0; c < 2 * FF; c++) { /* column c of both, one after the other: network 2, then 3 */
+                size_t e = 2 + c / FF, at = c % FF;
+                size_t gate = ways[i].turns == 2 ? 2 * c : c, up = ways[i].turns == 2 ? 2 * c + 1 : c;
+                if (ways[i].turns == 1) up = WIDE + c;
+                for (size_t k = 0; k < DD; k++) { /* number i of a tensor is (i + 1) / 64 */
+                    int in = c < WIDE;
+                    wrong += w1[(e * DD + k) * FF + at] != (in ? (float)(gate * DD + k + 1) / 64 : 0);
+                    wrong += wu[(e * DD + k) * FF + at] != (in ? (float)(up * DD + k + 1) / 64 : 0);
+                    wrong += w2[(e * FF + at) * DD + k] != (in ? (float)(k * WIDE + c + 1) / 64 : 0);
+                    wrong += b1[e * FF + at] != (in ? (float)(gate + 1) / 64 : 0);
+                    wrong += bu[e * FF + at] != (in ? (float)(up + 1) / 64 : 0);
+                    wrong += b2[(2 + c / FF) * DD + k] != (c < FF ? (float)(k + 1) / 64 : 0);
+                }
+            }
+            if (!CHECK(!wrong)) printf("        way %zu: %zu numbers are wrong\n", i, wrong);
+        }
+        moe_layer_free(layer);
+        moe_model_close(&model);
+        folder_free(&from);
+    }
+}
+
+/* Tensors of one and of half a byte, whole and broken; scale: a digit for each element, the number of its scale. */
+static void test_own_numbers(void) {
+#define BLOCKS(text) "{\"quantization_config\":{\"weight_block_size\":" text "}}"
+#define IN_IT "model.safetensors: "
+    static const struct {
+        const char *config, *tensors, *name, *scale;
+        moe_status status;
+        const char *about;
+    } ways[] = {
+        {"{}", "f:F8_E4M3: f_scale_inv:F32:", "f", "0", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:5 f_scale:F32:", "f", "00000", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:2,1,1", "f", "000000000000111111111111", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:3,2 f_scale:F32:3,1", "f", "001122", MOE_OK, ""},
+        {BLOCKS("[1,1]"), "f:F8_E4M3:3,2 f_scale:F32:3,2", "f", "012345", MOE_OK, ""},
+        {BLOCKS("[3,2]"), "f:F8_E4M3:4,3 f_scale:F32:2,2", "f", "001001001223", MOE_OK, ""},
+        {BLOCKS("[\"1\",\"x\"]"), "f:F8_E4M3:2,200 f_scale:F32:1,2", "f", "0", MOE_OK, ""}, /* no number: 128 */
+        {BLOCKS("[0.5,0.5]"), "f:F8_E4M3:2,200 f_scale:F32:1,2", "f", "0", MOE_OK, ""},
+        {BLOCKS("[1e10,1e10]"), "f:F8_E4M3:2,200 f_scale:F32:1,2", "f", "0", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:256 f_scale:F32:1,2", "f", "0", MOE_OK, ""}, /* of which 127 and 255 are no numbers */
+        {"{}", "f:F8_E4M3:2,2", "f", NULL, MOE_E_MODEL_DTYPE, IN_IT "f"},
+        {"{}", "f:F8_E4M3:2,2 f_scale:I32:", "f", NULL, MOE_E_MODEL_DTYPE, IN_IT "f_scale"},
+        {"{}", "f:F8_E4M3:2,2 f_scale:F32:3", "f", NULL, MOE_E_MODEL_SHAPE, IN_IT "f_scale"},
+        {"{}", "m_blocks:U8:1,2,16 m_scales:U8:1,2", "m", "", MOE_OK, ""},
+        {"{}", "m_blocks:U8:1,2,16", "m", NULL, MOE_E_MODEL_TENSOR, IN_IT "m_scales"},
+        {"{}", "m_blocks:I8:1,2,16 m_scales:U8:1,2", "m", NULL, MOE_E_MODEL_DTYPE, IN_IT "m_scales"},
+        {"{}", "m_blocks:U8:1,2,16 m_scales:I8:1,2", "m", NULL, MOE_E_MODEL_DTYPE, IN_IT "m_scales"},
+        {"{}", "m_blocks:U8:2,16 m_scales:U8:2", "m", NULL, MOE_E_MODEL_SHAPE, IN_IT "m_scales"},
+        {"{}", "m_blocks:U8:1,4,8 m_scales:U8:1,2", "m", NULL, MOE_E_MODEL_SHAPE, IN_IT "m_scales"},
+        {"{}", "m_blocks:U8:1,2,16 m_scales:U8:1,3", "m", NULL, MOE_E_MODEL_SHAPE, IN_IT "m_scales"},
+        {"{}", "m_blocks:U8:0,@,16 m_scales:U8:0", "m", NULL, MOE_E_OVERFLOW, ""},
+        {"{}", LONGER "abcdefghijklmno:F8_E4M3:2", LONGER "abcdefghijklmno", NULL, MOE_E_MODEL_DTYPE, NULL},
+        {"{}", "f:I32:2", LONGER "abcdefghijklmnopq", NULL, MOE_E_MODEL_TENSOR, NULL}};
+    static const double halves[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        folder from;
+        moe_model model;
+        char tensors[600];
+        float out[400];
+        size_t wrong = 0, n = ways[i].scale ? strlen(ways[i].scale) : 1;
+        memset(&from, 0, sizeof from);
+        snprintf(tensors, sizeof tensors, "x.r:F32:1 %s", ways[i].tensors);
+        write_text(&from, "config.json", ways[i].config);
+        write_tensors(tensors, &from, "model.safetensors");
+        moe_model_source source = folder_source(&from);
+        source.family = own_text;
+        if (!CHECK_OK(moe_model_open(&model, &source))) continue;
+        moe_status status = moe_model_read(&model, ways[i].name, 0, n, out);
+        if (!CHECK_STATUS(status, ways[i].status) || !CHECK(!ways[i].about || !strcmp(model.about, ways[i].about)))
+            printf("        %s: about \"%s\"\n", ways[i].tensors, model.about);
+        for (size_t k = 0; !status && k < n; k++)
+            wrong += out[k] != (float)(f8_value((unsigned)k) * (ways[i].scale[k] - '0' + 1) / 64);
+        if (!status && n == 0) { /* two blocks of 32, with powers 0 and 1; a byte's lower half first */
+            CHECK_OK(moe_model_read(&model, ways[i].name, 0, 64, out));
+            for (int k = 0; k < 64; k++)
+                wrong += (double)out[k] != ldexp(halves[k % 2 ? k / 2 >> 4 : k / 2 & 15], k / 32 - 127);
+        }
+        if (strstr(ways[i].tensors, "256")) {
+            CHECK_OK(moe_model_read(&model, ways[i].name, 0, 256, out));
+            for (unsigned k = 0; k < 256; k++)
+                if (k % 128 == 127) CHECK(isnan(out[k]));
+                else wrong += out[k] != (float)(f8_value(k) * (k / 128 + 1) / 64);
+        }
+        if (!CHECK(!wrong)) printf("        %s: %zu numbers are wrong\n", ways[i].tensors, wrong);
+        moe_model_close(&model);
+        folder_free(&from);
+    }
+}
+
+/* A checkpoint of two files whose index has a word replaced. */
+static void test_index_faults(void) {
+#define IN_A(name) "\"" name "\":\"a.st\","
+    static const char whole[] = "{\"weight_map\":{" IN_A("x.r") IN_A("x.g0") IN_A("x.g1") IN_A("x.u0") IN_A("x.d0")
+                                IN_A("x.d1") IN_A("f") IN_A("f_scale") IN_A("m_blocks") IN_A("m_scales")
+                                IN_A("whole") "\"more\":\"a.st\",\"x.u1\":\"b.st\"}}";
+    static const struct { const char *word, *other, *name; moe_status status; const char *about; } ways[] = {
+        {"", "", NULL, MOE_OK, ""}, {"", "", "f", MOE_OK, ""}, {"", "", "m", MOE_OK, ""},
+        {"", "", "whole", MOE_E_MODEL_DTYPE, "a.st: whole"},
+        {",\"x.u1\":\"b.st\"", "", NULL, MOE_E_MODEL_TENSOR, "model.safetensors.index.json: x.u1"},
+        {"b.st", "a.st", NULL, MOE_E_MODEL_TENSOR, "a.st: x.u1"},
+        {"b.st", "c.st", NULL, MOE_E_OPEN, "c.st"},
+        {"b.st", LONGER LONG, NULL, MOE_E_SMALL_MEMORY, "model.safetensors.index.json: x.u1"},
+        {"weight_map", "weight_mop", NULL, MOE_E_SHARDS, "model.safetensors.index.json"},
+        {"\"x.r\":\"a.st\"", "\"x.r\":\"c.st\"", NULL, MOE_E_OPEN, "c.st"},
+        {"\"f_scale\":\"a.st\"", "\"f_scale\":\"c.st\"", "f", MOE_E_OPEN, "c.st"},
+        {"\"m_scales\":\"a.st\"", "\"m_scales\":\"c.st\"", "m", MOE_E_OPEN, "c.st"},
+        {"\"m_blocks\":\"a.st\"", "\"m_blocks\":\"c.st\"", "m", MOE_E_OPEN, "c.st"},
+        {NULL, NULL, NULL, MOE_E_READ, "model.safetensors.index.json"}};
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        char index[1024], tensors[512];
+        folder from;
+        moe_model model;
+        moe_layer *layer = NULL;
+        float value;
+        memset(&from, 0, sizeof from);
+        replaced(whole, ways[i].word ? ways[i].word : "", ways[i].word ? ways[i].other : "", index, sizeof index);
+        replaced(own_tensors, "x.u1:F32:6,4", "f:F8_E4M3:2 f_scale:F32: m_blocks:U8:1,2,16 m_scales:U8:1,2 whole:I32:2",
+                 tensors, sizeof tensors);
+        write_text(&from, "config.json", own_config);
+        write_text(&from, "model.safetensors.index.json", index);
+        if (!ways[i].word) free(from.file[1].bytes), from.file[1].bytes = NULL;
+        write_tensors(tensors, &from, "a.st");
+        write_tensors("x.u1:F32:6,4", &from, "b.st");
+        moe_model_source source = folder_source(&from);
+        source.family = own_text;
+        long before = test_live_blocks;
+        moe_status status = moe_model_open(&model, &source);
+        if (!status && ways[i].name) status = moe_model_read(&model, ways[i].name, 1, 1, &value);
+        else if (!status) status = moe_model_layer(&model, 0, NULL, NULL, &layer);
+        if (!CHECK_STATUS(status, ways[i].status) || !CHECK(!strcmp(model.about, ways[i].about)))
+            printf("        %s -> %s: about \"%s\"\n", ways[i].word, ways[i].other, model.about);
+        CHECK((layer != NULL) == (status == MOE_OK && !ways[i].name));
+        moe_layer_free(layer);
+        moe_model_close(&model);
+        CHECK(test_live_blocks == before);
+        folder_free(&from);
+    }
+}
+
+/* A checkpoint into experts of eight bits: what quantising the loaded layer gives; and arguments. */
+static void test_formats(void) {
+    static const moe_layer_formats int8 = {MOE_FORMAT_INT8, NULL, MOE_OFF, 0, NULL};
+    folder from;
+    moe_model model;
+    moe_layer *plain = NULL, *quantised = NULL, *loaded = NULL;
+    moe_file_tensor tensor;
+    moe_desc around;
+    float value;
+    memset(&from, 0, sizeof from), memset(&around, 0, sizeof around);
+    write_text(&from, "config.json", "{}");
+    write_tensors(own_tensors, &from, "model.safetensors");
+    moe_model_source source = folder_source(&from);
+    source.family = own_text;
+    if (!CHECK_OK(moe_model_open(&model, &source))) return;
+    CHECK_OK(moe_model_layer(&model, 0, &around, NULL, &plain)); /* the surroundings' training is not said */
+    CHECK(moe_layer_desc(plain)->training == MOE_OFF);
+    CHECK_OK(moe_layer_quantize(plain, &int8, &quantised));
+    CHECK_OK(moe_model_layer(&model, 0, NULL, &int8, &loaded));
+    CHECK(moe_layer_hash(loaded) == moe_layer_hash(quantised) && moe_layer_hash(loaded) != moe_layer_hash(plain));
+    moe_layer_free(plain), moe_layer_free(quantised), moe_layer_free(loaded);
+    loaded = NULL;
+    moe_layer_formats wrong = int8;
+    wrong.format = (moe_format_kind)99;
+    CHECK(moe_model_layer(&model, 0, NULL, &wrong, &loaded) == MOE_E_FORMAT && !loaded);
+    around.parallel.n_threads = SIZE_MAX / 8;
+    CHECK(moe_model_layer(&model, 0, &around, NULL, &loaded) == MOE_E_OVERFLOW && !loaded);
+    CHECK_STATUS(moe_model_tensor(&model, NULL, &tensor), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_model_tensor(&model, "x.r", NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_model_read(&model, NULL, 0, 1, &value), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_model_read(&model, "x.r", 0, 1, NULL), MOE_E_NULL_OUT);
+    CHECK_OK(moe_model_read(&model, "x.r", 8, 0, NULL));
+    CHECK_STATUS(moe_model_read(&model, "x.r", 9, 0, NULL), MOE_E_MODEL_RANGE);
+    CHECK(!strcmp(model.about, "model.safetensors: x.r"));
+    moe_model_close(&model);
+    folder_free(&from);
+}
+
 /* ---- an index of many names ---- */
 /* n experts' tensors in 64 layers listed, in a file that is not there: opened, every layer asked for, each name looked
  * up; the processor's time. */
@@ -1004,6 +1336,11 @@ int main(void) {
     RUN(test_config_faults);
     RUN(test_tensor_faults);
     RUN(test_other_faults);
+    RUN(test_own_families);
+    RUN(test_own_shared);
+    RUN(test_own_numbers);
+    RUN(test_index_faults);
+    RUN(test_formats);
     RUN(test_many_names);
     RUN_IF(models_folder && *models_folder, test_recorded, "MOE_MODELS=DIR is not set");
     return test_end();

@@ -122,6 +122,7 @@ static void test_bad_headers(void) {
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), } x", MOE_E_NPY_HEADER},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), ", MOE_E_NPY_HEADER},
         {"{'descr: '<f4', 'fortran_order': False, 'shape': (2, 3), }", MOE_E_NPY_HEADER},
+        {"{'descr': '\\x3cf4', 'fortran_order': False, 'shape': (2, 3), }", MOE_E_NPY_HEADER},
         {"{,}", MOE_E_NPY_HEADER},
         {"{}", MOE_E_NPY_HEADER},
         {"", MOE_E_NPY_HEADER},
@@ -203,6 +204,11 @@ static void test_streaming_header(void) {
         CHECK(f.offset == (length < SIZE_MAX ? (size_t)length : SIZE_MAX));
         CHECK_STATUS(moe_npy_header(&f, file.bytes, file.size, 5), MOE_E_FILE_SHORT);
         CHECK(f.offset == 5);
+        /* as many bytes as 64 bits count less 8, of a file of as many as they count */
+        file = npy_make(version, "{'descr':'<f8','fortran_order':False,'shape':(2305843009213693951,)}", NULL, 0);
+        s = moe_npy_header(&f, file.bytes, file.size, UINT64_MAX);
+        CHECK_STATUS(s, SIZE_MAX < UINT64_MAX ? MOE_E_FILE_SHAPE : MOE_E_FILE_SHORT);
+        if (s == MOE_E_FILE_SHORT) CHECK(f.offset == SIZE_MAX);
     }
 }
 
@@ -239,6 +245,7 @@ static void test_conversion(void) {
     CHECK_STATUS(moe_to_float(MOE_DTYPE_I32, 4, p, out), MOE_E_FILE_DTYPE);
     CHECK_STATUS(moe_to_float(MOE_DTYPE_NONE, 4, p, out), MOE_E_FILE_DTYPE);
     CHECK_STATUS(moe_to_float(MOE_DTYPE_F32, 4, NULL, out), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_to_float(MOE_DTYPE_F32, 4, p, NULL), MOE_E_NULL_OUT);
     CHECK_OK(moe_to_float(MOE_DTYPE_F32, 0, NULL, NULL));
 
     static const int32_t i32[] = {0, -1, INT32_MAX, INT32_MIN};
@@ -256,6 +263,10 @@ static void test_conversion(void) {
     memcpy(p, low, sizeof low), test_little_endian(p, 4, sizeof *low);
     CHECK_STATUS(moe_to_index(MOE_DTYPE_I64, 4, p, index, &bad), MOE_E_NPY_INDEX);
     CHECK(bad == 1);
+    CHECK_STATUS(moe_to_index(MOE_DTYPE_I64, 4, p, index, NULL), MOE_E_NPY_INDEX);
+    CHECK_STATUS(moe_to_index(MOE_DTYPE_I64, 4, NULL, index, &bad), MOE_E_NULL_BYTES);
+    CHECK_STATUS(moe_to_index(MOE_DTYPE_I64, 4, p, NULL, &bad), MOE_E_NULL_OUT);
+    CHECK_OK(moe_to_index(MOE_DTYPE_I64, 0, NULL, NULL, NULL));
     CHECK_STATUS(moe_to_index(MOE_DTYPE_F32, 4, p, index, &bad), MOE_E_FILE_DTYPE);
 
     CHECK(moe_dtype_of("BF16") == MOE_DTYPE_BF16 && moe_dtype_of("F32") == MOE_DTYPE_F32 &&

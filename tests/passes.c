@@ -525,14 +525,17 @@ static void test_error_names_the_token(void) {
     static const char *const text[] = {"", "score=hash", "score=slice", "combine=soft select=all", "noise=gaussian",
                                        "score=mlp", "combine=soft select=all soft_slots=2 score=projected"};
     static unsigned char mask[200];
+    test_pattern = 0xff; /* NaN */
     for (size_t i = 0; i < sizeof text / sizeof *text; i++)
         for (size_t at = 0; at < 200; at += 66) {
             moe_layer *m = row(NULL, text[i]);
             if (!m) return;
             tokens(200);
             memset(mask, 1, sizeof mask);
-            (void)go(m, 200, 0);
-            CHECK(moe_layer_tape(m)->bad_token == SIZE_MAX);
+            if (at % 4 == 0) { /* else in memory that no forward has written */
+                (void)go(m, 200, 0);
+                CHECK(moe_layer_tape(m)->bad_token == SIZE_MAX);
+            }
             x[at * D + 3] = i % 2 ? NAN : INFINITY;
             x[199 * D] = NAN;
             CHECK_STATUS(moe_forward(m, x, 200, y), MOE_E_NAN_X);
@@ -543,6 +546,7 @@ static void test_error_names_the_token(void) {
             CHECK(moe_layer_tape(m)->bad_token == 199);
             moe_layer_free(m);
         }
+    test_pattern = -1;
 }
 /* Used by one token: its two experts and the branch's, and the router with codes and branch. */
 static void test_active_params_of_the_branch(void) {

@@ -333,6 +333,10 @@ static void test_index(void) {
         CHECK(atoi(value) == i * i % 9973);
     }
     CHECK_STATUS(moe_file_metadata(&f, "w", value, sizeof value), MOE_E_NAME);
+    for (int i = 0; i < 20000; i++) { /* before the first, between them and after the last of their order */
+        sprintf(name, "a name of none, %d", i);
+        CHECK_STATUS(moe_file_metadata(&f, name, value, sizeof value), MOE_E_NAME);
+    }
     CHECK_STATUS(moe_file_find(&f, "k4", &t), MOE_E_NAME);
     CHECK_OK(moe_file_find(&f, "k3", &t));
     CHECK(t.data == b.p + b.n - 4);
@@ -348,6 +352,30 @@ static void test_index(void) {
     moe_file_close(NULL);
     free(b.p);
     free(text);
+}
+
+/* Tensors in another order than their bytes, metadata between them; two routers of one layer, of which the first
+ * counts. */
+static void test_out_of_order(void) {
+    bytes b = with_header("{\"model.layers.1.mlp.gate.weight\":" ONE("U8", "2", "3", "5")
+                          ",\"__metadata__\":{\"k\":\"v\",\"l\":\"w\"},\"model.layers.0.mlp.gate.weight\":"
+                          ONE("U8", "3", "0", "3") ",\"model.layers.1.block_sparse_moe.gate.weight\":"
+                          ONE("U8", "1", "5", "6") "}", 6);
+    moe_file f;
+    moe_file_tensor t;
+    size_t layer = 9;
+    CHECK_OK(moe_file_open(&f, b.p, b.n));
+    CHECK(f.n_tensors == 3);
+    CHECK_OK(moe_file_router(&f, 0, &layer, &t));
+    CHECK(layer == 0 && t.bytes == 3 && t.data == b.p + b.n - 6);
+    CHECK_OK(moe_file_router(&f, 1, &layer, &t));
+    CHECK(layer == 1 && t.bytes == 2 && t.data == b.p + b.n - 3);
+    CHECK_STATUS(moe_file_router(&f, 2, &layer, &t), MOE_E_NAME);
+    CHECK_STATUS(moe_file_router(&f, 0, &layer, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_file_router(&f, 0, NULL, &t), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_file_router(NULL, 0, &layer, &t), MOE_E_NULL_BYTES);
+    moe_file_close(&f);
+    free(b.p);
 }
 
 /* A file that changes after it was opened (somebody writes to what is mapped): an answer or a refusal, no crash. */
@@ -388,6 +416,7 @@ int main(void) {
     RUN(test_time);
     RUN(test_cap);
     RUN(test_index);
+    RUN(test_out_of_order);
     RUN(test_changed);
     return test_end();
 }

@@ -12,6 +12,7 @@
 #endif
 #include "test.h"
 #include "files.h"
+#include "temp.h"
 
 static moe_layer *new_layer(const moe_desc *d) {
     moe_layer *m = NULL;
@@ -89,6 +90,36 @@ static moe_status edited_status(bytes b, const char *from, const char *to) {
     return MOE_OK;
 }
 
+/* ---- files of the disk ---- */
+static char path[512], part_path[520], other_path[520];
+
+static void make_paths(void) {
+    temp_path(path, sizeof path, "files");
+    snprintf(part_path, sizeof part_path, "%s.part", path);
+    snprintf(other_path, sizeof other_path, "%s.dir", path);
+}
+
+static bytes read_file(const char *name) {
+    bytes b = { NULL, 0 };
+    FILE *f = fopen(name, "rb");
+    if (!f) return b;
+    b = new_bytes(1 << 16);
+    b.n = fread(b.p, 1, b.n, f);
+    fclose(f);
+    return b;
+}
+
+static int file_exists(const char *name) {
+    FILE *f = fopen(name, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+static void put_file(const char *name, const unsigned char *p, size_t n) {
+    FILE *f = fopen(name, "wb");
+    if (CHECK(f != NULL)) CHECK(fwrite(p ? p : (const unsigned char *)"", 1, n, f) == n && !fclose(f));
+}
+
 /* ---- round trips ---- */
 static void test_round_trip(void) {
     for (int kind = 1; kind <= MOE_EXPERT_GEGLU; kind++) {
@@ -144,6 +175,26 @@ static void test_inference_layer(void) {
         check_same_part(m, back, MOE_PART_PARAMS);
     }
     moe_layer_free(back);
+    moe_layer_free(m);
+    free(b.p);
+}
+
+/* With the optimiser a file promises to go on as if nothing had been: not with gradients in the layer. */
+static void test_between_steps(void) {
+    float x[TOKENS * WIDTH], y[TOKENS * WIDTH];
+    moe_desc d = small_desc();
+    moe_layer *m = new_layer(&d);
+    bytes b = save(m, 1);
+    test_fill(x, TOKENS * WIDTH, -1, 1);
+    CHECK_OK(moe_forward(m, x, TOKENS, y));
+    CHECK_OK(moe_layer_save_memory(m, 1, b.p, b.n)); /* a forward alone leaves nothing behind */
+    CHECK_OK(moe_backward(m, x, NULL));
+    CHECK_STATUS(moe_layer_save_memory(m, 1, b.p, b.n), MOE_E_UNSTEPPED);
+    CHECK_STATUS(moe_layer_save(m, 1, path), MOE_E_UNSTEPPED);
+    CHECK(!file_exists(path) && !file_exists(part_path));
+    CHECK_OK(moe_layer_save_memory(m, 0, b.p, b.n)); /* the parameters alone promise nothing */
+    CHECK_OK(moe_step(m, 0.01f));
+    CHECK_OK(moe_layer_save_memory(m, 1, b.p, b.n));
     moe_layer_free(m);
     free(b.p);
 }
@@ -373,6 +424,7 @@ static void put_into_block(uint32_t mark, uint32_t bits) {
 /* What cannot be loaded is not saved, and the tensor is named; what is saved is loaded. */
 static void test_saving_not_finite(void) {
     static const uint32_t values[] = { 0x7fc00000, 0x7f800000, 0xff800000, 0x7f800001 }, mark = 0x42f6e9d5;
+    static const unsigned char mine[] = "as it was";
     moe_desc d = small_desc();
     moe_layer *m = NULL;
     moe_tensor t;
@@ -403,6 +455,13 @@ static void test_saving_not_finite(void) {
                 CHECK_OK(moe_layer_set(m, parts[p], t.name, values_of, t.count));
                 put_into_block(mark, bits);
                 CHECK_STATUS(moe_layer_save_memory(m, 1, file, sizeof file), want);
+                put_file(path, mine, sizeof mine);
+                CHECK_STATUS(moe_layer_save(m, 1, path), want);
+                bytes disk = read_file(path);
+                if (want) CHECK(disk.n == sizeof mine && !memcmp(disk.p, mine, sizeof mine));
+                else CHECK(disk.n > sizeof mine && !memcmp(disk.p, file, disk.n));
+                CHECK(!file_exists(part_path));
+                free(disk.p);
                 CHECK_STATUS(moe_layer_check(m, 1, &part, &name), want);
                 CHECK(want ? part == parts[p] && name && !strcmp(name, t.name) : name == NULL);
                 CHECK_STATUS(moe_layer_check(m, 0, &part, &name), parts[p] == MOE_PART_PARAMS ? want : MOE_OK);
@@ -410,6 +469,7 @@ static void test_saving_not_finite(void) {
                 CHECK_OK(moe_layer_set(m, parts[p], t.name, values_of, t.count));
             }
         }
+    remove(path);
     bytes b = save(m, 1);
     CHECK_OK(load_status(b));
     free(b.p);
@@ -442,6 +502,124 @@ static void test_fault(void) {
     free(b.p);
 }
 
+/* The file with more in its metadata. */
+static bytes with_metadata(bytes b, const char *more) {
+    static const char after[] = "\"version\":\"1\"";
+    size_t n = strlen(more), at = 8, header = 0;
+    for (size_t i = 8; i-- > 0;) header = header << 8 | b.p[i];
+    while (at + n < b.n && memcmp(b.p + at, after, sizeof after - 1)) at++;
+    at += sizeof after - 1;
+    bytes to = new_bytes(b.n + n);
+    memcpy(to.p, b.p, at), memcpy(to.p + at, more, n), memcpy(to.p + at + n, b.p + at, b.n - at);
+    set_header_length(to, header + n);
+    return to;
+}
+/* Ranks that cannot be, numbers that are none, an optimiser's step without training, shards of experts in formats. */
+static void test_lying_metadata(void) {
+#define TEN "1111111111"
+#define LENGTHY TEN TEN TEN TEN TEN TEN TEN TEN TEN /* longer than any value is */
+    static const struct { const char *more; moe_status plain, formats; } rows[] = {
+        {"", MOE_OK, MOE_OK},
+        {",\"later\":\"" LENGTHY "\"", MOE_OK, MOE_OK}, /* a field of a later moe.h */
+        {",\"shard\":\"0\",\"shards\":\"1\"", MOE_OK, MOE_OK},
+        {",\"shard\":\"0\"", MOE_OK, MOE_OK},
+        {",\"shard\":\"x\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shards\":\"-1\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shard\":\"" LENGTHY "\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shards\":\"" LENGTHY "\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"draws\":\"x\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shards\":\"0\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shards\":\"4\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},            /* of three experts */
+        {",\"shards\":\"2\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},            /* not as many on each */
+        {",\"shard\":\"3\",\"shards\":\"3\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC},
+        {",\"shard\":\"2\",\"shards\":\"3\"", MOE_E_FILE_TENSOR, MOE_E_FILE_DESC}, /* but all three are there */
+        {",\"step\":\"1\"", MOE_E_FILE_DESC, MOE_E_FILE_DESC}};
+    static const moe_layer_formats formats = {MOE_FORMAT_BF16, NULL, MOE_OFF, 0, NULL};
+    moe_desc d = small_desc();
+    moe_layer *quantised = NULL;
+    d.n_experts = 3;
+    moe_layer *m = new_layer(&d);
+    CHECK_OK(moe_layer_quantize(m, &formats, &quantised));
+    moe_layer_free(m);
+    d.training = MOE_OFF;
+    m = new_layer(&d);
+    bytes b[2] = { save(m, 0), save(quantised, 0) };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (int k = 0; k < 2; k++) {
+            bytes changed = with_metadata(b[k], rows[i].more);
+            if (!CHECK_STATUS(load_status(changed), k ? rows[i].formats : rows[i].plain))
+                printf("        %s, %d\n", rows[i].more, k);
+            free(changed.p);
+        }
+    CHECK_STATUS(edited_status(b[1], "\"n_shared\":\"0\"", "\"n_shared\":\"9\""), MOE_E_FILE_TENSOR); /* not so many */
+    CHECK_STATUS(edited_status(b[1], "\"BF16\"", "\"XF16\""), MOE_E_FILE_DTYPE);
+    CHECK_STATUS(edited_status(b[1], "\"BF16\",", "\"F16\", "), MOE_E_FILE_TENSOR); /* no format of experts */
+    CHECK_STATUS(edited_status(b[1], "\"experts.w1.2\"", "\"experts.w1.9\""), MOE_E_FILE_TENSOR);
+    b[1].p[b[1].n - 1] = 0xff, b[1].p[b[1].n - 2] = 0x80; /* a NaN */
+    CHECK_STATUS(load_status(b[1]), MOE_E_FILE_NAN);
+    free(b[0].p), free(b[1].p);
+    moe_layer_free(m), moe_layer_free(quantised);
+}
+
+/* A rank's shard is saved with which of how many it is, and comes back. */
+static void test_shard(void) {
+    moe_desc d = small_desc();
+    moe_layer *shard = NULL, *back = NULL;
+    moe_file f;
+    char text[8];
+    d.n_experts = 3;
+    moe_layer *m = new_layer(&d);
+    CHECK_OK(moe_layer_shard(m, 2, 3, &shard));
+    bytes b = save(shard, 1);
+    CHECK_OK(moe_file_open(&f, b.p, b.n));
+    CHECK(!moe_file_metadata(&f, "shard", text, sizeof text) && !strcmp(text, "2"));
+    CHECK(!moe_file_metadata(&f, "shards", text, sizeof text) && !strcmp(text, "3"));
+    moe_file_close(&f);
+    if (CHECK_OK(moe_layer_load_memory(&back, b.p, b.n, NULL))) CHECK(moe_layer_hash(back) == moe_layer_hash(shard));
+    CHECK_STATUS(edited_status(b, "\"shard\":\"2\"", "\"shard\":\"3\""), MOE_E_FILE_DESC);
+    free(b.p);
+    moe_layer_free(m), moe_layer_free(shard), moe_layer_free(back);
+}
+
+/* A file that changes once it is open, and while its layer is made: refused, and nothing is left. */
+static unsigned char *byte_to_change;
+static void change_and_run(void *user, size_t workers, size_t n_tasks, moe_task *task, void *arg) {
+    (void)user, (void)workers;
+    *byte_to_change = '!';
+    for (size_t i = 0; i < n_tasks; i++) task(arg, i, 0);
+}
+static void test_changing(void) {
+    moe_desc d = small_desc();
+    moe_layer *back = NULL;
+    moe_file f;
+    moe_file_tensor t;
+    d.d_model = d.d_ff = 128;
+    moe_layer *m = new_layer(&d);
+    bytes b = save(m, 0);
+    d.parallel.run = change_and_run, d.parallel.n_threads = 2;
+    CHECK_OK(moe_file_open(&f, b.p, b.n));
+    CHECK_OK(moe_file_find(&f, "experts.w2", &t));
+    byte_to_change = b.p + (t.name - (const char *)b.p);
+    long live = test_live_blocks;
+    CHECK_STATUS(moe_layer_load_file(&back, &f, &d), MOE_E_FILE_TENSOR);
+    CHECK(!back && test_live_blocks == live && *byte_to_change == '!');
+    CHECK(f.fault.name_length == 10 && !memcmp(f.fault.name, "experts.w2", 10));
+    *byte_to_change = 'e';
+    d.parallel.run = NULL;
+    CHECK_OK(moe_layer_load_file(&back, &f, &d));
+    CHECK(moe_layer_hash(back) == moe_layer_hash(m));
+    moe_layer_free(back);
+    back = NULL;
+    b.p[8] = '!'; /* the header's brace, then what is in it */
+    CHECK(moe_layer_load_file(&back, &f, NULL) == MOE_E_FILE_DESC && !back);
+    b.p[8] = '{';
+    b.p[9] = '!';
+    CHECK(moe_layer_load_file(&back, &f, NULL) == MOE_E_FILE_DESC && !back);
+    moe_file_close(&f);
+    moe_layer_free(m);
+    free(b.p);
+}
+
 /* A desc far larger than the file is refused before anything is allocated. */
 static void test_huge_desc(void) {
     static const char *const sizes[] = { "1000000", "1000000000000", "4611686018427387904", "18446744073709551615",
@@ -464,8 +642,8 @@ static void test_huge_desc(void) {
     }
 }
 
-/* Every byte of the length and the header with every other letter and some that are none: refused, or a layer that
- * works. */
+/* Every byte of the length and the header with every other letter, all that JSON is built of and some that are no
+ * letters: refused, or a layer that works. */
 static void test_mutation(void) {
     bytes b = small_file(0);
     moe_file f;
@@ -478,8 +656,8 @@ static void test_mutation(void) {
         for (int v = 0; v < 256; v++) {
             moe_layer *m = NULL;
             moe_desc d;
-            int rare = TEST_SANITIZED ? v % 8 : (v < 32 || v > 126) && v % 16; /* beside what a text is made of */
-            if (rare && v != kept) continue;
+            int text = v >= 32 && v <= 126;
+            if (v % (TEST_SANITIZED ? 8 : text ? 2 : 16) && v != kept && !strchr("\"\\,:[]{}", v)) continue;
             b.p[i] = (unsigned char)v;
             if (moe_layer_load_memory(&m, b.p, b.n, NULL) == MOE_OK) {
                 loaded++;
@@ -551,36 +729,6 @@ static void test_surroundings(void) {
 }
 
 /* ---- the disk ---- */
-static char path[512], part_path[520], other_path[520];
-
-static void make_paths(void) {
-    const char *dir = getenv("TMPDIR");
-    long id = 0;
-#ifndef _WIN32
-    id = (long)getpid();
-    if (!dir) dir = "/tmp";
-#endif
-    snprintf(path, sizeof path, "%.400s/moe_test_files_%ld", dir ? dir : ".", id);
-    snprintf(part_path, sizeof part_path, "%s.part", path);
-    snprintf(other_path, sizeof other_path, "%s.dir", path);
-}
-
-static bytes read_file(const char *name) {
-    bytes b = { NULL, 0 };
-    FILE *f = fopen(name, "rb");
-    if (!f) return b;
-    b = new_bytes(1 << 16);
-    b.n = fread(b.p, 1, b.n, f);
-    fclose(f);
-    return b;
-}
-
-static int file_exists(const char *name) {
-    FILE *f = fopen(name, "rb");
-    if (f) fclose(f);
-    return f != NULL;
-}
-
 static moe_status save_action(void *arg) {
     moe_status s = moe_layer_save((const moe_layer *)arg, 1, path);
     CHECK(!file_exists(part_path));
@@ -606,7 +754,11 @@ static void test_disk(void) {
     CHECK(disk.n == b.n && !memcmp(disk.p, b.p, b.n));
     free(disk.p);
     check_failures(load_path_action, path);
-    if (CHECK_OK(moe_layer_load(&back, path, NULL))) CHECK(moe_layer_hash(back) == moe_layer_hash(m));
+    moe_desc d = small_desc();
+    int context = 0;
+    d.alloc_context = &context;
+    if (CHECK_OK(moe_layer_load(&back, path, &d))) CHECK(moe_layer_hash(back) == moe_layer_hash(m));
+    CHECK(test_last_context == &context);
     moe_layer_free(back);
 
     CHECK_OK(moe_layer_save(m, 0, path));
@@ -622,8 +774,7 @@ static void test_disk(void) {
     remove(path);
     CHECK_STATUS(load_path_action(path), MOE_E_OPEN);
 
-    FILE *f = fopen(path, "wb");
-    if (CHECK(f != NULL)) fclose(f);
+    put_file(path, NULL, 0);
     CHECK_STATUS(load_path_action(path), MOE_E_FILE_SHORT);
     remove(path);
     CHECK_STATUS(moe_layer_save(m, 0, "no/such/directory/file"), MOE_E_OPEN);
@@ -687,8 +838,7 @@ static void test_unwritable(void) {
 static void test_part_taken(void) {
     bytes b = small_file(1), mine = { (unsigned char *)part_path, 7 };
     moe_layer *m = layer_of(b);
-    FILE *f = fopen(part_path, "wb");
-    if (CHECK(f != NULL)) CHECK(fwrite(mine.p, 1, mine.n, f) == mine.n && !fclose(f));
+    put_file(part_path, mine.p, mine.n);
     CHECK_OK(moe_layer_save(m, 1, path));
     check_file(part_path, mine);
     check_file(path, b);
@@ -725,7 +875,21 @@ static void test_links(void) {
     }
     CHECK(!symlink("second", link) && !symlink("link", second));
     CHECK_STATUS(moe_layer_save(m, 0, link), MOE_E_OPEN);
-    CHECK(!remove(link) && !remove(second) && !rmdir(folder));
+    CHECK(!remove(link) && !remove(second));
+    char here[1024], long_target[4096];
+    CHECK(getcwd(here, sizeof here) && !chdir(folder)); /* a link that is named without its folder */
+    CHECK(!symlink("target", "link"));
+    CHECK_OK(moe_layer_save(m, 1, "link"));
+    check_file(target, b);
+    CHECK(!lstat("link", &info) && S_ISLNK(info.st_mode) && !remove("link"));
+    memset(long_target, '/', sizeof long_target); /* "////...target", longer than there is room for */
+    strcpy(long_target + sizeof long_target - sizeof "target", "target");
+    if (!symlink(long_target, "link")) {
+        CHECK_STATUS(moe_layer_save(m, 0, "./link"), MOE_E_OPEN);
+        CHECK(!remove("link"));
+    }
+    check_file(target, b);
+    CHECK(!remove(target) && !chdir(here) && !rmdir(folder));
     moe_layer_free(m);
     free(b.p);
 }
@@ -828,6 +992,7 @@ int main(void) {
     make_paths();
     RUN(test_round_trip);
     RUN(test_inference_layer);
+    RUN(test_between_steps);
     RUN(test_unaligned);
     RUN(test_layout);
     RUN(test_arguments);
@@ -836,6 +1001,9 @@ int main(void) {
     RUN(test_not_finite);
     RUN(test_saving_not_finite);
     RUN(test_fault);
+    RUN(test_lying_metadata);
+    RUN(test_shard);
+    RUN(test_changing);
     RUN(test_huge_desc);
     RUN(test_mutation);
     RUN(test_no_memory_load);

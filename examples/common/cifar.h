@@ -99,7 +99,8 @@ typedef struct cifar_batch {
     // Augmentation: random shifts by up to `shift` pixels (the border is mirrored), and mirrored images: each image in
     // every second epoch, beginning at random.
     size_t shift;
-    int flip; // 0 = never, 1 = every second epoch, 2 = always
+    int flip;  // 0 = never, 1 = every second epoch, 2 = always
+    int moved; // every image by so many pixels down and to the right, besides
     uint64_t seed, epoch;
     float *x;             // out: (count, 32, 32, 3), each channel with mean 0 and variance 1 over the training set
     unsigned char *label; // out: (count)
@@ -111,13 +112,13 @@ EX_FUNC void cifar_batch_task(void *arg, size_t i, size_t worker) {
     size_t which = b->order ? b->order[b->first + i] : b->first + i;
     const unsigned char *record = b->set->records + which * CIFAR_RECORD;
     float *x = b->x + i * 3 * CIFAR_PIXELS;
-    int dx = 0, dy = 0, flip = b->flip == 2;
+    int dx = -b->moved, dy = dx, flip = b->flip == 2;
     (void)worker;
     if (b->flip == 1) flip = (int)((moe_rand_u32(b->seed, 1000, which) + b->epoch) & 1);
     if (b->shift) {
         uint32_t random = moe_rand_u32(b->seed, 1001 + b->epoch, which), n = 2 * (uint32_t)b->shift + 1;
-        dx = (int)(random % n) - (int)b->shift;
-        dy = (int)(random / n % n) - (int)b->shift;
+        dx += (int)(random % n) - (int)b->shift;
+        dy += (int)(random / n % n) - (int)b->shift;
     }
     b->label[i] = record[0];
     for (int row = 0; row < CIFAR_SIDE; row++) {

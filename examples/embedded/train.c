@@ -1,6 +1,7 @@
 // train.c - the desktop's part of docs/embedded.md: trains a small layer, and writes it in two forms for flash:
 //
-//     train OUT     OUT/weights.h: router and experts as const arrays (level 2), and tokens to try them on
+//     train OUT     OUT/plan.h:    the layer's desc, for a build that has no other (level 2)
+//                   OUT/weights.h: router and experts as const arrays (level 2), and tokens to try them on
 //                   OUT/model.h:   the layer's safetensors file as bytes (level 3)
 //
 // It prints the outputs' bits, which every machine must give: flash.c and file.c print the same lines.
@@ -44,6 +45,15 @@ static void train(moe_layer *layer) {
         must(moe_backward(layer, dy, NULL));
         must(moe_step(layer, 1e-2f));
     }
+}
+
+static void write_plan(const moe_layer *layer, const char *folder) {
+    static char text[8192];
+    size_t n = moe_desc_export(moe_layer_desc(layer), text, sizeof text);
+    if (!n || n >= sizeof text) exit(1);
+    FILE *file = open_out(folder, "plan.h");
+    fputs(text, file);
+    close_out(file);
 }
 
 // Level 2: the experts in the library's panels, as the firmware reads them where they lie.
@@ -96,6 +106,7 @@ int main(int argc, char **argv) {
     must(moe_layer_new(&layer, &desc));
     train(layer);
     desc.training = MOE_OFF;
+    write_plan(layer, argv[1]);
     write_weights(layer, &desc, argv[1]);
     write_model(layer, argv[1]);
     moe_rand_uniform(7, 0, TOKENS * D, -1, 1, x);

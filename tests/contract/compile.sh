@@ -18,6 +18,7 @@ skip() {
     echo "skipped $1: $2"
 }
 fails() { ! "$@"; }
+other_version() { ! "$@" 2>"$dir/refusal" && grep 'error.*export the desc again' "$dir/refusal"; }
 refused() { ! "$@" >"$dir/refusal" 2>&1 && grep 'error.*fast-math' "$dir/refusal"; }
 
 warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
@@ -95,6 +96,27 @@ for cc in $compilers; do
         check "$option is refused by $cc, which says why" refused $cc -std=c99 $option -I. -fsyntax-only \
             tests/contract/compile/implementation.c
     done
+done
+
+# ---- a build for one exported desc: the same bits as the build that exported it, no warnings, C and C++ ----
+only=tests/contract/compile/only.c
+for cc in $compilers; do
+    check "exporter $cc" $cc -std=c99 -I. $only -o "$dir/exporter" -lm
+    while read -r system fields; do
+        want=$("$dir/exporter" "$system" "$fields" "$dir/plan.h")
+        check "$system exports itself: $want" [ ${#want} -eq 16 ]
+        for language in '-std=c99' '-x c++ -std=c++11'; do
+            # shellcheck disable=SC2086
+            check "warnings of the only $system, $cc $language" $cc $language $warnings -O1 -include "$dir/plan.h" -I. \
+                $only -o "$dir/only" -lm
+            check "bits of the only $system, $cc $language" [ "$("$dir/only")" = "$want" ]
+        done
+    done <<LIST
+mixtral
+deepseek-v3 bias=true capacity_factor=1 router_gain=0.1
+LIST
+    sed 's/_VERSION .*/_VERSION 1/' "$dir/plan.h" >"$dir/old.h"
+    check "a plan of another version is refused, $cc" other_version $cc -include "$dir/old.h" -I. -fsyntax-only $only
 done
 
 # ---- the header where others put it: a directory of its own, found by a relative path, from another directory ----

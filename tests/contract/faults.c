@@ -5,6 +5,7 @@
 #define _XOPEN_SOURCE 700
 #include <unistd.h>
 #endif
+#include "temp.h"
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,11 +15,12 @@
 static char calls[4096];
 static const char *broken = ""; /* these letters fail */
 static long writes_left;         /* so many still succeed */
+static int why = ENOSPC;         /* the system's reason */
 static int fails(char call) {
     size_t n = strlen(calls);
     if (n + 1 < sizeof calls) calls[n] = call, calls[n + 1] = 0;
     if (!strchr(broken, call) || (call == 'W' && writes_left-- > 0)) return 0;
-    errno = ENOSPC;
+    errno = why;
     return 1;
 }
 static FILE *disk_fopen(const char *path, const char *mode) { return fails('O') ? NULL : fopen(path, mode); }
@@ -81,7 +83,7 @@ static void check_save(const char *letters, moe_status want) {
     int reason = errno;
     broken = "";
     if (!CHECK_STATUS(s, want)) printf("        with %s broken\n", letters);
-    CHECK(reason == ENOSPC && test_live_blocks == live);
+    CHECK(reason == why && test_live_blocks == live);
     CHECK(n > 0 && read_back(path, new_bytes, sizeof new_bytes) == n && !memcmp(old_bytes, new_bytes, n));
     CHECK(read_back(part, new_bytes, 1) == 0);
 }
@@ -104,6 +106,14 @@ static void test_save(void) {
     check_save("C", MOE_E_WRITE);
     check_save("N", MOE_E_WRITE);
     check_save("WFEC", MOE_E_WRITE);
+    why = EISDIR; /* since it was looked at, a folder came there */
+    check_save("N", MOE_E_FOLDER);
+    check_save("O", MOE_E_FOLDER);
+    why = EEXIST; /* and so many saves are under way that no name is free */
+    check_save("O", MOE_E_OPEN);
+    for (const char *c = calls; *c; c++) CHECK(*c == 'O');
+    CHECK(strlen(calls) == 1000);
+    why = ENOSPC;
 }
 /* Each write in its turn: the header, then each tensor. */
 static void test_save_later(void) {
@@ -139,19 +149,16 @@ static void test_load(void) {
     check_load("R", MOE_E_READ);
     check_load("C", MOE_E_READ);
     check_load("RC", MOE_E_READ);
+    why = EISDIR;
+    check_load("GE", MOE_E_FOLDER);
+    why = ENOSPC;
     moe_layer *back = NULL;
     if (CHECK_OK(moe_layer_load(&back, path, NULL))) CHECK(moe_layer_hash(back) == moe_layer_hash(layer));
     moe_layer_free(back);
 }
 
 int main(void) {
-    const char *folder = getenv("TMPDIR");
-    long id = 0;
-#ifndef _WIN32
-    id = (long)getpid();
-    if (!folder) folder = "/tmp";
-#endif
-    snprintf(path, sizeof path, "%.400s/moe_test_faults_%ld", folder ? folder : ".", id);
+    temp_path(path, sizeof path, "faults");
     snprintf(part, sizeof part, "%s.part", path);
     moe_desc d = {0};
     d.d_model = 3, d.d_ff = 2, d.n_experts = 2, d.parallel.n_threads = 1;

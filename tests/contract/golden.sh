@@ -64,7 +64,7 @@ rows_of() { # the rows that both compilers have: COMPILER
 # shellcheck disable=SC2086
 rows_gcc() { # the two ends; what lies between them is in the other rows, with what needs more than gcc
     add gcc-O0 - gcc -std=c99 -O0
-    add gcc-O3-native - gcc -std=gnu11 $hardest -O3
+    add gcc-O1-native - gcc -std=gnu11 $hardest -O1
     # every new gradient past the caches; no atomic counters: each step a parallel region
     add gcc-stream - gcc -std=c99 -O1 -fopenmp -DMOE__STREAM=0 -U__GCC_ATOMIC_POINTER_LOCK_FREE
 }
@@ -72,6 +72,7 @@ rows_gcc() { # the two ends; what lies between them is in the other rows, with w
 rows_more() {
     rows_of gcc
     rows_of clang
+    add gcc-O3-native - gcc -std=gnu11 $hardest -O3
     add g++-O2 - g++ -x c++ -std=c++11 -O2
     add clang-O2-native - clang -std=c99 $hardest
     add clang-O3-native - clang -std=gnu11 $hardest -O3

@@ -220,16 +220,18 @@ unasked() {
 }
 check "every status stands in a test" none unasked
 
-# Every tracked text file; a table's row in Markdown, and generated pages, may be longer.
+# Every tracked text file; in Markdown a table's row and what a program printed may be longer.
 files() {
     git ls-files -c -o --exclude-standard 2>/dev/null || find . -type f ! -path './build/*' ! -path './out/*'
 }
 wide() {
     files |
-        grep -E '(\.(c|h|sh|md|yml)|Makefile|LICENSE|\.ci/run)$' | grep -v '^docs/.*\.md$' | while read -r file; do
+        grep -E '(\.(c|h|sh|md|yml)|Makefile|LICENSE|\.ci/run)$' | while read -r file; do
         [ -f "$file" ] || continue
         [ "$file" = moe.h ] && file=$header
-        awk -v most=$most_columns 'length($0) > most && !(FILENAME ~ /\.md$/ && /^[|]|^ *(!?\[|<)|https?:/) {
+        awk -v most=$most_columns '
+            FILENAME ~ /\.md$/ && /^ *```/ { output = !output }
+            length($0) > most && !output && !(FILENAME ~ /\.md$/ && /^[|]|^ *(!?\[|<)|https?:/) {
             print FILENAME ":" FNR ": " length($0) " columns" }' "$file"
     done
 }

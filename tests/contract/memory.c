@@ -1,6 +1,10 @@
 /* Running out of memory: the N-th allocation fails, for every N. Each time the status says so, nothing leaks, the
  * layer is as it was, and works when there is memory again. */
+#ifndef _WIN32
+#define _POSIX_C_SOURCE 200809L /* getpid */
+#endif
 #include "test.h"
+#include "temp.h"
 
 enum { D = 12, F = 20, E = 5, T = 30 };
 static float x[T * D], dy[T * D], y[T * D], dx[T * D], y_want[T * D], dx_want[T * D];
@@ -56,19 +60,21 @@ static moe_status gemm(moe_layer *m) {
     return moe_gemm(&g);
 }
 
-static moe_status load(moe_layer *m) {
+static moe_status load_again(moe_layer *m, int with_optimizer) {
     static unsigned char bytes[100000];
     size_t size = 0;
     moe_layer *made = NULL;
     moe_desc d = desc();
-    CHECK_OK(moe_layer_save_size(m, 1, &size));
+    CHECK_OK(moe_layer_save_size(m, with_optimizer, &size));
     if (!CHECK(size <= sizeof bytes)) return MOE_OK;
-    moe_status s = moe_layer_save_memory(m, 1, bytes, size);
+    moe_status s = moe_layer_save_memory(m, with_optimizer, bytes, size);
     if (!s) s = moe_layer_load_memory(&made, bytes, size, &d);
     if (s) CHECK(made == NULL);
     moe_layer_free(made);
     return s;
 }
+
+static moe_status load(moe_layer *m) { return load_again(m, 1); }
 
 /* ---- what makes another layer: the old one stays whole ---- */
 static float values[T * F], hot[T * E];
@@ -144,8 +150,65 @@ static moe_status check_layer(moe_layer *m) {
     return moe_layer_check(m, 1, &part, &name);
 }
 
+/* ---- ranks, the arrays of others, files ---- */
+MAKES(new_shard, moe_layer_new_shard(&made, moe_layer_desc(m), 1, E))
+MAKES(shard, moe_layer_shard(m, 1, E, &made))
+static const moe_experts_arrays arrays = {values, NULL, values, NULL, NULL, NULL};
+static moe_status pack(moe_layer *m) {
+    moe_layer *made = NULL;
+    moe_status s = moe_layer_quantize(m, &int8, &made);
+    if (!s) s = moe_layer_pack(made, 1, 1, &arrays, NULL);
+    if (!s) s = load_again(made, 0);
+    moe_layer_free(made);
+    return s;
+}
+static moe_status experts_pack(moe_layer *m) {
+    static float params[100000];
+    moe_desc d = desc();
+    size_t count = 0;
+    (void)m;
+    d.expert = MOE_EXPERT_RELU;
+    CHECK_OK(moe_experts_count(&d, &count));
+    if (!CHECK(count <= sizeof params / sizeof *params)) return MOE_OK;
+    return moe_experts_pack(&d, 0, 1, &arrays, NULL, params);
+}
+/* 200 names have an index; and of tensors in another order than their bytes. */
+static moe_status names_open(const char *begin, const char *end, int file) {
+    static char text[20000];
+    moe_file opened;
+    moe_shards shards;
+    moe_status s;
+    size_t n = (size_t)sprintf(text + 8, "{%s", begin);
+    for (int i = 0; i < 200; i++)
+        n += (size_t)sprintf(text + 8 + n, file ? "%s\"t%d\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}"
+                                                : "%s\"t%d\":\"a\"", i ? "," : "", i);
+    n += (size_t)sprintf(text + 8 + n, "}%s", end);
+    for (int i = 0; i < 8; i++) text[i] = (char)(unsigned char)((uint64_t)n >> 8 * i);
+    if (file) {
+        s = moe_file_open(&opened, text, 8 + n);
+        CHECK((opened.index != NULL) == (s == MOE_OK));
+        moe_file_close(&opened);
+        return s;
+    }
+    s = moe_shards_open(&shards, text + 8, n);
+    CHECK((shards.index != NULL) == (s == MOE_OK));
+    moe_shards_close(&shards);
+    return s;
+}
+static moe_status file_open(moe_layer *m) { return (void)m, names_open("", "", 1); }
+static moe_status shards_open(moe_layer *m) { return (void)m, names_open("\"weight_map\":{", "}", 0); }
+static char path[512];
+static moe_status save(moe_layer *m) {
+    moe_layer *back = NULL;
+    moe_status s = moe_layer_save(m, 0, path);
+    if (!s) s = moe_layer_load(&back, path, NULL), CHECK((s == MOE_OK) == (back != NULL));
+    moe_layer_free(back);
+    return s;
+}
+
 /* ---- arrays, with scratch of their own ---- */
 static int32_t some[T * E];
+static float window[E];
 static moe_status choice(moe_layer *m) { return (void)m, moe_expert_choice(T, E, 3, E, hot, some, NULL, 0); }
 static moe_status sinkhorn(moe_layer *m) { return (void)m, moe_sinkhorn(T, E, 1, 3, hot, values, NULL, 0); }
 static moe_status auction(moe_layer *m) { return (void)m, moe_auction(T, E, hot, some, NULL, 0); }
@@ -153,14 +216,38 @@ static moe_status aggregate(moe_layer *m) {
     return (void)m, moe_aggregate(MOE_AGGREGATE_MEDIAN, T, D, x, 0.1f, values, NULL, 0);
 }
 
-/* Fails the first, second, ... allocation of `act` until it needs no more. Before each try `prepare` (may be
- * NULL) runs. */
-static void fail_each(moe_layer *m, action *prepare, action *act, int fresh_layer, const char *name) {
+static moe_status laser(moe_layer *m) { return (void)m, moe_laser(T, E, 2, 0.9f, 0, 3, hot, window, some, NULL, 0); }
+static moe_status robust(moe_layer *m) {
+    static const float *const outputs[3] = {x, x + D, x + 2 * D};
+    static float reliability[3], out[3];
+    return (void)m, moe_robust_weights(3, D, outputs, values, 1, reliability, out, NULL, 0);
+}
+
+/* ---- the game: fits of batches that were counted before ---- */
+enum { BATCHES = 6, REPLICATES = 4 };
+static moe_game game;
+static const moe_parallel one_thread = {NULL, NULL, 1};
+static double gamma_of[REPLICATES], excess_of[REPLICATES], low, high;
+static moe_status holdout(moe_layer *m) {
+    moe_game_fit fit;
+    return (void)m, moe_game_holdout(&game, 1, &fit);
+}
+static moe_status bootstrap(moe_layer *m) {
+    return (void)m, moe_game_bootstrap(&game, REPLICATES, 3, &one_thread, gamma_of, &low, &high);
+}
+static moe_status excess(moe_layer *m) {
+    moe_game_null null;
+    return (void)m, moe_game_excess(&game, REPLICATES, 3, &one_thread, gamma_of, excess_of, &null);
+}
+
+/* Fails the first, second, ... allocation of `act` until it needs no more; how many it needs. Before each try
+ * `prepare` (may be NULL) runs. */
+static long fail_each(moe_layer *m, action *prepare, action *act, int fresh_layer, const char *name) {
     long n = 0;
     for (;; n++) {
         moe_desc d = desc();
         moe_layer *own = m;
-        if (fresh_layer && !CHECK_OK(moe_layer_new(&own, &d))) return;
+        if (fresh_layer && !CHECK_OK(moe_layer_new(&own, &d))) return n;
         if (prepare) CHECK_OK(prepare(own));
         uint64_t before = own ? moe_layer_hash(own) : 0;
         long live = test_live_blocks;
@@ -184,6 +271,7 @@ static void fail_each(moe_layer *m, action *prepare, action *act, int fresh_laye
         if (!CHECK(n < 1000)) break;
     }
     CHECK(test_live_blocks == 0 || !fresh_layer);
+    return n;
 }
 
 static void test_create(void) {
@@ -206,17 +294,19 @@ static void test_other_calls(void) {
         {"merge_to", merge_to},
         {"prune", prune}, {"revive", revive}, {"quantize", quantize}, {"new_formats", new_formats},
         {"replicate", replicate}, {"upcycle", upcycle}, {"dynmoe", dynmoe}, {"worth", worth}, {"pes", pes},
-        {"check", check_layer}, {"expert_choice", choice}, {"sinkhorn", sinkhorn}, {"auction", auction},
-        {"aggregate", aggregate}};
-    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
-        long before = test_allocations;
-        fail_each(NULL, forward, calls[i].act, 1, calls[i].name);
-        if (!CHECK(test_allocations > before)) printf("        %s\n", calls[i].name);
-    }
+        {"check", check_layer}, {"new_shard", new_shard}, {"shard", shard}, {"pack", pack}, {"save", save}};
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+        if (!CHECK(fail_each(NULL, forward, calls[i].act, 1, calls[i].name) > 0)) printf("        %s\n", calls[i].name);
 }
 
 static void test_arrays(void) {
-    fail_each(NULL, NULL, gemm, 0, "gemm");
+    static const struct { const char *name; action *act; } calls[] = {
+        {"gemm", gemm}, {"expert_choice", choice}, {"sinkhorn", sinkhorn}, {"auction", auction},
+        {"aggregate", aggregate}, {"laser", laser}, {"robust_weights", robust}, {"experts_pack", experts_pack},
+        {"holdout", holdout}, {"bootstrap", bootstrap}, {"excess", excess}, {"file_open", file_open},
+        {"shards_open", shards_open}};
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+        if (!CHECK(fail_each(NULL, NULL, calls[i].act, 0, calls[i].name) > 0)) printf("        %s\n", calls[i].name);
     CHECK(test_live_blocks == 0);
 }
 
@@ -268,16 +358,31 @@ static void test_no_allocation_in_the_loop(void) {
     CHECK(test_live_blocks == 0);
 }
 
+static void *game_memory;
+static void make_game(void) {
+    size_t bytes = 0;
+    CHECK_OK(moe_game_size(E, BATCHES, &bytes));
+    game_memory = test_memory(bytes, 1);
+    CHECK_OK(moe_game_init(&game, E, BATCHES, game_memory, bytes));
+    CHECK_OK(moe_topk(T, E, 2, hot, some, NULL));
+    for (size_t b = 0; b < BATCHES; b++) {
+        CHECK_OK(moe_game_add(&game, b, 5, 2, hot + b * 5 * E, some + b * 5 * 2));
+    }
+}
 int main(void) {
     test_fill(x, T * D, -1, 1);
     test_fill(dy, T * D, -1, 1);
     test_fill(values, T * F, -1, 1);
     test_fill(hot, T * E, 0, 1);
+    temp_path(path, sizeof path, "memory");
+    make_game();
     RUN(test_create);
     RUN(test_layer_calls);
     RUN(test_other_calls);
     RUN(test_arrays);
     RUN(test_growing_tape);
     RUN(test_no_allocation_in_the_loop);
+    remove(path);
+    free(game_memory);
     return test_end();
 }

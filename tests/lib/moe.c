@@ -1,10 +1,12 @@
 /* The library for all suites that do not have it in themselves (see test.h), and what some of them see of its inside
  * (inside.h). */
+#include <assert.h>
 #include <stddef.h>
 void *test_moe_malloc(size_t bytes, const void *context);
 void test_moe_free(void *p, const void *context);
 #define MOE_MALLOC(bytes, context) test_moe_malloc(bytes, context)
 #define MOE_FREE(p, context) test_moe_free(p, context)
+#define MOE_ASSERT(x) assert(x) /* what cannot be, by the library's own word */
 #define MOE_IMPLEMENTATION
 #include "moe.h"
 

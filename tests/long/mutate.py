@@ -13,7 +13,7 @@ the room's own suites first, then all others, fastest first; those slower than -
 that compiles at -O1 to the same code as before, is none. Survivors whose line of code stands in mutants.txt, with why
 they change nothing that is promised, are counted apart. Ends with "N changes: ...", status 1 if
 a survivor is not explained."""
-import argparse, glob, math, os, random, re, shutil, subprocess, sys, tempfile, threading, time
+import argparse, glob, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -132,15 +132,33 @@ class Change:
         self.new_line = " ".join((line[:begin - first] + new + line[end - first:]).split())
 
 
+def stop_if_idle(process, before=None):
+    """Kills what waits for ever: no second of the processor in two minutes, which the limit would never stop."""
+    listed = subprocess.run(["ps", "-A", "-o", "pgid=,time="], capture_output=True, text=True).stdout.splitlines()
+    now = sorted(line for line in listed if line.split()[0] == str(process.pid))
+    if now and now == before:
+        return os.killpg(process.pid, signal.SIGKILL)
+    watch(process, 120, now)
+
+
+def watch(process, seconds, before=None):
+    process.watch = threading.Timer(seconds, stop_if_idle, (process, before))
+    process.watch.daemon = True
+    process.watch.start()
+
+
 def run(command, limit=900, environment=None):
     """(status, what it printed to standard error, seconds); limit and seconds are of the processor, so that other work
-    on the machine changes nothing. The status is below 0 where it had to be stopped."""
+    on the machine changes nothing. The status is below 0 where it had to be stopped. At most 8 GB of memory."""
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(["sh", "-c", 'ulimit -t "$0"; exec "$@"', str(math.ceil(limit)), *command],
+        process = subprocess.Popen(["sh", "-c", 'ulimit -v 8388608; ulimit -t "$0"; exec "$@"',
+                                    str(math.ceil(limit)), *command],
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
-                                   env={**os.environ, **(environment or {})})
+                                   env={**os.environ, **(environment or {})}, start_new_session=True)
+        watch(process, 5)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        process.watch.cancel()
         said.seek(0)
         return process.returncode, said.read().decode(errors="replace"), used.ru_utime + used.ru_stime
 

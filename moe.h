@@ -134,11 +134,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef MOE_ONLY_PLAN
+#ifdef MOE_ONLY_PLAN /* whether they were given too or not */
+#undef MOE_NO_SIMD
 #define MOE_NO_SIMD
+#undef MOE_NO_STDIO
 #define MOE_NO_STDIO
+#undef MOE_NO_TRAINING
 #define MOE_NO_TRAINING
+#undef MOE_NO_FORMATS
 #define MOE_NO_FORMATS
+#undef MOE_NO_TEXT
 #define MOE_NO_TEXT
 #endif
 #ifdef MOE_STATIC

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Fresh memory that is used before it is written, and memory that is not ours: the suites under clang's memory sanitizer
 # (scalar kernels) and a few under valgrind (with AVX2 where it is). Without an argument both; otherwise: sanitizer,
-# valgrind, or either and the suites to run (tests/NAME.c). The last line is "N passed, N failed[, N skipped]".
+# valgrind, or either and the suites to run (tests/NAME.c). FRESH=quick leaves the slowest out. The last line is
+# "N passed, N failed[, N skipped]".
 cd "$(dirname "$0")/../.." || exit 1
 suite=fresh
 . tests/lib/check.sh
@@ -12,8 +13,10 @@ skipped=0
 
 # Suites with the library in themselves are left out: they would take minutes each to compile.
 of_library() { for name in "$@"; do grep -q '^#define MOE_IMPLEMENTATION' "tests/$name.c" || echo "$name"; done; }
-all=$(for file in tests/*.c tests/contract/*.c; do echo "${file#tests/}"; done | sed 's/\.c$//
-    /^game$/d;/^balance$/d;/^contract.ba/d;/^contract.bits/d') # the slowest, whose code others run
+all=$(for file in tests/*.c tests/contract/*.c; do echo "${file#tests/}"; done | sed 's/\.c$//')
+if [ "${FRESH:-all}" = quick ]; then
+    all=$(echo "$all" | grep -v -x 'game\|balance\|contract/batch\|contract/bits') # the slowest; others run their code
+fi
 
 # One suite: NAME DIRECTORY RUNNER COMPILER OPTION...
 cat >"$tmp/one" <<'END'
@@ -56,9 +59,10 @@ fi
 if [ "$only" != sanitizer ] && ! command -v valgrind >/dev/null 2>&1; then
     skip valgrind "not installed"
 elif [ "$only" != sanitizer ]; then
+    # not game: it measures in long double, which valgrind computes in double
     # shellcheck disable=SC2086
     run valgrind 'valgrind -q --error-exitcode=9 --leak-check=full' \
-        "$(of_library ${*:-layer select routes optimiser controllers health save contract/mask})" \
+        "$(of_library ${*:-layer passes select routes optimiser controllers health save contract/mask})" \
         gcc -std=c99 -O1 -g1 -DTEST_FRESH=1 -DTEST_SANITIZED=1
 fi
 

@@ -20363,7 +20363,8 @@ static int moe__model_join(const char *name, const char *end, char out[256]) {
     moe__text_end(&text);
     return text.n < 256;
 }
-/* A tensor's scales: one, or as many rows and columns as there are blocks (of 128 by 128, if the config is silent). */
+/* A tensor's scales: one for all of it; or for each of its matrices one, one a row, one a column, or one a block (of
+ * 128 by 128, if the config is silent), as the scales' own shape says. */
 static moe_status moe__model_scales(moe_model *model, const char *name, moe__model_values *values) {
     static const char *const ends[] = {"_scale_inv", "_scale"}, *const sides[] = {"0", "1"};
     size_t *blocks[2], dims[2] = {1, 1}, n = values->tensor.n_dims, need = 1;
@@ -20388,20 +20389,21 @@ static moe_status moe__model_scales(moe_model *model, const char *name, moe__mod
     }
     size_t count = scale.bytes / moe_dtype_size(values->scale_dtype);
     for (int i = 0; i < 2; i++) {
+        size_t side = scale.n_dims + (size_t)i < 2 ? 1 : scale.dim[scale.n_dims + (size_t)i - 2];
         path[38] = sides[i][0], path[39] = 0;
         *blocks[i] = 128;
         if (moe__model_config(model, path, &found, &null) && !moe_json_number(&found, &size) && size >= 1.0 &&
             size < 1e9)
             *blocks[i] = (size_t)size;
-        if (count == 1) *blocks[i] = moe__max(1, dims[i]);
-    }
-    if (scale.n_dims == 2 && scale.dim[0] == dims[0] && scale.dim[1] == 1) { /* one a row */
-        values->block_rows = 1;
-        values->block_columns = moe__max(1, dims[1]);
+        if (side == dims[i]) *blocks[i] = 1;
+        if (side == 1) *blocks[i] = moe__max(1, dims[i]);
     }
     values->scale_rows = moe__ceil_div(dims[0], values->block_rows);
     values->scale_columns = moe__ceil_div(dims[1], values->block_columns);
-    if (count == 1) values->scale_rows = values->scale_columns = need = 1;
+    if (count == 1) {
+        values->scale_rows = 0; /* the next matrix has the same */
+        return MOE_OK;
+    }
     if (count != need * values->scale_rows * values->scale_columns)
         return moe__model_about(model, other, MOE_E_MODEL_SHAPE);
     return MOE_OK;

@@ -721,6 +721,12 @@ static void test_holdout(void) {
     CHECK_NEAR(held.l1_softmax, l1, 2e-15);
     CHECK(held.l1_game < held.l1_uniform && held.l1_game > fit.l1_game / 4);
     free(d.memory);
+    d = dump_new(E, B);
+    for (int i = 0; i < E; i++) q[i] = 0; /* all alike: no gamma, and no prediction by it */
+    dump_plant(&d, q, 0, 50000, 0.5);
+    CHECK_OK(moe_game_holdout(&d.g, 9, &held));
+    CHECK(!held.identified && isnan(held.gamma) && isnan(held.l1_game) && held.l1_uniform < 0.1);
+    free(d.memory);
 }
 
 /* ---- types ---- */

@@ -1144,8 +1144,15 @@ static void test_own_numbers(void) {
     } ways[] = {
         {"{}", "f:F8_E4M3: f_scale_inv:F32:", "f", "0", MOE_OK, ""},
         {"{}", "f:F8_E4M3:5 f_scale:F32:", "f", "00000", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:", "f", "000000000000000000000000", MOE_OK, ""},
         {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:2,1,1", "f", "000000000000111111111111", MOE_OK, ""},
+        {BLOCKS("[1,2]"), "f:F8_E4M3:2,3,4 f_scale:F32:2,1,1", "f", "000000000000111111111111", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:2,3,1", "f", "000011112222333344445555", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:2,1,4", "f", "012301230123456745674567", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:2,1", "f", "000000000000111111111111", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:2,3,4 f_scale:F32:3,1", "f", NULL, MOE_E_MODEL_SHAPE, IN_IT "f_scale"},
         {"{}", "f:F8_E4M3:3,2 f_scale:F32:3,1", "f", "001122", MOE_OK, ""},
+        {"{}", "f:F8_E4M3:3,2 f_scale:F32:1,2", "f", "010101", MOE_OK, ""},
         {BLOCKS("[1,1]"), "f:F8_E4M3:3,2 f_scale:F32:3,2", "f", "012345", MOE_OK, ""},
         {BLOCKS("[3,2]"), "f:F8_E4M3:4,3 f_scale:F32:2,2", "f", "001001001223", MOE_OK, ""},
         {BLOCKS("[\"1\",\"x\"]"), "f:F8_E4M3:2,200 f_scale:F32:1,2", "f", "0", MOE_OK, ""}, /* no number: 128 */
@@ -1182,7 +1189,7 @@ static void test_own_numbers(void) {
         moe_status status = moe_model_read(&model, ways[i].name, 0, n, out);
         if (!CHECK_STATUS(status, ways[i].status) || !CHECK(!ways[i].about || !strcmp(model.about, ways[i].about)))
             printf("        %s: about \"%s\"\n", ways[i].tensors, model.about);
-        for (size_t k = 0; !status && k < n; k++)
+        for (size_t k = 0; !status && ways[i].scale && k < n; k++)
             wrong += out[k] != (float)(f8_value((unsigned)k) * (ways[i].scale[k] - '0' + 1) / 64);
         if (!status && n == 0) { /* two blocks of 32, with powers 0 and 1; a byte's lower half first */
             CHECK_OK(moe_model_read(&model, ways[i].name, 0, 64, out));

@@ -106,6 +106,7 @@ static void test_headers(void) {
         { "{\"a\":" ONE("F32\\u0000", "2", "0", "8") "}", 8, MOE_OK },
         /* shapes */
         { "{\"a\":" ONE("F32", "3", "0", "8") "}", 8, MOE_E_FILE_SHAPE },
+        { "{\"a\":" ONE("F8_E4M3", "5", "0", "4") "}", 4, MOE_E_FILE_SHAPE }, /* the last type of a known size */
         { "{\"a\":" ONE("F32", "0", "0", "8") "}", 8, MOE_E_FILE_SHAPE },
         { "{\"a\":" ONE("F32", "4294967296,4294967296,4294967296", "0", "8") "}", 8, MOE_E_FILE_SHAPE },
         { "{\"a\":" ONE("F32", "9223372036854775808,2", "0", "0") "}", 0, MOE_E_FILE_SHAPE },

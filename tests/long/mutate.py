@@ -290,7 +290,8 @@ class Runner:
     def plain_object(self, where, text):
         where = os.path.join(self.work, where)
         self.header(where, text)
-        status, _, _ = run([CC, *FLAGS, "-O1", "-I" + where, "-c", "tests/lib/moe.c", "-o", where + ".o"])
+        status, _, _ = run([CC, *FLAGS, "-O1", "-fmacro-prefix-map=%s=." % where, "-I" + where, "-c", "tests/lib/moe.c",
+                            "-o", where + ".o"])
         return open(where + ".o", "rb").read() if status == 0 else None
 
     def noticed_by(self, number, change):

@@ -158,8 +158,8 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.3.3"
-#define MOE_VERSION_NUMBER 303 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.3.4"
+#define MOE_VERSION_NUMBER 304 /* major * 10000 + minor * 100 + patch */
 #if defined(MOE_ONLY_PLAN) && MOE_ONLY_VERSION != MOE_VERSION_NUMBER
 #error "MOE_ONLY_PLAN was written by another version of moe.h: export the desc again"
 #endif
@@ -2898,8 +2898,8 @@ static moe__decimal moe__decimal_of(double value) {
     for (int good = 0; !good;) {
         n++;
         mantissa = (uint64_t)(moe__scale10(value, n - 1 - exponent) + 0.5);
-        double back = moe__scale10((double)mantissa, exponent - n + 1), margin = 1e-12;
-        /* the margin is wider than the error of scale10: the decimal number itself rounds to value */
+        double back = moe__scale10((double)mantissa, exponent - n + 1), margin = 1e-14;
+        /* the margin is wider than the error of scale10, 33 roundings: the decimal number itself rounds to value */
         good = (float)(back * (1 - margin)) == (float)value && (float)(back * (1 + margin)) == (float)value;
         good |= n == 9;
     }
@@ -3120,10 +3120,10 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, fetch_bf16, (size_t rows, const void *panel, float *to))                                                   \
     X(void, fetch_int8, (size_t rows, const void *panel, float *to))                                                   \
     X(void, fetch_int4, (size_t rows, const void *panel, float *to))                                                   \
-    X(void, row_f32, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                       \
-    X(void, row_bf16, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                      \
-    X(void, row_int8, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))                      \
-    X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, float *c))
+    X(void, row_f32, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))    \
+    X(void, row_bf16, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   \
+    X(void, row_int8, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   \
+    X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   
 
 typedef void moe__kernel_tile(const moe__tile *tile);
 typedef void moe__kernel_act(size_t rows, const float *z0, const float *z1, float *h);
@@ -3353,17 +3353,26 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 #define MOE__BFLOATS(low, high)                                                                          \
     moe__v low, high;                                                                                    \
     MOE__EACH_V(low.v[i] = MOE__F_LOWER(words + i * MOE__VL); high.v[i] = MOE__F_UPPER(words + i * MOE__VL);)
-#define MOE__FIELDS(use, first, second, right)                                                           \
+#define MOE__FIELDS(use, field, first, second)                                                           \
     {                                                                                                    \
         moe__v low, high;                                                                                \
-        MOE__EACH_V(low.v[i] = MOE__F_MUL(MOE__F_FIELD(words + i * MOE__VL, first, right), scale_low.v[i]);   \
-                    high.v[i] = MOE__F_MUL(MOE__F_FIELD(words + i * MOE__VL, second, right), scale_high.v[i]);) \
+        MOE__EACH_V(low.v[i] = MOE__F_MUL(field(words + i * MOE__VL, first), scale_low.v[i]);            \
+                    high.v[i] = MOE__F_MUL(field(words + i * MOE__VL, second), scale_high.v[i]);)        \
         use                                                                                              \
     }
+/* A field as a float is q / unit where it stays at the top of its word, which costs less than bringing it down: its
+ * scale takes that back. A word of the list that brings byte n to the top. */
+#define MOE__BYTE_TO_TOP(n) (int)(((uint32_t)(n) << 24) + 0x00808080u)
+#define MOE__SCALES(field)                                                                               \
+    MOE__BFLOATS(scale_low, scale_high)                                                                  \
+    const float units[2] = {MOE__UNITS};                                                                 \
+    MOE__EACH_V(scale_low.v[i] = MOE__F_MUL(scale_low.v[i], MOE__F_SET1(units[field]));                  \
+                scale_high.v[i] = MOE__F_MUL(scale_high.v[i], MOE__F_SET1(units[field]));)               \
+    words += 16;
 #define MOE__BEFORE_f32
 #define MOE__BEFORE_bf16
-#define MOE__BEFORE_int8 MOE__BFLOATS(scale_low, scale_high) words += 16;
-#define MOE__BEFORE_int4 MOE__BEFORE_int8
+#define MOE__BEFORE_int8 MOE__SCALES(0)
+#define MOE__BEFORE_int4 MOE__SCALES(1)
 #define MOE__LINE_f32(use)                                                                               \
     {                                                                                                    \
         moe__v low = moe__v_load((const float *)(const void *)words);                                    \
@@ -3372,11 +3381,11 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
         use                                                                                              \
     }
 #define MOE__LINE_bf16(use) { MOE__BFLOATS(low, high) use }
-#define MOE__LINE_int8(use) { MOE__FIELDS(use, 24, 16, 24) MOE__FIELDS(use, 8, 0, 24) }
+#define MOE__LINE_int8(use) { MOE__FIELDS(use, MOE__F_BYTE, 0, 1) MOE__FIELDS(use, MOE__F_BYTE, 2, 3) }
 #define MOE__LINE_int4(use)                                                                              \
     {                                                                                                    \
-        MOE__FIELDS(use, 28, 24, 28) MOE__FIELDS(use, 20, 16, 28)                                        \
-        MOE__FIELDS(use, 12, 8, 28) MOE__FIELDS(use, 4, 0, 28)                                           \
+        MOE__FIELDS(use, MOE__F_HALF_BYTE, 0, 1) MOE__FIELDS(use, MOE__F_HALF_BYTE, 2, 3)                \
+        MOE__FIELDS(use, MOE__F_HALF_BYTE, 4, 5) MOE__FIELDS(use, MOE__F_HALF_BYTE, 6, 7)                \
     }
 #define MOE__FETCH(name, line)                                                                           \
     MOE__FN void MOE__K(fetch_##name)(size_t rows, const void *panel, float *to) {                       \
@@ -3388,27 +3397,34 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
                 MOE__LINE_##name(moe__v_store(to, low); moe__v_store(to + 16, high); to += 32;)          \
         }                                                                                                \
     }
+/* One row of a times one panel, or two in turn, `piece` rows of each, about 1 KB: two streams are read faster than one,
+ * and where reading is not all of the work, faster still if what comes `ahead` words later is asked for. c: a row of 32
+ * columns for each. */
 #define MOE__ROW_USE                                                                                     \
-    moe__v x = moe__v_set1(*a++);                                                                        \
-    c0 = moe__v_fma(x, low, c0);                                                                         \
-    c1 = moe__v_fma(x, high, c1);
-#define MOE__ONE_ROW(name, line, ahead)                                                                  \
-    MOE__FN void MOE__K(row_##name)(size_t rows, const float *a, size_t a_panel, const void *panel, float *c) { \
-        const uint32_t *words = (const uint32_t *)panel;                                                 \
-        moe__v c0 = moe__v_load(c), c1 = moe__v_load(c + 16);                                            \
-        for (; rows >= 32; rows -= 32, a += a_panel - 32) {                                              \
-            MOE__BEFORE_##name                                                                           \
-            for (int r = 0; r < 32; r += line, words += 16) {                                            \
-                MOE__PREFETCH_L1((const float *)(const void *)words + (ahead));                          \
-                MOE__LINE_##name(MOE__ROW_USE)                                                           \
+    moe__v x = moe__v_set1(*at++);                                                                       \
+    low_sum = moe__v_fma(x, low, low_sum);                                                               \
+    high_sum = moe__v_fma(x, high, high_sum);
+#define MOE__ONE_ROW(name, line, piece, ahead)                                                           \
+    MOE__FN void MOE__K(row_##name)(size_t rows, const float *a, size_t a_panel, const void *panel,      \
+                                    const void *other, float *c) {                                       \
+        const uint32_t *next[2] = {(const uint32_t *)panel, (const uint32_t *)other};                    \
+        const float *at, *end;                                                                           \
+        for (size_t r = 0; r < rows; r += piece)                                                         \
+            for (int p = 0; p < 2 && next[p]; p++) {                                                     \
+                const uint32_t *words = next[p];                                                         \
+                moe__v low_sum = moe__v_load(c + p * 32), high_sum = moe__v_load(c + p * 32 + 16);       \
+                MOE__BEFORE_##name                                                                       \
+                at = a + r / 32 * a_panel + r % 32;                                                      \
+                end = at + moe__min(rows - r, piece);                                                    \
+                for (; end - at >= line; words += 16) {                                                  \
+                    if (ahead) MOE__PREFETCH_L1((const float *)(const void *)words + (ahead));           \
+                    MOE__LINE_##name(MOE__ROW_USE)                                                       \
+                }                                                                                        \
+                if (line > 1 && at < end) MOE__LINE_##name(if (at < end) { MOE__ROW_USE })               \
+                next[p] = words;                                                                         \
+                moe__v_store(c + p * 32, low_sum);                                                       \
+                moe__v_store(c + p * 32 + 16, high_sum);                                                 \
             }                                                                                            \
-        }                                                                                                \
-        if (rows) {                                                                                      \
-            MOE__BEFORE_##name                                                                           \
-            for (; rows; words += 16) MOE__LINE_##name(if (rows) { MOE__ROW_USE rows--; })               \
-        }                                                                                                \
-        moe__v_store(c, c0);                                                                             \
-        moe__v_store(c + 16, c1);                                                                        \
     }
 
 #ifndef MOE_FILENAME
@@ -3587,8 +3603,12 @@ typedef __m256 moe__f;
 #define MOE__F_WORDS(w) _mm256_loadu_si256((const __m256i *)(const void *)(w))
 #define MOE__F_LOWER(w) _mm256_castsi256_ps(_mm256_slli_epi32(MOE__F_WORDS(w), 16))
 #define MOE__F_UPPER(w) _mm256_castsi256_ps(_mm256_and_si256(MOE__F_WORDS(w), _mm256_set1_epi32(-65536)))
-#define MOE__F_FIELD(w, left, right) \
-    _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(MOE__F_WORDS(w), left), right))
+#define MOE__F_TOP(words, mask) _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(mask)))
+#define MOE__F_BYTE(w, n) ((n) == 3 ? MOE__F_TOP(MOE__F_WORDS(w), -16777216) : \
+    _mm256_cvtepi32_ps(_mm256_shuffle_epi8(MOE__F_WORDS(w), _mm256_add_epi32(_mm256_set1_epi32(MOE__BYTE_TO_TOP(n)), \
+        _mm256_setr_epi32(0, 0x4000000, 0x8000000, 0xc000000, 0, 0x4000000, 0x8000000, 0xc000000)))))
+#define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm256_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
+#define MOE__UNITS 5.9604644775390625e-8f, 3.7252902984619140625e-9f /* 2^-24, 2^-28 */
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0 and 4 */ \
     _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps((p) + 4 * (ld)), 1)
 #define MOE__F_LOW(a, b) _mm256_unpacklo_ps(a, b)
@@ -3635,8 +3655,12 @@ typedef __m512 moe__f;
 #define MOE__F_WORDS(w) _mm512_loadu_si512((const void *)(w))
 #define MOE__F_LOWER(w) _mm512_castsi512_ps(_mm512_slli_epi32(MOE__F_WORDS(w), 16))
 #define MOE__F_UPPER(w) _mm512_castsi512_ps(_mm512_and_si512(MOE__F_WORDS(w), _mm512_set1_epi32(-65536)))
-#define MOE__F_FIELD(w, left, right) \
-    _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(MOE__F_WORDS(w), left), right))
+#define MOE__F_TOP(words, mask) _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask)))
+#define MOE__F_BYTE(w, n) ((n) == 3 ? MOE__F_TOP(MOE__F_WORDS(w), -16777216) : \
+    _mm512_cvtepi32_ps(_mm512_shuffle_epi8(MOE__F_WORDS(w), _mm512_add_epi32(_mm512_set1_epi32(MOE__BYTE_TO_TOP(n)), \
+        _mm512_set4_epi32(0xc000000, 0x8000000, 0x4000000, 0)))))
+#define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm512_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
+#define MOE__UNITS 5.9604644775390625e-8f, 3.7252902984619140625e-9f
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0, 4, 8 and 12 */ \
     _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), \
         _mm_loadu_ps((p) + 4 * (ld)), 1), _mm_loadu_ps((p) + 8 * (ld)), 2), _mm_loadu_ps((p) + 12 * (ld)), 3)
@@ -3731,6 +3755,11 @@ typedef float32x4_t moe__f;
 #define MOE__F_FIELD(w, left, right) \
     vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(vld1q_u32(w)), left), right))
 #define MOE__FMASK uint32x4_t
+#endif
+#ifndef MOE__UNITS
+#define MOE__F_BYTE(w, n) MOE__F_FIELD(w, 24 - 8 * (n), 24)
+#define MOE__F_HALF_BYTE(w, n) MOE__F_FIELD(w, 28 - 4 * (n), 28)
+#define MOE__UNITS 1.0f, 1.0f
 #endif
 
 /* 16 virtual lanes, or in the pass of one number 1 */
@@ -4489,10 +4518,10 @@ MOE__WIDEN(bfloat)
 MOE__FETCH(bf16, 1)
 MOE__FETCH(int8, 2)
 MOE__FETCH(int4, 4)
-MOE__ONE_ROW(f32, 1, 1024)
-MOE__ONE_ROW(bf16, 1, 1024)
-MOE__ONE_ROW(int8, 2, 512)
-MOE__ONE_ROW(int4, 4, 512)
+MOE__ONE_ROW(f32, 1, 8, 0)
+MOE__ONE_ROW(bf16, 1, 16, 256)
+MOE__ONE_ROW(int8, 2, 32, 256)
+MOE__ONE_ROW(int4, 4, 32, 256)
 /* sum[c] += row r of x, one row after the other: so many columns at a time in registers */
 #define MOE__SUM_COLUMNS(wide)                                                                           \
     for (; cols - c >= wide; c += wide) {                                                                \
@@ -4566,6 +4595,10 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_LOWER
 #undef MOE__F_UPPER
 #undef MOE__F_FIELD
+#undef MOE__F_TOP
+#undef MOE__F_BYTE
+#undef MOE__F_HALF_BYTE
+#undef MOE__UNITS
 #undef MOE__F_QUADS
 #undef MOE__F_LOW
 #undef MOE__F_HIGH
@@ -4792,8 +4825,10 @@ typedef struct moe__format {
     /* rows of a panel, from the beginning of a block -> 32 floats each, aligned to 64 bytes, with room for up to 3 rows
      * more; NULL: the rows are floats and are read where they lie */
     void (*fetch)(const moe__kernels *kernels, const void *panel, size_t rows, float *dst);
-    /* c (32) = fma(a, row, c) over the rows of a panel, in order; a (rows) in panels; NULL: by fetch */
-    void (*row)(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel, const void *panel, float *c);
+    /* c (32) = fma(a, row, c) over the rows of a panel, in order, c + 32 over those of another, unless that is NULL;
+     * a (rows) in panels; NULL: by fetch */
+    void (*row)(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel, const void *panel,
+                const void *other, float *c);
 } moe__format;
 
 static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_t cols, void *panel) {
@@ -4807,6 +4842,8 @@ static void moe__format_f32_pack(const float *src, size_t ld, size_t rows, size_
         memset(dst + cols, 0, (MOE__W - cols) * sizeof(float));
     }
 }
+/* No scale of int8 and int4 but 0 is less, 2^-110 as a bfloat16: so kernels may take a power of two off it. */
+#define MOE__SCALE_LEAST 0x880u
 /* Where a block has the field of an element: its word, and how far it is shifted. */
 static size_t moe__format_word(const moe__format *format, size_t row, size_t column, unsigned *shift) {
     size_t per = 16 / format->bits; /* rows of a line */
@@ -4824,10 +4861,11 @@ static void moe__format_bf16_pack(const moe__kernels *kernels, const float *src,
     moe__format_fill(rows, 1, (uint32_t *)panel);
 }
 /* The scale of up to 32 weights whose highest magnitude this is: it over `most`, rounded up to a bfloat16, so that no q
- * is beyond it; a step less where that would make infinity. */
+ * is beyond it; a step less where that would make infinity; not less than MOE__SCALE_LEAST unless they are all 0. */
 static uint32_t moe__format_scale(float high, float most) {
     uint32_t scale = (moe__bits_of(high / most) + 0xffffu) >> 16;
     if (!moe__finite(moe__float_of(scale << 16) * most)) scale--;
+    if (high > 0.0f && scale < MOE__SCALE_LEAST) return MOE__SCALE_LEAST;
     return scale;
 }
 /* |w - scale q| <= scale / 2 */
@@ -4857,8 +4895,8 @@ static void moe__format_int4_pack(const moe__kernels *kernels, const float *src,
 }
 #define MOE__FORMAT_ROW(name)                                                                                          \
     static void moe__format_##name##_row(const moe__kernels *kernels, size_t rows, const float *a, size_t a_panel,     \
-                                         const void *panel, float *c) {                                                \
-        kernels->row_##name(rows, a, a_panel, panel, c);                                                               \
+                                         const void *panel, const void *other, float *c) {                             \
+        kernels->row_##name(rows, a, a_panel, panel, other, c);                                                        \
     }
 #define MOE__FORMAT_KERNELS(name)                                                                                      \
     static void moe__format_##name##_fetch(const moe__kernels *kernels, const void *panel, size_t rows, float *dst) {  \
@@ -4957,7 +4995,8 @@ static int moe__format_set(const moe__weights *weights, size_t row, size_t colum
     }
     if (is_scale) {
         words[column % 16] |= field << (column % MOE__W / 16 * 16);
-        return field < 0x8000u && moe__finite(moe__float_of(field << 16) * (float)(lowest - 1));
+        return !field || (field >= MOE__SCALE_LEAST && field < 0x8000u &&
+                          moe__finite(moe__float_of(field << 16) * (float)(lowest - 1)));
     }
     size_t word = moe__format_word(format, row % MOE__W, column % MOE__W, &shift);
     words[word] |= field << shift;
@@ -5055,17 +5094,22 @@ static const float *moe__product_next(const moe__weights *weights, size_t k, siz
     return (const float *)next;
 }
 
-/* One row of c: panels are read once, from top to bottom. */
+/* One row of c: panels are read once, from top to bottom, two side by side. */
 static void moe__product_row(const moe__kernels *kernels, size_t k, const float *a, size_t a_panel,
                              const moe__weights *b, const moe__product_target *to, int fresh) {
-    MOE__ALIGN64 float sum[MOE__W] = {0};
-    for (size_t panel = 0; panel * MOE__W < to->cols; panel++) {
-        size_t bytes = moe__min(MOE__W, to->cols - panel * MOE__W) * sizeof(float);
-        float *c = to->c + panel * to->panel;
-        const float *from = fresh ? to->init + panel * to->init_panel : c;
-        memcpy(sum, from, bytes);
-        b->format->row(kernels, k, a, a_panel, moe__format_at(b, panel, 0), sum);
-        memcpy(c, sum, bytes);
+    MOE__ALIGN64 float sum[2][MOE__W] = {{0}};
+    for (size_t panel = 0, col = 0; col < to->cols; panel += 2, col += 2 * MOE__W) {
+        size_t panels = moe__min(2, moe__ceil_div(to->cols - col, MOE__W));
+        const void *other = panels > 1 ? moe__format_at(b, panel + 1, 0) : NULL;
+        for (size_t p = 0; p < panels; p++) {
+            const float *from = to->c + (panel + p) * to->panel;
+            if (fresh) from = to->init + (panel + p) * to->init_panel;
+            memcpy(sum[p], from, moe__min(MOE__W, to->cols - col - p * MOE__W) * sizeof(float));
+        }
+        b->format->row(kernels, k, a, a_panel, moe__format_at(b, panel, 0), other, sum[0]);
+        for (size_t p = 0; p < panels; p++)
+            memcpy(to->c + (panel + p) * to->panel, sum[p],
+                   moe__min(MOE__W, to->cols - col - p * MOE__W) * sizeof(float));
     }
 }
 /* c (rows, cols) = or += a (rows, k) b (k, cols); after: read next, or NULL. buffer: room for what is fetched,
@@ -5839,7 +5883,7 @@ static moe_status moe__placement_layout(const moe_ep_desc *desc, moe__placement_
     planner->order = (uint64_t *)moe__take(arena, E, sizeof(uint64_t));
     moe__placement_heap_layout(&planner->experts, E, arena);
     moe__placement_heap_layout(&planner->ranks, ranks, arena);
-    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    return MOE_OK;
 }
 MOE_API moe_status moe_ep_plan_size(const moe_ep_desc *desc, size_t *bytes) {
     moe_ep plan;
@@ -7598,7 +7642,7 @@ static moe_status moe__select_take(size_t rows, size_t cols, const moe__select_n
     for (size_t i = 0; i < need->tables; i++) memory->table[i] = moe__take_floats(arena, rows, cols);
     for (size_t i = 0; i < need->rows; i++) memory->row[i] = moe__take_floats(arena, rows, 1);
     for (size_t i = 0; i < need->cols; i++) memory->col[i] = moe__take_floats(arena, cols, 1);
-    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    return MOE_OK;
 }
 static moe_status moe__select_bytes(size_t rows, size_t cols, const moe__select_need *need, size_t *bytes) {
     moe__select_memory memory;
@@ -8120,7 +8164,7 @@ static moe_status moe__routes_take(moe_routes *routes, size_t n_tokens, size_t n
     routes->token = (uint32_t *)moe__take(arena, pairs, sizeof(uint32_t));
     routes->weight = (float *)moe__take(arena, pairs, sizeof(float));
     routes->slot = (uint32_t *)moe__take(arena, pairs, sizeof(uint32_t));
-    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    return MOE_OK;
 }
 
 MOE_API moe_status moe_routes_size(size_t n_tokens, size_t n_experts, size_t n_slots, size_t *bytes) {
@@ -8848,6 +8892,7 @@ static size_t moe__combine_median_cut(size_t count) { return (count - 1) / 2; }
 
 /* diff = x - y; its length */
 static float moe__combine_distance(const moe__kernels *kernels, size_t d, const float *x, const float *y, float *diff) {
+    if (!d) return 0.0f;
     memcpy(diff, x, d * sizeof(float));
     kernels->axpy(d, -1.0f, y, diff);
     return sqrtf(kernels->dot(d, diff, diff));
@@ -8863,7 +8908,6 @@ static moe_status moe__combine_work_layout(size_t count, size_t d, moe__combine_
     work->center = moe__take_floats(arena, d, 1);
     work->diff = moe__take_floats(arena, d, 1);
     work->step = moe__take_floats(arena, d, 1);
-    if (arena->overflow) return MOE_E_OVERFLOW;
     return MOE_OK;
 }
 MOE_API moe_status moe_robust_weights_scratch(size_t k, size_t d, size_t *bytes) {
@@ -9731,7 +9775,6 @@ MOE__APART moe_status moe__codes_layout(moe__run_memory *memory, size_t n_tokens
     size_t d = MOE__PLAN_OF(memory)->d, count = MOE__PLAN_OF(memory)->desc.n_codes;
     if (!count) return MOE_OK;
     memset(&codes, 0, sizeof codes);
-    codes.memory.max_tokens = n_tokens;
     codes.memory.training = memory->training;
     *plan = memory->plan; /* the same experts without the shared ones, one for each token */
     plan->S = plan->desc.top_k = 1;
@@ -10130,11 +10173,10 @@ MOE_API moe_status moe_rank_tokens(size_t n_tokens, size_t n_experts, size_t top
     for (size_t rank = 0; rank < n_ranks; rank++) out[rank] = 0;
     for (size_t t = 0; t < n_tokens; t++, index += top_k)
         for (size_t i = 0; i < top_k; i++) {
-            int seen = index[i] < 0;
-            size_t rank = seen ? 0 : moe__placement_of_expert((size_t)index[i], n_experts, n_ranks);
-            for (size_t j = 0; j < i && !seen; j++)
-                seen = index[j] >= 0 && moe__placement_of_expert((size_t)index[j], n_experts, n_ranks) == rank;
-            if (!seen) out[rank]++;
+            if (index[i] < 0) continue;
+            size_t rank = moe__placement_of_expert((size_t)index[i], n_experts, n_ranks), j = 0;
+            while (index[j] < 0 || moe__placement_of_expert((size_t)index[j], n_experts, n_ranks) != rank) j++;
+            out[rank] += j == i; /* the token's first expert there */
         }
     return MOE_OK;
 }
@@ -10924,7 +10966,8 @@ static moe_status moe__balance_layout(moe_tape *tape, moe__run_memory *memory, s
     return MOE_OK;
 }
 
-/* -- what a layer's losses read -- */
+/* -- what a layer's losses read: a forward's own choices and shares, and what moe__balance_ready has seen, so that no
+ * count or mean of them is refused -- */
 static const int32_t *moe__balance_teacher(const moe__run *run) {
     const int32_t *given = run->tape->side.teacher;
     if (!given || !run->kept) return given;
@@ -10956,9 +10999,8 @@ static int moe__balance_one_length(const moe__run *run, size_t length) {
 }
 static moe_status moe__balance_sequences(moe_loss_args *args, uint64_t *counts, float coefficient, double *value) {
     args->load = counts;
-    moe_status status = moe_sequence_load(args->n_tokens, args->n_experts, args->top_k, args->sequence, args->index,
-                                          counts);
-    return status ? status : moe_loss(MOE_LOSS_SEQUENCE, args, coefficient, value);
+    (void)moe_sequence_load(args->n_tokens, args->n_experts, args->top_k, args->sequence, args->index, counts);
+    return moe_loss(MOE_LOSS_SEQUENCE, args, coefficient, value);
 }
 static moe_status moe__balance_add_switch(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
     const moe_side *side = &run->tape->side;
@@ -11002,21 +11044,19 @@ static moe_status moe__balance_add_sequence(const moe__run *run, moe_loss_args *
     return MOE_OK;
 }
 static moe_status moe__balance_add_rank(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
-    moe_status status = moe_rank_load(args->n_experts, args->n_ranks, args->load, run->memory->losses.counts);
+    (void)moe_rank_load(args->n_experts, args->n_ranks, args->load, run->memory->losses.counts);
     args->load = run->memory->losses.counts;
-    if (!status) status = moe_loss(MOE_LOSS_RANK, args, coefficient, value);
-    return status;
+    return moe_loss(MOE_LOSS_RANK, args, coefficient, value);
 }
 static moe_status moe__balance_add_communication(const moe__run *run, moe_loss_args *args, float coefficient,
                                                  double *value) {
-    moe_status status = moe_rank_tokens(args->n_tokens, args->n_experts, args->top_k, args->n_ranks, args->index,
-                                        run->memory->losses.counts);
+    (void)moe_rank_tokens(args->n_tokens, args->n_experts, args->top_k, args->n_ranks, args->index,
+                          run->memory->losses.counts);
     const moe_side *side = &run->tape->side;
     args->load = side->rank_tokens ? side->rank_tokens : run->memory->losses.counts;
     args->counted = side->rank_tokens && side->counted ? side->counted : args->n_tokens;
     args->rank_limit = moe__min(args->n_ranks, run->memory->now.k);
-    if (!status) status = moe_loss(MOE_LOSS_COMMUNICATION, args, coefficient, value);
-    return status;
+    return moe_loss(MOE_LOSS_COMMUNICATION, args, coefficient, value);
 }
 /* The tokens of each rank are at home there: the mean over the ranks. 1 - 0.01 at home [D]. */
 static moe_status moe__balance_add_locality(const moe__run *run, moe_loss_args *args, float coefficient,
@@ -11026,24 +11066,23 @@ static moe_status moe__balance_add_locality(const moe__run *run, moe_loss_args *
     size_t T = now->total, E = args->n_experts, n_ranks = args->n_ranks, used = 0, end;
     size_t last = now->first + args->n_tokens;
     double v, sum = 0.0;
-    moe_status status = MOE_OK;
     for (size_t home = 0; home < n_ranks; home++)
         used += moe__ceil_div(home * T, n_ranks) < moe__ceil_div((home + 1) * T, n_ranks);
     args->smoothing = 0.01f;
     args->rank_prob = losses->rank_prob;
-    for (size_t begin = now->first; args->home < n_ranks && !status; args->home++, begin = moe__max(begin, end)) {
+    for (size_t begin = now->first; args->home < n_ranks; args->home++, begin = moe__max(begin, end)) {
         end = moe__min(last, moe__ceil_div((args->home + 1) * T, n_ranks)); /* tokens with t n_ranks / T == home */
         if (end <= begin) continue;
         args->n_tokens = args->mean_tokens = end - begin;
         args->prob = run->tape->prob + (begin - now->first) * E;
         args->d_logits = run->memory->d_logits + (begin - now->first) * E;
-        status = moe_mean_scores(args->n_tokens, E, args->prob, losses->mean_of_batch);
-        if (!status) status = moe_rank_prob(E, n_ranks, losses->mean_of_batch, losses->rank_prob);
-        if (!status) status = moe_loss(MOE_LOSS_LOCALITY, args, coefficient / (float)used, &v);
-        if (!status) sum += v / (double)used;
+        (void)moe_mean_scores(args->n_tokens, E, args->prob, losses->mean_of_batch);
+        (void)moe_rank_prob(E, n_ranks, losses->mean_of_batch, losses->rank_prob);
+        (void)moe_loss(MOE_LOSS_LOCALITY, args, coefficient / (float)used, &v);
+        sum += v / (double)used;
     }
     *value = sum;
-    return status;
+    return MOE_OK;
 }
 static moe_status moe__balance_add_relu_l1(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
     args->top_k = run->memory->now.k;
@@ -11333,6 +11372,10 @@ static moe_status moe__balance_check(const moe_desc *desc) {
     }
     return MOE_OK;
 }
+static float moe__balance_coefficient(const moe__run *run, moe_loss_kind kind) {
+    float weight = run->tape->side.loss_weight;
+    return run->desc->loss[kind] * (weight > 0.0f ? weight : 1.0f);
+}
 /* The same for the desc of a run, and what its side says of the whole: before a backward changes anything. */
 static moe_status moe__balance_ready(const moe__run *run) {
     const moe_side *side = &run->tape->side;
@@ -11343,11 +11386,11 @@ static moe_status moe__balance_ready(const moe__run *run) {
     if (first && side->load && !side->first) return MOE_E_NULL_LOAD;
     for (size_t e = 0; side->mean && e < run->plan->E; e++)
         if (!(side->mean[e] >= 0.0 && side->mean[e] <= DBL_MAX)) return MOE_E_NAN_MEAN;
+    for (int i = 0; i < MOE_LOSS_COUNT; i++)
+        if (!moe__finite(moe__balance_coefficient(run, (moe_loss_kind)i))) return MOE_E_COEFFICIENT;
+    for (size_t t = 0; side->teacher && run->desc->loss[MOE_LOSS_ORACLE] > 0.0f && t < run->tape->n_tokens; t++)
+        if (side->teacher[moe__run_row(run, t)] >= (int32_t)run->plan->E) return MOE_E_TEACHER;
     return MOE_OK;
-}
-static float moe__balance_coefficient(const moe__run *run, moe_loss_kind kind) {
-    float weight = run->tape->side.loss_weight;
-    return run->desc->loss[kind] * (weight > 0.0f ? weight : 1.0f);
 }
 /* The losses of one place in the backward, to the gradients by the weights, the logits, the noise, the router. */
 static moe_status moe__balance_add(const moe__run *run, const uint64_t *load, moe__balance_when when) {
@@ -11589,7 +11632,6 @@ static moe_status moe__control_layout(moe_control *control, moe_control_kind kin
     for (int part = MOE__CONTROL_BIAS; part <= MOE__CONTROL_USAGE; part *= 2)
         if (row->has & part) control->n_state += n_experts;
     float *next = control->state = moe__take_floats(arena, control->n_state, 1);
-    if (arena->overflow) return MOE_E_OVERFLOW;
     if (!arena->base) return MOE_OK;
     control->coefficient = moe__control_state(&next, row->has & MOE__CONTROL_COEFFICIENT, 1, row->coefficient);
     control->bias = moe__control_state(&next, row->has & MOE__CONTROL_BIAS, n_experts, 0.0f);
@@ -11694,7 +11736,7 @@ MOE_API float moe_schedule_random(uint64_t step, uint64_t warmup, uint64_t fade)
 }
 MOE_API float moe_schedule_cosine(uint64_t step, uint64_t warmup, uint64_t total, float peak, float floor_lr) {
     if (step < warmup) return (float)((double)peak * ((double)(step + 1) / (double)warmup));
-    if (step >= total || total <= warmup) return floor_lr;
+    if (step >= total) return floor_lr;
     float cosine = moe__control_half_cosine((double)(step - warmup) / (double)(total - warmup));
     return moe__fma(0.5f * (peak - floor_lr), 1.0f + cosine, floor_lr);
 }
@@ -11864,8 +11906,8 @@ static void moe__health_sort(size_t n, double *values) {
 
 /* Is an expert dead by its count of all first choices, or by that of all selections? A single expert never is. A count
  * of exactly the border is not under it: 0.01 and 0.1 are off by less than half a unit, so the products are exact. */
-static int moe__health_dead_first(size_t n_experts, double first, uint64_t count) {
-    return n_experts > 1 && first > 0.0 && (double)count < MOE__DEAD_FIRST * first;
+static int moe__health_dead_first(double first, uint64_t count) {
+    return (double)count < MOE__DEAD_FIRST * first;
 }
 static int moe__health_dead(size_t n_experts, double fraction, double total, uint64_t count) {
     double share = fraction > 0.0 ? fraction : MOE__DEAD_FRACTION;
@@ -11881,7 +11923,7 @@ static moe_status moe__health_layout(moe_health *health, size_t n_experts, moe__
     health->prob = (double *)moe__take(arena, n_experts, sizeof(double));
     health->sorted = (uint64_t *)moe__take(arena, n_experts, sizeof(uint64_t));
     health->dead = (uint32_t *)moe__take(arena, n_experts, sizeof(uint32_t));
-    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    return MOE_OK;
 }
 
 MOE_API moe_status moe_health_size(size_t n_experts, size_t *bytes) {
@@ -11977,7 +12019,7 @@ MOE_API moe_status moe_health_update(moe_health *health) {
     for (size_t e = 0; e < n; e++) prob += health->prob[e];
     for (size_t e = 0; e < n; e++) {
         if (prob > 0.0) health->entropy += moe__health_entropy(health->prob[e] / prob);
-        health->n_dead_first += (size_t)moe__health_dead_first(n, first, health->top1[e]);
+        health->n_dead_first += (size_t)moe__health_dead_first(first, health->top1[e]);
         if (moe__health_dead(n, health->dead_fraction, total, health->load[e]))
             health->dead[health->n_dead++] = (uint32_t)e;
     }
@@ -12001,8 +12043,8 @@ MOE_API moe_status moe_health_compare(const moe_health *before, const moe_health
     memset(out, 0, sizeof *out);
     for (size_t e = 0; e < n; e++) {
         uint64_t old_load = before->load[e], load = now->load[e];
-        moe__health_turn(moe__health_dead_first(n, old_first, before->top1[e]),
-                         moe__health_dead_first(n, first, now->top1[e]), &out->newly_dead_first, &out->revived_first);
+        moe__health_turn(moe__health_dead_first(old_first, before->top1[e]),
+                         moe__health_dead_first(first, now->top1[e]), &out->newly_dead_first, &out->revived_first);
         moe__health_turn(moe__health_dead(n, fraction, old_total, old_load),
                          moe__health_dead(n, fraction, total, load), &out->newly_dead, &out->revived);
         if (old_total > 0.0 && total > 0.0)
@@ -13051,7 +13093,7 @@ MOE_API moe_status moe_game_cluster(size_t n_tokens, size_t n_experts, size_t n_
         moe__game_centre(n_experts, logits + pick * n_experts, quality + n_centres * n_experts);
         (void)moe__game_cluster_move(&clusters, n_centres, n_centres + 1);
     }
-    for (int round = 0; round < 50; round++) {
+    for (int round = 0;; round++) {
         moe__game_cluster_means(&clusters);
         if (round == 49 || !moe__game_cluster_move(&clusters, 0, n_centres)) break; /* means of the last assignment */
     }
@@ -13426,7 +13468,7 @@ static moe_status moe__game_layout(moe_game *game, size_t n_experts, size_t n_ba
     game->logit = (double *)moe__take(arena, count, sizeof(double));
     game->null_count = (uint64_t *)moe__take(arena, count, sizeof(uint64_t));
     game->scratch = (uint32_t *)moe__take(arena, count, 4 * sizeof(uint32_t));
-    return arena->overflow ? MOE_E_OVERFLOW : MOE_OK;
+    return MOE_OK;
 }
 
 MOE_API moe_status moe_game_size(size_t n_experts, size_t n_batches, size_t *bytes) {
@@ -13849,7 +13891,7 @@ static int moe__feedback_newton(double kf, double h, double v, double *u) {
 MOE_API moe_status moe_feedback_two(double kf, double h, double *u) {
     if (!moe__finite_double(kf) || !moe__finite_double(h)) return MOE_E_FEEDBACK;
     if (!u) return MOE_E_NULL_OUT;
-    double hi = (fabs(kf) + fabs(h)) / 2.0 + 1.0, lo = -hi, v = hi;
+    double hi = 40.0, lo = -hi, v = hi; /* tanh is 1 from 20 on */
     if (kf > 0.0) {
         if (moe__feedback_newton(kf, h, hi, u)) return MOE_OK;
         hi = 0.0;
@@ -13867,7 +13909,7 @@ MOE_API moe_status moe_feedback_fold(double kf, double *u, double *h) {
     if (!(kf >= 2.0) || !moe__finite_double(kf)) return MOE_E_FEEDBACK;
     if (!u || !h) return MOE_E_NULL_OUT;
     *u = sqrt(1.0 - 2.0 / kf);
-    *h = log1p(*u) - log1p(-*u) - kf * *u; /* 2 atanh(u) - Kf u */
+    *h = 2.0 * log1p(*u) + log1p(kf / 2.0 - 1.0) - kf * *u; /* 2 atanh(u) - Kf u, as 1 - u^2 = 2 / Kf */
     return MOE_OK;
 }
 
@@ -14081,7 +14123,6 @@ static int moe__desc_field_at(size_t i, moe__desc_field *field, char name[32]) {
     moe__text_end(&text);
     field->name = name;
     field->offset += loss * sizeof(float);
-    field->size = sizeof(float);
     return 1;
 }
 
@@ -14476,8 +14517,7 @@ static moe_status moe__desc_tensors(moe__plan *plan) {
         for (const char *axis = moe__plan_tensors[id].axes; *axis; axis++)
             if (!moe__mul(*count, moe__plan_extent(plan, *axis), count)) return MOE_E_OVERFLOW;
         if (moe__plan_tensors[id].region != MOE__IN_EXPERTS && *count > SIZE_MAX / 1024) return MOE_E_OVERFLOW;
-        if (id >= MOE__R_COUNT) continue;
-        if (!moe__add_size(plan->at[id], *count, &plan->at[id + 1])) return MOE_E_OVERFLOW;
+        if (id < MOE__R_COUNT) plan->at[id + 1] = plan->at[id] + *count;
     }
     return MOE_OK;
 }
@@ -16317,16 +16357,12 @@ enum { MOE__PES_TOKENS = 64 };
 typedef struct moe__layer_pes { moe_tape *tape; float *y, *out; int32_t *index; double *work; } moe__layer_pes;
 /* What is done with outputs (count, F, d); work (F). */
 typedef moe_status moe__layer_outputs(void *user, size_t count, size_t F, size_t d, const float *out, double *work);
-static moe_status moe__layer_pes_layout(moe__layer_pes *pes, size_t tokens, size_t n_experts, size_t d,
-                                        moe__arena *arena) {
-    size_t rows;
-    if (!moe__mul(tokens, n_experts, &rows)) return MOE_E_OVERFLOW;
+static void moe__layer_pes_layout(moe__layer_pes *pes, size_t tokens, size_t n_experts, size_t d, moe__arena *arena) {
+    size_t rows = tokens * n_experts; /* at most 2^26 */
     pes->y = moe__take_floats(arena, tokens, d);
     pes->out = moe__take_floats(arena, rows, d);
     pes->index = (int32_t *)moe__take(arena, rows, sizeof(int32_t));
     pes->work = (double *)moe__take(arena, n_experts, sizeof(double));
-    if (arena->overflow) return MOE_E_OVERFLOW;
-    return MOE_OK;
 }
 static moe_status moe__layer_pes_block(const moe__layer_pes *pes, const float *params, const float *x, size_t count) {
     const moe__plan *plan = &pes->tape->memory->plan;
@@ -16362,15 +16398,15 @@ static moe_status moe__layer_over_outputs(const moe_layer *layer, const float *x
     moe_desc experts = moe__layer_experts_desc(&layer->plan.desc, F);
     moe__layer_pes all;
     moe__arena arena = {NULL, 0, 0};
-    moe_status status = moe__layer_pes_layout(&all, most, F, d, &arena);
-    if (!status) status = moe__arena_bytes(&arena, &bytes);
+    moe__layer_pes_layout(&all, most, F, d, &arena);
+    moe_status status = moe__arena_bytes(&arena, &bytes);
     if (!status) status = moe_tape_new(&all.tape, &experts, most, MOE_OFF);
     if (status) return status;
     void *memory = moe__alloc(experts.alloc_context, bytes);
     if (!memory) status = MOE_E_NO_MEMORY;
     else {
         (void)moe__arena_over(&arena, memory, bytes, bytes);
-        (void)moe__layer_pes_layout(&all, most, F, d, &arena);
+        moe__layer_pes_layout(&all, most, F, d, &arena);
         for (size_t i = 0; i < most * F; i++) all.index[i] = (int32_t)(i % F);
     }
     for (size_t at = 0; at < count && !status; at += most) {
@@ -17975,9 +18011,6 @@ static void moe__growth_noise(const moe__growth_map *map, size_t a, size_t b, fl
     moe__normal_at(map->seed, 3, 0, plan->L, map->plane);
     moe__growth_lean(map, a, map->plane, size, 0.0f);
     moe__growth_lean(map, b, map->plane, -size, 0.0f);
-    if (!moe__experts_table[MOE__PICK(EXPERT, plan->desc.expert)].stepped) return;
-    moe__layer_retract(map->made, a, 0);
-    moe__layer_retract(map->made, b, 0);
 }
 MOE_API moe_status moe_layer_clone(moe_layer **out, const moe_layer *layer, size_t expert, float noise, float share,
                                    uint64_t seed) {
@@ -17998,6 +18031,10 @@ MOE_API moe_status moe_layer_clone(moe_layer **out, const moe_layer *layer, size
             moe__growth_noise(&map, F, expert, noise);
             moe__growth_redraw(map.made, F, moe__growth_units(f, share, map.seed, F, map.work, map.index), map.index,
                                map.seed);
+            if (moe__experts_table[MOE__PICK(EXPERT, map.desc.expert)].stepped) {
+                moe__layer_retract(map.made, expert, 0);
+                moe__layer_retract(map.made, F, 0);
+            }
         }
     }
     return moe__growth_end(&map, out, status);
@@ -18303,12 +18340,11 @@ MOE_API moe_status moe_layer_upcycle(moe_layer **out, const moe_desc *desc, cons
     if (status) return status;
     if (plan.gated && !dense->wu) return MOE_E_NULL_WEIGHT;
     if (!(share >= 0.0f && share <= 1.0f)) return MOE_E_GROWTH_SHARE;
-    size_t parts = dense_ff / plan.f, slots = plan.desc.soft_slots, bytes;
+    size_t parts = dense_ff / plan.f, slots = plan.desc.soft_slots;
     if (!parts || dense_ff % plan.f || plan.E % parts || plan.desc.top_k % parts) return MOE_E_GROWTH_DENSE_FF;
     float sum = moe__growth_weights(&plan);
     if (!(sum > 0.0f)) return MOE_E_GROWTH_UPCYCLE;
-    if (!moe__mul(plan.f, 2 * sizeof(float), &bytes)) return MOE_E_OVERFLOW;
-    float *work = (float *)moe__alloc(plan.desc.alloc_context, bytes);
+    float *work = (float *)moe__alloc(plan.desc.alloc_context, 2 * plan.f * sizeof(float));
     if (!work) return MOE_E_NO_MEMORY;
     status = moe_layer_new(&layer, &plan.desc);
     for (size_t g = 0; g < plan.G && !status; g++) {
@@ -18331,17 +18367,19 @@ MOE_API moe_status moe_layer_upcycle(moe_layer **out, const moe_desc *desc, cons
 /* -- what an expert is worth -- */
 static const struct { const char *name; } moe__growth_worths[] = {{"usage"}, {"gate"}, {"saliency"}, {"gradient"}};
 MOE__NAME_API(worth, moe__growth_worths, MOE_WORTH_COUNT)
-static void moe__growth_gradients(const moe_layer *layer, double *worth) {
+static moe_status moe__growth_gradients(const moe_layer *layer, double *worth) {
     const moe__plan *plan = &layer->plan;
+    const float *parent = moe__layer_router(layer, MOE_PART_PARAMS) + plan->at[MOE__R_PAIR_PARENT];
     for (size_t g = 0; g < plan->networks && !layer->fresh; g++) {
         const float *grads = layer->part[MOE_PART_GRADS] + g * plan->expert;
-        size_t e = g;
-        if (g >= plan->F)
-            e = (size_t)moe__layer_router(layer, MOE_PART_PARAMS)[plan->at[MOE__R_PAIR_PARENT] + g - plan->F];
+        uint32_t e = (uint32_t)g;
+        moe_status status = g < plan->F ? MOE_OK : moe__routes_parents(1, plan->F, parent + g - plan->F, &e);
+        if (status) return status;
         if (layer->idle && layer->idle[g]) continue;
-        if (e < plan->F) worth[e] += moe_sum_squares(&plan->desc.parallel, plan->expert, grads);
+        worth[e] += moe_sum_squares(&plan->desc.parallel, plan->expert, grads);
     }
     for (size_t e = 0; e < plan->E; e++) worth[e] = sqrt(worth[e]);
+    return MOE_OK;
 }
 static void moe__growth_routes_worth(const moe_tape *tape, moe_worth_kind kind, double *worth) {
     const moe_routes *routes = &tape->routes;
@@ -18377,8 +18415,7 @@ MOE_API moe_status moe_layer_worth(const moe_layer *layer, moe_worth_kind kind, 
     if (kind != MOE_WORTH_GRADIENT && !x) return MOE_E_NULL_X;
     if (kind == MOE_WORTH_GRADIENT) {
         for (size_t e = 0; e < layer->plan.E; e++) worth[e] = 0.0;
-        moe__growth_gradients(layer, worth);
-        return MOE_OK;
+        return moe__growth_gradients(layer, worth);
     }
     if (!moe__mul(n_tokens, layer->plan.d * sizeof(float), &count)) return MOE_E_OVERFLOW;
     moe_status status = moe_tape_new(&tape, desc, n_tokens, MOE_OFF);
@@ -18615,7 +18652,7 @@ MOE_API moe_status moe_growth_step(moe_growth *growth, double metric, const moe_
     moe_growth now = *growth;
     moe_status status = moe__growth_settings(growth, &set);
     if (status) return status;
-    if (growth->n_special < 0 || (size_t)growth->n_special >= health->n_experts) return MOE_E_GROWTH_SETTING;
+    if ((size_t)growth->n_special >= health->n_experts) return MOE_E_GROWTH_SETTING;
     double value = moe__growth_metric_of(growth, metric, health);
     if (!(fabs(value) <= (double)FLT_MAX)) return MOE_E_GROWTH_METRIC;
     int asks = growth->which && (set.action == MOE_GROWTH_SPLIT || set.action == MOE_GROWTH_REVIVE);
@@ -21332,8 +21369,8 @@ static moe_status moe__save_write(const moe_layer *layer, int with_optimizer, FI
     void *context = layer->plan.desc.alloc_context;
     moe__save_entry entry;
     size_t header, total;
+    if (with_optimizer && !layer->fresh) return MOE_E_UNSTEPPED;
     moe_status status = moe__save_measure(layer, with_optimizer, &header, &total);
-    if (!status && with_optimizer && !layer->fresh) status = MOE_E_UNSTEPPED;
     if (status) return status;
     size_t most = moe__max(header + 8, moe__save_largest(&layer->plan, layer->stock.kind, with_optimizer));
     unsigned char *buffer = (unsigned char *)moe__alloc(context, most);

@@ -100,12 +100,20 @@ static void test_robust_breakdown(void) {
     c[0] = 3e38f, c[1] = -3e38f; /* the distance overflows: far, not an error */
     CHECK_OK(moe_robust_weights(3, 2, row, g, 1, r, out, NULL, 0));
     CHECK(out[0] == 0.5f && out[2] == 0);
+    const float *middle[3] = {a, bad, b}, below[3] = {-1, 5, -3}, against[2] = {1, -1}, shares[2] = {0.25f, 0.75f};
+    CHECK_OK(moe_robust_weights(3, 2, middle, below, 1, r, out, NULL, 0)); /* shares of what has a vote */
+    CHECK(r[0] == 1 && r[1] == 0 && out[0] == 0.25f && out[1] == 0 && out[2] == 0.75f);
+    CHECK_OK(moe_robust_weights(2, 2, row, against, 1, r, out, NULL, 0));
+    CHECK(out[0] == 0 && out[1] == 0); /* of nothing there are none */
+    CHECK_OK(moe_robust_weights(2, 0, (const float *const[]){NULL, NULL}, shares, 1, r, out, NULL, 0));
+    CHECK(out[0] == 0.25f && out[1] == 0.75f); /* outputs without numbers agree */
     CHECK_STATUS(moe_robust_weights(0, 2, row, g, 1, r, out, NULL, 0), MOE_E_NO_OUTPUTS);
     CHECK_STATUS(moe_robust_weights(3, 2, NULL, g, 1, r, out, NULL, 0), MOE_E_NULL_OUTPUTS);
     CHECK_STATUS(moe_robust_weights(3, 2, missing, g, 1, r, out, NULL, 0), MOE_E_NULL_OUTPUTS);
     CHECK_STATUS(moe_robust_weights(3, 2, row, NULL, 1, r, out, NULL, 0), MOE_E_NULL_WEIGHT);
     CHECK_STATUS(moe_robust_weights(3, 2, row, g, 0, r, out, NULL, 0), MOE_E_TAU);
     CHECK_STATUS(moe_robust_weights(3, 2, row, g, NAN, r, out, NULL, 0), MOE_E_TAU);
+    CHECK_STATUS(moe_robust_weights(3, 2, row, g, INFINITY, r, out, NULL, 0), MOE_E_TAU);
     CHECK_STATUS(moe_robust_weights(3, 2, row, g, 1, NULL, out, NULL, 0), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_robust_weights(3, 2, row, g, 1, r, NULL, NULL, 0), MOE_E_NULL_OUT);
     g[1] = NAN;
@@ -196,6 +204,12 @@ static void test_aggregate(void) {
     CHECK_STATUS(moe_aggregate(MOE_AGGREGATE_MEAN, 0, 1, line, 0, out, NULL, 0), MOE_E_NO_OUTPUTS);
     CHECK_STATUS(moe_aggregate(MOE_AGGREGATE_MEAN, 3, 1, NULL, 0, out, NULL, 0), MOE_E_NULL_OUTPUTS);
     CHECK_STATUS(moe_aggregate(MOE_AGGREGATE_MEAN, 3, 1, line, 0, NULL, NULL, 0), MOE_E_NULL_OUT);
+    out[0] = 7;
+    CHECK_OK(moe_aggregate(MOE_AGGREGATE_MEAN, 3, 0, NULL, 0, out, NULL, 0));
+    CHECK(out[0] == 7);
+    if (sizeof(size_t) == 8)
+        CHECK_STATUS(moe_aggregate(MOE_AGGREGATE_MEAN, (size_t)1 << 30, SIZE_MAX / 64, line, 0, out, NULL, 0),
+                     MOE_E_OVERFLOW);
     line[1] = NAN;
     CHECK_STATUS(moe_aggregate(MOE_AGGREGATE_MEAN, 3, 1, line, 0, out, NULL, 0), MOE_E_NAN_OUTPUTS);
     CHECK_STATUS(moe_aggregate_scratch(SIZE_MAX / 8, 1, &(size_t){0}), MOE_E_OVERFLOW);
@@ -307,7 +321,16 @@ static void check_soft_loss(moe_loss_kind kind, size_t slots, double tau) {
         top = fmax(top, fabs(slope)), off = fmax(off, fabs((double)got[i] - slope));
     }
     if (!CHECK(top > 1e-3) || !CHECK_WITHIN(off / top, 0, 4e-6)) printf("    %s: %.3g of %.3g\n", set_, off, top);
-    free(now), free(got), moe_layer_free(m);
+    moe_tape *alone = NULL; /* the same of the router's own backward without d_weight, in memory that is not zero */
+    float *same = test_floats(count);
+    test_pattern = 0xaa;
+    CHECK_OK(moe_tape_new(&alone, moe_layer_desc(m), SOFT_T, MOE_ON));
+    test_pattern = -1;
+    CHECK_OK(moe_route(alone, now, x, SOFT_T));
+    CHECK_OK(moe_route_backward(alone, now, NULL, same, NULL));
+    CHECK_SAME(same, got, count);
+    moe_tape_free(alone);
+    free(now), free(got), free(same), moe_layer_free(m);
 }
 static void test_soft_losses(void) {
     static const moe_loss_kind kinds[] = {MOE_LOSS_Z, MOE_LOSS_ENTROPY, MOE_LOSS_KL_UNIFORM, MOE_LOSS_REDUNDANCY};

@@ -185,7 +185,34 @@ static void test_quantile_by_hand(void) {
     in.n_tokens = 3, in.scores = first, in.top_k = 2; /* every expert gets every token */
     CHECK_OK(moe_control_step(&c, &in));
     CHECK(c.bias[0] == -2 && c.bias[1] == -5);
+    in.top_k = 1, in.scores = third, c.recentre = 1; /* -2, -5 again: biased (-2, -1), (-2, -3), (-2, -2) */
+    CHECK_OK(moe_control_step(&c, &in));
+    CHECK(c.bias[0] + c.bias[1] == 0); /* without loads: these are of its own scores */
     free(memory);
+}
+/* What a controller has nothing of stays away: a bias in the middle, averages of no load, scratch for no scores. */
+static void test_nothing_to_move(void) {
+    static const moe_control_kind kinds[2] = {MOE_CONTROL_RELU_LAMBDA, MOE_CONTROL_USAGE_BOOST};
+    uint64_t none[6] = {0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < 2; i++) {
+        float before[6], coefficient[2];
+        size_t bytes = 7;
+        for (int recentre = 0; recentre < 2; recentre++) {
+            void *memory;
+            moe_control c = control_new(kinds[i], 6, &memory);
+            moe_control_input in = no_input();
+            in.load = none, in.top_k = 2, in.sparsity = 0.25, c.recentre = recentre;
+            if (c.usage) memcpy(before, c.usage, sizeof before);
+            CHECK_OK(moe_control_step(&c, &in));
+            if (c.usage) CHECK_SAME(before, c.usage, 6);
+            if (c.usage) CHECK_SAME(c.bias, ((const float[6]){0, 0, 0, 0, 0, 0}), 6);
+            if (c.coefficient) coefficient[recentre] = *c.coefficient;
+            CHECK_OK(moe_control_scratch(&c, 10, &bytes));
+            CHECK(bytes == 0);
+            free(memory);
+        }
+        if (i == 0) CHECK_BITS(coefficient[0], coefficient[1]), CHECK(coefficient[0] > 1e-8f);
+    }
 }
 
 static int compare(const void *a, const void *b) {
@@ -322,6 +349,7 @@ static void test_bad_input(void) {
     CHECK_STATUS(moe_control_size(MOE_CONTROL_ID, 4, NULL), MOE_E_NULL_OUT);
     CHECK_OK(moe_control_size(MOE_CONTROL_ID, 4, &bytes));
     CHECK_STATUS(moe_control_init(NULL, MOE_CONTROL_ID, 4, memory, bytes), MOE_E_NULL_CONTROL);
+    CHECK_STATUS(moe_control_init(&c, MOE_CONTROL_COUNT, 4, memory, bytes), MOE_E_CONTROL);
     CHECK_STATUS(moe_control_init(&c, MOE_CONTROL_ID, 4, NULL, bytes), MOE_E_NULL_MEMORY);
     CHECK_STATUS(moe_control_init(&c, MOE_CONTROL_ID, 4, memory, bytes - 1), MOE_E_SMALL_MEMORY);
     CHECK_STATUS(moe_control_scratch(NULL, 4, &bytes), MOE_E_NULL_CONTROL);
@@ -355,9 +383,13 @@ static void test_bad_input(void) {
                 scores[7] = 0;
             }
         }
+        c.low = NAN, CHECK_STATUS(moe_control_step(&c, &in), MOE_E_BOUNDS), c = fresh;
+        if (kind == MOE_CONTROL_ADAPTIVE || kind == MOE_CONTROL_USAGE_BOOST) /* a share of what was */
+            c.damping = 1.5f, CHECK_STATUS(moe_control_step(&c, &in), MOE_E_DAMPING), c = fresh;
         if (kind == MOE_CONTROL_RELU_LAMBDA) {
             c.rate = 0.5f, CHECK_STATUS(moe_control_step(&c, &in), MOE_E_RATE), c = fresh;
             c.low = 0, CHECK_STATUS(moe_control_step(&c, &in), MOE_E_BOUNDS), c = fresh;
+            c.low = 2, c.high = 1, CHECK_STATUS(moe_control_step(&c, &in), MOE_E_BOUNDS), c = fresh;
         }
         if (kind == MOE_CONTROL_RELU_LAMBDA || kind == MOE_CONTROL_QUANTILE)
             for (size_t k = 0; k < 8; k += 7)
@@ -372,6 +404,9 @@ static void test_bad_input(void) {
         CHECK_SAME(before, c.state, c.n_state); /* no error moved anything */
         c.kind = MOE_CONTROL_COUNT;
         CHECK_STATUS(moe_control_step(&c, &in), MOE_E_CONTROL);
+        bytes = 7;
+        CHECK_OK(moe_control_scratch(&c, 4, &bytes));
+        CHECK(bytes == 0);
     }
 }
 
@@ -457,6 +492,7 @@ static void test_schedules(void) {
     CHECK_STATUS(moe_schedule_k(MOE_SCHEDULE_LINEAR, 1, 2, 0, 1, &k), MOE_E_TOP_K);
     CHECK_STATUS(moe_schedule_k(MOE_SCHEDULE_LINEAR, 1, 2, 1, 0, &k), MOE_E_TOP_K);
     CHECK_STATUS(moe_schedule_k(MOE_SCHEDULE_LINEAR, 1, 2, 1, (size_t)-1, &k), MOE_E_TOP_K);
+    CHECK_STATUS(moe_schedule_k(MOE_SCHEDULE_LINEAR, 1, 2, (size_t)-1, 1, &k), MOE_E_TOP_K);
     CHECK_STATUS(moe_schedule_k(MOE_SCHEDULE_LINEAR, 1, 2, 1, 1, NULL), MOE_E_NULL_OUT);
 }
 
@@ -468,6 +504,7 @@ int main(void) {
     RUN(test_relu_lambda);
     RUN(test_adaptive);
     RUN(test_quantile_by_hand);
+    RUN(test_nothing_to_move);
     RUN(test_quantile_by_sorting);
     RUN(test_quantile_balances);
     RUN(test_state_is_everything);

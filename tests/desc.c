@@ -157,6 +157,71 @@ static void test_desc_fields(void) {
     CHECK_STATUS(moe_desc_resolve(&d, NULL), MOE_E_NULL_OUT);
 }
 
+/* Descs as text over 8 experts: what a loss needs, and what no address reaches though every field is in its range. */
+static void test_desc_texts(void) {
+    static const struct { const char *text; moe_status status; } rows[] = {
+        {"score=cosine loss.prototype-alignment=0.1", MOE_OK}, {"score=projected loss.prototype-alignment=0.1", MOE_OK},
+        {"score=prototype loss.prototype-alignment=0.1", MOE_OK},
+        {"loss.prototype-alignment=0.1", MOE_E_LOSS_PROTOTYPE_ALIGNMENT},
+        {"score=cosine noise=gaussian loss.prototype-alignment=0.1", MOE_E_LOSS_PROTOTYPE_ALIGNMENT},
+        {"score=cosine combine=soft select=all loss.prototype-alignment=0.1", MOE_E_LOSS_PROTOTYPE_ALIGNMENT},
+        {"n_ranks=4 loss.rank=0.1", MOE_OK}, {"loss.rank=0.1", MOE_E_LOSS_RANK}, {"n_ranks=3 loss.rank=0.1",
+        MOE_E_LOSS_RANK}, {"loss.output-orthogonality=0.1", MOE_OK},
+        {"n_zero=1 loss.output-orthogonality=0.1", MOE_E_LOSS_OUTPUT_ORTHOGONALITY},
+        {"combine=robust loss.output-orthogonality=0.1", MOE_E_LOSS_OUTPUT_ORTHOGONALITY},
+        {"score=subspace expert=orthonormal d_ff=2", MOE_OK}, {"score=subspace", MOE_E_SUBSPACE},
+        {"score=subspace expert=orthonormal d_ff=2 n_zero=1", MOE_E_SUBSPACE},
+        {"score=subspace expert=orthonormal d_ff=2 n_copy=1", MOE_E_SUBSPACE},
+        {"score=subspace expert=orthonormal d_ff=2 n_constant=1", MOE_E_SUBSPACE}};
+    static const char *const large[] = {
+        "score=mlp d_model=1099511627776 d_ff=1 d_router=1099511627776", /* 2^40: the projection's d_model d_router */
+        "score=mlp d_model=1073741824 d_ff=1 d_router=268435456", "score=mlp d_router=9007199254740992",
+        "d_model=1073741824 d_ff=268435456", "expert=relu d_model=1 d_ff=4503599627370496",
+        "n_experts=1048576 d_model=1048576 d_ff=1048576",
+        "score=mlp n_experts=1048576 d_model=1 d_ff=1 d_router=1099511627776"};
+    moe_desc d, r;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        d = small_desc(), d.n_experts = 8;
+        CHECK_OK(moe_desc_parse(&d, rows[i].text, NULL));
+        if (!CHECK_STATUS(moe_desc_resolve(&d, &r), rows[i].status)) printf("        %s\n", rows[i].text);
+    }
+    for (size_t i = 0; i < sizeof large / sizeof *large && sizeof(size_t) == 8; i++) {
+        d = small_desc(), d.n_experts = 8, d.top_k = 1;
+        CHECK_OK(moe_desc_parse(&d, large[i], NULL));
+        if (!CHECK_STATUS(moe_desc_resolve(&d, &r), MOE_E_OVERFLOW)) printf("        %s\n", large[i]);
+    }
+}
+/* A tape fits a layer if all that decides on its memory is the same. */
+static void test_tape_fits(void) {
+    static const struct { const char *text; int fits; } rows[] = {
+        {"", 1}, {"seed=9 temperature=2 loss.z=0.1", 1}, {"n_zero=1", 0}, {"jitter=0.1", 0}, {"expert_norm=true", 0},
+        {"input_scale=2", 0}, {"loss.output-orthogonality=0.1", 0}, {"top_k=3", 0}, {"d_ff=7", 0}, {"bias=true", 0}};
+    moe_desc d = small_desc();
+    moe_layer *m = NULL;
+    float x[4] = {1, 2, 3, 4}, y[4];
+    CHECK_OK(moe_layer_new(&m, &d));
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_tape *t = NULL;
+        d = small_desc();
+        CHECK_OK(moe_desc_parse(&d, rows[i].text, NULL));
+        CHECK_OK(moe_tape_new(&t, &d, 1, MOE_ON));
+        if (!CHECK_STATUS(moe_forward_tape(m, t, x, 1, y), rows[i].fits ? MOE_OK : MOE_E_TAPE_DESC))
+            printf("        %s\n", rows[i].text);
+        moe_tape_free(t);
+    }
+    moe_layer_free(m);
+    for (int other = 0; other < 2; other++) { /* the latent row's width; a loss on the experts themselves */
+        moe_tape *t = NULL;
+        d = small_desc(), d.n_experts = 8;
+        CHECK_OK(moe_desc_parse(&d, other ? "expert=orthonormal d_ff=2" : "score=mlp d_router=8", NULL));
+        CHECK_OK(moe_layer_new(&m, &d));
+        CHECK_OK(moe_desc_parse(&d, other ? "loss.orthonormal=0.1" : "d_router=4", NULL));
+        CHECK_OK(moe_tape_new(&t, &d, 1, MOE_ON));
+        CHECK_STATUS(moe_forward_tape(m, t, x, 1, y), MOE_E_TAPE_DESC);
+        moe_tape_free(t);
+        moe_layer_free(m);
+    }
+}
 static void test_desc_json(void) {
     moe_desc d = small_desc();
     char text[3000], part[3000];
@@ -166,6 +231,12 @@ static void test_desc_json(void) {
     CHECK(n > 20 && n < sizeof text && strlen(text) == n && text[0] == '{' && text[n - 1] == '}');
     CHECK(strstr(text, "\"d_model\":4") != NULL && strstr(text, "\"top_k\":2") != NULL);
     CHECK(moe_desc_json(&d, NULL, 0) == n);
+    moe_desc garbage = d;
+    garbage.gate = MOE_GATE_COUNT, garbage.bias = 7; /* JSON all the same */
+    moe_desc_json(&garbage, part, sizeof part);
+    CHECK(strstr(part, "\"gate\":\"unknown\"") != NULL && strstr(part, "\"bias\":null") != NULL);
+    CHECK_STATUS(moe_desc_set(&d, "gate", NULL), MOE_E_NULL_NAME);
+    CHECK_STATUS(moe_desc_set(&d, NULL, "relu"), MOE_E_NULL_NAME);
     for (size_t size = 1; size <= n + 1; size++) {
         memset(part, '#', sizeof part);
         CHECK(moe_desc_json(&d, part, size) == n);
@@ -432,7 +503,16 @@ static void test_explain_every_field(void) {
     }
     CHECK(fields > 70 + MOE_LOSS_COUNT);
 }
+static void explains(moe_status status, const moe_desc *d, const char *begin) {
+    char text[400];
+    moe_desc_explain(status, d, NULL, text, sizeof text);
+    if (!CHECK(!strncmp(text, begin, strlen(begin)))) printf("        %s\n", text);
+}
 static void test_explain_garbage(void) {
+    moe_desc wild = small_desc();
+    wild.temperature = INFINITY, explains(MOE_E_TEMPERATURE, &wild, "temperature = infinity: ");
+    wild.temperature = -INFINITY, explains(MOE_E_TEMPERATURE, &wild, "temperature = -infinity: ");
+    wild.gate = (moe_gate_kind)-7, explains(MOE_E_GATE, &wild, "gate = -7: ");
     char text[400], cut[8];
     moe_desc d, r;
     memset(&d, 0x55, sizeof d);
@@ -498,7 +578,7 @@ static void test_export(void) { /* that it is the plan: tests/contract/compile.s
     CHECK(moe_desc_export(&d, NULL, 0) == n && moe_desc_export(&d, part, 100) == n);
     CHECK(strlen(part) == 99 && !memcmp(part, text, 99));
     CHECK(times(text, "#define MOE_ONLY_GATE 1\n") == 1 && times(text, "#define MOE_ONLY_EXPERT 4\n") == 1);
-    CHECK(times(text, "#define") == 8);
+    CHECK(times(text, "#define") == 8 && times(text, "{") == times(text, "}"));
     CHECK(times(text, "MOE_FIELD(top_k, 2u)") == 1 && times(text, "MOE_FIELD(bias, 1)") == 1);
     CHECK(times(text, "MOE_FIELD(seed, 18446744073709551615u)") == 1); /* router_gain, mask_jitter: */
     CHECK(times(text, "(float)0.1,") == 2 && times(text, "(float)") + times(text, "MOE_FIELD") == 82);
@@ -524,6 +604,8 @@ int main(void) {
     RUN(test_near);
     RUN(test_desc_resolve_is_idempotent);
     RUN(test_desc_fields);
+    RUN(test_desc_texts);
+    RUN(test_tape_fits);
     RUN(test_desc_json);
     RUN(test_fields);
     RUN(test_ecology);

@@ -20,6 +20,7 @@ static void test_force_isa(void) {
     CHECK(moe_active_isa() == MOE_ISA_SCALAR);
     CHECK_OK(moe_force_isa(MOE_ISA_AUTO));
     CHECK(moe_active_isa() == best);
+    CHECK(!moe_isa_name(MOE_ISA_COUNT) && !moe_isa_name((moe_isa_kind)-1));
     const char *backend = moe_thread_backend();
 #if defined(_OPENMP) && !defined(MOE_NO_OPENMP)
     CHECK(!strcmp(backend, "openmp"));

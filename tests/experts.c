@@ -101,6 +101,17 @@ static void test_moepp(void) {
         }
         CHECK(low < 0.4 && high > 0.6);
     }
+    /* by a routing of one's own a zero expert may have a weight: half of 0 and half of x */
+    moe_tape *own = NULL;
+    float half[T * 2];
+    int32_t both[T * 2];
+    for (size_t i = 0; i < T * 2; i++) half[i] = 0.5f, both[i] = i % 2 ? COPY : ZERO;
+    CHECK_OK(moe_tape_new(&own, moe_layer_desc(m), T, MOE_ON));
+    CHECK_OK(moe_tape_tokens(own, x, T));
+    CHECK_OK(moe_routes_fill(&own->routes, T, both, half, 0, MOE_ORDER_DEFAULT));
+    CHECK_OK(moe_layer_experts(m, own, y));
+    for (size_t i = 0; i < T * D; i++) CHECK(y[i] == 0.5f * x[i]);
+    moe_tape_free(own);
     /* logits += previous A */
     float *A = get(m, "router.residual"), previous[T * E], old[T * E];
     memcpy(old, moe_layer_tape(m)->logits, sizeof old);

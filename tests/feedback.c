@@ -18,6 +18,14 @@ static void test_feedback(void) {
     CHECK_WITHIN(u, 0.710411783488, 1e-12);
     CHECK_OK(moe_feedback_two(1.5, 0, &u)); /* below the critical Kf = 2 */
     CHECK_WITHIN(u, 0, 2e-15);
+    static const double far[][3] = {{-1e300, 5e299, 0.5}, {-1e300, -2e300, -1}, {1e300, 0, 1}, {1, -1e300, -1}};
+    for (int i = 0; i < 4; i++) { /* Kf u + h = 2 atanh(u), which is nothing beside them */
+        CHECK_OK(moe_feedback_two(far[i][0], far[i][1], &u));
+        CHECK_WITHIN(u, far[i][2], 2e-15);
+    }
+    CHECK_OK(moe_feedback_fold(1e18, &u, &h)); /* ln(2 Kf) - Kf */
+    CHECK(u == 1);
+    CHECK_NEAR(h, log(2e18) - 1e18, 2e-15);
     CHECK_OK(moe_feedback_fold(3, &u, &h));
     CHECK_WITHIN(u, 0.577350, 1e-6);
     CHECK_WITHIN(h, -0.415093, 8e-7);

@@ -52,8 +52,10 @@ static void naive_words(int kind, const float *matrix, size_t rows, size_t colum
             float high = 0;
             for (size_t r = b; r < end; r++) high = fmaxf(high, fabsf(matrix[r * columns + column]));
             float step = high / (float)most;
+            uint32_t least = test_bits(ldexpf(1, -110)) >> 16;
             uint32_t scale = (test_bits(step) >> 16) + ((test_bits(step) & 0xffffu) != 0);
             if (isinf(moe__float_of(scale << 16) * (float)most)) scale--;
+            if (step > 0 && scale < least) scale = least;
             if (scaled) words[c % 16] |= scale << (c / 16 * 16);
             for (size_t r = b; r < end; r++) {
                 float w = matrix[r * columns + column];
@@ -95,7 +97,7 @@ static double highest(const float *matrix, size_t rows, size_t columns, size_t r
 static double allowed_error(int kind, double w, double high) {
     if (kind == MOE_FORMAT_F32) return 0;
     if (kind == MOE_FORMAT_BF16) return fabs(w) / 256 + 1e-40;
-    return 0.5 * high / (kind == MOE_FORMAT_INT8 ? 127 : 7) * (1 + 1.0 / 128) + 1e-40;
+    return 0.5 * fmax(high / (kind == MOE_FORMAT_INT8 ? 127 : 7) * (1 + 1.0 / 128), ldexp(1, -110));
 }
 static void check_values(int kind, const float *matrix, size_t rows, size_t columns) {
     packed made = pack((moe_format_kind)kind, matrix, rows, columns);

@@ -259,7 +259,10 @@ static void test_unidentified(void) {
     for (int i = 0; i < 16; i++) q[i] = 2, m[i] = 1.0 / 16; /* constant quality, even load */
     CHECK_OK(moe_game_estimate(16, q, m, 0, work, &fit));
     CHECK(!fit.identified && isnan(fit.gamma) && isnan(fit.gamma_ols) && isnan(fit.temperature));
-    m[3] = 0.2; /* constant quality, uneven load: nothing to explain it by */
+    q[3] += 1e-12; /* as good as constant */
+    CHECK_OK(moe_game_estimate(16, q, m, 0, work, &fit));
+    CHECK(isnan(fit.temperature));
+    q[3] = 2, m[3] = 0.2; /* constant quality, uneven load: nothing to explain it by */
     CHECK_OK(moe_game_estimate(16, q, m, 0, work, &fit));
     CHECK(!fit.identified && isnan(fit.gamma));
     /* even load in spite of quality: gamma is anything large */
@@ -789,6 +792,9 @@ static void test_types_fit(void) {
     CHECK_NEAR(fit.gamma, 17, 2e-12);
     CHECK_WITHIN(fit.l1_coupled, 0, 4e-13);
     CHECK(fit.l1_independent > 1e-6);
+    CHECK_OK(moe_game_types_solve(16, 3, share, quality, 0.25, m, work, NULL));
+    CHECK_OK(moe_game_types_estimate(16, 3, share, quality, m, work, &fit));
+    CHECK_NEAR(fit.gamma, 0.25, 2e-11);
     CHECK_OK(moe_game_types_softmax(16, 3, share, quality, 1.7, m, work));
     CHECK_OK(moe_game_types_estimate(16, 3, share, quality, m, work, &fit));
     CHECK_NEAR(fit.temperature, 1.7, 5e-12);
@@ -847,9 +853,11 @@ static void test_cluster(void) {
     CHECK(wrong == 0);
     for (int t = 0; t < T; t++) /* two distinct tokens and eight types: six have no share */
         for (int e = 0; e < E; e++) z[t * E + e] = t % 3 ? (float)(e == 1) : (float)(e == 2);
+    memset(quality, 0xff, sizeof quality);
     CHECK_OK(moe_game_cluster(T, E, 8, 1, z, type, share, quality, work));
     int used = 0;
     for (int c = 0; c < 8; c++) used += share[c] > 0;
+    for (int i = 2 * E; i < 8 * E; i++) CHECK(quality[i] == 0);
     CHECK(used == 2);
 }
 
@@ -938,6 +946,13 @@ static void test_quality(void) {
     CHECK(isnan(r));
     CHECK_OK(moe_pearson(4, a, e, &r));
     CHECK_NEAR(r, 5.5 / sqrt(5.0 * 8.75), 2e-15);
+    CHECK_OK(moe_pearson(5, b, a, &r)); /* where either is no number, the pair does not count */
+    CHECK_NEAR(r, 1, 1e-15);
+    CHECK_OK(moe_pearson(4, d, e, &r));
+    CHECK(isnan(r));
+    r = 7;
+    CHECK_OK(moe_pearson(0, NULL, NULL, &r));
+    CHECK(isnan(r));
     CHECK(moe_quality_name(MOE_QUALITY_COUNT) == NULL);
 }
 
@@ -1017,7 +1032,7 @@ static void test_phases_by_hand(void) {
 /* ---- bad arguments ---- */
 static void test_bad_arguments(void) {
     double q[4] = {1, 2, 3, 4}, m[4] = {.25, .25, .25, .25}, work[400], bad[4] = {1, NAN, 0, 0},
-           less[4] = {1, -1, 0, 0}, zero[4] = {0}, e;
+           less[4] = {1.5, -0.5, 0, 0}, zero[4] = {0}, e;
     float z[4] = {0, 1, 2, 3}, nan[4] = {0, 1, NAN, 3};
     int32_t index[2] = {0, 5};
     uint32_t type[1];
@@ -1039,6 +1054,8 @@ static void test_bad_arguments(void) {
     CHECK_STATUS(moe_game_estimate(4, q, zero, 0, work, &fit), MOE_E_LOAD);
     CHECK_STATUS(moe_game_estimate(4, q, m, NAN, work, &fit), MOE_E_LOAD);
     CHECK_STATUS(moe_game_estimate(4, q, m, 0, NULL, &fit), MOE_E_NULL_WORK);
+    const double second[2] = {0, 1}; /* of the first type there is nothing */
+    CHECK_OK(moe_game_types_solve(2, 2, second, q, 1, work, work + 2, NULL));
     CHECK_STATUS(moe_game_types_solve(2, 2, less, q, 1, m, work, NULL), MOE_E_TYPE_SHARE);
     CHECK_STATUS(moe_game_types_solve(2, 2, m, q, 1, m, work, NULL), MOE_E_TYPE_SHARE); /* sums to one half */
     CHECK_STATUS(moe_game_types_solve(4, 65, m, q, 1, m, work, NULL), MOE_E_N_TYPES);
@@ -1144,6 +1161,15 @@ static void test_missing_arguments(void) {
     CHECK_STATUS(moe_pearson(1, NULL, q, &x), MOE_E_NULL_QUALITY);
     CHECK_STATUS(moe_pearson(1, q, NULL, &x), MOE_E_NULL_QUALITY);
     CHECK_STATUS(moe_pearson(1, q, q, NULL), MOE_E_NULL_OUT);
+    double single = 3, low = 0, high = 0;
+    CHECK_OK(moe_interval(1, &single, &low, &high));
+    CHECK(low == 3 && high == 3);
+    CHECK_STATUS(moe_interval(1, &single, NULL, &high), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_interval(1, &single, &low, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_game_size(E, SIZE_MAX, &n), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_game_size(((size_t)1 << 20) + 1, 1, &n), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_game_size(E, 0, &n), MOE_E_N_BATCHES);
+    CHECK_OK(moe_game_add_null(g, 0, 0, 1, NULL, NULL)); /* no tokens, nothing to add */
     CHECK_STATUS(moe_game_size(0, 1, &n), MOE_E_N_EXPERTS);
     CHECK_STATUS(moe_game_size(E, 1, NULL), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_game_init(NULL, E, 1, work, sizeof work), MOE_E_NULL_GAME);

@@ -129,6 +129,14 @@ static void split_system(const moe_system *system, int with_x, int shared) {
     CHECK(moe_layer_desc(s)->n_experts == d.n_experts + (size_t)is_dense(&d));
     CHECK(moe_layer_params(s) > moe_layer_params(m));
     double limit = is_dense(&d) ? 1e-6 : 0;
+    if (is_dense(&d)) { /* child and parent begin a thousandth apart */
+        float *r = tensor_of(s, "router");
+        double apart = 0;
+        for (size_t i = 1; i < length_of(s, "router"); i += networks + 1)
+            apart = fmax(apart, fabs((double)r[i] - (double)r[i - 1 + networks]));
+        CHECK(apart > 1e-5 && apart < 2e-3);
+        free(r);
+    }
     compare(m, s, 1, limit, system->name);
     if (!is_dense(&d) || (d.noise == MOE_NOISE_NONE && d.expert_drop == 0.0f)) { /* else other draws */
         compare(m, s, 0, limit, system->name);
@@ -379,6 +387,25 @@ static void test_merge(void) {
         moe_layer_free(m), moe_layer_free(r);
     }
 }
+/* Eight experts (what is counted of them fills whole lines of memory) whose outputs are far apart: two become one, the
+ * others stay. */
+static void test_merge_far(void) {
+    moe_desc d = plain();
+    d.n_experts = 8;
+    moe_layer *m = trained(&d, 2), *r = NULL;
+    size_t n = expert_length(2), kept = 0;
+    float x[T * D], *w = tensor_of(m, "experts.w2");
+    for (size_t i = 0; i < 8 * n; i++) w[i] *= 1000;
+    CHECK_OK(moe_layer_set(m, MOE_PART_PARAMS, "experts.w2", w, 8 * n));
+    tokens(57, T, x);
+    if (!CHECK_OK(moe_layer_merge_to(&r, m, 7, x, T, NULL))) return;
+    float *made = tensor_of(r, "experts.w2");
+    for (size_t e = 0; e < 7; e++)
+        for (size_t old = 0; old < 8; old++) kept += !memcmp(made + e * n, w + old * n, n * sizeof *w);
+    CHECK(moe_layer_desc(r)->n_experts == 7 && kept == 6);
+    free(w), free(made);
+    moe_layer_free(m), moe_layer_free(r);
+}
 /* Twelve experts that are three, each four times, in a shuffled order: clusters find the three again. */
 static void test_merge_to(void) {
     moe_desc d = plain();
@@ -405,7 +432,9 @@ static void test_merge_to(void) {
     CHECK_STATUS(moe_layer_merge_to(&r, m, 0, x, T, NULL), MOE_E_GROWTH_N_EXPERTS);
     CHECK_STATUS(moe_layer_merge_to(&r, m, 13, x, T, NULL), MOE_E_GROWTH_N_EXPERTS);
     CHECK_STATUS(moe_layer_merge_to(&r, m, 1, x, T, NULL), MOE_E_TOP_K);
+    static const double usage[12] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     CHECK_STATUS(moe_layer_merge_to(&r, m, 3, x, 0, NULL), MOE_E_NO_TOKENS);
+    CHECK_STATUS(moe_layer_merge_to(&r, m, 3, x, 0, usage), MOE_E_NO_TOKENS);
     CHECK_STATUS(moe_layer_merge_to(&r, m, 3, NULL, T, NULL), MOE_E_NULL_X);
     moe_layer_free(m);
 }
@@ -432,12 +461,13 @@ static int same_layers(const moe_layer *a, const moe_layer *b, int moments) {
     return ok;
 }
 static void test_prune_add(void) {
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 5; k++) {
         moe_desc d = plain();
         d.n_shared = 1, d.noise = MOE_NOISE_LEARNED, d.router_bias = MOE_ON;
         d.n_zero = d.n_copy = d.n_constant = (size_t)(k == 1);
         if (k == 2) d.controller = MOE_CONTROL_ID;
         if (k == 3) d.controller = MOE_CONTROL_USAGE_BOOST, d.optimizer = MOE_OPTIMIZER_SGD, d.score = MOE_SCORE_MLP;
+        if (k == 4) d.expert = MOE_EXPERT_ORTHONORMAL, d.d_ff = D / 2, d.bias = MOE_OFF; /* orthonormal as it is */
         moe_layer *m = trained(&d, 3), *p = NULL, *a = NULL;
         size_t gone = 3;
         moe_growth_donor donor = {m, gone}, no_donor = {NULL, 0};
@@ -523,9 +553,44 @@ static void test_add(void) {
     moe_layer_free(a);
     memset(h.load, 0, sizeof load);
     if (CHECK_OK(moe_layer_dynmoe(&a, m, &h, NULL, 0, 0, 0))) same_layers(a, m, 1);
+    moe_layer *no = NULL;
+    CHECK_STATUS(moe_layer_dynmoe(&no, m, &h, NULL, 1, 0, 0), MOE_E_NULL_X);
     moe_layer_free(a), moe_layer_free(m);
 }
 /* A pair keeps its parent where an expert made of nothing, or of another layer's, comes before it. */
+/* A donor, a layer of its own desc: what fits and what does not. */
+static void test_donors(void) {
+    static const struct { const char *layer, *donor; size_t expert; moe_status status; } rows[] = {
+        {"", "", 0, MOE_OK}, {"", "training=false", 7, MOE_OK}, {"", "seed=3 n_experts=9", 8, MOE_OK},
+        {"", "", E, MOE_E_GROWTH_EXPERT}, {"", "n_zero=1", E - 1, MOE_E_GROWTH_SPECIAL},
+        {"", "d_model=8", 0, MOE_E_GROWTH_DONOR}, {"", "d_ff=12", 0, MOE_E_GROWTH_DONOR},
+        {"score=mlp d_router=8", "score=mlp d_router=4", 0, MOE_E_GROWTH_DONOR},
+        {"", "expert=geglu", 0, MOE_E_GROWTH_DONOR}, {"", "bias=false", 0, MOE_E_GROWTH_DONOR},
+        {"combine=soft select=all soft_slots=2", "combine=soft select=all soft_slots=3", 0, MOE_E_GROWTH_DONOR},
+        {"", "controller=bias", 0, MOE_E_GROWTH_DONOR}, {"", "router_bias=true", 0, MOE_E_GROWTH_DONOR},
+        {"router_bias=true", "", 0, MOE_E_GROWTH_DONOR}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_desc d = plain(), other = plain();
+        moe_layer *m = NULL, *from = NULL, *made = NULL;
+        CHECK_OK(moe_desc_parse(&d, rows[i].layer, NULL)), CHECK_OK(moe_desc_parse(&other, rows[i].donor, NULL));
+        if (!CHECK_OK(moe_layer_new(&from, &other))) { printf("        %s\n", rows[i].donor); continue; }
+        m = trained(&d, 1);
+        const moe_growth_donor donor = {from, rows[i].expert};
+        if (!CHECK_STATUS(moe_layer_add(&made, m, 2, NULL, &donor), rows[i].status))
+            printf("        %s | %s\n", rows[i].layer, rows[i].donor);
+        if (CHECK((made != NULL) == (rows[i].status == MOE_OK)) && made) { /* its weights; it has no moments yet */
+            float *u = tensor_of(made, "experts.w1"), *v = tensor_of(from, "experts.w1");
+            float *moment = part_of(made, MOE_PART_MOMENT1, "experts.w1");
+            float *columns = tensor_of(made, "router"), *theirs = tensor_of(from, "router");
+            size_t n = other.n_experts;
+            CHECK_SAME(u + 2 * D * F, v + rows[i].expert * D * F, D * F);
+            for (size_t k = 0; k < D * F; k++) CHECK(moment[2 * D * F + k] == 0);
+            for (size_t r = 0; r < D; r++) CHECK(columns[r * (E + 1) + 2] == theirs[r * n + rows[i].expert]);
+            free(u), free(v), free(moment), free(columns), free(theirs);
+        }
+        moe_layer_free(m), moe_layer_free(from), moe_layer_free(made);
+    }
+}
 static float parent_after(moe_status status, moe_layer *made) {
     if (!CHECK_OK(status)) return -1;
     float *parent = tensor_of(made, "router.pair_parent"), is = parent[0];
@@ -707,6 +772,22 @@ static void test_revive(void) {
     free(u);
     moe_layer_free(m), moe_layer_free(r);
 }
+/* The columns of w1 of orthonormal expert e, and the rows of its w2, at right angles; columns of length 1. */
+static void columns_orthonormal(const moe_layer *m, size_t e) {
+    float *w1 = tensor_of(m, "experts.w1"), *w2 = tensor_of(m, "experts.w2");
+    size_t d = moe_layer_desc(m)->d_model, f = moe_layer_desc(m)->d_ff;
+    for (size_t a = 0; a < f; a++)
+        for (size_t b = 0; b <= a; b++) {
+            double in = 0, out = 0;
+            for (size_t i = 0; i < d; i++) {
+                in += (double)w1[(e * d + i) * f + a] * (double)w1[(e * d + i) * f + b];
+                out += (double)w2[(e * f + a) * d + i] * (double)w2[(e * f + b) * d + i];
+            }
+            CHECK_WITHIN(in, a == b, 3e-6);
+            if (a != b) CHECK_WITHIN(out, 0, 3e-6);
+        }
+    free(w1), free(w2);
+}
 /* A dense network of 2 F hidden units, in double. */
 static void dense_y(const moe_expert_weights *w, size_t f, const float *x, double *y) {
     double h[4 * F];
@@ -721,6 +802,37 @@ static void dense_y(const moe_expert_weights *w, size_t f, const float *x, doubl
     for (size_t i = 0; i < D; i++) {
         y[i] = (double)w->b2[i];
         for (size_t c = 0; c < f; c++) y[i] += h[c] * (double)w->w2[c * D + i];
+    }
+}
+/* Descs as text over `plain`, of copies of the whole dense network: what they compute, or why they cannot. */
+static void upcycle_texts(const moe_expert_weights *w, const float *x) {
+    static float zeros[4 * F];
+    static const struct { const char *text; moe_status status; } rows[] = {
+        {"select=all gate=sigmoid top_k=8", MOE_OK}, {"combine=robust normalize=false", MOE_OK}, {"bias=false", MOE_OK},
+        {"expert=orthonormal d_ff=12 bias=false", MOE_OK}, {"select=all gate=softmax top_k=8", MOE_OK},
+        {"combine=soft select=all gate=softmax", MOE_E_GROWTH_UPCYCLE}, {"gate=relu select=threshold",
+        MOE_E_GROWTH_UPCYCLE}, {"gate=sparsemixer select=sampled", MOE_E_GROWTH_UPCYCLE},
+        {"select=expert-choice normalize=false", MOE_E_GROWTH_UPCYCLE}, {"d_model=0", MOE_E_D_MODEL}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_desc d = plain();
+        moe_layer *m = NULL;
+        moe_expert_weights dense = *w;
+        float y[T * D];
+        d.router_init = MOE_INIT_ZERO;
+        if (!CHECK_OK(moe_desc_parse(&d, rows[i].text, NULL))) printf("        %s\n", rows[i].text);
+        int ok = CHECK_STATUS(moe_layer_upcycle(&m, &d, &dense, F, 0, 0), rows[i].status);
+        if (!ok) printf("        %s\n", rows[i].text);
+        if (!CHECK((m != NULL) == (rows[i].status == MOE_OK)) || !m) continue;
+        if (d.bias == MOE_OFF) dense.b1 = dense.bu = dense.b2 = zeros; /* those of the dense network have no place */
+        CHECK_OK(moe_forward(m, x, T, y));
+        for (size_t t = 0; t < T && d.expert != MOE_EXPERT_ORTHONORMAL; t++) {
+            double want[D];
+            dense_y(&dense, F, x + t * D, want);
+            for (size_t k = 0; k < D; k++) ok &= CHECK_WITHIN(y[t * D + k], want[k], 1e-5);
+        }
+        if (d.expert == MOE_EXPERT_ORTHONORMAL) columns_orthonormal(m, 0);
+        if (!ok) printf("        %s\n", rows[i].text);
+        moe_layer_free(m);
     }
 }
 static void test_upcycle(void) {
@@ -741,6 +853,7 @@ static void test_upcycle(void) {
         {MOE_GATE_SIGMOID, MOE_OFF, 1, 3, 2.5f, MOE_INIT_ZERO}, {MOE_GATE_SOFTMAX, MOE_ON, 2, 4, 0, MOE_INIT_UNIFORM},
         {MOE_GATE_SOFTMAX, MOE_OFF, 4, 4, 0.5f, MOE_INIT_ZERO},
         {MOE_GATE_SOFTMAX_SELECTED, MOE_OFF, 1, 2, 0, MOE_INIT_UNIFORM}};
+    upcycle_texts(&w, x);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         moe_desc d = plain();
         moe_layer *m = NULL;
@@ -760,8 +873,32 @@ static void test_upcycle(void) {
     moe_layer *m = NULL, *n = NULL;
     CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, F + 1, 0, 0), MOE_E_GROWTH_DENSE_FF);
     CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, 4 * F, 0, 0), MOE_E_GROWTH_DENSE_FF); /* k = 2 */
+    CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, 3 * F, 0, 0), MOE_E_GROWTH_DENSE_FF); /* E = 8 */
+    CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, F - 1, 0, 0), MOE_E_GROWTH_DENSE_FF);
+    CHECK_STATUS(moe_layer_upcycle(NULL, &d, &w, F, 0, 0), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_layer_upcycle(&m, &d, NULL, F, 0, 0), MOE_E_NULL_WEIGHT);
-    d.n_zero = 1;
+    const float shares[] = {-0.1f, 1.1f, NAN};
+    for (int i = 0; i < 3; i++) {
+        moe_expert_weights less = w;
+        if (i == 0) less.w1 = NULL;
+        if (i == 1) less.wu = NULL;
+        if (i == 2) less.w2 = NULL;
+        CHECK_STATUS(moe_layer_upcycle(&m, &d, &less, F, 0, 0), MOE_E_NULL_WEIGHT);
+        CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, F, shares[i], 0), MOE_E_GROWTH_SHARE);
+    }
+    d.top_k = E + 1;
+    CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, F, 0, 0), MOE_E_TOP_K);
+    d.top_k = 2, d.d_ff = 257; /* one column more than are copied at a time */
+    static float wide[D * 257];
+    const moe_expert_weights square = {wide, wide, wide, NULL, NULL, NULL};
+    test_fill(wide, D * 257, -1, 1);
+    if (CHECK_OK(moe_layer_upcycle(&m, &d, &square, 257, 0, 0))) {
+        float *u = tensor_of(m, "experts.w1");
+        CHECK_SAME(u, wide, D * 257);
+        free(u);
+    }
+    moe_layer_free(m), m = NULL;
+    d.d_ff = F, d.n_zero = 1;
     CHECK_STATUS(moe_layer_upcycle(&m, &d, &w, F, 0, 0), MOE_E_GROWTH_UPCYCLE);
     d.n_zero = 0;
     if (CHECK_OK(moe_layer_upcycle(&m, &d, &w, F, 0, 3)) && CHECK_OK(moe_layer_upcycle(&n, &d, &w, F, 0.5f, 3))) {
@@ -780,6 +917,56 @@ static void test_upcycle(void) {
         free(u), free(v);
     }
     moe_layer_free(m), moe_layer_free(n);
+}
+/* Clones where there is less: no moments, no biases, columns that stay orthonormal; splits of a softmax over all whose
+ * temperature moves, and by gate alone. */
+static void test_systems_grow(void) {
+    static const char *const texts[] = {"training=false", "bias=false", "bias=false expert=orthonormal d_ff=12",
+                                        "n_zero=1", "select=all gate=sigmoid", "select=all combine=robust",
+                                        "select=all temperature=2 temperature_end=0.5 schedule_steps=4"};
+    float x[T * D], y[T * D], z[T * D];
+    tokens(64, T, x);
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        moe_desc d = plain();
+        moe_layer *m = NULL, *c = NULL, *s = NULL;
+        moe_growth_data one = {x, 1, NULL, NULL, 0};
+        CHECK_OK(moe_desc_parse(&d, texts[i], NULL));
+        if (!CHECK_OK(moe_layer_new(&m, &d))) { printf("        %s\n", texts[i]); continue; }
+        if (CHECK_OK(moe_layer_clone(&c, m, 1, 0.01f, 0.5f, 3))) {
+            CHECK(moe_layer_desc(c)->n_experts == E + 1);
+            CHECK_OK(moe_forward(c, x, T, y));
+            if (d.expert == MOE_EXPERT_ORTHONORMAL) columns_orthonormal(c, 1), columns_orthonormal(c, E);
+        }
+        if (CHECK_OK(moe_layer_split(&s, m, 1, &one))) { /* by one token's gate: it begins as one */
+            int dense = d.select == MOE_SELECT_ALL && d.gate != MOE_GATE_SIGMOID && d.combine != MOE_COMBINE_ROBUST;
+            moe_layer_side(m)->evaluate = moe_layer_side(s)->evaluate = 1;
+            CHECK_OK(moe_forward(m, x, T, y)), CHECK_OK(moe_forward(s, x, T, z));
+            int ok = dense ? CHECK_WITHIN(worst(z, y, T * D), 0, 1e-3) : CHECK_SAME(z, y, T * D);
+            CHECK((moe_layer_desc(s)->n_bound == 1) == !dense);
+            if (!ok) printf("        %s\n", texts[i]);
+        }
+        moe_layer_free(m), moe_layer_free(c), moe_layer_free(s);
+    }
+}
+/* What a desc has no worth of; and gradients before there are any. */
+static void worth_refused(const float *x) {
+    static const struct { const char *text; moe_worth_kind kind; moe_status status; } rows[] = {
+        {"combine=soft select=all", MOE_WORTH_SALIENCY, MOE_E_GROWTH_WORTH},
+        {"combine=merge select=all", MOE_WORTH_SALIENCY, MOE_E_GROWTH_WORTH},
+        {"combine=robust", MOE_WORTH_SALIENCY, MOE_OK},
+        {"training=false", MOE_WORTH_GRADIENT, MOE_E_INFERENCE}, {"", MOE_WORTH_GRADIENT, MOE_OK}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_desc d = plain();
+        moe_layer *m = NULL;
+        double worth[E], sum = 0;
+        CHECK_OK(moe_desc_parse(&d, rows[i].text, NULL));
+        if (!CHECK_OK(moe_layer_new(&m, &d))) { printf("        %s\n", rows[i].text); continue; }
+        if (!CHECK_STATUS(moe_layer_worth(m, rows[i].kind, x, T, worth), rows[i].status))
+            printf("        %s\n", rows[i].text);
+        for (size_t e = 0; e < E && !rows[i].status; e++) sum += worth[e];
+        if (!rows[i].status) CHECK((sum > 0) == (rows[i].kind == MOE_WORTH_SALIENCY));
+        moe_layer_free(m);
+    }
 }
 static void test_worth(void) {
     moe_desc d = plain();
@@ -828,6 +1015,14 @@ static void test_worth(void) {
     }
     for (size_t e = 0; e < E - 1; e++) CHECK_NEAR(gradient[e], sqrt(want[e] + (e ? 0 : want[E - 1])), 5e-15);
     CHECK(gradient[E - 1] == 0);
+    const float elsewhere[] = {8, -1, 1e30f};
+    for (int i = 0; i < 3; i++) { /* what a file may hold */
+        CHECK_OK(moe_layer_set(s, MOE_PART_PARAMS, "router.pair_parent", elsewhere + i, 1));
+        CHECK_STATUS(moe_layer_worth(s, MOE_WORTH_GRADIENT, NULL, 0, gradient), MOE_E_PAIR);
+    }
+    worth_refused(x);
+    CHECK_STATUS(moe_layer_worth(NULL, MOE_WORTH_USAGE, x, T, usage), MOE_E_NULL_LAYER);
+    CHECK_STATUS(moe_layer_worth(m, MOE_WORTH_USAGE, x, SIZE_MAX / 8, usage), MOE_E_OVERFLOW);
     CHECK_STATUS(moe_layer_worth(m, MOE_WORTH_COUNT, x, T, usage), MOE_E_GROWTH_WORTH);
     CHECK_STATUS(moe_layer_worth(m, MOE_WORTH_USAGE, x, 0, usage), MOE_E_NO_TOKENS);
     CHECK_STATUS(moe_layer_worth(m, MOE_WORTH_USAGE, NULL, T, usage), MOE_E_NULL_X);
@@ -929,6 +1124,47 @@ static void test_allocations_fail(void) {
     free(before), free(after);
     moe_layer_free(m);
 }
+/* DynMoE's window: of what tape, and into what; no more experts than it may have. */
+static void dynmoe_refused(moe_layer *m, const float *x) {
+    const uint64_t other[2] = {1, 1};
+    const size_t bytes_of_sum = D * sizeof(float);
+    moe_desc d = plain();
+    moe_layer *no = NULL, *bound = NULL;
+    moe_tape *tape = NULL;
+    moe_health h, few;
+    float sum[D], y[T * D];
+    uint64_t count = 0;
+    memset(sum, 0, bytes_of_sum), memset(&few, 0, sizeof few);
+    few.n_experts = 2, few.load = (uint64_t *)(uintptr_t)other;
+    CHECK_OK(moe_forward(m, x, T, y));
+    CHECK_OK(moe_layer_health(m, &h));
+    CHECK_STATUS(moe_layer_dynmoe(&no, m, &few, NULL, 0, 0, 0), MOE_E_NULL_HEALTH);
+    CHECK_STATUS(moe_layer_dynmoe(&no, m, &h, NULL, 1, 0, 0), MOE_E_NULL_X);
+    CHECK_STATUS(moe_layer_dynmoe(&no, m, &h, sum, 1, 0, 0), MOE_E_GROWTH_DIRECTION);
+    for (size_t most = E; most <= E + 1; most++) {
+        size_t kept = 0;
+        for (size_t e = 0; e < E; e++) kept += h.load[e] > 0;
+        if (CHECK_OK(moe_layer_dynmoe(&no, m, &h, x, 1, kept + (most - E), 0)))
+            CHECK(moe_layer_desc(no)->n_experts == kept + (most - E));
+        moe_layer_free(no);
+    }
+    if (CHECK_OK(moe_layer_split(&bound, m, 1, NULL)))
+        CHECK_STATUS(moe_layer_dynmoe(&no, bound, &h, NULL, 0, 0, 0), MOE_E_GROWTH_PAIRED);
+    moe_layer_free(bound);
+    for (int random = 0; random < 2; random++) {
+        if (random) d.score = MOE_SCORE_RANDOM;
+        if (!CHECK_OK(moe_tape_new(&tape, &d, T, MOE_ON))) return;
+        CHECK_STATUS(moe_growth_unserved(NULL, sum, &count), MOE_E_NULL_TAPE);
+        CHECK_STATUS(moe_growth_unserved(tape, NULL, &count), MOE_E_NULL_OUT);
+        CHECK_STATUS(moe_growth_unserved(tape, sum, NULL), MOE_E_NULL_OUT);
+        CHECK_STATUS(moe_growth_unserved(tape, sum, &count), MOE_E_NO_ROUTES);
+        static float router[D * E];
+        CHECK_OK(moe_route(tape, router, x, T));
+        CHECK_STATUS(moe_growth_unserved(tape, sum, &count), random ? MOE_E_GROWTH_SCORE : MOE_OK);
+        CHECK(count == 0);
+        moe_tape_free(tape);
+    }
+}
 static void test_arguments(void) {
     moe_desc d = plain();
     moe_layer *m = trained(&d, 1), *s = NULL, *no = m, *one = NULL;
@@ -960,6 +1196,47 @@ static void test_arguments(void) {
         CHECK_STATUS(moe_layer_add(&no, m, E, NULL, &half), MOE_E_SHARD);
         moe_layer_free(s);
     }
+    const float far[] = {-0.5f, NAN, INFINITY}, beyond_one[] = {-0.5f, NAN, 1.5f};
+    const double infinite[E] = {1, HUGE_VAL, 1, 1, 1, 1, 1, 1}, unused[E] = {0, 0, 0, 0, 0, 0, 0, 0};
+    float loss[T];
+    for (size_t t = 0; t < T; t++) loss[t] = t == 3 ? NAN : 1;
+    for (size_t i = 0; i < D; i++) x[i] = 1e30f;
+    moe_growth_data nowhere = {NULL, 0, NULL, NULL, 0}, long_one = {NULL, 0, NULL, x, 0}, lossy = {y, T, loss, NULL, 0};
+    moe_growth_data vast = {y, SIZE_MAX / 2, NULL, NULL, 0}, not_numbers = {x, 1, NULL, NULL, 0};
+    tokens(62, T, y);
+    for (int i = 0; i < 3; i++) {
+        CHECK_STATUS(moe_layer_clone(&no, m, 1, far[i], 0, 0), MOE_E_GROWTH_NOISE);
+        CHECK_STATUS(moe_layer_clone(&no, m, 1, 0, beyond_one[i], 0), MOE_E_GROWTH_SHARE);
+    }
+    CHECK_STATUS(moe_layer_add(&no, m, E, &nowhere, NULL), MOE_E_NULL_X);
+    CHECK_STATUS(moe_layer_add(&no, m, E, &long_one, NULL), MOE_E_GROWTH_DIRECTION); /* its square is no float */
+    CHECK_STATUS(moe_layer_add(&no, m, E, &lossy, NULL), MOE_E_GROWTH_DIRECTION);
+    CHECK_STATUS(moe_layer_split(&no, m, 1, &vast), MOE_E_OVERFLOW);
+    x[0] = NAN;
+    CHECK_STATUS(moe_layer_split(&no, m, 1, &not_numbers), MOE_E_NAN_X);
+    tokens(62, T, x);
+    CHECK_STATUS(moe_layer_merge(&no, m, 1, 2, infinite), MOE_E_GROWTH_USAGE);
+    CHECK_STATUS(moe_layer_merge_to(&no, m, 2, x, T, infinite), MOE_E_GROWTH_USAGE);
+    if (CHECK_OK(moe_layer_merge(&s, m, 1, 2, unused))) { /* nobody's mean is everybody's */
+        if (CHECK_OK(moe_layer_merge(&no, m, 1, 2, NULL))) CHECK(moe_layer_hash(s) == moe_layer_hash(no));
+        moe_layer_free(s), moe_layer_free(no);
+    }
+    if (CHECK_OK(moe_layer_prune(&s, m, 0, NULL))) CHECK(moe_layer_hash(s) == moe_layer_hash(m));
+    moe_layer_free(s);
+    static const moe_layer_formats small = {MOE_FORMAT_INT8, NULL, MOE_OFF, 0, NULL};
+    for (int kind = 0; kind < 2; kind++) { /* neither is changed, nor gives an expert */
+        moe_status want = kind ? MOE_E_SHARD : MOE_E_QUANTISED;
+        if (!CHECK_OK(kind ? moe_layer_shard(m, 1, 2, &s) : moe_layer_quantize(m, &small, &s))) continue;
+        const moe_growth_donor donor = {s, 0};
+        double worth[E];
+        CHECK_STATUS(moe_layer_split(&no, s, 1, NULL), want);
+        CHECK_STATUS(moe_layer_add(&no, m, E, NULL, &donor), kind ? MOE_E_SHARD : MOE_E_GROWTH_DONOR);
+        if (kind) CHECK_STATUS(moe_layer_worth(s, MOE_WORTH_USAGE, x, T, worth), MOE_E_SHARD);
+        moe_layer_free(s);
+    }
+    const moe_growth_donor nobody = {NULL, 0};
+    CHECK_STATUS(moe_layer_add(&no, m, E, NULL, &nobody), MOE_E_GROWTH_DONOR);
+    dynmoe_refused(m, x);
     CHECK_STATUS(moe_layer_dynmoe(&no, m, NULL, NULL, 0, 0, 0), MOE_E_NULL_HEALTH);
     if (CHECK_OK(moe_layer_split(&s, m, 1, NULL))) { /* pairs are left alone; others may change */
         const size_t other = 0;
@@ -971,6 +1248,7 @@ static void test_arguments(void) {
         CHECK_STATUS(moe_layer_merge_to(&no, s, 3, x, T, NULL), MOE_E_GROWTH_PAIRED);
         CHECK_STATUS(moe_layer_release(&no, s, -0.5f), MOE_E_GROWTH_GAP);
         CHECK_STATUS(moe_layer_release(&no, s, NAN), MOE_E_GROWTH_GAP);
+        CHECK_STATUS(moe_layer_release(&no, s, INFINITY), MOE_E_GROWTH_GAP);
         if (CHECK_OK(moe_layer_prune(&no, s, 1, &other))) { /* the parent is 0 now, and its child still follows */
             float *parent = tensor_of(no, "router.pair_parent");
             float *u = tensor_of(s, "experts.w1"), *v = tensor_of(no, "experts.w1");
@@ -979,6 +1257,12 @@ static void test_arguments(void) {
             free(parent), free(u), free(v);
             train(no, 1, 700);
             moe_layer_free(no);
+        }
+        if (CHECK_OK(moe_layer_split(&no, s, 2, NULL))) { /* no expert has two children */
+            const float both[] = {1, 1};
+            CHECK_OK(moe_layer_set(no, MOE_PART_PARAMS, "router.pair_parent", both, 2));
+            CHECK_STATUS(moe_forward(no, x, T, y), MOE_E_PAIR);
+            moe_layer_free(no), no = NULL;
         }
         float wrong[] = {8, -1, 0.5f, 1e30f};
         for (int i = 0; i < 4; i++) { /* what a file may hold */
@@ -1090,6 +1374,9 @@ static void test_controller(void) {
     says(&g, 0.9, &b.h, MOE_GROWTH_NONE, "newborn: 2 of 4 experts would be, allowed 0.33");
     g.newborn_share = MOE_OFF;
     says(&g, 0.98, &b.h, MOE_GROWTH_NONE, "target met: 0.9800, wanted 0.9700");
+    moe_growth below = g;
+    below.target = -0.5f;
+    says(&below, -0.25, &b.h, MOE_GROWTH_NONE, "target met: -0.2500, wanted -0.5000");
     for (int i = 0; i < 2; i++) {
         snprintf(text, sizeof text, "no plateau: %d of 3 epochs without a gain", i + 1);
         says(&g, 0.9, &b.h, MOE_GROWTH_NONE, text);
@@ -1104,6 +1391,7 @@ static void test_controller_brakes(void) {
     const uint64_t load[4] = {10, 79, 99, 12};
     bed b = bed_of(4, load);
     moe_growth g, saved;
+    moe_health few;
     memset(&g, 0, sizeof g);
     g.window = g.cooldown = g.max_experts = MOE_OFF, g.newborn_share = g.delta = MOE_OFF, g.n_special = 1;
     for (int i = 0; i < 70; i++) { /* every epoch, on a rising metric too */
@@ -1133,7 +1421,13 @@ static void test_controller_brakes(void) {
     CHECK_STATUS(moe_growth_step(&g, 2, NULL, worth), MOE_E_NULL_HEALTH);
     CHECK_STATUS(moe_growth_step(NULL, 2, &b.h, worth), MOE_E_NULL_OUT);
     CHECK(!memcmp(&saved, &g, sizeof g));
-    for (int i = 0; i < 6; i++) { /* one bad setting each */
+    b.h.n_experts = 4, g.action = MOE_GROWTH_PRUNE; /* which needs no worth of any expert */
+    CHECK_OK(moe_growth_step(&g, 2, &b.h, NULL));
+    g = saved, g.action = MOE_GROWTH_REVIVE;
+    CHECK_STATUS(moe_growth_step(&g, 2, &b.h, NULL), MOE_E_GROWTH_METRIC);
+    g = saved, few = b.h, few.load = NULL;
+    CHECK_STATUS(moe_growth_step(&g, 2, &few, worth), MOE_E_NULL_HEALTH);
+    for (int i = 0; i < 8; i++) { /* one bad setting each */
         moe_growth bad = g;
         if (i == 0) bad.young = 17;
         if (i == 1) bad.window = -2;
@@ -1141,6 +1435,8 @@ static void test_controller_brakes(void) {
         if (i == 3) bad.delta = -0.5f;
         if (i == 4) bad.n_special = 4;
         if (i == 5) bad.action = MOE_GROWTH_ACTION_COUNT;
+        if (i == 6) bad.n_special = -1;
+        if (i == 7) bad.newborn_share = -0.5f;
         CHECK_STATUS(moe_growth_step(&bad, 2, &b.h, worth), MOE_E_GROWTH_SETTING);
     }
     memset(&g, 0, sizeof g);
@@ -1152,6 +1448,26 @@ static void test_controller_brakes(void) {
     CHECK(g.expert == MOE_GROWTH_END && g.bound == 0);
     g.action = MOE_GROWTH_NONE;
     says(&g, 0, &b.h, MOE_GROWTH_NONE, "growth is off");
+    memset(&g, 0, sizeof g); /* below zero; what the load says; no target */
+    g.target = -0.5f;
+    says(&g, -0.25, &b.h, MOE_GROWTH_NONE, "target met: -0.2500, wanted -0.5000");
+    g.target = 0.5f, g.metric = MOE_GROWTH_MAXVIO, b.h.maxvio = 0.375;
+    says(&g, 9, &b.h, MOE_GROWTH_NONE, "target met: 0.3750, wanted 0.5000");
+    moe_growth same = g; /* where less is better too, just as much is enough */
+    same.target = 0.375f;
+    says(&same, 9, &b.h, MOE_GROWTH_NONE, "target met: 0.3750, wanted 0.3750");
+    g.target = MOE_OFF;
+    says(&g, 9, &b.h, MOE_GROWTH_NONE, "no plateau: 2 of 3 epochs without a gain");
+    free(b.memory);
+    b = bed_of(4, (const uint64_t[]){0, 1, 100, 0}); /* of the dead the least in use, of these the first */
+    memset(&g, 0, sizeof g);
+    g.action = MOE_GROWTH_PRUNE;
+    says(&g, 0.5, &b.h, MOE_GROWTH_PRUNE, "expert 0 is dead (load 0.00), cooldown over: prune it");
+    free(b.memory);
+    b = bed_of(2, (const uint64_t[]){0, 100}); /* the last network stays */
+    memset(&g, 0, sizeof g);
+    g.action = MOE_GROWTH_PRUNE, g.n_special = 1;
+    says(&g, 0.5, &b.h, MOE_GROWTH_NONE, "no expert is dead");
     free(b.memory);
     const uint64_t dying[4] = {90, 1, 100, 0};
     b = bed_of(4, dying);
@@ -1190,6 +1506,13 @@ static void test_state(void) {
         state[i] = 3e7f;
         moe_status status = moe_layer_set(s, MOE_PART_PARAMS, "growth.state", state, n);
         CHECK(status == MOE_E_GROWTH_STATE || i == 3 || i == 4 || kept == -0.25f);
+        if (status) { /* no fractions of whole numbers, and none below -1 */
+            state[i] = kept + 0.5f;
+            moe_status half = moe_layer_set(s, MOE_PART_PARAMS, "growth.state", state, n);
+            CHECK(half == MOE_E_GROWTH_STATE || !half);
+            state[i] = -3;
+            CHECK_STATUS(moe_layer_set(s, MOE_PART_PARAMS, "growth.state", state, n), MOE_E_GROWTH_STATE);
+        }
         state[i] = kept;
         CHECK_OK(moe_layer_set(s, MOE_PART_PARAMS, "growth.state", state, n));
     }
@@ -1208,13 +1531,16 @@ int main(void) {
     RUN(test_release_scaled);
     RUN(test_merge);
     RUN(test_merge_to);
+    RUN(test_merge_far);
     RUN(test_prune_add);
     RUN(test_add);
+    RUN(test_donors);
     RUN(test_parents);
     RUN(test_moments);
     RUN(test_clone);
     RUN(test_revive);
     RUN(test_upcycle);
+    RUN(test_systems_grow);
     RUN(test_worth);
     RUN(test_allocations_fail);
     RUN(test_arguments);

@@ -490,6 +490,24 @@ static void test_layer_health(void) {
     CHECK(h.n_batches == 0 && h.n_tokens == 0 && h.load[1] == 0);
     fixture_free(&F);
 }
+/* The adaptive controller sees the drop rate of both micro-batches of a step. */
+static void test_drop_rate(void) {
+    moe_desc d = desc_of(8, 8, 4, 2);
+    d.capacity_factor = 1, d.controller = MOE_CONTROL_ADAPTIVE, d.loss[MOE_LOSS_SWITCH] = 0.5f;
+    d.controller_rate = 0.01f, d.controller_damping = 0.5f;
+    fixture F;
+    uint64_t dropped = 0;
+    if (!fixture_new(&F, &d, 30)) return;
+    for (size_t n = 10; n <= 30; n += 20) {
+        CHECK_OK(moe_forward(F.m, F.x, n, F.y));
+        CHECK_OK(moe_backward(F.m, F.dy, NULL));
+        dropped += moe_layer_tape(F.m)->routes.n_dropped;
+        CHECK(dropped > 0);
+    }
+    CHECK_OK(moe_step(F.m, 0.01f));
+    CHECK_NEAR(moe_layer_desc(F.m)->loss[MOE_LOSS_SWITCH], 0.25 + 0.5 * 0.01 * (double)dropped / 80, 6e-8);
+    fixture_free(&F);
+}
 
 /* A bad batch is refused, and leaves the layer as it was. */
 static void test_nan_batch(void) {
@@ -647,6 +665,175 @@ static void test_sparse_step(void) {
         }
 }
 
+/* ---- what a layer refuses, and leaves as it was ---- */
+enum { RD = 6, RE = 4, RT = 8 };
+static moe_layer *layer_of(const char *text) {
+    moe_desc d;
+    moe_layer *m = NULL;
+    memset(&d, 0, sizeof d);
+    d.d_model = RD, d.d_ff = 5, d.n_experts = RE, d.top_k = 2, d.parallel.n_threads = 1;
+    if (!CHECK_OK(moe_desc_parse(&d, text, NULL)) || !CHECK_OK(moe_layer_new(&m, &d))) printf("        %s\n", text);
+    return m;
+}
+/* A backward that is refused, for a loss whose coefficient has no finite product with its weight, or for a teacher of
+ * no expert: no gradient is there yet, and the forward is not used up. */
+static void test_losses_refused(void) {
+    static const char *const texts[] = {"loss.switch=1e38", "loss.z=1e38", "loss.sequence=1e38 sequence=4",
+                                        "n_ranks=2 loss.rank=1e38", "n_ranks=2 loss.locality=1e38",
+                                        "loss.output-orthogonality=1e38", "noise=gaussian loss.load=1e38",
+                                        "expert=orthonormal loss.orthonormal=1e38"};
+    int32_t teacher[RT] = {0, 1, 2, 3, RE, -1, 0, 1};
+    float x[RT * RD], y[RT * RD];
+    test_fill(x, RT * RD, -1, 1);
+    for (size_t i = 0; i <= sizeof texts / sizeof *texts; i++) {
+        int taught = i == sizeof texts / sizeof *texts;
+        moe_layer *m = layer_of(taught ? "loss.oracle=0.1" : texts[i]);
+        if (!m) continue;
+        moe_side *side = moe_layer_side(m);
+        double norm = 1;
+        if (taught) side->teacher = teacher;
+        else side->loss_weight = 1e5f;
+        CHECK_OK(moe_forward(m, x, RT, y));
+        if (!CHECK_STATUS(moe_backward(m, x, NULL), taught ? MOE_E_TEACHER : MOE_E_COEFFICIENT))
+            printf("        %s\n", taught ? "teacher" : texts[i]);
+        CHECK_OK(moe_layer_grad_norm(m, &norm));
+        CHECK(norm == 0);
+        if (taught) teacher[4] = -1, CHECK_OK(moe_backward(m, x, NULL)); /* of the same forward */
+        moe_layer_free(m);
+    }
+}
+static void test_refused(void) {
+    static const moe_layer_formats int8 = {MOE_FORMAT_INT8, NULL, MOE_OFF, 0, NULL};
+    moe_layer *m = layer_of(""), *other = layer_of("training=false sparse_step=true"), *made = m;
+    moe_tape *t = NULL;
+    float x[RT * RD], y[RT * RD];
+    double pes = -1;
+    moe_desc bad = *moe_layer_desc(m);
+    test_fill(x, RT * RD, -1, 1);
+    CHECK_OK(moe_tape_new(&t, &bad, RT, MOE_ON));
+    CHECK_OK(moe_forward_tape(m, t, NULL, 0, NULL));
+    CHECK_OK(moe_forward_tape(other, t, x, RT, y));
+    CHECK_STATUS(moe_backward_tape(other, t, x, NULL), MOE_E_INFERENCE);
+    CHECK_STATUS(moe_layer_scale_grads(other, 1), MOE_E_INFERENCE);
+    CHECK_OK(moe_forward_tape(m, t, x, RT, y));
+    CHECK_OK(moe_backward_tape(m, t, x, NULL));
+    CHECK_STATUS(moe_layer_new_formats(NULL, &bad, &int8), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_layer_new_formats(&made, &bad, NULL), MOE_E_FORMAT);
+    bad.d_model = 0;
+    CHECK_STATUS(moe_layer_new_formats(&made, &bad, &int8), MOE_E_D_MODEL);
+    CHECK(made == NULL);
+    moe_layer_free(other);
+    if (!CHECK_OK(moe_layer_quantize(m, &int8, &other))) return;
+    CHECK_STATUS(moe_layer_shard(other, 0, 1, &made), MOE_E_QUANTISED);
+    CHECK_STATUS(moe_layer_scale_grads(other, 1), MOE_E_QUANTISED);
+    CHECK(moe_layer_format(other, 1) == MOE_FORMAT_INT8 && moe_layer_format(m, 1) == MOE_FORMAT_F32);
+    CHECK(moe_layer_format(NULL, 0) == MOE_FORMAT_COUNT && moe_layer_format(m, RE) == MOE_FORMAT_COUNT);
+    CHECK(moe_layer_expert_bytes(NULL, 0) == 0 && moe_layer_expert_bytes(m, RE) == 0);
+    CHECK_OK(moe_layer_pes(m, NULL, 0, &pes));
+    CHECK(pes == 0);
+    moe_tape_free(t);
+    moe_layer_free(m), moe_layer_free(other);
+    uint64_t load[RE] = {9, 1, 1, 1};
+    m = layer_of("d_model=32 d_ff=64");
+    if (!CHECK_OK(moe_layer_quantize(m, &int8, &other))) return;
+    moe_replicate_desc replicas;
+    moe_replicate by_default, by_hand;
+    memset(&replicas, 0, sizeof replicas);
+    replicas.load = load, replicas.small = MOE_FORMAT_INT8, replicas.budget = 100000;
+    replicas.n_experts = RE + 1;
+    CHECK_STATUS(moe_layer_replicate(m, &replicas, &made, NULL), MOE_E_N_EXPERTS);
+    replicas.n_experts = RE, replicas.full = MOE_FORMAT_COUNT;
+    CHECK_STATUS(moe_layer_replicate(m, &replicas, &made, NULL), MOE_E_FORMAT);
+    replicas.full = MOE_FORMAT_F32, replicas.small = MOE_FORMAT_COUNT;
+    CHECK_STATUS(moe_layer_replicate(m, &replicas, &made, NULL), MOE_E_FORMAT);
+    replicas.small = MOE_FORMAT_INT8;
+    if (CHECK_OK(moe_layer_replicate(m, &replicas, &made, &by_default))) moe_layer_free(made);
+    replicas.full_bytes = moe_layer_expert_bytes(m, 0), replicas.small_bytes = moe_layer_expert_bytes(other, 0);
+    if (CHECK_OK(moe_layer_replicate(m, &replicas, &made, &by_hand))) moe_layer_free(made);
+    CHECK(!memcmp(&by_default, &by_hand, sizeof by_hand));
+    moe_layer_free(m), moe_layer_free(other);
+}
+/* Controllers of a layer: a step that is refused moves nothing; biases in the middle; the coefficient of the switch
+ * loss; scores in the caller's memory. */
+static void test_layer_controllers(void) {
+    static const char *const texts[] = {"controller=bias controller_rate=0.25 controller_recentre=true",
+                                        "controller=adaptive loss.switch=0.5",
+                                        "controller=quantile"};
+    float x[RT * RD], y[RT * RD];
+    CHECK_OK(moe_rand_uniform(3, 1, RT * RD, -1, 1, x)); /* the first expert's load is not the mean */
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        moe_layer *m = layer_of(texts[i]);
+        if (!m) continue;
+        moe_control *control = moe_layer_control(m);
+        float rate = control->rate, sum = 0;
+        CHECK_OK(moe_forward(m, NULL, 0, NULL));
+        CHECK_OK(moe_backward(m, NULL, NULL)); /* of no tokens nothing is counted */
+        CHECK_OK(moe_forward(m, x, RT, y));
+        CHECK_OK(moe_backward(m, x, NULL));
+        CHECK(!memcmp(moe_layer_step_load(m), moe_layer_tape(m)->routes.load, RE * sizeof(uint64_t)));
+        uint64_t before = moe_layer_hash(m);
+        control->rate = NAN;
+        CHECK_STATUS(moe_step(m, 0.1f), MOE_E_RATE);
+        CHECK(moe_layer_hash(m) == before);
+        control->rate = rate;
+        CHECK_OK(moe_step(m, 0.1f));
+        for (size_t e = 0; e < RE && control->bias; e++) sum += control->bias[e];
+        if (i == 0) CHECK(sum == 0 && control->bias[0] != 0);
+        if (i == 1) CHECK_BITS(moe_layer_desc(m)->loss[MOE_LOSS_SWITCH], *control->coefficient);
+        if (i == 1) CHECK(*control->coefficient < 0.5f);
+        moe_layer_free(m);
+    }
+    moe_layer *m = layer_of("controller=quantile"), *placed = NULL;
+    moe_desc d = *moe_layer_desc(m);
+    moe_tape *t = NULL;
+    size_t bytes = 0;
+    CHECK_OK(moe_layer_size(&d, &bytes));
+    size_t more = 256 + 7 * RT * (RE + 2) * sizeof(float), backwards[2];
+    void *memory = test_memory(bytes + more, 1);
+    CHECK_OK(moe_tape_new(&t, &d, RT, MOE_ON));
+    for (int enough = 0; enough < 2; enough++) { /* scores of so many backwards fit; then a step is due */
+        moe_status status = MOE_OK;
+        CHECK_OK(moe_layer_init(&placed, &d, memory, bytes + more * (size_t)enough));
+        for (backwards[enough] = 0; !status && backwards[enough] < 1000; backwards[enough]++) {
+            CHECK_OK(moe_forward_tape(placed, t, x, RT, y));
+            status = moe_backward_tape(placed, t, x, NULL);
+        }
+        CHECK_STATUS(status, MOE_E_NO_MEMORY);
+        long before = test_allocations;
+        CHECK_OK(moe_step(placed, 0.1f));
+        CHECK(test_allocations == before);
+        CHECK_OK(moe_forward_tape(placed, t, x, RT, y));
+        CHECK_OK(moe_backward_tape(placed, t, x, NULL));
+        moe_layer_free(placed);
+    }
+    CHECK(backwards[1] >= backwards[0] + 7);
+    free(memory);
+    moe_tape_free(t);
+    moe_layer_free(m);
+}
+/* Sparse steps: a tensor that no expert has is always there, and what is set is what is got. */
+static void test_sparse_tensors(void) {
+    static const char *const names[] = {"router", "experts.w1", "experts.constant"};
+    moe_layer *m = layer_of("sparse_step=true n_constant=1");
+    float x[RD], y[RD], ones[RE * RD * 5], got[RE * RD * 5];
+    test_fill(x, RD, -1, 1);
+    for (size_t i = 0; i < RE * RD * 5; i++) ones[i] = 1;
+    for (int before = 0; before < 2; before++) {
+        if (!before) CHECK_OK(moe_forward(m, x, 1, y)); /* one token: some experts have no gradient */
+        if (!before) CHECK_OK(moe_backward(m, x, NULL));
+        for (int i = 0; i < 3; i++) {
+            moe_tensor tensor;
+            size_t k = 0;
+            while (!moe_layer_tensor(m, k, &tensor) && strcmp(tensor.name, names[i])) k++;
+            CHECK_OK(moe_layer_set(m, MOE_PART_GRADS, names[i], ones, tensor.count));
+            CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, names[i], got, tensor.count));
+            CHECK_SAME(got, ones, tensor.count);
+        }
+        CHECK_OK(moe_step(m, 0.1f));
+    }
+    moe_layer_free(m);
+}
+
 int main(void) {
     RUN(test_oracle_by_finite_differences);
     RUN(test_all_combinations);
@@ -663,7 +850,12 @@ int main(void) {
     RUN(test_norm_and_scale);
     RUN(test_sparse_step);
     RUN(test_layer_health);
+    RUN(test_drop_rate);
     RUN(test_nan_batch);
     RUN(test_it_learns);
+    RUN(test_losses_refused);
+    RUN(test_refused);
+    RUN(test_layer_controllers);
+    RUN(test_sparse_tensors);
     return test_end();
 }

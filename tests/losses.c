@@ -496,7 +496,7 @@ static void check_case(const loss_case *c, batch *b) {
 
 static const struct { size_t T, E, k, d, D, sequence; double tau; } shapes[] = {
     {1, 2, 1, 3, 1, 1, 1}, {5, 4, 2, 4, 2, 2, 0.5}, {7, 6, 3, 5, 3, 3, 2}, {6, 17, 2, 3, 17, 6, 1},
-    {4, 36, 4, 2, 3, 9, 1.5},
+    {4, 36, 4, 2, 3, 9, 1.5}, {7, 2, 1, 43, 1, 3, 1}, /* more latents than 256, not all in full parts */
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 static batch shape_batch(int i) {
@@ -590,7 +590,7 @@ static void test_closed_forms(void) {
     enum { T = 3, E = 8, D = 4 };
     float z[T * E] = {0}, p[T * E];
     uint64_t load[E], devices[D], even[D] = {3, 3, 3, 3};
-    double mean[E], share[D];
+    double mean[E], share[D], nothing[E] = {0};
     static const int32_t teacher[T] = {0, 5, 7}, index[T * 2] = {0, 1, 2, 5, 7, 0}; /* devices of a token: 1, 2, 2 */
     CHECK_OK(moe_softmax(T, E, 1, z, p));
     CHECK_OK(moe_mean_scores(T, E, p, mean));
@@ -610,6 +610,7 @@ static void test_closed_forms(void) {
     a.load = load, CHECK_NEAR(value_of(MOE_LOSS_SEQUENCE, &a), 1, 1e-7);
     CHECK_NEAR(value_of(MOE_LOSS_Z, &a), log(8.0) * log(8.0), 1e-7);
     CHECK_WITHIN(value_of(MOE_LOSS_IMPORTANCE, &a), 0, 1e-12);
+    a.mean = nothing, CHECK(value_of(MOE_LOSS_IMPORTANCE, &a) == 0), a.mean = mean;
     CHECK_WITHIN(value_of(MOE_LOSS_KL_UNIFORM, &a), 0, 1e-12);
     CHECK_WITHIN(value_of(MOE_LOSS_KL_REVERSE, &a), 0, 1e-12);
     CHECK_WITHIN(value_of(MOE_LOSS_L2_UNIFORM, &a), 0, 1e-12);
@@ -656,6 +657,7 @@ static void test_variance_of_the_softmax(void) {
     batch_statistics(&b);
     moe_loss_args a = args_of(&cases[MOE_LOSS_VARIANCE], &b, none);
     a.d_scores = by_scores, CHECK_OK(moe_loss(MOE_LOSS_VARIANCE, &a, 0.5f, &one));
+    a.prob = NULL; /* not read */
     a.d_scores = NULL, a.d_logits = by_logits, CHECK_OK(moe_loss(MOE_LOSS_VARIANCE, &a, 0.5f, &two));
     CHECK_OK(moe_softmax_backward(5, 17, 0.5f, b.prob, by_scores, through));
     CHECK(one == two);
@@ -797,6 +799,41 @@ static void test_added(void) {
     }
 }
 
+/* A teacher who says nothing, choices that are all dropped, loads and means of nothing, tokens without scores, numbers
+ * whose squares are no floats: a loss of 0 there, and no gradient. */
+static void check_nothing(moe_loss_kind kind, const batch *b, double want) {
+    const loss_case *c = &cases[kind];
+    float *g[VARS];
+    double value = -1;
+    grads_new(b, c->by, g);
+    if (!CHECK_OK(call(c, b, 1, &value, g)) || !CHECK(value == want)) printf("        %s\n", moe_loss_name(kind));
+    for (int v = 0; v < VARS; v++)
+        for (size_t i = 0; g[v] && i < b->n[v]; i++) CHECK(g[v][i] == 0);
+    grads_free(g);
+}
+static void test_nothing_to_count(void) {
+    batch b = shape_batch(2);
+    memset(b.teacher, 0xff, b.T * sizeof *b.teacher), memset(b.index, 0xff, b.T * b.k * sizeof *b.index);
+    memset(b.code, 0xff, b.T * sizeof *b.code);
+    check_nothing(MOE_LOSS_ORACLE, &b, 0);
+    check_nothing(MOE_LOSS_PROTOTYPE_ALIGNMENT, &b, 0);
+    check_nothing(MOE_LOSS_CODEBOOK, &b, 0);
+    memset(b.sequence_load, 0, (b.T / b.sequence + 1) * b.E * sizeof *b.sequence_load);
+    check_nothing(MOE_LOSS_SEQUENCE, &b, 0);
+    for (size_t e = 0; e < b.E; e++) b.mean_prob[e] = b.mean_scores[e] = b.mean_weights[e] = 0;
+    check_nothing(MOE_LOSS_IMPORTANCE, &b, 0);
+    b.counted = 0;
+    check_nothing(MOE_LOSS_RELU_L1, &b, 0);
+    batch_free(&b);
+    b = shape_batch(2);
+    for (size_t i = 0; i < b.n[S]; i++) b.f[S][i] = 3e38f;
+    check_nothing(MOE_LOSS_SEQUENCE, &b, 0);
+    for (size_t i = 0; i < b.n[O]; i++) b.f[O][i] = i % 2 ? 1e30f : 1e-30f;
+    check_nothing(MOE_LOSS_OUTPUT_ORTHOGONALITY, &b, 0);
+    for (size_t i = 0; i < b.n[R]; i++) b.f[R][i] = 0;
+    check_nothing(MOE_LOSS_PROTOTYPE_ALIGNMENT, &b, 1); /* 1 - cos, of columns that point nowhere */
+    batch_free(&b);
+}
 static void test_no_tokens_and_one_expert(void) {
     for (int i = 0; i < CASES; i++) {
         const loss_case *c = &cases[i];
@@ -915,6 +952,17 @@ static void test_statistics(void) {
     CHECK(!memcmp(load, want, sizeof want));
     CHECK_OK(moe_mean_weights(5, 4, 2, index, weight, mean));
     CHECK(mean[0] == 1.75 / 5 && mean[1] == 0.5 / 5 && mean[2] == 1.5 / 5 && mean[3] == 1.5 / 5);
+    static const int32_t dropped[4] = {-1, 0, 1, -1};
+    CHECK_OK(moe_rank_tokens(2, 4, 2, 2, dropped, load));
+    CHECK(load[0] == 2 && load[1] == 0);
+    for (int e = 0; e < 4; e++) mean[e] = 1; /* of no tokens */
+    CHECK_OK(moe_mean_weights(0, 4, 2, NULL, NULL, mean));
+    CHECK(mean[0] == 0 && mean[3] == 0);
+    mean[0] = 1;
+    CHECK_OK(moe_mean_selection(0, 2, NULL, NULL, NULL, mean));
+    CHECK(mean[0] == 0 && mean[1] == 0);
+    CHECK_OK(moe_sequence_load(0, 4, 2, 2, NULL, NULL));
+    CHECK_OK(moe_teacher_best(0, 3, NULL, NULL));
     CHECK_OK(moe_teacher_best(2, 3, loss, teacher));
     CHECK(teacher[0] == 1 && teacher[1] == 2);
     static const float z[2] = {1, 2}, std[2] = {1, 0.5f}, thr[2] = {1, 1}; /* Phi(0), Phi(2) */
@@ -1040,11 +1088,24 @@ static void test_other_arguments(void) {
     WRONG(SIMBAL, a.d_model = 0, MOE_E_D_MODEL);
     WRONG(ORTHONORMAL, a.d_ff = 0, MOE_E_D_FF);
     WRONG(CODEBOOK, a.commitment = -1, MOE_E_COMMITMENT);
+    WRONG(CODEBOOK, a.commitment = INFINITY, MOE_E_COMMITMENT);
     WRONG(CODEBOOK, a.n_codes = 0, MOE_E_CODE);
     WRONG(OUTPUT_ORTHOGONALITY, a.top_k = 0, MOE_E_TOP_K);
     WRONG(OUTPUT_ORTHOGONALITY, (a.n_tokens = SIZE_MAX / 2, a.top_k = a.d_model = 2), MOE_E_OVERFLOW);
     WRONG(LATENT_KL, (a.n_tokens = SIZE_MAX / 2, a.d_model = 3), MOE_E_OVERFLOW);
     CHECK_STATUS(moe_mean_scores(b->T, b->E, b->f[S], NULL), MOE_E_NULL_MEAN);
+    CHECK_STATUS(moe_mean_weights(b->T, b->E, b->k, b->index, b->f[W], NULL), MOE_E_NULL_MEAN);
+    CHECK_STATUS(moe_mean_weights(b->T, b->E, 0, b->index, b->f[W], means), MOE_E_TOP_K);
+    CHECK_STATUS(moe_mean_selection(b->T, b->E, b->f[Z], b->f[STD], b->f[THR], NULL), MOE_E_NULL_MEAN);
+    CHECK_STATUS(moe_sequence_load(b->T, b->E, b->k, 1, b->index, NULL), MOE_E_NULL_LOAD);
+    CHECK_STATUS(moe_rank_load(b->E, b->D, b->load, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_rank_tokens(b->T, b->E, b->k, b->D, b->index, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_rank_prob(b->E, b->D, b->mean_prob, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_teacher_best(b->T, 0, b->f[S], own.teacher), MOE_E_N_EXPERTS);
+    keep = (double)own.f[W][2];
+    own.f[W][2] = NAN;
+    CHECK_STATUS(moe_mean_weights(b->T, b->E, b->k, b->index, own.f[W], means), MOE_E_NAN_WEIGHT);
+    own.f[W][2] = (float)keep;
     CHECK_STATUS(moe_mean_weights(b->T, b->E, b->k, b->index, NULL, means), MOE_E_NULL_WEIGHT);
     CHECK_STATUS(moe_teacher_best(b->T, b->E, b->f[S], NULL), MOE_E_NULL_TEACHER);
     own.index[3] = 6, CHECK_STATUS(moe_sequence_load(own.T, own.E, own.k, 1, own.index, out), MOE_E_INDEX);
@@ -1059,6 +1120,8 @@ static void test_other_arguments(void) {
     own.mean_prob[1] = -0.1;
     WRONG(KL_UNIFORM, (void)a, MOE_E_NAN_MEAN);
     own.mean_prob[1] = (double)NAN;
+    WRONG(IMPORTANCE, (void)a, MOE_E_NAN_MEAN);
+    own.mean_prob[1] = HUGE_VAL;
     WRONG(IMPORTANCE, (void)a, MOE_E_NAN_MEAN);
     own.mean_prob[1] = keep;
     own.f[LV][0] = 200;
@@ -1205,6 +1268,7 @@ static void test_layer_sequences_and_ranks(void) {
                                             "sequence=2 temperature=2 gate=sigmoid top_k=1 normalize=false"};
     static const char *const ranks[] = {"n_ranks=3 temperature=0.5", "n_ranks=2 top_k=3 temperature=2", "n_ranks=6",
                                         "n_ranks=3 top_k=1"}; /* k below, above, below and far below the ranks */
+    test_seed = 2; /* where no rank has exactly its share, of which the slope is nothing */
     for (size_t i = 0; i < sizeof sequences / sizeof *sequences; i++) check_layer_loss(MOE_LOSS_SEQUENCE, sequences[i]);
     for (size_t i = 0; i < sizeof ranks / sizeof *ranks; i++) {
         check_layer_loss(MOE_LOSS_COMMUNICATION, ranks[i]);
@@ -1401,6 +1465,75 @@ static void test_switch_and_z_gradients(void) {
     switch_and_z_case(2, 33, 1.5);
 }
 
+/* ---- what a layer's losses are told from outside, and what they do without ---- */
+static moe_desc layer_desc(const char *text) {
+    moe_desc d;
+    memset(&d, 0, sizeof d);
+    d.d_model = 6, d.d_ff = 5, d.n_experts = 6, d.top_k = 2, d.parallel.n_threads = 1;
+    if (!CHECK_OK(moe_desc_parse(&d, text, NULL))) printf("        %s\n", text);
+    return d;
+}
+/* The losses of a route and its backward at level 2, with weights of these parameters. */
+static moe_status route_loss(const char *text, moe_loss_kind kind, moe_side side, double *loss, float *d_router) {
+    enum { T = 8 };
+    static float x[T * 6], router[10000], weights[20000];
+    moe_desc d = layer_desc(text);
+    moe_tape *t = NULL;
+    size_t n = 0;
+    uint64_t seed = test_seed;
+    test_seed = 5;
+    test_fill(x, T * 6, -1, 1), test_fill(router, 10000, -1, 1), test_fill(weights, 20000, -1, 1);
+    test_seed = seed;
+    if (!CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON)) || !CHECK_OK(moe_router_count(&d, &n))) return MOE_OK;
+    CHECK(n <= 10000);
+    if (side.experts) side.experts = weights;
+    t->side = side;
+    memset(d_router, 0, 10000 * sizeof *d_router);
+    CHECK_OK(moe_route(t, router, x, T));
+    moe_status status = moe_route_backward(t, router, NULL, d_router, NULL);
+    *loss = t->loss[kind];
+    moe_tape_free(t);
+    return status;
+}
+static void test_layer_from_outside(void) {
+    static float grads[2][10000];
+    static const float some = 1;
+    moe_side plain, side;
+    double loss[2];
+    uint64_t tokens[3] = {0, 0, 0};
+    memset(&plain, 0, sizeof plain);
+    CHECK_OK(route_loss("n_ranks=3 loss.communication=0.5", MOE_LOSS_COMMUNICATION, plain, loss, grads[0]));
+    side = plain, side.rank_tokens = tokens, side.counted = 8; /* whoever counts nothing, has no loss */
+    CHECK_OK(route_loss("n_ranks=3 loss.communication=0.5", MOE_LOSS_COMMUNICATION, side, loss + 1, grads[1]));
+    CHECK(loss[0] > 0 && loss[1] == 0);
+    tokens[0] = tokens[1] = tokens[2] = 8;
+    for (int counted = 0; counted < 2; counted++) { /* 0: those of this batch, which are as many */
+        side.counted = counted ? 8 : 0;
+        CHECK_OK(route_loss("n_ranks=3 loss.communication=0.5", MOE_LOSS_COMMUNICATION, side, loss + counted,
+                            grads[counted]));
+    }
+    CHECK(loss[0] == loss[1]);
+    CHECK_SAME(grads[0], grads[1], 10000);
+    CHECK_OK(route_loss("noise=gaussian loss.load=0.5 top_k=6", MOE_LOSS_LOAD, plain, loss, grads[0]));
+    CHECK(loss[0] == 0); /* every expert has every token */
+    CHECK_OK(route_loss("n_codes=6 loss.codebook=0.5", MOE_LOSS_CODEBOOK, plain, loss, grads[0]));
+    CHECK(loss[0] == 0); /* no token has a code yet */
+    CHECK_STATUS(route_loss("expert=orthonormal loss.orthonormal=0.5", MOE_LOSS_ORTHONORMAL, plain, loss, grads[0]),
+                 MOE_E_NULL_EXPERTS);
+    side = plain, side.experts = &some;
+    CHECK_OK(route_loss("expert=orthonormal loss.orthonormal=0.5", MOE_LOSS_ORTHONORMAL, side, loss, grads[0]));
+    CHECK(loss[0] > 0); /* its gradient is not wanted */
+    /* weights that overflow */
+    CHECK_STATUS(route_loss("gate=relu select=threshold weight_scale=3e38 loss.importance-selected=0.5",
+                            MOE_LOSS_IMPORTANCE_SELECTED, plain, loss, grads[0]), MOE_E_NAN_WEIGHT);
+    /* of the choices above a threshold alone */
+    CHECK_OK(route_loss("score=cosine select=threshold threshold=0.2 fallback=false loss.prototype-alignment=0.5",
+                        MOE_LOSS_PROTOTYPE_ALIGNMENT, plain, loss, grads[0]));
+    CHECK_OK(route_loss("score=cosine select=all loss.prototype-alignment=0.5", MOE_LOSS_PROTOTYPE_ALIGNMENT, plain,
+                        loss + 1, grads[1]));
+    CHECK(loss[0] > 0 && loss[0] < loss[1]); /* the more alike are chosen */
+}
+
 int main(void) {
     RUN(test_every_loss_has_a_case);
     RUN(test_gradients);
@@ -1424,5 +1557,7 @@ int main(void) {
     RUN(test_switch_and_z_gradients);
     RUN(test_document);
     RUN(test_marks);
+    RUN(test_nothing_to_count);
+    RUN(test_layer_from_outside);
     return test_end();
 }

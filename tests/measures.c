@@ -50,6 +50,16 @@ static void refused(void) {
     CHECK_STATUS(moe_churn(1, 2, beyond, beyond, NULL), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_churn(1, 0, beyond, beyond, &number), MOE_E_TOP_K);
     CHECK(number == -1 && count[0] == 0 && sum[0] == 0);
+    const int32_t nobody[4] = {-1, -1, -1, -1}, some[4] = {-1, 3, 3, -1};
+    CHECK_STATUS(moe_crossing(2, 8, 2, 2, nobody, &number), MOE_E_NO_TOKENS);
+    CHECK_OK(moe_crossing(0, 8, 2, 2, NULL, &number));
+    CHECK(number == 0);
+    CHECK_OK(moe_crossing(2, 8, 2, 2, some, &number)); /* expert 3 is on rank 0, where token 0 is and 1 is not */
+    CHECK(number == 0.5);
+    CHECK_OK(moe_churn(2, 2, some, some, &number)); /* no choice is the same as no other */
+    CHECK(number == 0);
+    CHECK_OK(moe_repetition(2, 8, 2, 2, some, wide, &repeats));
+    CHECK(wide[0] == 2 && wide[1] == 0 && repeats.jaccard == 1 && repeats.longest == 2);
 }
 static void test_index_measures(void) {
     enum { T = 60, E = 9, K = 3 };

@@ -520,7 +520,9 @@ static void test_nothing(void) {
     memset(&none, 0, sizeof none), memset(&model, 0, sizeof model);
     CHECK_STATUS(moe_shards_find(nowhere, "a", name, sizeof name), MOE_E_NULL_BYTES);
     CHECK_STATUS(moe_shards_find(&none, "a", name, sizeof name), MOE_E_NULL_BYTES);
+    name[0] = name[1] = 'x';
     CHECK_STATUS(moe_shards_router(nowhere, 0, &layer, name, sizeof name), MOE_E_NULL_BYTES);
+    CHECK(!name[0] && name[1] == 'x');
     CHECK_STATUS(moe_shards_router(&none, 0, &layer, name, sizeof name), MOE_E_NULL_BYTES);
     CHECK_STATUS(moe_shards_router(&none, 0, NULL, name, sizeof name), MOE_E_NULL_OUT);
     CHECK_STATUS(moe_shards_router(&none, 0, &layer, NULL, sizeof name), MOE_E_NULL_OUT);

@@ -237,7 +237,8 @@ static const family_row rows[] = {
      0, NULL},
     {"llama4_text", LLAMA4, "model.layers.#.feed_forward.", "router.weight", OSS_NAMES, IN_HALVES, SIGMOID, 0, 1, 1, 0,
      0, 0, SHARED("shared_expert"), NULL, NULL, SWIGLU, 1, 0, NULL},
-    {"llama4", "'vision_config':{'hidden_size':5},'text_config':{'model_type':'llama4_text'," LLAMA4 "}",
+    {"llama4", "'hidden_size':5,'num_local_experts':@E,'text_config':{'model_type':'llama4_text'," BASE
+     "'intermediate_size':@F,'intermediate_size_mlp':99}", /* a key of the text's first, then one of the whole */
      "language_model.model.layers.#.feed_forward.", "router.weight", OSS_NAMES, IN_HALVES, SIGMOID, 0, 3, 1, 0, 0, 0,
      SHARED("shared_expert"), NULL, NULL, SWIGLU, 1, 0, NULL},
     {"mine", "'depth':2,'sizes':[@D,@F,@E]", "net.#/", "choose", {"a[*]", "b[*]", "c[*]"}, IN, SOFTMAX, 0, 3, 1, 0, 0,
@@ -925,8 +926,19 @@ static void test_other_faults(void) {
     moe_desc train;
     memset(&train, 0, sizeof train);
     train.training = MOE_ON;
+    test_pattern = 0xaa;
     CHECK_OK(moe_model_layer(&model, 1, &train, NULL, &layer));
+    test_pattern = -1;
     CHECK(moe_layer_desc(layer)->training == MOE_ON);
+    for (size_t i = 0, wrong = 0; i < moe_layer_tensors(layer); i++) { /* no steps yet, whatever stood in its memory */
+        moe_tensor tensor;
+        CHECK_OK(moe_layer_tensor(layer, i, &tensor));
+        float *moment = test_floats(tensor.count);
+        CHECK_OK(moe_layer_get(layer, MOE_PART_MOMENT1, tensor.name, moment, tensor.count));
+        for (size_t k = 0; k < tensor.count; k++) wrong += moment[k] != 0.0f;
+        free(moment);
+        CHECK(!wrong);
+    }
     moe_layer_free(layer);
     layer = NULL;
     moe_model_close(&model);

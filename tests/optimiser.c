@@ -288,6 +288,11 @@ static void test_bad_arguments(void) {
     BAD(epsilon, INFINITY, MOE_E_EPSILON);
     BAD(weight_decay, -0.5f, MOE_E_WEIGHT_DECAY);
     BAD(momentum, 1.5f, MOE_E_MOMENTUM);
+    BAD(momentum, -0.5f, MOE_E_MOMENTUM);
+    BAD(momentum, NAN, MOE_E_MOMENTUM);
+    BAD(weight_decay, INFINITY, MOE_E_WEIGHT_DECAY);
+    BAD(scale, INFINITY, MOE_E_COEFFICIENT);
+    CHECK(moe_sum_squares(NULL, 0, NULL) == 0 && moe_sum_squares(NULL, 3, NULL) == 0);
     BAD(step, 0, MOE_E_STEP);
 #undef BAD
     for (int i = 0; i < 4; i++) CHECK(p[i] == 1 && m[i] == 0 && v[i] == 0);

@@ -324,6 +324,7 @@ static void play_ranks(trial *t) {
         pthread_create(&thread[r], NULL, play, &players[r]);
     }
     for (size_t r = 0; r < t->size; r++) pthread_join(thread[r], NULL);
+    for (size_t r = 0; r < t->size; r++) not_under_way(&(seat){&t->in, r}); /* however it ended */
     test_fail_at = -1;
     pthread_cond_destroy(&t->in.bell);
     pthread_mutex_destroy(&t->in.lock);
@@ -586,6 +587,17 @@ static void test_shard(void) {
         }
     moe_layer_free(fresh);
     moe_layer_free(whole);
+    t.text = "noise=gaussian"; /* a part goes on where the whole's draws are */
+    d = desc_of(&t);
+    float x[6 * D], y[2][6 * D];
+    whole = stepped(&d);
+    CHECK_OK(moe_layer_shard(whole, 0, 1, &shard));
+    CHECK_OK(moe_rand_normal(7, 2, 6 * D, 0, 1, x));
+    CHECK_OK(moe_forward(whole, x, 6, y[0]));
+    CHECK_OK(moe_forward(shard, x, 6, y[1]));
+    CHECK_SAME(y[1], y[0], 6 * D);
+    moe_layer_free(whole);
+    moe_layer_free(shard);
 }
 /* Parts that come back from files train on as the layer that was never cut. */
 typedef struct cut { trial *of; size_t rank; const moe_layer *from; moe_layer *whole; moe_status status; } cut;
@@ -820,7 +832,8 @@ static void test_faults(void) {
 }
 
 static void test_refused(void) {
-    static const char *const cannot[] = {"combine=soft select=all", "n_codes=16 top_k=2", "clip_norm=1",
+    static const char *const cannot[] = {"combine=soft select=all", "combine=merge select=all", "n_codes=16 top_k=2",
+                                         "score=subspace expert=orthonormal d_ff=2", "clip_norm=1",
                                          "controller=quantile", "loss.redundancy=0.1", "loss.mutual-information=0.1"};
     moe_ep_engine one = {0, 1, NULL, NULL, NULL, NULL, NULL, NULL}, two = one;
     two.size = 2;
@@ -843,7 +856,18 @@ static void test_refused(void) {
     CHECK_STATUS(moe_ranks_new(&ranks, NULL, &one, NULL), MOE_E_NULL_LAYER);
     CHECK_STATUS(moe_ranks_new(&ranks, layer, NULL, NULL), MOE_E_EP_ENGINE);
     CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);
-    two.exchange = hall_exchange, two.sum = hall_sum, two.broadcast = hall_broadcast;
+    two.exchange = hall_exchange;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);
+    two.sum = hall_sum;
+    CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);
+    two.broadcast = hall_broadcast;
+    static const moe_layer_formats int8 = {MOE_FORMAT_INT8, NULL, MOE_OFF, 0, NULL};
+    for (int kind = 0; kind < 2; kind++) { /* experts in formats, and pairs */
+        moe_layer *other = NULL;
+        CHECK_OK(kind ? moe_layer_split(&other, layer, 1, NULL) : moe_layer_quantize(layer, &int8, &other));
+        CHECK_STATUS(moe_ranks_new(&ranks, other, &one, NULL), MOE_E_EP_DESC);
+        moe_layer_free(other);
+    }
     CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_RANKS); /* 2 does not divide 7 */
     two.rank = 2;
     CHECK_STATUS(moe_ranks_new(&ranks, layer, &two, NULL), MOE_E_EP_ENGINE);

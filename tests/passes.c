@@ -589,6 +589,304 @@ static void test_layer_experts(void) {
     moe_layer_free(stored), moe_layer_free(m);
 }
 
+/* What stands beside a batch is looked at: before a forward, and before a backward changes anything. */
+static void test_side(void) {
+    enum { N = 6, R = D * E + 1 };
+    static const float bad[] = {-1, NAN, INFINITY};
+    static float router[R], grad[R], half[R], weights[2][4][N * 2], params[1], d_weight[N * 2];
+    const uint64_t load[E] = {9, 9, 9, 9, 9, 9, 9, 9};
+    double mean[E];
+    float bias[E] = {0};
+    int32_t index[N * 2];
+    moe_desc d = small_desc("learn_temperature=true switch_load=first loss.switch=0.5 top_k=2");
+    moe_tape *t = NULL;
+    CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON));
+    tokens(N);
+    test_fill(router, R - 1, -1, 1);
+    CHECK_STATUS(moe_tape_index(NULL, index), MOE_E_NULL_TAPE);
+    CHECK_STATUS(moe_tape_index(t, index), MOE_E_NO_ROUTES);
+    for (int i = 0; i < 3; i++) {
+        t->side.temperature = bad[i];
+        CHECK_STATUS(moe_route(t, router, x, N), MOE_E_TEMPERATURE);
+        t->side.temperature = 0;
+        bias[3] = bad[i];
+        t->side.bias = bias;
+        CHECK_STATUS(moe_route(t, router, x, N), i ? MOE_E_NAN_BIAS : MOE_OK);
+        t->side.bias = NULL;
+    }
+    for (int i = 0; i < 4; i++) { /* a temperature that is given counts, not the learned one, which has its limits */
+        static const float scale[4] = {20, 31, -20, -31};
+        router[R - 1] = scale[i];
+        for (int given = 0; given < 2; given++) {
+            t->side.temperature = given ? 2 : 0;
+            CHECK_OK(moe_route(t, router, x, N));
+            memcpy(weights[given][i], t->weight, sizeof weights[given][i]);
+        }
+        CHECK_SAME(weights[1][i], weights[1][0], N * 2);
+        if (i % 2) CHECK_SAME(weights[0][i], weights[0][i - 1], N * 2);
+    }
+    CHECK(weights[0][0][0] == 1 && weights[0][2][0] != 1);
+    t->side.temperature = 0;
+    router[R - 1] = NAN;
+    CHECK_STATUS(moe_route(t, router, x, N), MOE_E_NAN_ROUTER);
+    router[R - 1] = 0;
+    CHECK_OK(moe_route(t, router, x, N));
+    CHECK_STATUS(moe_tape_index(t, NULL), MOE_E_NULL_OUT);
+    CHECK_OK(moe_tape_index(t, index));
+    CHECK(!memcmp(index, t->index, sizeof index));
+    for (int i = 0; i < 3; i++) {
+        t->side.loss_weight = bad[i];
+        CHECK_STATUS(moe_route_backward(t, router, d_weight, grad, NULL), MOE_E_LOSS_WEIGHT);
+        t->side.loss_weight = 0;
+        for (size_t e = 0; e < E; e++) mean[e] = e == 5 ? (double)bad[i] : 0.125;
+        t->side.mean = mean;
+        CHECK_STATUS(moe_route_backward(t, router, d_weight, grad, NULL), MOE_E_NAN_MEAN);
+        t->side.mean = NULL;
+    }
+    t->side.load = load;
+    CHECK_STATUS(moe_route_backward(t, router, d_weight, grad, NULL), MOE_E_NULL_LOAD);
+    t->side.load = NULL;
+    CHECK_STATUS(moe_route_backward(t, NULL, d_weight, grad, NULL), MOE_E_NULL_PARAMS);
+    for (size_t i = 0; i < R; i++) CHECK(grad[i] == 0);
+    CHECK_OK(moe_route_backward(t, router, d_weight, grad, NULL));
+    CHECK_OK(moe_route(t, router, x, N));
+    t->side.loss_weight = 0.5f;
+    CHECK_OK(moe_route_backward(t, router, d_weight, half, NULL));
+    for (size_t i = 0; i < R; i++) CHECK(half[i] == 0.5f * grad[i]);
+    CHECK(half[0] != 0);
+    moe_tape_free(t);
+    d = small_desc("score=random"); /* no router: none is needed */
+    CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON));
+    CHECK_OK(moe_route(t, NULL, x, N));
+    CHECK_OK(moe_route_backward(t, NULL, d_weight, params, NULL));
+    moe_tape_free(t);
+}
+/* A bias so large that a finite score has no sum with it: whatever selects says so, and gives no routes. */
+static void test_bias_too_large(void) {
+    static const char *const selects[] = {"gate=softmax-selected select=groups n_groups=4 top_groups=2",
+                                          "select=sinkhorn", "select=auction top_k=1"};
+    float bias[E], router[D * E];
+    tokens(E);
+    for (size_t i = 0; i < D * E; i++) router[i] = 0;
+    for (size_t e = 0; e < E; e++) bias[e] = FLT_MAX, router[(D - 1) * E + e] = 1e38f;
+    for (size_t i = 0; i < sizeof selects / sizeof *selects; i++) {
+        moe_desc d = row_desc(NULL, selects[i]);
+        moe_tape *t = NULL;
+        if (!CHECK_OK(moe_tape_new(&t, &d, E, MOE_ON))) return;
+        t->side.bias = bias;
+        moe_status status = moe_route(t, router, x, E);
+        if (!CHECK(moe_status_kind(status) == MOE_KIND_NUMBER)) printf("        %s\n", selects[i]);
+        if (status) CHECK_STATUS(moe_experts_forward(t, router, y), MOE_E_NO_ROUTES);
+        moe_tape_free(t);
+    }
+}
+/* The load that LASER balances by goes on from forward to forward where the caller keeps it, and must be one. */
+static void test_laser_window(void) {
+    moe_desc d = small_desc("select=laser gate=softmax top_k=2 candidates=4 top_p=1 threshold=0 training=false");
+    float router[D * E], window[E] = {0};
+    int32_t once[E * 2];
+    moe_tape *t = NULL;
+    double sum = 0;
+    tokens(E);
+    test_fill(router, D * E, -1, 1);
+    CHECK_OK(moe_tape_new(&t, &d, E, MOE_OFF));
+    CHECK_OK(moe_route(t, router, x, E));
+    memcpy(once, t->index, sizeof once);
+    t->side.window = window;
+    for (int round = 1; round <= 2; round++) {
+        CHECK_OK(moe_route(t, router, x, E));
+        CHECK((memcmp(once, t->index, sizeof once) == 0) == (round == 1));
+        sum = 0;
+        for (size_t e = 0; e < E; e++) sum += (double)window[e];
+        CHECK(sum == round * (double)(E * 2));
+    }
+    window[1] = NAN;
+    CHECK_STATUS(moe_route(t, router, x, E), MOE_E_WINDOW);
+    moe_tape_free(t);
+}
+/* Routes that are not those of the tape's tokens any more. */
+static void test_other_routes(void) {
+    enum { N = 6, S = 4 };
+    int32_t index[N * S];
+    moe_desc d = small_desc("top_k=2"), soft = small_desc("combine=soft select=all");
+    moe_tape *t = NULL;
+    moe_routes more, own;
+    size_t bytes = 0, n_params = 0;
+    float router[D * E];
+    test_fill(router, D * E, -1, 1);
+    tokens(N);
+    CHECK_OK(moe_experts_count(&d, &n_params));
+    float *params = test_floats(n_params), *grads = test_floats(n_params);
+    CHECK_OK(moe_routes_size(N, E, S, &bytes));
+    void *memory = test_memory(bytes, 1);
+    CHECK_OK(moe_routes_init(&more, N, E, S, memory, bytes));
+    for (size_t i = 0; i < N * S; i++) index[i] = (int32_t)(i % S);
+    CHECK_OK(moe_routes_fill(&more, N, index, NULL, 0, MOE_ORDER_TOKEN));
+    CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON));
+    CHECK_OK(moe_route(t, router, x, N));
+    own = t->routes, t->routes = more; /* twice as many as there is room for */
+    CHECK_STATUS(moe_experts_forward(t, params, y), MOE_E_N_TOKENS);
+    t->routes = own;
+    CHECK_OK(moe_experts_forward(t, params, y));
+    for (size_t i = 0; i < N * 2; i++) index[i] = (int32_t)(i % 2) - 1; /* one a token */
+    CHECK_OK(moe_routes_fill(&t->routes, N, index, NULL, 0, MOE_ORDER_TOKEN));
+    CHECK_STATUS(moe_experts_backward(t, params, x, 1, grads, NULL, NULL), MOE_E_NO_FORWARD);
+    moe_tape_free(t);
+    CHECK_OK(moe_tape_new(&t, &soft, N, MOE_ON));
+    CHECK_OK(moe_route(t, router, x, N));
+    CHECK_OK(moe_tape_tokens(t, x, N)); /* of the slots' weights nothing is left */
+    CHECK_STATUS(moe_experts_forward(t, params, y), MOE_E_NO_ROUTES);
+    moe_tape_free(t);
+    free(params), free(grads), free(memory);
+}
+/* The same bits whether or not somebody asks for the weights' gradients; a second backward adds as much again. */
+static void test_backward_parts(void) {
+    enum { N = 8 };
+    static const char *const texts[] = {"loss.output-orthogonality=0.25", "combine=robust top_k=3",
+                                        "combine=merge select=all sequence=4", "n_copy=1 n_constant=1", "bias=true",
+                                        "combine=input", "combine=soft select=all"};
+    float *router = test_floats(10000), d_weight[N * E];
+    test_fill(router, 10000, -1, 1);
+    tokens(N);
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        moe_desc d = small_desc(texts[i]);
+        moe_tape *t = NULL;
+        size_t n = 0;
+        if (!CHECK_OK(moe_experts_count(&d, &n)) || !CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON))) {
+            printf("        %s\n", texts[i]);
+            continue;
+        }
+        float *params = test_floats(n), *grads[3] = {test_floats(n), test_floats(n), test_floats(n)}, w[D * F];
+        moe_expert_weights weights = {w, w, w, w, w, w};
+        for (size_t e = 0; e < E; e++) {
+            test_fill(w, D * F, -1, 1);
+            (void)moe_expert_pack(&d, e, &weights, params);
+        }
+        for (int round = 0; round < 4; round++) { /* unwanted, wanted, and twice over */
+            CHECK_OK(moe_route(t, router, x, N));
+            CHECK_OK(moe_experts_forward(t, params, y));
+            CHECK_OK(moe_experts_backward(t, params, x, round < 3, grads[round < 2 ? round : 2],
+                                          round == 1 ? d_weight : NULL, NULL));
+        }
+        int ok = CHECK_SAME(grads[0], grads[1], n);
+        double top = 0, off = 0;
+        for (size_t k = 0; k < n; k++) {
+            top = fmax(top, fabs((double)grads[2][k]));
+            off = fmax(off, fabs((double)grads[2][k] - 2 * (double)grads[0][k]));
+        }
+        ok &= CHECK(top > 0.1 && off <= 1e-6 * top);
+        if (!ok) printf("        %s\n", texts[i]);
+        moe_tape_free(t);
+        for (int k = 0; k < 3; k++) free(grads[k]);
+        free(params);
+    }
+    free(router);
+}
+/* Biases given where there is no place for them are left out; sizes of descs that are none. */
+static void test_what_is_not_wanted(void) {
+    moe_desc d = small_desc("top_k=2"), bad = d;
+    moe_tensor tensor;
+    size_t n = 0;
+    float w[D * F], ones[D] = {1};
+    moe_expert_weights with = {w, w, w, w, w, w}, without = {w, w, w, NULL, NULL, NULL};
+    moe_expert_arrays back = {NULL, NULL, NULL, ones, ones, ones};
+    test_fill(w, D * F, -1, 1);
+    CHECK_OK(moe_experts_count(&d, &n));
+    float *params = test_floats(n), *other = test_floats(n);
+    for (size_t e = 0; e < E; e++) CHECK_OK(moe_expert_pack(&d, e, &without, other));
+    for (size_t e = 0; e < E; e++) CHECK_OK(moe_expert_pack(&d, e, &with, params));
+    CHECK_SAME(params, other, n);
+    CHECK_OK(moe_expert_unpack(&d, 0, params, &back)); /* nothing there, nothing written */
+    CHECK(ones[0] == 1);
+    bad.d_model = 0;
+    CHECK_STATUS(moe_router_count(&d, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_desc_tensor(&d, 0, NULL), MOE_E_NULL_OUT);
+    CHECK_STATUS(moe_desc_tensor(&bad, 0, &tensor), MOE_E_D_MODEL);
+    CHECK_STATUS(moe_router_count(&bad, &n), MOE_E_D_MODEL);
+    free(params), free(other);
+}
+
+/* Pruned in evaluation, a choice is there if its score is; while gating dropout keeps tokens on their ranks, no more
+ * than the rank's experts are. */
+static void test_choices_taken_away(void) {
+    enum { N = 24 };
+    float router[D * E];
+    int32_t index[N * E];
+    moe_tape *t = NULL;
+    static const char *const texts[] = {"select=threshold fallback=false threshold=0.2",
+                                        "select=threshold fallback=false threshold=0.05 prune=0.2"};
+    test_fill(router, D * E, -1, 1);
+    tokens(N);
+    for (int i = 0; i < 2; i++) {
+        moe_desc d = small_desc(texts[i]);
+        if (!CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON))) return;
+        t->side.evaluate = 1;
+        CHECK_OK(moe_route(t, router, x, N));
+        size_t chosen = 0;
+        for (size_t k = 0; k < N * E; k++) chosen += t->index[k] >= 0;
+        CHECK(chosen > 0 && chosen < N * 4);
+        if (i == 0) memcpy(index, t->index, sizeof index);
+        for (size_t k = 0; k < N; k++) /* as a set: the same experts */
+            for (size_t e = 0; e < E; e++) {
+                int there = 0, was = 0;
+                for (size_t c = 0; c < E; c++) {
+                    there |= t->index[k * E + c] == (int32_t)e;
+                    was |= index[k * E + c] == (int32_t)e;
+                }
+                CHECK(there == was);
+            }
+        moe_tape_free(t);
+    }
+    moe_desc d = small_desc("gate_drop=1 n_ranks=4 top_k=3");
+    if (!CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON))) return;
+    CHECK_OK(moe_route(t, router, x, N));
+    CHECK(t->dropped == 1 && t->routes.n_routes == N * 2);
+    for (size_t k = 0; k < N * 3; k++)
+        CHECK(t->index[k] < 0 ? k % 3 == 2 : (size_t)t->index[k] / 2 == k / 3 * 4 / N);
+    moe_tape_free(t);
+}
+/* The same dx whether or not the router's gradient is wanted; slots whose weights nobody has a gradient by. */
+static void test_router_not_wanted(void) {
+    enum { N = 8 };
+    static const char *const texts[] = {"gate=sign select=threshold", "learn_temperature=true", "residual=true",
+                                        "score=mlp", "noise=learned", "combine=soft select=all loss.z=0.5"};
+    static float router[20000], grads[20000], dx[2][N * D], previous[N * E];
+    float d_weight[N * E];
+    moe_tape *t = NULL;
+    size_t n = 0;
+    test_fill(previous, N * E, -1, 1), test_fill(d_weight, N * E, -1, 1);
+    tokens(N);
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        moe_desc d = small_desc(texts[i]);
+        int soft = d.combine == MOE_COMBINE_SOFT;
+        CHECK_OK(moe_router_count(&d, &n));
+        if (!CHECK(n <= 20000) || !CHECK_OK(moe_tape_new(&t, &d, N, MOE_ON))) return;
+        test_fill(router, n, -1, 1);
+        t->side.previous = previous;
+        for (int wanted = 0; wanted < 2; wanted++) {
+            memset(dx[wanted], 0, sizeof dx[wanted]), memset(grads, 0, sizeof grads);
+            CHECK_OK(moe_route(t, router, x, N));
+            CHECK_OK(moe_route_backward(t, router, soft ? NULL : d_weight, wanted ? grads : NULL, dx[wanted]));
+        }
+        float top = 0;
+        for (size_t k = 0; k < n; k++) top = fmaxf(top, fabsf(grads[k]));
+        if (!CHECK(top > 0) | !CHECK_SAME(dx[0], dx[1], N * D)) printf("        %s\n", texts[i]);
+        moe_tape_free(t);
+    }
+}
+/* What no index of 31 bits reaches; routes that were never made; a merged expert counts as one. */
+static void test_sizes_of_descs(void) {
+    moe_desc shared = small_desc("n_shared=4 top_k=1");
+    size_t bytes = 0;
+    moe_routes none;
+    memset(&none, 0, sizeof none);
+    CHECK_STATUS(moe_tape_size(&shared, (size_t)1 << 30, MOE_OFF, &bytes), MOE_E_OVERFLOW);
+    CHECK_STATUS(moe_routes_fill(&none, 0, NULL, NULL, 0, MOE_ORDER_TOKEN), MOE_E_NULL_ROUTES);
+    moe_layer *merged = row(NULL, "combine=merge select=all"), *one = row(NULL, "top_k=1");
+    CHECK(moe_layer_active_params(merged) == moe_layer_active_params(one) && moe_layer_active_params(one) > 0);
+    moe_layer_free(merged), moe_layer_free(one);
+}
+
 int main(void) {
     RUN(test_level_two);
     RUN(test_own_routing);
@@ -608,5 +906,14 @@ int main(void) {
     RUN(test_one_finite);
     RUN(test_level_two_statuses);
     RUN(test_layer_experts);
+    RUN(test_side);
+    RUN(test_bias_too_large);
+    RUN(test_laser_window);
+    RUN(test_other_routes);
+    RUN(test_backward_parts);
+    RUN(test_what_is_not_wanted);
+    RUN(test_choices_taken_away);
+    RUN(test_router_not_wanted);
+    RUN(test_sizes_of_descs);
     return test_end();
 }

@@ -322,6 +322,7 @@ static void test_refused(void) {
     REFUSED(desc.lambda = (double)NAN, MOE_E_EP_LAMBDA);
     REFUSED(desc.lambda = (double)INFINITY, MOE_E_EP_LAMBDA);
     REFUSED(desc.alpha = -1, MOE_E_EP_ALPHA);
+    REFUSED(desc.alpha = 2e6, MOE_E_EP_ALPHA);
     REFUSED(desc.alpha = (double)NAN, MOE_E_EP_ALPHA);
     load[2] = ((uint64_t)1 << 40) - 17;
     REFUSED((void)0, MOE_E_EP_LOAD);

@@ -279,6 +279,10 @@ static void test_packed(void) {
             free(left), free(right), free(both), free(panels);
         }
     CHECK(moe_gemm_pack(NULL, NULL) == MOE_E_NULL_PARAMS);
+    moe_gemm_args none;
+    memset(&none, 0, sizeof none);
+    none.k = 3, CHECK_OK(moe_gemm_pack(&none, NULL)); /* no columns, then no rows: nothing is read or written */
+    none.k = 0, none.n = 3, CHECK_OK(moe_gemm_pack(&none, NULL));
 }
 
 static void test_bad_arguments(void) {

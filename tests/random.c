@@ -140,6 +140,12 @@ static void test_hash(void) {
         FOR_EACH_ISA(isa) CHECK(moe_hash(3, moved + shift, N) == whole);
     }
     CHECK(moe_hash(3, NULL, 0) == moe_hash(3, text, 0));
+    /* of the bytes 1, 2, 3 ... and seed 5, computed in Python from the description; checksums stand in documents */
+    static const struct { size_t n; uint64_t hash; } known[] = {
+        {0, UINT64_C(0x89f5054dbb632d80)}, {1, UINT64_C(0xe95a38f9aee93af4)}, {7, UINT64_C(0x350c99315a2bfd6a)},
+        {31, UINT64_C(0x4ef6b685e9b0c1b9)}, {47, UINT64_C(0xc20c1e921be51fe2)}};
+    for (size_t i = 0; i < N; i++) text[i] = (unsigned char)(i + 1);
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) CHECK(moe_hash(5, text, known[i].n) == known[i].hash);
 }
 
 /* levels 0: uniform; else few values, so many ties, 0 of both signs, and some -infinity */

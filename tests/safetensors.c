@@ -11,6 +11,9 @@ static void test_header_length(void) {
     for (size_t i = 0; i < sizeof lies / sizeof lies[0]; i++) {
         set_header_length(b, lies[i]);
         CHECK_STATUS(open_status(b), MOE_E_FILE_HEADER_SIZE);
+        moe_file file;
+        CHECK_STATUS(moe_file_open(&file, b.p, b.n), MOE_E_FILE_HEADER_SIZE);
+        CHECK(file.offset == 0); /* where it is told */
     }
     set_header_length(b, 0);
     CHECK_STATUS(open_status(b), MOE_E_FILE_HEADER);
@@ -154,6 +157,7 @@ static void test_offset(void) { /* moe_file.offset: where the fault is */
         { "{\"a\xff\":" F32X2("0", "8") "}", 8, 8 + 3 },
         { "{\"abc\":" ONE("F32", "3", "0", "8") "}", 8, 8 + 2 },
         { "{\"a\":" F32X2("0", "8") ",\"a\":" EMPTY("8") "}", 8, 8 + 55 },
+        { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, 8 + 20 },
         { "{\"a\":" F32X2("0", "8") "}", 9, 8 + 54 + 8 }
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {

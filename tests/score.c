@@ -133,6 +133,23 @@ static void test_simbal(void) {
 }
 
 /* ---- ERMoE: bases stay orthonormal ---- */
+/* The scores of an evaluation of x (n, d): the share of each token that lies in an expert's basis. */
+static void check_subspace(moe_layer *m, size_t d, size_t n) {
+    size_t f = moe_layer_desc(m)->d_ff, N = moe_layer_desc(m)->n_experts;
+    const moe_tape *t = go(m, n, 1);
+    float *V = get(m, "experts.w1");
+    for (size_t i = 0; i < n * N; i++) {
+        double in = 0, all = 0;
+        for (size_t k = 0; k < f; k++) {
+            double p = 0;
+            for (size_t c = 0; c < d; c++) p += (double)x[i / N * d + c] * (double)V[(i % N * d + c) * f + k];
+            in += p * p;
+        }
+        for (size_t c = 0; c < d; c++) all += (double)x[i / N * d + c] * (double)x[i / N * d + c];
+        CHECK_WITHIN(t->logits[i], sqrt(in / all), 1e-6);
+    }
+    free(V);
+}
 static void test_ermoe(void) {
     enum { T = 16, N = 4 };
     moe_layer *m = row("ermoe", "n_experts=4");
@@ -158,20 +175,13 @@ static void test_ermoe(void) {
                 CHECK_WITHIN(vv, a == b, 5e-7);
                 if (a != b) CHECK_WITHIN(ww / sqrt(wa * wb), 0, 1e-7);
             }
-    for (size_t i = 0; i < T; i++) { /* the score: the share of the token that lies in the basis */
-        const moe_tape *t = i ? moe_layer_tape(m) : go(m, T, 1);
-        for (size_t e = 0; e < N; e++) {
-            double in = 0, all = 0;
-            for (size_t f = 0; f < F; f++) {
-                double p = 0;
-                for (size_t c = 0; c < D; c++) p += (double)x[i * D + c] * (double)V[(e * D + c) * F + f];
-                in += p * p;
-            }
-            for (size_t c = 0; c < D; c++) all += (double)x[i * D + c] * (double)x[i * D + c];
-            CHECK_WITHIN(t->logits[i * N + e], sqrt(in / all), 1e-6);
-        }
-    }
+    check_subspace(m, D, T);
     free(first), free(V), free(W);
+    moe_layer_free(m);
+    m = row("ermoe", "n_experts=4 d_model=40 d_ff=36"); /* panels of 32 and of 8, of 32 and of 4 */
+    if (!m) return;
+    test_fill(x, T * 40, -1, 1);
+    check_subspace(m, 40, T);
     moe_layer_free(m);
 }
 

@@ -55,8 +55,62 @@ static void test_in_memory(void) {
     CHECK(test_live_blocks == 0);
 }
 
+/* What of a desc a tape was made for, and what may differ: base is the tape's, text the layer's. */
+static void test_another_desc(void) {
+    static const struct { const char *text; int fits; } rows[] = {
+        {"d_model=12", 0}, {"d_ff=12", 0}, {"n_experts=5", 0}, {"top_k=1", 0}, {"n_shared=2", 0}, {"n_zero=1", 0},
+        {"shared_gate=false", 0}, {"n_constant=1", 0}, {"sequence=8", 0}, {"n_ranks=2", 0}, {"score=tanh", 0},
+        {"d_router=6", 0}, {"router_bias=false", 0}, {"route_sequence=true", 0}, {"jitter=0.1", 0},
+        {"noise=gaussian", 0}, {"residual=true", 0}, {"gate=sigmoid", 0}, {"learn_temperature=true", 0},
+        {"select=all", 0}, {"random_second=true", 0}, {"capacity_factor=1", 1}, {"expert=relu", 0},
+        {"expert=geglu", 0}, {"bias=true", 0}, {"expert_norm=true", 0}, {"combine=merge select=all", 0},
+        {"n_codes=4", 0}, {"loss.output-orthogonality=1", 0}, {"seed=9", 1},
+        {"temperature=2", 1}, {"top_p=0.5", 1}, {"zero_output=true", 1}, {"loss.switch=1", 1}, {"weight_scale=2", 1},
+        {"controller=bias", 1}, {"normalize=false", 1}, {"optimizer=sgd", 1}, {"mask_jitter=0.2", 1}};
+    float x[2 * 13] = {0}, y[2 * 13];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        moe_desc base = desc_of(13, 8, 4, 2), d;
+        moe_layer *m = NULL;
+        moe_tape *t = NULL;
+        CHECK_OK(moe_desc_parse(&base, "score=mlp d_router=5 n_shared=1 shared_gate=true", NULL));
+        d = base;
+        CHECK_OK(moe_desc_parse(&d, rows[i].text, NULL));
+        CHECK_OK(moe_tape_new(&t, &base, 2, MOE_ON));
+        if (!CHECK_OK(moe_layer_new(&m, &d)) ||
+            !CHECK_STATUS(moe_forward_tape(m, t, x, 2, y), rows[i].fits ? MOE_OK : MOE_E_TAPE_DESC))
+            printf("        %s\n", rows[i].text);
+        moe_tape_free(t), moe_layer_free(m);
+    }
+}
+static void test_sizes(void) {
+    moe_desc d = desc_of(1, 1, 1, 1);
+    size_t bytes = 0;
+    CHECK_OK(moe_tape_size(&d, (size_t)1 << 30, MOE_ON, &bytes));
+    d.n_shared = 1; /* 2^31 rows of experts, though a token has one routed choice */
+    CHECK_STATUS(moe_tape_size(&d, (size_t)1 << 30, MOE_ON, &bytes), MOE_E_OVERFLOW);
+}
+
 /* ---- systems ---- */
 #include "rows.h"
+
+/* A tape of several blocks of tokens, of which slots are few: nothing behind it changes, nor behind the last token. */
+static void test_blocks(void) {
+    enum { T = 300, BEHIND = 1 << 17 };
+    static const char text[] = "n_experts=2 combine=soft select=all soft_slots=2 sequence=300 score=mlp d_router=32";
+    moe_desc d = row_desc(NULL, text);
+    moe_layer *m = row(NULL, text);
+    moe_tape *t = NULL;
+    size_t bytes = 0, changed = 0;
+    tokens(T);
+    CHECK_OK(moe_tape_size(&d, T + 1, MOE_OFF, &bytes));
+    unsigned char *memory = (unsigned char *)test_memory(bytes + BEHIND, 1);
+    memset(memory, 0xab, bytes + BEHIND);
+    CHECK_OK(moe_tape_init(&t, &d, T + 1, MOE_OFF, memory, bytes));
+    CHECK_OK(moe_forward_tape(m, t, x, T, y));
+    for (size_t i = 0; i < BEHIND; i++) changed += memory[bytes + i] != 0xab;
+    CHECK(changed == 0 && test_bits(t->logits[2 * T]) == 0xabababab);
+    moe_tape_free(t), moe_layer_free(m), free(memory);
+}
 
 /* ---- the N-th allocation fails, for every N ---- */
 static void test_no_memory(void) {
@@ -111,6 +165,9 @@ static void test_no_memory(void) {
 
 int main(void) {
     RUN(test_in_memory);
+    RUN(test_another_desc);
+    RUN(test_sizes);
+    RUN(test_blocks);
     RUN(test_no_memory);
     return test_end();
 }

@@ -26,6 +26,14 @@ static void test_float_text(void) {
     }
 }
 
+static void test_fewest_digits(void) { /* a part in 10^13 beside the middle of two floats: six digits are enough */
+    char text[32];
+    moe__text out = {text, sizeof text, 0};
+    moe__text_float(&out, 0x1.04068ap-37f);
+    moe__text_end(&out);
+    CHECK(!strcmp(text, "7.39037e-12") && strtof(text, NULL) == 0x1.04068ap-37f);
+}
+
 static void test_parse_float(void) { /* what the library writes it reads; what anybody writes it reads as strtof does */
     char text[64];
     float back = 0;
@@ -54,6 +62,18 @@ static void test_parse_float(void) { /* what the library writes it reads; what a
         CHECK_WITHIN(wide, good[i].value, 1e-14 * fabs(good[i].value) + 1e-323);
     }
     CHECK(!moe__parse_double("1e309", &wide) && !moe__parse_double("1e1000", &wide));
+    char digits[80], null[8];
+    memset(digits, '1', 65), digits[65] = 0;
+    CHECK(!moe__parse_double(digits, &wide)); /* 65 of them; 64 are read */
+    digits[64] = 0;
+    CHECK(moe__parse_double(digits, &wide) && fabs(wide / strtod(digits, NULL) - 1) < 1e-15);
+    static const float no_numbers[3] = {INFINITY, -INFINITY, NAN};
+    for (int i = 0; i < 3; i++) { /* JSON has no word for them */
+        moe__text no_number = {null, sizeof null, 0};
+        moe__text_float(&no_number, no_numbers[i]);
+        moe__text_end(&no_number);
+        CHECK(!strcmp(null, "null"));
+    }
 }
 
 static void test_integers(void) {
@@ -120,6 +140,7 @@ static void test_near(void) {
 
 int main(void) {
     RUN(test_float_text);
+    RUN(test_fewest_digits);
     RUN(test_parse_float);
     RUN(test_integers);
     RUN(test_cut);

@@ -367,6 +367,196 @@ static void test_layer_functions(void) {
     CHECK(test_live_blocks == 0);
 }
 
+/* ---- what is given and not needed, or needed in part ---- */
+static moe_layer *layer_of(const char *text) {
+    moe_desc d = small_desc();
+    moe_layer *m = NULL;
+    d.n_experts = 4, d.parallel.n_threads = 1;
+    if (!CHECK_OK(moe_desc_parse(&d, text, NULL)) || !CHECK_OK(moe_layer_new(&m, &d))) printf("        %s\n", text);
+    return m;
+}
+static void test_given_in_part(void) {
+    enum { T = 6 };
+    float x[T * 4], y[T * 4], dx[T * 4], grads[2][4 * 4];
+    const unsigned char mask[T] = {1, 0, 1, 1, 0, 1};
+    const uint64_t load[4] = {3, 3, 3, 3};
+    const double mean[4] = {0.25, 0.25, 0.25, 0.25};
+    const int32_t beyond[T] = {9, 9, 9, 9, 9, 9};
+    int32_t index[T * 2];
+    test_fill(x, T * 4, -1, 1);
+    moe_layer *m = layer_of("switch_load=first");
+    moe_side *side = moe_layer_side(m);
+    side->teacher = beyond, side->load = load; /* of losses that are off */
+    CHECK_OK(moe_forward(m, x, T, y));
+    CHECK_OK(moe_backward(m, x, NULL));
+    moe_layer_free(m);
+    m = layer_of("switch_load=first loss.switch=0.5");
+    side = moe_layer_side(m);
+    side->load = side->first = load, side->mean = mean, side->counted = T;
+    CHECK_OK(moe_forward(m, x, T, y));
+    CHECK_OK(moe_backward(m, x, NULL));
+    CHECK_WITHIN(moe_layer_tape(m)->loss[MOE_LOSS_SWITCH], 1, 1e-6); /* as even as can be */
+    moe_layer_free(m);
+    for (int wanted = 0; wanted < 2; wanted++) { /* with a mask, with dx and without */
+        m = layer_of("");
+        moe_layer_side(m)->mask = mask;
+        CHECK_OK(moe_forward(m, x, T, y));
+        CHECK_OK(moe_backward(m, x, wanted ? dx : NULL));
+        CHECK_OK(moe_layer_get(m, MOE_PART_GRADS, "router", grads[wanted], 16));
+        moe_layer_free(m);
+    }
+    CHECK_SAME(grads[0], grads[1], 16);
+    CHECK(grads[0][0] != 0);
+    moe_desc d = small_desc();
+    moe_tape *t = NULL;
+    CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON));
+    t->side.temperature = -1;
+    CHECK_STATUS(moe_tape_tokens(t, x, T), MOE_E_TEMPERATURE);
+    t->side.temperature = 0;
+    CHECK_OK(moe_route(t, y, NULL, 0));
+    CHECK_OK(moe_tape_index(t, NULL)); /* of no tokens */
+    moe_tape_free(t);
+    m = layer_of("n_codes=4"); /* routes of a router, the experts, but no codes */
+    float router[200] = {0};
+    size_t n = 0;
+    CHECK_OK(moe_router_count(moe_layer_desc(m), &n));
+    CHECK(n <= 200);
+    CHECK_OK(moe_tape_new(&t, moe_layer_desc(m), T, MOE_ON));
+    CHECK_OK(moe_forward_tape(m, t, x, T, y));
+    CHECK_OK(moe_route(t, router, x, T));
+    CHECK_OK(moe_layer_experts(m, t, y));
+    CHECK_STATUS(moe_backward_tape(m, t, x, NULL), MOE_E_NO_FORWARD);
+    CHECK_OK(moe_tape_index(t, index));
+    moe_tape_free(t);
+    moe_layer_free(m);
+}
+/* Worth by gradients where some have none, of experts that are no floats; a part that an optimiser does not keep; usage
+ * that is given. */
+static void test_worth_in_part(void) {
+    float x[6 * 4], y[6 * 4], numbers[16];
+    double worth[5], usage[5] = {1, 2, 3, 4, 5};
+    size_t none = 0;
+    moe_layer_formats int8;
+    memset(&int8, 0, sizeof int8);
+    int8.format = MOE_FORMAT_INT8, int8.train_router = MOE_ON;
+    test_fill(x, 6 * 4, -1, 1);
+    moe_layer *m = layer_of("sparse_step=true"), *other = NULL;
+    CHECK_OK(moe_forward(m, x, 1, y));
+    CHECK_OK(moe_backward(m, x, NULL));
+    CHECK_OK(moe_layer_worth(m, MOE_WORTH_GRADIENT, NULL, 0, worth));
+    for (int e = 0; e < 4; e++) none += worth[e] == 0;
+    CHECK(none == 2); /* one token, two experts of four */
+    CHECK_OK(moe_step(m, 0.1f));
+    if (CHECK_OK(moe_layer_quantize(m, &int8, &other))) {
+        CHECK(moe_layer_desc(other)->training == MOE_ON);
+        CHECK_STATUS(moe_layer_worth(other, MOE_WORTH_GRADIENT, NULL, 0, worth), MOE_E_QUANTISED);
+        moe_layer_free(other);
+    }
+    moe_layer_free(m);
+    m = layer_of("optimizer=sgd");
+    CHECK_STATUS(moe_layer_get(m, MOE_PART_MOMENT2, "router", numbers, 16), MOE_E_PART);
+    if (CHECK_OK(moe_layer_merge_to(&other, m, 2, x, 6, usage))) CHECK(moe_layer_desc(other)->n_experts == 2);
+    moe_layer_free(other);
+    moe_layer_free(m);
+    m = layer_of("n_experts=5 n_zero=1"); /* special experts have no usage */
+    usage[4] = NAN;
+    if (CHECK_OK(moe_layer_merge(&other, m, 1, 2, usage))) CHECK(moe_layer_desc(other)->n_experts == 4);
+    moe_layer_free(other), moe_layer_free(m);
+}
+
+/* Gradients that no cache holds are written past it where that is all that a few rows do: the same bits. */
+static void test_large_gradients(void) {
+    enum { T = 4, WIDE = 256 };
+    moe_desc d = small_desc();
+    moe_tape *t = NULL;
+    size_t n = 0;
+    d.d_model = WIDE, d.d_ff = 1024, d.n_experts = 16, d.parallel.n_threads = 1;
+    float *x = test_floats(T * WIDE), *y = test_floats(T * WIDE), *router = test_floats(WIDE * 16);
+    test_fill(x, T * WIDE, -1, 1), test_fill(router, WIDE * 16, -1, 1);
+    if (!CHECK_OK(moe_experts_count(&d, &n)) || !CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON))) return;
+    unsigned char *memory = (unsigned char *)test_memory(n + 16, sizeof(float));
+    float *params = test_floats(n), *added = test_floats(n);
+    float *fresh = (float *)(void *)(memory + (64 - (uintptr_t)memory % 64) % 64);
+    for (size_t i = 0; i < n; i++) params[i] = (float)(i % 13) / 13 - 0.5f;
+    for (int once = 0; once < 2; once++) {
+        CHECK_OK(moe_route(t, router, x, T));
+        CHECK_OK(moe_experts_forward(t, params, y));
+        CHECK_OK(moe_experts_backward(t, params, x, once, once ? fresh : added, NULL, NULL));
+    }
+    CHECK_SAME(fresh, added, n);
+    moe_tape_free(t);
+    free(memory), free(params), free(added), free(x), free(y), free(router);
+}
+
+/* Robust weights of what capacity leaves: of nothing none, of one output all of it. */
+static void test_robust_dropped(void) {
+    enum { T = 24 };
+    float x[T * 4], y[T * 4];
+    size_t left[3] = {0, 0, 0};
+    double norm = 0;
+    moe_layer *m = layer_of("combine=robust capacity_factor=0.5");
+    test_fill(x, T * 4, 0.5f, 1.5f);
+    CHECK_OK(moe_forward(m, x, T, y));
+    const moe_tape *t = moe_layer_tape(m);
+    for (size_t token = 0; token < T; token++) {
+        size_t n = 0;
+        float most = 0;
+        for (size_t s = 0; s < 2; s++) n += t->routes.slot[token * 2 + s] != MOE_NONE;
+        for (size_t i = 0; i < 4; i++) most = fmaxf(most, fabsf(y[token * 4 + i]));
+        CHECK((most > 0) == (n > 0));
+        left[n]++;
+    }
+    CHECK(left[0] > 0 && left[1] > 0 && left[2] > 0);
+    CHECK_OK(moe_backward(m, x, y));
+    CHECK_OK(moe_layer_grad_norm(m, &norm));
+    CHECK(norm > 0 && norm < 1e6);
+    moe_layer_free(m);
+}
+
+/* Scores by the experts' own matrices: of a token that is nothing none, without their gradient, without a backward. */
+static void test_subspace_in_part(void) {
+    enum { T = 5 };
+    float x[T * 4], dx[2][T * 4], d_weight[T * 2], scores[2][T * 4];
+    moe_desc d = small_desc();
+    moe_tape *t = NULL;
+    size_t n = 0;
+    d.d_ff = 2, d.n_experts = 4;
+    CHECK_OK(moe_desc_parse(&d, "score=subspace expert=orthonormal", NULL));
+    CHECK_OK(moe_experts_count(&d, &n));
+    float *params = test_floats(n), *grads = test_floats(n);
+    test_fill(x, T * 4, -1, 1), test_fill(d_weight, T * 2, -1, 1), test_fill(params, n, -1, 1);
+    for (size_t i = 0; i < 4; i++) x[4 + i] = 0;
+    for (int part = 0; part < 2; part++) {
+        CHECK_OK(moe_tape_new(&t, &d, T, MOE_ON));
+        t->side.experts = params, t->side.d_experts = part ? grads : NULL;
+        CHECK_OK(moe_route(t, NULL, x, T));
+        for (size_t e = 0; e < 4; e++) CHECK(t->logits[4 + e] == 0);
+        memset(dx[part], 0, sizeof dx[part]);
+        CHECK_OK(moe_route_backward(t, NULL, d_weight, NULL, dx[part]));
+        memcpy(scores[0], t->scores, sizeof scores[0]);
+        moe_tape_free(t);
+    }
+    CHECK_SAME(dx[0], dx[1], T * 4);
+    CHECK(dx[0][0] != 0 && dx[0][4] == 0);
+    CHECK_OK(moe_tape_new(&t, &d, T, MOE_OFF));
+    t->side.experts = params;
+    CHECK_OK(moe_route(t, NULL, x, T));
+    memcpy(scores[1], t->scores, sizeof scores[1]);
+    CHECK_SAME(scores[0], scores[1], T * 4);
+    moe_tape_free(t);
+    free(params), free(grads);
+}
+static void test_sizes_of_arrays(void) {
+    float a[4] = {0};
+    int32_t index[4];
+    size_t bytes = 0;
+    CHECK_STATUS(moe_sinkhorn_scratch(3, 0, &bytes), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_topk(SIZE_MAX / 8, 4, 1, a, index, NULL), MOE_E_OVERFLOW);
+    if (sizeof(size_t) < 8) return;
+    CHECK_STATUS(moe_sinkhorn_scratch(3, SIZE_MAX / 8, &bytes), MOE_E_N_EXPERTS);
+    CHECK_STATUS(moe_topk(1, SIZE_MAX / 8, 1, a, index, NULL), MOE_E_N_EXPERTS);
+}
+
 int main(void) {
     RUN(test_names);
     RUN(test_overflows);
@@ -374,5 +564,11 @@ int main(void) {
     RUN(test_routes_and_health);
     RUN(test_level_two);
     RUN(test_layer_functions);
+    RUN(test_given_in_part);
+    RUN(test_worth_in_part);
+    RUN(test_large_gradients);
+    RUN(test_robust_dropped);
+    RUN(test_subspace_in_part);
+    RUN(test_sizes_of_arrays);
     return test_end();
 }

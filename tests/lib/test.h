@@ -52,10 +52,13 @@ static long test_live_blocks;         /* allocated and not freed */
 static long test_allocations;         /* since the program began */
 static long test_fail_at = -1;        /* n >= 0: n more succeed, then every one fails */
 static const void *test_last_context; /* the ctx of the last call */
+static const void *test_want_context; /* unless NULL, what it should be; how often it was not */
+static long test_other_contexts;
 static int test_pattern = -1;         /* the byte that fills fresh memory; -1: several in turn */
 
 static inline void *test_malloc(size_t bytes, const void *context) {
     test_last_context = context;
+    test_other_contexts += test_want_context && context != test_want_context;
     if (test_fail_at == 0) return NULL;
     if (test_fail_at > 0) test_fail_at--;
     void *p = malloc(bytes ? bytes : 1);
@@ -69,6 +72,7 @@ static inline void *test_malloc(size_t bytes, const void *context) {
 
 static inline void test_free(void *p, const void *context) {
     test_last_context = context;
+    test_other_contexts += test_want_context && context != test_want_context;
     if (p != NULL) test_live_blocks--;
     free(p);
 }

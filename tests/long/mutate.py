@@ -7,11 +7,12 @@ an environment variable switches on: so each suite is built once.
     tests/long/mutate.py [--count 300] [--seed 1] [--room NAME,...] [--line N] [--jobs 2]
         [--suites NAME,...] [--most SECONDS] [--minutes M]
 
-A change is noticed if a test fails, crashes or does not end. Only tests that run the function count: the quick ones of
-the room's own suites first, then all others, fastest first; those slower than --most seconds of the processor (default
-10) only if they are the room's own, and none over a minute. A change that does not compile, or
-that compiles at -O1 to the same code as before, is none. Survivors whose line of code stands in mutants.txt, with why
-they change nothing that is promised, are counted apart. Ends with "N changes: ...", status 1 if
+A change is noticed if a test fails, crashes or does not end, or if the address or undefined-behaviour sanitizer stops
+one. Only tests that run the function count: the quick ones of the room's own suites first, then all others, fastest
+first; those slower than --most seconds of the processor (default 10) only if they are the room's own, and none over a
+minute. A change that does not compile, or that compiles at -O1 to the same code as before, is none. Survivors whose line of code stands in mutants.txt, with why
+they change nothing that is promised, are counted apart; so are those in functions that no test enters with scalar
+kernels. Factors and terms that change places, and longer arrays, are no changes. Ends with "N changes: ...", status 1 if
 a survivor is not explained."""
 import argparse, glob, math, os, random, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CC = os.environ.get("CC", "gcc")
 FLAGS = ["-std=c99", "-w", "-DMOE_NO_SIMD", "-DTEST_SANITIZED=1", "-Itests/lib"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # a room's own suites, where they are not named as it is
 OWN = {"tape": ["tape", "passes"], "losses": ["losses", "balance"], "balance": ["balance", "losses"],
        "models": ["models", "models_rows", "safetensors"], "systems": ["systems", "systems_rows", "authors"],
@@ -55,6 +57,9 @@ EXCHANGE = {"<": ["<=", ">"], "<=": ["<", ">"], ">": [">=", "<"], ">=": [">", "<
             "&&": ["||"], "||": ["&&"], "+": ["-"], "-": ["+"], "*": ["+", "/"], "/": ["*"], "%": ["/"],
             "+=": ["-=", "="], "-=": ["+=", "="], "*=": ["/=", "="], "/=": ["*="], "|=": ["&=", "="], "&=": ["|="],
             "<<": [">>"], ">>": ["<<"], "|": ["&"], "&": ["|"], "^": ["|"]}
+LENGTH = re.compile(r"(?:^|[;{}])\s*(?:(?:static|const|unsigned) )*(?:char|int|float|double|size_t|u?int\d+_t|moe_\w+) "
+                    r"(?:(?:[^;{}()]|\([^;{}()]*\))*(?:, |\*))?\w+\[$") # before an array's length in its declaration
+EITHER = re.compile(r"(?:\bmoe__(?:v_)?(?:min|max|add|mul|fma)|MOE__F_(?:MIN|MAX|ADD|MUL|FMA))\($")
 TOKEN = re.compile(r"\s(<<|>>|<=|>=|==|!=|&&|\|\||[-+*/|&]=|[-+*/%<>|&^])\s")
 
 
@@ -77,6 +82,8 @@ def changes(code, begin, end):
         for new in EXCHANGE[m.group(1)]:
             add(m, 1, new)
     for m in re.finditer(r"(?<![\w.])(\d+)u?(?![\w.])", body):
+        if body[m.end()] == "]" and LENGTH.search(body[max(0, m.start() - 300):m.start()]):
+            continue # a longer array changes nothing
         add(m, 1, {"0": "1", "1": "2"}.get(m.group(1), str(int(m.group(1)) + 1)))
         if m.group(1) == "1":
             add(m, 1, "0")
@@ -98,7 +105,7 @@ def changes(code, begin, end):
                         statement):
             add(m, 1, "")
     for m in re.finditer(r"(?<=[(,])\s?([\w.>&*\[\]-]+)(, )([\w.>&*\[\]-]+)(?=[,)])", body):
-        if m.group(1) != m.group(3):
+        if m.group(1) != m.group(3) and not EITHER.search(body[:m.start(1)].rstrip()[-40:]):
             found.append((begin + m.start(1), begin + m.end(3), m.group(3) + ", " + m.group(1)))
     return found
 
@@ -109,6 +116,7 @@ class Suite:
         text = open(self.file).read()
         self.alone = "\n#define MOE_IMPLEMENTATION" in "\n" + text
         self.program = os.path.join(work, name.replace("/", "."))
+        self.sanitized = None # the same with sanitizers, or "" if there is none
         self.tests = sorted(set(re.findall(r"\bRUN(?:_IF)?\((?:[^;]*, )?(test_\w+)[,)]", text)))
 
 
@@ -116,6 +124,7 @@ class Test:
     """One test of a suite, or where these depend on one another all of it."""
     def __init__(self, suite, name, seconds, hits):
         self.suite, self.name, self.seconds, self.hits = suite, name, seconds, hits
+        self.clean = None # to the sanitizers, as nothing is changed
 
     def environment(self):
         return {"TEST_ONLY": self.name} if self.name else {}
@@ -147,11 +156,11 @@ def watch(process, seconds, before=None):
     process.watch.start()
 
 
-def run(command, limit=900, environment=None):
+def run(command, limit=900, environment=None, memory="8388608"):
     """(status, what it printed to standard error, seconds); limit and seconds are of the processor, so that other work
     on the machine changes nothing. The status is below 0 where it had to be stopped. At most 8 GB of memory."""
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(["sh", "-c", 'ulimit -v 8388608; ulimit -t "$0"; exec "$@"',
+        process = subprocess.Popen(["sh", "-c", 'ulimit -v "$0"; ulimit -t "$1"; shift; exec "$@"', memory,
                                     str(math.ceil(limit)), *command],
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
                                    env={**os.environ, **(environment or {})}, start_new_session=True)
@@ -191,7 +200,7 @@ class Runner:
         self.suites = {n: Suite(n, self.work) for n in names if n != "contract/golden"}
         if options.suites:
             self.suites = {n: s for n, s in self.suites.items() if n in options.suites.split(",")}
-        self.tests, self.plain, self.lock = [], None, threading.Lock()
+        self.tests, self.plain, self.library, self.lock = [], None, None, threading.Lock()
         rooms = rooms_of(self.text)
         self.first = self.text.index("\n", self.text.index("*/", rooms[0][0])) + 1
         self.bodies = [(b + at, e + at) for at, stop, _ in rooms for b, e in bodies(self.code[at:stop])]
@@ -294,14 +303,46 @@ class Runner:
                             "-o", where + ".o"])
         return open(where + ".o", "rb").read() if status == 0 else None
 
-    def noticed_by(self, number, change):
+    def tests_of(self, number, change):
         own = OWN.get(change.room, [change.room])
         can = [t for t in self.tests if number in t.hits and (t.seconds <= self.options.most or t.suite.name in own)]
-        can.sort(key=lambda t: (t.suite.name not in own or t.seconds > 1, t.seconds))
-        for test in can:
+        return sorted(can, key=lambda t: (t.suite.name not in own or t.seconds > 1, t.seconds))
+
+    def noticed_by(self, number, change):
+        for test in self.tests_of(number, change):
             if run([test.suite.program], 4 * test.seconds + 5, {"MOE_MUTANT": str(number), **test.environment()})[0]:
                 return test.suite.name
         return None
+
+    def stopped_by(self, number, change):
+        for test in self.tests_of(number, change):
+            if self.sanitizers_pass(test, None) and not self.sanitizers_pass(test, number):
+                return "sanitizers in " + test.suite.name
+        return None
+
+    def sanitizers_pass(self, test, number):
+        """Does a test pass that is built with the address and undefined-behaviour sanitizers, with a change or none?"""
+        suite = test.suite
+        with self.lock:
+            if suite.sanitized is None:
+                suite.sanitized = self.build_sanitized(suite)
+        if number is None and test.clean is not None:
+            return test.clean
+        change = {} if number is None else {"MOE_MUTANT": str(number)}
+        passed = suite.sanitized != "" and run([suite.sanitized], 40 * test.seconds + 10,
+                                               {**change, **test.environment()}, "unlimited")[0] == 0
+        if number is None:
+            test.clean = passed
+        return passed
+
+    def build_sanitized(self, suite):
+        command = [CC, *FLAGS, *SANITIZE, "-I" + os.path.join(self.work, "all"), "-I."]
+        if self.library is None:
+            self.library = os.path.join(self.work, "sanitized.o")
+            run([*command, "-O1", "-c", "tests/lib/moe.c", "-o", self.library])
+        program, library = suite.program + ".sanitized", [] if suite.alone else [self.library]
+        status, _, _ = run([*command, "-O0", suite.file, *library, "-o", program, "-lm"])
+        return "" if status else program
 
 
 def rooms_of(text):
@@ -364,18 +405,23 @@ def main():
     os.chdir(ROOT)
     os.makedirs("build", exist_ok=True) # where suites write
     runner = Runner(options)
-    counts = {"noticed": 0, "explained": 0, "survived": 0, "none": 0}
+    counts = {"noticed": 0, "explained": 0, "survived": 0, "unreached": 0, "none": 0}
     known, lock, start = explained(), threading.Lock(), time.time()
 
     def one(numbered):
         number, change = numbered
-        if time.time() - start > 60 * options.minutes or sum(counts.values()) - counts["none"] >= options.count:
+        tried = counts["noticed"] + counts["explained"] + counts["survived"]
+        if time.time() - start > 60 * options.minutes or tried >= options.count:
             return
         by = runner.noticed_by(number, change)
+        reached = any(number in test.hits for test in runner.tests)
         key = (change.room, change.old_line, change.new_line)
-        kind = "noticed" if by else "explained" if key in known else "survived"
+        kind = "noticed" if by else "unreached" if not reached else "explained" if key in known else "survived"
         if kind == "survived" and runner.same_code(change):
             kind = "none"
+        if kind == "survived":
+            by = runner.stopped_by(number, change)
+            kind = "noticed" if by else kind
         with lock:
             counts[kind] += 1
             if kind == "survived":
@@ -393,8 +439,10 @@ def main():
     finally:
         shutil.rmtree(runner.work, ignore_errors=True)
     total = counts["noticed"] + counts["explained"] + counts["survived"]
-    print("%d changes: %d noticed, %d explained, %d survived (%d others did not compile or were the same code), %d s"
-          % (total, counts["noticed"], counts["explained"], counts["survived"], counts["none"], time.time() - start))
+    print("%d changes: %d noticed, %d explained, %d survived (others: %d did not compile or were the same code, %d are "
+          "in functions of the instruction sets), %d s" % (total, counts["noticed"], counts["explained"],
+                                                           counts["survived"], counts["none"], counts["unreached"],
+                                                           time.time() - start))
     return counts["survived"] > 0
 
 

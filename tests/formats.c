@@ -584,6 +584,7 @@ static void test_bad_files(void) {
     check_bad(&file, "experts.wu.2.scale", 4, 0x7f80, 2, MOE_E_FILE_QUANTISED); /* infinity */
     check_bad(&file, "experts.w2.2.scale", 0, 0xbf80, 2, MOE_E_FILE_QUANTISED); /* -1 */
     check_bad(&file, "experts.w2.2.scale", 0, 0x7f7f, 2, MOE_E_FILE_QUANTISED); /* its weights would be infinite */
+    check_bad(&file, "experts.w2.2.scale", 0, 0x087f, 2, MOE_E_FILE_QUANTISED); /* below 2^-110 */
     check_bad(&file, "experts.w1.2", 9, 0x80, 1, MOE_E_FILE_QUANTISED);         /* -128 */
     check_bad(&file, "experts.w1.0", 9, 0x08, 1, MOE_E_FILE_QUANTISED);         /* -8 */
     check_bad(&file, "experts.w2.3", 2, 0x7f80, 2, MOE_E_FILE_NAN);

@@ -625,6 +625,29 @@ static void test_same_bits(void) {
     for (int l = 0; l < MOE_LOSS_COUNT; l++) CHECK(seen[l] || l == MOE_LOSS_LATENT_KL);
 }
 
+/* Fewer tokens than ranks, so that one has none: the mean over the others, in double. */
+static void test_locality_of_few(void) {
+    enum { FEW = 3, RANKS = 4, SMALL = 1 };
+    float x[FEW * D], y[FEW * D], dy[FEW * D] = {0};
+    int32_t type[FEW];
+    double value[MOE_LOSS_COUNT], want = 0;
+    moe_layer *m = make_layer("n_ranks=4 loss.locality=1", SMALL);
+    if (!m) return;
+    make_batch(1, FEW, x, NULL, type);
+    CHECK_OK(moe_forward(m, x, FEW, y));
+    const float *p = moe_layer_tape(m)->prob;
+    for (size_t t = 0; t < FEW; t++) /* at home on rank t of 4: floor(4 t / 3) */
+        for (size_t rank = 0; rank < RANKS; rank++) {
+            double share = 0, target = rank == t ? 0.99 : 0.01 / (RANKS - 1);
+            for (size_t e = 0; e < E / RANKS; e++) share += (double)p[t * E + rank * (E / RANKS) + e];
+            want += share * log(share / target) / FEW;
+        }
+    CHECK_OK(moe_backward(m, dy, NULL));
+    CHECK_OK(moe_layer_losses(m, value, NULL));
+    CHECK_NEAR(value[MOE_LOSS_LOCALITY], want, 1e-6);
+    moe_layer_free(m);
+}
+
 int main(void) {
     RUN(test_every_row_has_a_case);
     RUN(test_document);
@@ -637,6 +660,7 @@ int main(void) {
     RUN(test_controllers_sum);
     RUN(test_quantile_sees_every_backward);
     RUN(test_saved);
+    RUN(test_locality_of_few);
     RUN(test_same_bits);
     return test_end();
 }

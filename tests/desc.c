@@ -579,6 +579,7 @@ static void test_export(void) { /* that it is the plan: tests/contract/compile.s
     CHECK(strlen(part) == 99 && !memcmp(part, text, 99));
     CHECK(times(text, "#define MOE_ONLY_GATE 1\n") == 1 && times(text, "#define MOE_ONLY_EXPERT 4\n") == 1);
     CHECK(times(text, "#define") == 8 && times(text, "{") == times(text, "}"));
+    CHECK(times(text, " {0},\\\n") == 1); /* the losses, which are off */
     CHECK(times(text, "MOE_FIELD(top_k, 2u)") == 1 && times(text, "MOE_FIELD(bias, 1)") == 1);
     CHECK(times(text, "MOE_FIELD(seed, 18446744073709551615u)") == 1); /* router_gain, mask_jitter: */
     CHECK(times(text, "(float)0.1,") == 2 && times(text, "(float)") + times(text, "MOE_FIELD") == 82);

@@ -265,6 +265,7 @@ static void *play(void *arg) {
         if (!status) status = play_whole(t, ranks, p->rank, &whole);
     }
     t->status[p->rank] = status;
+    if (!status && whole && !t->shards) CHECK(moe_layer_hash(layer) == moe_layer_hash(whole)); /* gathered: collected */
     if (!status) t->rank_hash[p->rank] = moe_layer_hash(whole ? whole : layer);
     if (ranks) t->row_bytes += moe_ranks_report(ranks)->row_bytes;
     if (ranks) t->weight_bytes += moe_ranks_report(ranks)->weight_bytes;

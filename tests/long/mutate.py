@@ -245,7 +245,7 @@ class Runner:
                                 "-o", os.path.join(self.work, "moe.o")])
             if status == 0:
                 return where
-            bad = {int(n) for n in re.findall(r"moe\.h:(\d+):\d+: (?:fatal )?error", said)}
+            bad = {int(n) for n in re.findall(r"moe\.h:(\d+):\d+: (?:(?:fatal )?error|note: in expansion)", said)}
             out = [n for n, (first, last) in lines.items() if any(first <= b <= last for b in bad)]
             if not out:
                 sys.exit("does not compile: " + said[:2000])

@@ -3123,7 +3123,7 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, row_f32, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))    \
     X(void, row_bf16, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   \
     X(void, row_int8, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   \
-    X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))   
+    X(void, row_int4, (size_t rows, const float *a, size_t a_panel, const void *panel, const void *other, float *c))
 
 typedef void moe__kernel_tile(const moe__tile *tile);
 typedef void moe__kernel_act(size_t rows, const float *z0, const float *z1, float *h);
@@ -3363,16 +3363,15 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 /* A field as a float is q / unit where it stays at the top of its word, which costs less than bringing it down: its
  * scale takes that back. A word of the list that brings byte n to the top. */
 #define MOE__BYTE_TO_TOP(n) (int)(((uint32_t)(n) << 24) + 0x00808080u)
-#define MOE__SCALES(field)                                                                               \
+#define MOE__SCALES(unit)                                                                                \
     MOE__BFLOATS(scale_low, scale_high)                                                                  \
-    const float units[2] = {MOE__UNITS};                                                                 \
-    MOE__EACH_V(scale_low.v[i] = MOE__F_MUL(scale_low.v[i], MOE__F_SET1(units[field]));                  \
-                scale_high.v[i] = MOE__F_MUL(scale_high.v[i], MOE__F_SET1(units[field]));)               \
+    MOE__EACH_V(scale_low.v[i] = MOE__F_MUL(scale_low.v[i], MOE__F_SET1(unit));                          \
+                scale_high.v[i] = MOE__F_MUL(scale_high.v[i], MOE__F_SET1(unit));)                       \
     words += 16;
 #define MOE__BEFORE_f32
 #define MOE__BEFORE_bf16
-#define MOE__BEFORE_int8 MOE__SCALES(0)
-#define MOE__BEFORE_int4 MOE__SCALES(1)
+#define MOE__BEFORE_int8 MOE__SCALES(MOE__BYTE_UNIT)
+#define MOE__BEFORE_int4 MOE__SCALES(MOE__HALF_BYTE_UNIT)
 #define MOE__LINE_f32(use)                                                                               \
     {                                                                                                    \
         moe__v low = moe__v_load((const float *)(const void *)words);                                    \
@@ -3608,7 +3607,8 @@ typedef __m256 moe__f;
     _mm256_cvtepi32_ps(_mm256_shuffle_epi8(MOE__F_WORDS(w), _mm256_add_epi32(_mm256_set1_epi32(MOE__BYTE_TO_TOP(n)), \
         _mm256_setr_epi32(0, 0x4000000, 0x8000000, 0xc000000, 0, 0x4000000, 0x8000000, 0xc000000)))))
 #define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm256_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
-#define MOE__UNITS 5.9604644775390625e-8f, 3.7252902984619140625e-9f /* 2^-24, 2^-28 */
+#define MOE__BYTE_UNIT 5.9604644775390625e-8f          /* 2^-24 */
+#define MOE__HALF_BYTE_UNIT 3.7252902984619140625e-9f  /* 2^-28 */
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0 and 4 */ \
     _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps((p) + 4 * (ld)), 1)
 #define MOE__F_LOW(a, b) _mm256_unpacklo_ps(a, b)
@@ -3660,7 +3660,8 @@ typedef __m512 moe__f;
     _mm512_cvtepi32_ps(_mm512_shuffle_epi8(MOE__F_WORDS(w), _mm512_add_epi32(_mm512_set1_epi32(MOE__BYTE_TO_TOP(n)), \
         _mm512_set4_epi32(0xc000000, 0x8000000, 0x4000000, 0)))))
 #define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm512_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
-#define MOE__UNITS 5.9604644775390625e-8f, 3.7252902984619140625e-9f
+#define MOE__BYTE_UNIT 5.9604644775390625e-8f
+#define MOE__HALF_BYTE_UNIT 3.7252902984619140625e-9f
 #define MOE__F_QUADS(p, ld) /* 4 floats of rows 0, 4, 8 and 12 */ \
     _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), \
         _mm_loadu_ps((p) + 4 * (ld)), 1), _mm_loadu_ps((p) + 8 * (ld)), 2), _mm_loadu_ps((p) + 12 * (ld)), 3)
@@ -3756,10 +3757,11 @@ typedef float32x4_t moe__f;
     vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(vld1q_u32(w)), left), right))
 #define MOE__FMASK uint32x4_t
 #endif
-#ifndef MOE__UNITS
+#ifndef MOE__BYTE_UNIT
 #define MOE__F_BYTE(w, n) MOE__F_FIELD(w, 24 - 8 * (n), 24)
 #define MOE__F_HALF_BYTE(w, n) MOE__F_FIELD(w, 28 - 4 * (n), 28)
-#define MOE__UNITS 1.0f, 1.0f
+#define MOE__BYTE_UNIT 1.0f
+#define MOE__HALF_BYTE_UNIT 1.0f
 #endif
 
 /* 16 virtual lanes, or in the pass of one number 1 */
@@ -4598,7 +4600,8 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_TOP
 #undef MOE__F_BYTE
 #undef MOE__F_HALF_BYTE
-#undef MOE__UNITS
+#undef MOE__BYTE_UNIT
+#undef MOE__HALF_BYTE_UNIT
 #undef MOE__F_QUADS
 #undef MOE__F_LOW
 #undef MOE__F_HIGH
@@ -11066,11 +11069,12 @@ static moe_status moe__balance_add_locality(const moe__run *run, moe_loss_args *
     size_t T = now->total, E = args->n_experts, n_ranks = args->n_ranks, used = 0, end;
     size_t last = now->first + args->n_tokens;
     double v, sum = 0.0;
+    moe_status status = MOE_OK;
     for (size_t home = 0; home < n_ranks; home++)
         used += moe__ceil_div(home * T, n_ranks) < moe__ceil_div((home + 1) * T, n_ranks);
     args->smoothing = 0.01f;
     args->rank_prob = losses->rank_prob;
-    for (size_t begin = now->first; args->home < n_ranks; args->home++, begin = moe__max(begin, end)) {
+    for (size_t begin = now->first; args->home < n_ranks && !status; args->home++, begin = moe__max(begin, end)) {
         end = moe__min(last, moe__ceil_div((args->home + 1) * T, n_ranks)); /* tokens with t n_ranks / T == home */
         if (end <= begin) continue;
         args->n_tokens = args->mean_tokens = end - begin;
@@ -11078,11 +11082,11 @@ static moe_status moe__balance_add_locality(const moe__run *run, moe_loss_args *
         args->d_logits = run->memory->d_logits + (begin - now->first) * E;
         (void)moe_mean_scores(args->n_tokens, E, args->prob, losses->mean_of_batch);
         (void)moe_rank_prob(E, n_ranks, losses->mean_of_batch, losses->rank_prob);
-        (void)moe_loss(MOE_LOSS_LOCALITY, args, coefficient / (float)used, &v);
-        sum += v / (double)used;
+        status = moe_loss(MOE_LOSS_LOCALITY, args, coefficient / (float)used, &v);
+        if (!status) sum += v / (double)used;
     }
     *value = sum;
-    return MOE_OK;
+    return status;
 }
 static moe_status moe__balance_add_relu_l1(const moe__run *run, moe_loss_args *args, float coefficient, double *value) {
     args->top_k = run->memory->now.k;
@@ -18652,7 +18656,7 @@ MOE_API moe_status moe_growth_step(moe_growth *growth, double metric, const moe_
     moe_growth now = *growth;
     moe_status status = moe__growth_settings(growth, &set);
     if (status) return status;
-    if ((size_t)growth->n_special >= health->n_experts) return MOE_E_GROWTH_SETTING;
+    if ((size_t)growth->n_special >= health->n_experts) return MOE_E_GROWTH_SETTING; /* below 0 too */
     double value = moe__growth_metric_of(growth, metric, health);
     if (!(fabs(value) <= (double)FLT_MAX)) return MOE_E_GROWTH_METRIC;
     int asks = growth->which && (set.action == MOE_GROWTH_SPLIT || set.action == MOE_GROWTH_REVIVE);

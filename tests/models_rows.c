@@ -1054,7 +1054,7 @@ static void test_own_families(void) {
         {TEXT("router=r", "router=" LONGER LONG), MOE_E_MODEL_TEXT, "family: router"},
         {TEXT("d_ff=6", "shared_width=7 " SHARED_TEXT), MOE_E_MODEL_TEXT, "family: d_ff"},
         {TEXT("d_ff=6", "d_ff=6 shared_width=@word"), MOE_E_CONFIG_VALUE, "config.json: word"},
-        {"d_ff=6", sizeof(size_t) > 4 ? "d_ff=6 n_shared=9223372036854775808" : "d_ff=6 n_shared=2147483648", "", "",
+        {TEXT("d_ff=6", sizeof(size_t) > 4 ? "d_ff=6 n_shared=9223372036854775808" : "d_ff=6 n_shared=2147483648"),
          MOE_E_OVERFLOW, "family: size"}, /* half of SIZE_MAX and one */
         {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:2,6,4", MOE_OK, ""},
         {"w1=g*", "w1=g", "x.g0:F32:6,4 x.g1:F32:6,4", "x.g:F32:12,4", MOE_OK, ""},

@@ -811,7 +811,7 @@ static void test_cluster(void) {
     static const double centre[C][E] = {{3, 0, 0, -1, -1, -1}, {0, 3, 0, -1, -1, -1}, {0, 0, 3, -3, 0, 0}};
     float z[T * E];
     uint32_t type[T], again[T], truth[T];
-    double share[8], quality[8 * E], work[T + E], other[8 * E];
+    double share[8], quality[8 * E], work[T + E], *other = test_doubles(C * E); /* no more than C centres */
     for (int t = 0; t < T; t++) {
         truth[t] = (uint32_t)(test_below(10) < 5 ? 0 : test_below(2) + 1);
         double lift = 5 * normal(); /* a token's own level means nothing */
@@ -844,6 +844,7 @@ static void test_cluster(void) {
             for (int c = 0; c < C; c++) CHECK_WITHIN(fmax(d[type[t]] - d[c], 0), 0, 2e-15);
         }
     }
+    free(other);
     CHECK_OK(moe_game_cluster(T, E, C, 1, z, type, share, quality, work)); /* the planted types, by other numbers */
     int name[C] = {-1, -1, -1}, wrong = 0;
     for (int t = 0; t < T; t++) {

@@ -92,6 +92,9 @@ static void test_shards(void) {
     CHECK_OK(moe_shards_router(&f, 1, &layer, text, sizeof text));
     CHECK(layer == 1);
     CHECK_STATUS(moe_shards_router(&f, 2, &layer, text, sizeof text), MOE_E_NAME);
+    static const char outside[] = "{\"weight_map\":{\"t\":\"a\",\"u\":\"../b\"}}";
+    CHECK_STATUS(moe_shards_open(&f, outside, sizeof outside - 1), MOE_E_SHARDS);
+    CHECK(!memcmp(outside + f.offset, "../b", 4)); /* where the name stands that is none */
     for (size_t n = 0; n < size - 1; n++) { /* truncated at every length; the last byte is a line's end */
         unsigned char *copy = (unsigned char *)malloc(n ? n : 1);
         memcpy(copy, index_json, n);

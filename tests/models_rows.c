@@ -1183,6 +1183,8 @@ static void test_own_numbers(void) {
         {"{}", "m_blocks:U8:1,2,16 m_scales:U8:1,3", "m", NULL, MOE_E_MODEL_SHAPE, IN_IT "m_scales"},
         {"{}", "m_blocks:U8:0,@,16 m_scales:U8:0", "m", NULL, MOE_E_OVERFLOW, ""},
         {"{}", LONGER "abcdefghijklmno:F8_E4M3:2", LONGER "abcdefghijklmno", NULL, MOE_E_MODEL_DTYPE, NULL},
+        {"{}", LONGER "abcdefghijklmnop:F8_E4M3:2 " LONGER "abcdefghijklmnop_scal:F32:", LONGER "abcdefghijklmnop",
+         NULL, MOE_E_MODEL_DTYPE, NULL}, /* its scale's name has a letter too many; cut, it would be another's */
         {"{}", "f:I32:2", LONGER "abcdefghijklmnopq", NULL, MOE_E_MODEL_TENSOR, NULL}};
     static const double halves[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
     for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {

@@ -284,10 +284,11 @@ static double bench_median(double *v, size_t n)
 /* ---- the limits of the machine -------------------------------------------------------------- */
 static volatile float bench_sink; /* keeps results alive */
 
-/* Two loops for each instruction set: `steps` times 12 independent fused multiply-adds, and the sum of n floats (a
+/* Three loops for each instruction set: `steps` times 12 independent fused multiply-adds; the sum of n floats (a
  * multiple of 4 vectors, aligned), two vectors and two vectors, in one stream or with those others `apart` floats
- * behind, n / 2: processors read two streams faster than one, or the other way round. */
-#define BENCH_LOOPS(suffix, attributes, vec, width, set1, fma, load, add, store)                             \
+ * behind, n / 2: processors read two streams faster than one, or the other way round; and to[i] = p[i] + p[apart + i],
+ * n floats, past the caches or by plain stores: two reads and a write. */
+#define BENCH_LOOPS(suffix, attributes, vec, width, set1, fma, load, add, store, stream)                     \
     attributes static void bench_fma_##suffix(size_t steps)                                                  \
     {                                                                                                        \
         vec x = set1(0.5f), y = set1(0.25f);                                                                 \
@@ -317,6 +318,11 @@ static volatile float bench_sink; /* keeps results alive */
         }                                                                                                    \
         store(out, add(add(a, b), add(c, d)));                                                               \
         bench_sink = out[0];                                                                                 \
+    }                                                                                                        \
+    attributes static void bench_add_##suffix(const float *p, size_t n, size_t apart, int past, float *to)   \
+    {                                                                                                        \
+        for (size_t i = 0; past && i < n; i += width) stream(to + i, add(load(p + i), load(p + apart + i))); \
+        for (size_t i = 0; !past && i < n; i += width) store(to + i, add(load(p + i), load(p + apart + i))); \
     }
 
 #define BENCH_SET(x) (x)
@@ -324,33 +330,36 @@ static volatile float bench_sink; /* keeps results alive */
 #define BENCH_ADD(x, y) ((x) + (y))
 #define BENCH_STORE(p, x) (*(p) = (x))
 #define BENCH_NO_ATTRIBUTES
-BENCH_LOOPS(scalar, BENCH_NO_ATTRIBUTES, float, 1, BENCH_SET, fmaf, BENCH_LOAD, BENCH_ADD, BENCH_STORE)
+BENCH_LOOPS(scalar, BENCH_NO_ATTRIBUTES, float, 1, BENCH_SET, fmaf, BENCH_LOAD, BENCH_ADD, BENCH_STORE,
+            BENCH_STORE)
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #include <immintrin.h>
 BENCH_LOOPS(avx2, __attribute__((target("avx2,fma"))), __m256, 8, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_load_ps,
-            _mm256_add_ps, _mm256_storeu_ps)
+            _mm256_add_ps, _mm256_storeu_ps, _mm256_stream_ps)
 BENCH_LOOPS(avx512, __attribute__((target("avx512f"))), __m512, 16, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_load_ps,
-            _mm512_add_ps, _mm512_storeu_ps)
+            _mm512_add_ps, _mm512_storeu_ps, _mm512_stream_ps)
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define BENCH_NEON_FMA(x, y, z) vfmaq_f32(z, x, y)
-BENCH_LOOPS(neon, BENCH_NO_ATTRIBUTES, float32x4_t, 4, vdupq_n_f32, BENCH_NEON_FMA, vld1q_f32, vaddq_f32, vst1q_f32)
+BENCH_LOOPS(neon, BENCH_NO_ATTRIBUTES, float32x4_t, 4, vdupq_n_f32, BENCH_NEON_FMA, vld1q_f32, vaddq_f32, vst1q_f32,
+            vst1q_f32)
 #endif
 
 typedef struct bench_loops {
     void (*fma)(size_t steps);
     void (*sum)(const float *p, size_t n, size_t apart);
+    void (*add)(const float *p, size_t n, size_t apart, int past, float *to);
     size_t width;
 } bench_loops;
 
 static bench_loops bench_loops_of(moe_isa_kind isa)
 {
-    bench_loops l = {bench_fma_scalar, bench_sum_scalar, 1};
+    bench_loops l = {bench_fma_scalar, bench_sum_scalar, bench_add_scalar, 1};
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-    if (isa == MOE_ISA_AVX2) l = (bench_loops){bench_fma_avx2, bench_sum_avx2, 8};
-    if (isa == MOE_ISA_AVX512) l = (bench_loops){bench_fma_avx512, bench_sum_avx512, 16};
+    if (isa == MOE_ISA_AVX2) l = (bench_loops){bench_fma_avx2, bench_sum_avx2, bench_add_avx2, 8};
+    if (isa == MOE_ISA_AVX512) l = (bench_loops){bench_fma_avx512, bench_sum_avx512, bench_add_avx512, 16};
 #elif defined(__aarch64__)
-    if (isa == MOE_ISA_NEON) l = (bench_loops){bench_fma_neon, bench_sum_neon, 4};
+    if (isa == MOE_ISA_NEON) l = (bench_loops){bench_fma_neon, bench_sum_neon, bench_add_neon, 4};
 #endif
     (void)isa;
     return l;
@@ -360,7 +369,9 @@ typedef struct bench_limit_task {
     bench_loops loops;
     size_t steps;  /* of a task of the first kind */
     const float *data;
-    size_t floats, apart; /* of a task of the second kind */
+    size_t floats, apart; /* of a task of the other kinds */
+    int past;             /* of the third kind */
+    float *to;
 } bench_limit_task;
 
 static void bench_peak_task(void *arg, size_t i, size_t worker)
@@ -377,13 +388,20 @@ static void bench_read_task(void *arg, size_t i, size_t worker)
     t->loops.sum(t->data + i * t->floats, t->floats, t->apart);
 }
 
+static void bench_move_task(void *arg, size_t i, size_t worker)
+{
+    const bench_limit_task *t = (const bench_limit_task *)arg;
+    (void)worker;
+    t->loops.add(t->data + i * t->floats, t->floats, t->apart, t->past, t->to + i * t->floats);
+}
+
 /* Fused multiply-adds in registers, flops a second: the best of a few bursts of about 4 ms. */
 static double bench_peak(void)
 {
     enum { N_BURSTS = 4, N_TASKS = 16 };
     static size_t steps[MOE_ISA_COUNT];
     moe_isa_kind isa = moe_active_isa();
-    bench_limit_task t = {bench_loops_of(isa), 1000, NULL, 0, 0};
+    bench_limit_task t = {.loops = bench_loops_of(isa), .steps = 1000};
     double best = 0;
     while (steps[isa] == 0) { /* a task takes at least a quarter of a millisecond */
         double start = bench_now();
@@ -402,22 +420,54 @@ static double bench_peak(void)
     return best;
 }
 
+/* 1 GB whose pages are there. */
+static float *bench_gigabyte(size_t *floats)
+{
+    static float *data;
+    *floats = ((size_t)1 << 30) / sizeof(float);
+    if (data == NULL) {
+        data = bench_floats(*floats);
+        for (size_t i = 0; i < *floats; i++) data[i] = 1.0f;
+    }
+    return data;
+}
+
 /* Bytes a second of a sum over 1 GB, in one stream or in two, whichever is faster. */
 static double bench_read(void)
 {
     enum { N_TASKS = 256 };
-    static float *data;
-    const size_t floats = ((size_t)1 << 30) / sizeof(float);
-    if (data == NULL) {
-        data = bench_floats(floats);
-        for (size_t i = 0; i < floats; i++) data[i] = 1.0f;
-    }
-    bench_limit_task t = {bench_loops_of(moe_active_isa()), 0, data, floats / N_TASKS, 0};
+    bench_limit_task t = {.loops = bench_loops_of(moe_active_isa())};
     double best = 0;
+    t.data = bench_gigabyte(&t.floats);
+    double bytes = (double)(t.floats * sizeof(float));
+    t.floats /= N_TASKS;
     for (int streams = 1; streams <= 2; streams++, t.apart = t.floats / 2) {
-        double start = bench_now(), bytes = (double)(floats * sizeof(float));
+        double start = bench_now();
         moe_run(NULL, N_TASKS, bench_read_task, &t);
         double seconds = bench_now() - start;
+        if (bytes / seconds > best) best = bytes / seconds;
+    }
+    return best;
+}
+
+/* Bytes a second where two of three are read and one is written, as in a backward: read for the forward, read again,
+ * gradient written. By stores past the caches or plain ones, whichever is faster; what plain ones read before they
+ * write is not counted. */
+static double bench_move(void)
+{
+    enum { N_TASKS = 256 };
+    bench_limit_task t = {.loops = bench_loops_of(moe_active_isa())};
+    double best = 0;
+    size_t all;
+    float *data = bench_gigabyte(&all);
+    t.data = data;
+    t.floats = all / 4 / N_TASKS;
+    t.apart = all / 4;
+    t.to = data + all / 2;
+    for (t.past = 0; t.past <= 1; t.past++) {
+        double start = bench_now();
+        moe_run(NULL, N_TASKS, bench_move_task, &t);
+        double seconds = bench_now() - start, bytes = 3 * (double)(all / 4 * sizeof(float));
         if (bytes / seconds > best) best = bytes / seconds;
     }
     return best;
@@ -430,13 +480,20 @@ typedef struct bench_subject { const char *name; bench_run *run; void *self; } b
 typedef struct bench_row {
     const char *shape, *pass;
     double flops;   /* of one call */
-    double bytes;   /* of weights that one call touches, where reading them is the limit, else 0 */
+    double bytes;   /* of weights that one call touches, where moving them is the limit, else 0 */
+    int writes;     /* a third of these is written (bench_move), else all is read */
     char note[96];
     /* measured */
-    double seconds, peak_share, read_share, spread; /* spread: (longest - shortest) / median */
+    double seconds, peak_share, memory_share, spread; /* spread: (longest - shortest) / median */
     size_t runs, n_peers;
     struct { const char *name; double seconds; } peer[BENCH_MAX_PEERS]; /* the best last */
 } bench_row;
+
+static double bench_bandwidth(const bench_row *r)
+{
+    if (r->bytes <= 0) return 0;
+    return r->writes ? bench_move() : bench_read();
+}
 
 static void bench_progress(const bench_options *o, const bench_row *r, const char *who, size_t run, size_t runs)
 {
@@ -460,9 +517,9 @@ static inline void bench_measure(const bench_options *o, bench_row *r, const ben
     for (size_t i = 0; i < n_runs[0]; i++) {
         bench_progress(o, r, "moe.h", i, n_runs[0]);
         bench_settle();
-        double peak = bench_peak(), bandwidth = r->bytes > 0 ? bench_read() : 0;
+        double peak = bench_peak(), bandwidth = bench_bandwidth(r);
         seconds[i] = subject[0].run(subject[0].self);
-        double peak_after = bench_peak(), bandwidth_after = r->bytes > 0 ? bench_read() : 0;
+        double peak_after = bench_peak(), bandwidth_after = bench_bandwidth(r);
         if (peak_after > peak) peak = peak_after;
         if (bandwidth_after > bandwidth) bandwidth = bandwidth_after;
         share[i] = r->flops / seconds[i] / peak;
@@ -479,7 +536,7 @@ static inline void bench_measure(const bench_options *o, bench_row *r, const ben
     r->seconds = bench_median(seconds, n_runs[0]);
     r->spread = (seconds[n_runs[0] - 1] - seconds[0]) / r->seconds;
     r->peak_share = bench_median(share, n_runs[0]);
-    r->read_share = bench_median(read, n_runs[0]);
+    r->memory_share = bench_median(read, n_runs[0]);
     r->n_peers = n_subjects - 1;
     for (size_t s = 1; s < n_subjects; s++) { /* slowest first */
         double t = bench_median(peer[s - 1], n_runs[s]);
@@ -499,11 +556,11 @@ static double bench_ratio(const bench_row *r, size_t p)
 static inline void bench_header(const bench_options *o, size_t n_peers)
 {
     fprintf(o->human, "%-13s %-16s %-6s %3s %10s %9s %6s %7s %6s %7s ", "shape", "pass", "isa", "thr", "ms", "GFLOP/s",
-            "peak", "GB/s", "read", "spread");
+            "peak", "GB/s", "memory", "spread");
     for (size_t p = 0; p < n_peers; p++) fprintf(o->human, " %-27s", "peer ms (ratio)");
     fprintf(o->human, " %s\n", "note");
     if (o->csv) {
-        fprintf(o->csv, "shape,pass,isa,threads,ms,gflops,peak_share,gbytes_per_s,read_share,spread,runs,note,"
+        fprintf(o->csv, "shape,pass,isa,threads,ms,gflops,peak_share,gbytes_per_s,memory_share,spread,runs,note,"
                         "peer,peer_ms,ratio\n");
     }
 }
@@ -516,8 +573,8 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
     if (o->json) {
         printf("{\"shape\":\"%s\",\"pass\":\"%s\",\"isa\":\"%s\",\"threads\":%zu,\"ms\":%.6g,\"gflops\":%.6g,"
                "\"peak_share\":%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops, r->peak_share);
-        if (r->bytes > 0) printf("\"gbytes_per_s\":%.4g,\"read_share\":%.4g", gbytes, r->read_share);
-        else printf("\"gbytes_per_s\":null,\"read_share\":null");
+        if (r->bytes > 0) printf("\"gbytes_per_s\":%.4g,\"memory_share\":%.4g", gbytes, r->memory_share);
+        else printf("\"gbytes_per_s\":null,\"memory_share\":null");
         if (p < r->n_peers) {
             printf(",\"peer\":\"%s\",\"peer_ms\":%.6g,\"ratio\":%.4g", r->peer[p].name, r->peer[p].seconds * 1e3,
                    bench_ratio(r, p));
@@ -527,7 +584,7 @@ static void bench_print_values(const bench_options *o, const bench_row *r, size_
     if (o->csv) {
         fprintf(o->csv, "%s,%s,%s,%zu,%.6g,%.6g,%.4g,", r->shape, r->pass, isa, bench_threads, ms, gflops,
                 r->peak_share);
-        if (r->bytes > 0) fprintf(o->csv, "%.4g,%.4g", gbytes, r->read_share);
+        if (r->bytes > 0) fprintf(o->csv, "%.4g,%.4g", gbytes, r->memory_share);
         else fputc(',', o->csv);
         fprintf(o->csv, ",%.4g,%zu,\"%s\"", r->spread, r->runs, r->note);
         if (p < r->n_peers) {
@@ -544,7 +601,7 @@ static inline void bench_print(const bench_options *o, const bench_row *r)
     char peer[64];
     fprintf(o->human, "%-13s %-16s %-6s %3zu %10.4g %9.1f %5.1f%%", r->shape, r->pass, moe_isa_name(moe_active_isa()),
             bench_threads, r->seconds * 1e3, r->flops / r->seconds * 1e-9, 100 * r->peak_share);
-    if (r->bytes > 0) fprintf(o->human, " %7.2f %5.1f%%", r->bytes / r->seconds * 1e-9, 100 * r->read_share);
+    if (r->bytes > 0) fprintf(o->human, " %7.2f %5.1f%%", r->bytes / r->seconds * 1e-9, 100 * r->memory_share);
     else fprintf(o->human, " %7s %6s", "-", "-");
     fprintf(o->human, " %6.1f%% ", 100 * r->spread);
     for (size_t p = 0; p < r->n_peers; p++) {

@@ -807,7 +807,7 @@ static void measure(const bench_options *o, problem *p, reference *r, peer_loop 
     row.shape = s->name;
     row.pass = bench_pass_names[p->m->training];
     row.flops = passes * 6 * (double)(s->T * s->k) * (double)(s->d * s->ff);
-    if (s->T <= 256) row.bytes = passes * expert_bytes * distinct_experts(p);
+    if (s->T <= 256) row.bytes = passes * expert_bytes * distinct_experts(p), row.writes = p->m->training;
     if (s->T == 1) {
         snprintf(row.note, sizeof row.note, "rotates over %.0f MB",
                  1e-6 * expert_bytes * (double)(s->E * p->m->n_layers));

@@ -1,11 +1,13 @@
-/* How much of the machine does a whole training step use? Forward, backward and optimiser of a language model, all of
- * it, against a loop of fused multiply-adds. Operations are those of products alone: the model's (three times its
- * forward's) and Muon's; the note says what the model's are without Muon's.
+/* How much of the machine does a whole training step use? Forward, backward and optimiser of a model, all of it,
+ * against a loop of fused multiply-adds. Operations are those of products alone: the model's (three times its
+ * forward's) and Muon's; the note says what a language model's are without Muon's.
  *
  *     wikitext2    the default of build/wikitext2 --data: 4 layers of width 192, 8 experts of 192, two a token
  *     dense        the same with one feed-forward network of as many active parameters
  *     gpt2-124m    GPT-2's sizes at batch 4 x 64 tokens, AdamW, as llm.c's CPU program is timed: the same products, but
  *                  OLMoE's norms and rotation in place of LayerNorm, biases and learned positions
+ *     cifar10      build/cifar10 --data, 250 images a step; the pictures are those of the sample
+ *     cifar10-wide the same with --wide
  *
  * --peers pytorch times the same step of gpt2-124m in PyTorch (bench/peer_train.py) in turns with it: the same network
  * of random weights, plain PyTorch as one writes it.
@@ -15,6 +17,7 @@
 #include "peer_process.h"
 #include <signal.h>
 
+#include "examples/common/cifar_net.h"
 #include "examples/common/language.h"
 
 typedef struct train_shape {
@@ -28,15 +31,28 @@ static const train_shape shapes[] = {
     {"dense", "dense", 16, 384, {4096, 192, 3, 4, 256, 1, LM_MUON, 0.05, 10000, 1e-5, 1}},
     {"gpt2-124m", "dense", 4, 3072, {50257, 768, 12, 12, 64, 1, LM_ADAMW, 0, 10000, 1e-5, 1}},
 };
-enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
+static const struct image_shape {
+    const char *name;
+    cifar_shape shape;
+} image_shapes[] = {
+    {"cifar10", {250, {32, 96, CIFAR_FEATURES}, 1, 1, 1, 0, 0.05f}},
+    {"cifar10-wide", {250, {64, 256, CIFAR_FEATURES}, 1, 1, 1, 0, 0.05f}},
+};
+enum { N_LANGUAGE = sizeof shapes / sizeof shapes[0], N_IMAGES = sizeof image_shapes / sizeof image_shapes[0] };
+enum { N_SHAPES = N_LANGUAGE + N_IMAGES };
 
 static void print_shapes(FILE *f)
 {
     fputs("\nshape       batch  length  width  layers  vocabulary\n", f);
-    for (size_t i = 0; i < N_SHAPES; i++) {
+    for (size_t i = 0; i < N_LANGUAGE; i++) {
         const lm_shape *s = &shapes[i].shape;
         fprintf(f, "%-11s %5zu %7zu %6zu %7zu %11zu\n", shapes[i].name, shapes[i].batch, s->length, s->d, s->layers,
                 s->vocab);
+    }
+    fputs("\nshape        images  filters of the three blocks\n", f);
+    for (size_t i = 0; i < N_IMAGES; i++) {
+        const cifar_shape *s = &image_shapes[i].shape;
+        fprintf(f, "%-12s %6zu  %zu %zu %zu\n", image_shapes[i].name, s->batch, s->width[0], s->width[1], s->width[2]);
     }
 }
 
@@ -163,6 +179,48 @@ static void measure_phases(const bench_options *o, const train_shape *s, trained
     print_phases(o, s, &watch, lm_flops(t->m, t->m->rows) + lm_step_flops(t->m), peak);
 }
 
+/* ---- images --------------------------------------------------------------------------------- */
+typedef struct trained_images {
+    cifar_net *m;
+    const cifar *data;
+    size_t steps;
+} trained_images;
+
+static double run_image_step(void *self)
+{
+    trained_images *t = (trained_images *)self;
+    cifar_net *m = t->m;
+    size_t n = m->shape.batch;
+    double start = bench_now();
+    cifar_batch b = {.set = &t->data->train, .first = 0, .count = n, .shift = 2, .flip = 1, .seed = 1,
+                     .epoch = t->steps, .x = m->image, .label = m->label};
+    cifar_batch_make(&b, &m->ops.parallel);
+    cifar_net_forward(m, n, 1);
+    double nats = nn_cross_entropy(&m->ops, n, CIFAR_CLASSES, 0.2f, m->logits, m->label, m->prob, m->dlogits);
+    cifar_net_backward(m, n);
+    cifar_net_step(m, 1e-3f, ++t->steps);
+    if (!(nats / (double)n < 50)) bench_die("the loss is %g", nats / (double)n);
+    return bench_now() - start;
+}
+
+static void measure_images(const bench_options *o, const struct image_shape *s, const cifar *data)
+{
+    moe_desc desc = {0};
+    bench_ok(moe_desc_system(&desc, "mixtral"), "moe_desc_system");
+    desc.d_model = CIFAR_FEATURES;
+    desc.d_ff = CIFAR_FEATURES;
+    bench_ok(moe_desc_resolve(&desc, &desc), "moe_desc_resolve");
+    trained_images t = {cifar_net_new(&s->shape, &desc, data), data, 0};
+    bench_subject subject[] = {{"moe.h", run_image_step, &t}};
+    bench_row r = {.shape = s->name, .pass = "training step", .flops = cifar_net_flops(t.m)};
+    run_image_step(&t);
+    bench_measure(o, &r, subject, 1);
+    snprintf(r.note, sizeof r.note, "%.0f images/s", (double)s->shape.batch / r.seconds);
+    bench_print(o, &r);
+    cifar_net_free(t.m);
+}
+
+/* ---- the program ---------------------------------------------------------------------------- */
 static void measure(const bench_options *o, const train_shape *s, int phases)
 {
     moe_desc desc = {0};
@@ -186,22 +244,28 @@ int main(int argc, char **argv)
 {
     const char *names[N_SHAPES];
     int phases = 0, kept = 1;
-    for (size_t i = 0; i < N_SHAPES; i++) names[i] = shapes[i].name;
+    cifar data;
+    for (size_t i = 0; i < N_LANGUAGE; i++) names[i] = shapes[i].name;
+    for (size_t i = 0; i < N_IMAGES; i++) names[N_LANGUAGE + i] = image_shapes[i].name;
     for (int i = 1; i < argc; i++) { /* the one option that the other benchmarks have not */
         if (strcmp(argv[i], "--phases") == 0) phases = 1;
         else argv[kept++] = argv[i];
     }
     argc = kept;
-    bench_options o = bench_parse(argc, argv, "a whole training step of a language model", names, N_SHAPES, 0,
+    bench_options o = bench_parse(argc, argv, "a whole training step", names, N_SHAPES, 0,
                                   print_shapes);
+    cifar_load(&data, NULL, argv[0]);
     if (!phases) bench_header(&o, (size_t)bench_listed(o.peers, "pytorch"));
     for (moe_isa_kind isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
         if (!bench_use_isa(&o, isa)) continue;
         for (size_t k = 0; k < o.n_threads; k++) {
             if (!bench_use_threads(o.threads[k])) continue;
-            for (size_t i = 0; i < N_SHAPES; i++)
+            for (size_t i = 0; i < N_LANGUAGE; i++)
                 if (bench_listed(o.shape, shapes[i].name)) measure(&o, &shapes[i], phases);
+            for (size_t i = 0; i < N_IMAGES && !phases; i++)
+                if (bench_listed(o.shape, image_shapes[i].name)) measure_images(&o, &image_shapes[i], &data);
         }
     }
+    cifar_free(&data);
     return 0;
 }

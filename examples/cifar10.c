@@ -11,229 +11,37 @@
 // mixture's place in a second network, and a linear classifier learns from the same pixels.
 #define MOE_IMPLEMENTATION
 #include "common/args.h"
-#include "common/cifar.h"
+#include "common/cifar_net.h"
 #include "common/dead.h"
 #include "common/game.h"
 #include "common/json.h"
-#include "common/muon.h"
 #include "common/plot.h"
 #include "common/progress.h"
 #include "common/reading.h"
 #include "common/spread.h"
 
-enum { STEM = 24, FEATURES = 256, D_FF = 256, BLOCKS = 3, CLASSES = CIFAR_CLASSES };
+enum { FEATURES = CIFAR_FEATURES, D_FF = 256, CLASSES = CIFAR_CLASSES };
 enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_eff
 
 // The balance loss of systems that have one weighs ten times the usual 0.01, because these trainings are short.
 static const float balance_weight = 0.1f;
-// Muon's rate, of AdamW's for the rest.
-static const float muon_rate = 4;
-
 typedef struct config {
-    const char *data, *system, *set, *isa, *out, *optimizer;
+    const char *data, *system, *set, *isa, *out, *optimizer, *activation;
     size_t epochs, steps, batch, eval, threads, experts, top_k, seeds;
     uint64_t seed;
-    int wide, muon, tokens, no_dense, scan, grow, json, quiet;
+    int wide, muon, gelu, tokens, no_dense, scan, grow, json, quiet;
     double lr, balance;
     // by the data
-    size_t width[BLOCKS], shift;
-    float smoothing, decay;
+    size_t width[CIFAR_BLOCKS], shift;
+    float smoothing, decay, warmup; // warmup: the share of the steps in which the rate rises
 } config;
 
-// ---- the network ----
-
-// convolution, pooling, normalisation, ReLU; then x + ReLU(normalisation(convolution(x)))
-typedef struct block {
-    nn_conv conv1, conv2;
-    nn_pool pool;
-    nn_norm norm1, norm2;
-    size_t weight1, weight2;                // in the bank
-    float *c1, *p1, *x1, *c2, *y, *dy, *d2; // after convolution 1, pooling, normalisation; ...; gradients
-} block;
-
-typedef struct net {
-    nn ops;
-    size_t batch, positions; // positions: tokens an image has for the mixture
-    nn_bank bank;
-    nn_conv stem;
-    block block[BLOCKS];
-    muon muon; // of the blocks' convolutions, unless AdamW has them
-    nn_norm head_norm;
-    nn_pool pool; // of the last feature map, or of the tokens after the mixture
-    size_t stem_weight, class_weight, class_bias;
-    moe_layer *moe;
-    float *image, *x0; // input and output of the stem
-    float *f, *z, *y, *q, *dz, *dy, *dq, *logits, *prob, *dlogits;
-    unsigned char *label;
-} net;
-
-static void init_normal(net *m, uint64_t seed, size_t at, size_t count, float variance) {
-    nn_must(moe_rand_normal(seed, 1 + at, count, 0, sqrtf(variance), m->bank.value + at));
-}
-
-// The stem whitens patches of 2 x 2 pixels, measured on the first training images, and is not trained: its gradient
-// stays zero.
-static void init_stem(net *m, const cifar *data) {
-    cifar_batch b = {.set = &data->train, .count = data->train.count < 1000 ? data->train.count : 1000};
-    b.x = allocate(b.count * 3 * CIFAR_PIXELS, sizeof(float));
-    b.label = allocate(b.count, 1);
-    cifar_batch_make(&b, &m->ops.parallel);
-    nn_conv v = m->stem;
-    v.n = b.count;
-    nn_whiten(&v, b.x, m->bank.value + m->stem_weight);
-    free(b.x);
-    free(b.label);
-}
-
-// A convolution is a matrix of (its taps and channels, its filters).
-static void net_muon(net *m) {
-    float *value = m->bank.value, *grad = m->bank.grad;
-    for (int i = 0; i < BLOCKS; i++) {
-        block *b = &m->block[i];
-        size_t filters = b->conv1.filters;
-        muon_add(&m->muon, value + b->weight1, grad + b->weight1, 9 * b->conv1.c, filters);
-        muon_add(&m->muon, value + b->weight2, grad + b->weight2, 9 * filters, filters);
-    }
-    muon_begin(&m->muon, &m->ops);
-}
-
-static net *net_new(const config *o, const moe_desc *desc, const cifar *data) {
-    net *m = allocate(1, sizeof *m);
-    nn *s = &m->ops;
-    size_t n = m->batch = o->batch, side = CIFAR_SIDE - 1, channels = STEM;
-    s->parallel = desc->parallel;
-    m->stem = (nn_conv){n, CIFAR_SIDE, CIFAR_SIDE, 3, 2, 1, 0, STEM};
-    m->stem_weight = nn_add(&m->bank, nn_conv_weights(&m->stem), 0);
-    m->image = nn_floats(s, n * 3 * CIFAR_PIXELS);
-    m->x0 = nn_floats(s, n * side * side * STEM);
-    for (int i = 0; i < BLOCKS; i++) {
-        block *b = &m->block[i];
-        size_t width = o->width[i];
-        b->conv1 = (nn_conv){n, side, side, channels, 3, 1, 1, width};
-        b->pool = (nn_pool){n, side, side, width, 2, 0};
-        b->c1 = nn_floats(s, n * side * side * width);
-        side /= 2;
-        b->conv2 = (nn_conv){n, side, side, width, 3, 1, 1, width};
-        b->weight1 = nn_add(&m->bank, nn_conv_weights(&b->conv1), o->muon ? NN_ELSEWHERE : 1);
-        b->weight2 = nn_add(&m->bank, nn_conv_weights(&b->conv2), o->muon ? NN_ELSEWHERE : 1);
-        nn_norm_declare(&b->norm1, &m->bank, width, 0.9f);
-        nn_norm_declare(&b->norm2, &m->bank, width, 0.9f);
-        float **small[] = {&b->p1, &b->x1, &b->c2, &b->y, &b->dy, &b->d2};
-        for (int k = 0; k < 6; k++) *small[k] = nn_floats(s, n * side * side * width);
-        channels = width;
-    }
-    m->positions = o->tokens ? side * side : 1;
-    m->pool = (nn_pool){n, side, side, FEATURES, side, 1};
-    nn_norm_declare(&m->head_norm, &m->bank, FEATURES, 0.9f);
-    m->class_weight = nn_add(&m->bank, FEATURES * CLASSES, 1);
-    m->class_bias = nn_add(&m->bank, CLASSES, 0);
-    float **token[] = {&m->f, &m->z, &m->y, &m->dz, &m->dy}, **image[] = {&m->q, &m->dq};
-    float **class[] = {&m->logits, &m->prob, &m->dlogits};
-    for (int k = 0; k < 5; k++) *token[k] = nn_floats(s, n * m->positions * FEATURES);
-    for (int k = 0; k < 2; k++) *image[k] = nn_floats(s, n * FEATURES);
-    for (int k = 0; k < 3; k++) *class[k] = nn_floats(s, n * CLASSES);
-    m->label = allocate(n, 1);
-
-    nn_bank_alloc(s, &m->bank);
-    nn_norm_alloc(s, &m->head_norm, &m->bank);
-    init_stem(m, data);
-    for (int i = 0; i < BLOCKS; i++) {
-        block *b = &m->block[i];
-        nn_norm_alloc(s, &b->norm1, &m->bank);
-        nn_norm_alloc(s, &b->norm2, &m->bank);
-        init_normal(m, o->seed, b->weight1, nn_conv_weights(&b->conv1), 2.0f / (float)(9 * b->conv1.c));
-        init_normal(m, o->seed, b->weight2, nn_conv_weights(&b->conv2), 2.0f / (float)(9 * b->conv2.c));
-        for (size_t c = 0; c < b->conv1.c && c < b->conv1.filters; c++) // the first filters pass their input on
-            for (size_t k = 0; k < 9 * b->conv1.c; k++)
-                m->bank.value[b->weight1 + k * b->conv1.filters + c] = k == 4 * b->conv1.c + c;
-    }
-    init_normal(m, o->seed, m->class_weight, FEATURES * CLASSES, 1.0f / FEATURES);
-    if (o->muon) net_muon(m);
-    nn_must(moe_layer_new(&m->moe, desc));
-    return m;
-}
-
-static void net_free(net *m) {
-    moe_layer_free(m->moe);
-    nn_free(&m->ops);
-    muon_free(&m->muon);
-    free(m->label);
-    free(m);
-}
-
-// m->image (n, 32, 32, 3) -> m->logits (n, CLASSES)
-static void net_forward(net *m, size_t n, int training) {
-    nn *s = &m->ops;
-    const float *w = m->bank.value, *x = m->x0;
-    m->stem.n = m->pool.n = n;
-    moe_layer_side(m->moe)->evaluate = !training;
-    nn_conv_forward(s, &m->stem, m->image, w + m->stem_weight, m->x0);
-    nn_relu_forward(s, n * nn_conv_out(&m->stem, CIFAR_SIDE) * nn_conv_out(&m->stem, CIFAR_SIDE) * STEM, m->x0, m->x0);
-    for (int i = 0; i < BLOCKS; i++) {
-        block *b = &m->block[i];
-        size_t rows = n * b->conv2.h * b->conv2.w;
-        b->conv1.n = b->conv2.n = b->pool.n = n;
-        nn_conv_forward(s, &b->conv1, x, w + b->weight1, b->c1);
-        nn_pool_forward(s, &b->pool, b->c1, b->p1);
-        nn_norm_apply(s, &b->norm1, &m->bank, training, rows, 1, b->p1, NULL, b->x1);
-        nn_conv_forward(s, &b->conv2, b->x1, w + b->weight2, b->c2);
-        nn_norm_apply(s, &b->norm2, &m->bank, training, rows, 1, b->c2, b->x1, b->y);
-        x = b->y;
-    }
-    size_t tokens = n * m->positions;
-    if (m->positions == 1)
-        nn_pool_forward(s, &m->pool, x, m->f);
-    else
-        memcpy(m->f, x, tokens * FEATURES * sizeof(float));
-    nn_norm_apply(s, &m->head_norm, &m->bank, training, tokens, 0, m->f, NULL, m->z);
-    nn_must(moe_forward(m->moe, m->z, tokens, m->y));
-    for (size_t i = 0; i < tokens * FEATURES; i++) m->y[i] += m->z[i];
-    if (m->positions == 1)
-        memcpy(m->q, m->y, n * FEATURES * sizeof(float));
-    else
-        nn_pool_forward(s, &m->pool, m->y, m->q);
-    nn_linear_forward(s, n, FEATURES, CLASSES, m->q, w + m->class_weight, w + m->class_bias, m->logits);
-}
-
-// m->dlogits -> every gradient. Overwrites what the forward kept.
-static void net_backward(net *m, size_t n) {
-    nn *s = &m->ops;
-    const float *w = m->bank.value;
-    float *g = m->bank.grad;
-    size_t tokens = n * m->positions;
-    block *last = &m->block[BLOCKS - 1];
-    nn_linear_backward(s, n, FEATURES, CLASSES, m->q, w + m->class_weight, m->dlogits, m->dq, g + m->class_weight,
-                       g + m->class_bias);
-    if (m->positions == 1)
-        memcpy(m->dy, m->dq, n * FEATURES * sizeof(float));
-    else
-        nn_pool_backward(s, &m->pool, m->y, m->q, m->dq, m->dy);
-    nn_must(moe_backward(m->moe, m->dy, m->dz));
-    for (size_t i = 0; i < tokens * FEATURES; i++) m->dz[i] += m->dy[i];
-    nn_norm_gradient(s, &m->head_norm, &m->bank, tokens, 0, m->f, m->dz, m->dz);
-    if (m->positions == 1)
-        nn_pool_backward(s, &m->pool, last->y, m->f, m->dz, last->dy);
-    else
-        memcpy(last->dy, m->dz, tokens * FEATURES * sizeof(float));
-    for (int i = BLOCKS - 1; i >= 0; i--) {
-        block *b = &m->block[i];
-        size_t rows = n * b->conv2.h * b->conv2.w;
-        const float *x = i ? m->block[i - 1].y : m->x0;
-        nn_norm_gradient(s, &b->norm2, &m->bank, rows, 1, b->c2, b->dy, b->d2);
-        nn_conv_backward_weight(s, &b->conv2, b->x1, b->d2, g + b->weight2);
-        nn_conv_backward_data(s, &b->conv2, b->d2, w + b->weight2, 1, b->dy); // dy holds the residual's part
-        nn_norm_gradient(s, &b->norm1, &m->bank, rows, 1, b->p1, b->dy, b->d2);
-        nn_pool_backward(s, &b->pool, b->c1, b->p1, b->d2, b->c1);
-        nn_conv_backward_weight(s, &b->conv1, x, b->c1, g + b->weight1);
-        if (i) nn_conv_backward_data(s, &b->conv1, b->c1, w + b->weight1, 0, m->block[i - 1].dy);
-    }
-}
-
-static void net_step(net *m, const config *o, float lr, size_t step) {
-    moe_optimizer_args a = {.lr = lr, .weight_decay = o->decay, .step = step, .parallel = &m->ops.parallel};
-    if (o->muon) muon_step(&m->muon, muon_rate * lr, o->decay);
-    nn_bank_step(&m->bank, a);
-    nn_must(moe_step(m->moe, lr));
+// AdamW's rate in a step of `all`: it rises, then falls to 0, by a cosine, or beside Muon in a straight line.
+static float rate(const config *o, size_t step, size_t all) {
+    size_t warmup = (size_t)((double)o->warmup * (double)all);
+    if (!o->muon) return moe_schedule_cosine(step, warmup, all, (float)o->lr, 0);
+    if (step < warmup) return (float)o->lr * (float)(step + 1) / (float)warmup;
+    return (float)o->lr * (float)(all - step) / (float)(all - warmup);
 }
 
 // ---- training and testing ----
@@ -274,12 +82,12 @@ enum { VIEWS = sizeof views / sizeof *views };
 
 // Tests on the first `count` images. With `r` the whole report: each image in all views, and the experts' health and
 // classes noted.
-static score test(net *m, const cifar_set *set, size_t count, result *r) {
+static score test(cifar_net *m, const cifar_set *set, size_t count, result *r) {
     score sum = {0, 0};
-    float *logits = allocate(m->batch * CLASSES, sizeof(float));
+    float *logits = allocate(m->shape.batch * CLASSES, sizeof(float));
     nn_must(moe_layer_health_reset(m->moe));
     for (size_t first = 0, n; first < count; first += n) {
-        n = count - first < m->batch ? count - first : m->batch;
+        n = count - first < m->shape.batch ? count - first : m->shape.batch;
         memset(logits, 0, n * CLASSES * sizeof *logits);
         for (int v = 0; v < (r ? VIEWS : 1); v++) {
             float weight = r ? views[v].weight : 1;
@@ -291,7 +99,7 @@ static score test(net *m, const cifar_set *set, size_t count, result *r) {
                              .x = m->image,
                              .label = m->label};
             cifar_batch_make(&b, &m->ops.parallel);
-            net_forward(m, n, 0);
+            cifar_net_forward(m, n, 0);
             const moe_tape *t = moe_layer_tape(m->moe);
             size_t k = t->n_slots;
             for (size_t i = 0; i < n * CLASSES; i++) logits[i] += weight * m->logits[i];
@@ -315,7 +123,7 @@ static void write_health(json *j, const moe_health *h, const dead_note *dead) {
 }
 
 // One epoch's line, and its place in the curves. The experts' load is that of the epoch's training.
-static void note_epoch(const config *o, result *r, net *m, const cifar *data, game *g, json *j, double loss,
+static void note_epoch(const config *o, result *r, cifar_net *m, const cifar *data, game *g, json *j, double loss,
                        double accuracy, size_t images) {
     size_t e = r->epochs++;
     moe_health h;
@@ -377,7 +185,7 @@ static void window_begin(window *w, const moe_layer *layer) {
     nn_must(moe_health_init(&w->health, experts, w->memory, bytes));
 }
 
-static void exchange(net *m, moe_layer *next) {
+static void exchange(cifar_net *m, moe_layer *next) {
     moe_layer_free(m->moe);
     m->moe = next;
 }
@@ -385,7 +193,7 @@ static void exchange(net *m, moe_layer *next) {
 static int by_dynmoe(const config *o) { return strcmp(o->system, "dynmoe") == 0; }
 
 // What has changed, for people and in a line of its own.
-static void note_growth(const config *o, const result *r, const net *m, const char *reason, json *j) {
+static void note_growth(const config *o, const result *r, const cifar_net *m, const char *reason, json *j) {
     const moe_desc *desc = moe_layer_desc(m->moe);
     size_t now = desc->n_experts + desc->n_bound;
     fprintf(o->json || o->quiet ? stderr : stdout, "epoch %2zu  %s: now %zu\n", r->epochs, reason, now);
@@ -397,7 +205,7 @@ static void note_growth(const config *o, const result *r, const net *m, const ch
     json_end(j);
 }
 
-static void grow_by_dynmoe(const config *o, const result *r, net *m, const window *w, size_t most, json *j) {
+static void grow_by_dynmoe(const config *o, const result *r, cifar_net *m, const window *w, size_t most, json *j) {
     moe_layer *next = NULL;
     char reason[100];
     size_t before = moe_layer_desc(m->moe)->n_experts;
@@ -409,7 +217,7 @@ static void grow_by_dynmoe(const config *o, const result *r, net *m, const windo
 
 // After an epoch: what the controller decides, carried out and said. `last`: nothing begins any more, but pairs get
 // places of their own.
-static void grow_by_controller(const config *o, const result *r, net *m, size_t most, int last, json *j) {
+static void grow_by_controller(const config *o, const result *r, cifar_net *m, size_t most, int last, json *j) {
     moe_growth *g = moe_layer_growth(m->moe);
     moe_layer *next = NULL;
     char reason[sizeof g->reason];
@@ -432,7 +240,7 @@ static void grow_by_controller(const config *o, const result *r, net *m, size_t 
 
 // The trained network tested again at other temperatures of its gate, as the ecology paper does [S]: what changes and
 // what stays.
-static void scan_temperatures(const config *o, net *m, const cifar *data, json *j) {
+static void scan_temperatures(const config *o, cifar_net *m, const cifar *data, json *j) {
     static const float temperature[] = {0.1f, 0.2f, 0.5f, 1, 2, 5};
     enum { N = sizeof temperature / sizeof *temperature };
     FILE *human = o->json ? stderr : stdout;
@@ -469,15 +277,23 @@ static void scan_temperatures(const config *o, net *m, const cifar *data, json *
     }
 }
 
-static uint64_t net_checksum(const net *m) {
+static cifar_shape shape_of(const config *o) {
+    cifar_shape s = {.batch = o->batch, .seed = o->seed, .muon = o->muon, .gelu = o->gelu, .tokens = o->tokens};
+    memcpy(s.width, o->width, sizeof s.width);
+    s.decay = o->decay;
+    return s;
+}
+
+static uint64_t net_checksum(const cifar_net *m) {
     return moe_hash(moe_layer_hash(m->moe), m->bank.value, m->bank.count * sizeof(float));
 }
 
 static result *train(const config *o, const cifar *data, const char *name, const moe_desc *desc, json *j) {
     result *r = allocate(1, sizeof *r);
-    net *m = net_new(o, desc, data);
+    cifar_shape shape = shape_of(o);
+    cifar_net *m = cifar_net_new(&shape, desc, data);
     nn *s = &m->ops;
-    size_t per_epoch = data->train.count / o->batch, total = per_epoch * o->epochs, warmup = total / 5;
+    size_t per_epoch = data->train.count / o->batch, total = per_epoch * o->epochs;
     if (o->steps && o->steps < total) total = o->steps;
     uint32_t *order = allocate(data->train.count, sizeof *order);
     snprintf(r->name, sizeof r->name, "%s", name);
@@ -519,17 +335,17 @@ static result *train(const config *o, const cifar *data, const char *name, const
                              .x = m->image,
                              .label = m->label};
             cifar_batch_make(&b, &s->parallel);
-            net_forward(m, o->batch, 1);
+            cifar_net_forward(m, o->batch, 1);
             game_take(&played, m->moe);
             if (o->grow && desc->n_experts > 1 && by_dynmoe(o))
                 nn_must(moe_growth_unserved(moe_layer_tape(m->moe), seen.unserved, &seen.count));
             loss += nn_cross_entropy(s, o->batch, CLASSES, o->smoothing, m->logits, m->label, m->prob, m->dlogits);
             accuracy += (double)nn_count_right(o->batch, CLASSES, m->logits, m->label);
             images += o->batch;
-            net_backward(m, o->batch);
-            float lr = moe_schedule_cosine(step, warmup, per_epoch * o->epochs, (float)o->lr, 0);
+            cifar_net_backward(m, o->batch);
+            float lr = rate(o, step, per_epoch * o->epochs);
             step++;
-            net_step(m, o, lr, step);
+            cifar_net_step(m, lr, step);
             progress_update(&p, step * o->batch, "epoch %zu of %zu  loss %.3f", epoch + 1, o->epochs,
                             loss / (double)images);
         }
@@ -570,7 +386,7 @@ static result *train(const config *o, const cifar *data, const char *name, const
     if (o->scan && r->experts > 1) scan_temperatures(o, m, data, j);
     free(order);
     game_free(&played);
-    net_free(m);
+    cifar_net_free(m);
     return r;
 }
 
@@ -641,11 +457,12 @@ static void write_config(json *j, const config *o, const moe_desc *desc, const c
     json_whole(j, "batch", o->batch);
     json_text(j, "optimizer", o->optimizer);
     json_real(j, "lr", o->lr);
+    json_text(j, "activation", o->activation);
     json_real(j, "weight_decay", (double)o->decay);
     json_real(j, "label_smoothing", (double)o->smoothing);
     json_whole(j, "shift", o->shift);
     json_list_begin(j, "width");
-    for (int i = 0; i < BLOCKS; i++) json_whole(j, NULL, o->width[i]);
+    for (int i = 0; i < CIFAR_BLOCKS; i++) json_whole(j, NULL, o->width[i]);
     json_list_end(j);
     json_raw(j, "tokens", o->tokens ? "true" : "false");
     json_text(j, "isa", moe_isa_name(moe_active_isa()));
@@ -960,6 +777,7 @@ static void parse(config *o, int argc, char **argv) {
         {"tokens", ARGS_FLAG, &o->tokens, NULL, "route each position of the last feature map, not the image", 0, 0},
         {"batch", ARGS_SIZE, &o->batch, "N", "images a step (0: by the data)", 0, 8192},
         {"optimizer", ARGS_TEXT, &o->optimizer, "NAME", "of the convolutions: muon or adamw (by the data)", 0, 0},
+        {"activation", ARGS_TEXT, &o->activation, "NAME", "of the convolutions: gelu or relu (by the data)", 0, 0},
         {"wide", ARGS_FLAG, &o->wide, NULL, "convolutions of 64 and 256 filters, 3.4 times the work", 0, 0},
         {"lr", ARGS_REAL, &o->lr, "X", "highest learning rate (0: by the data)", 0, 100},
         {"balance", ARGS_REAL, &o->balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
@@ -976,6 +794,8 @@ static void parse(config *o, int argc, char **argv) {
     nn_isa("cifar10", o->isa);
     if (o->optimizer && strcmp(o->optimizer, "muon") != 0 && strcmp(o->optimizer, "adamw") != 0)
         args_fail("cifar10", "--optimizer: there is no '%s'; there are: muon, adamw", o->optimizer);
+    if (o->activation && strcmp(o->activation, "gelu") != 0 && strcmp(o->activation, "relu") != 0)
+        args_fail("cifar10", "--activation: there is no '%s'; there are: gelu, relu", o->activation);
     moe_desc desc = {0};
     nn_system("cifar10", &desc, o->system); // before anything is read
     nn_set("cifar10", &desc, o->set);
@@ -993,7 +813,10 @@ static void by_data(config *o, const cifar *data) {
     if (!o->batch) o->batch = data->sample ? 50 : 250;
     if (o->lr <= 0) o->lr = data->sample ? 2e-3 : 4e-3;
     o->shift = data->sample ? 4 : 2;
-    o->smoothing = 0.1f;
+    if (!o->activation) o->activation = data->sample ? "relu" : "gelu";
+    o->gelu = strcmp(o->activation, "gelu") == 0;
+    o->smoothing = data->sample ? 0.1f : 0.2f;
+    o->warmup = o->muon ? 0.1f : 0.2f;
     o->decay = 0.05f;
     if (o->batch > data->train.count) args_fail("cifar10", "--batch: only %zu training images", data->train.count);
 }
@@ -1009,7 +832,7 @@ static moe_desc mixture_desc(const config *o, const cifar *data) {
     if (o->balance > 0) desc.loss[MOE_LOSS_SWITCH] = (float)o->balance;
     nn_set("cifar10", &desc, o->set);
     size_t side = CIFAR_SIDE - 1; // of the last feature map
-    for (int i = 0; i < BLOCKS; i++) side /= 2;
+    for (int i = 0; i < CIFAR_BLOCKS; i++) side /= 2;
     desc.sequence = o->tokens ? side * side : 1; // an image
     if (desc.schedule_steps) desc.schedule_steps = data->train.count / o->batch * o->epochs * 3 / 4;
     desc.weight_decay = o->decay;

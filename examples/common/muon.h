@@ -5,7 +5,13 @@
 //     W -= lr 0.2 sqrt(max(rows, columns)) x
 //
 // as in Jordan et al. 2024 (a, b, c are theirs) [K]; the factor, after Moonlight (arXiv 2502.16982) [K], gives a step
-// the size of one of AdamW, so that both take the same rate. Matrices are independent: each is a task.
+// the size of one of AdamW, so that both take the same rate. With `turns` a matrix keeps its length instead, and lr is
+// about the angle that it turns by, which is what normalisation behind a convolution leaves to learn:
+//
+//     W -= lr |W| x / sqrt(min(rows, columns)),  then as long as before
+//
+// after Jordan's record program for CIFAR-10 [K], which brings filters to a fixed length before each step. Matrices are
+// independent: each is a task.
 #ifndef EX_MUON_H
 #define EX_MUON_H
 
@@ -26,6 +32,7 @@ typedef struct muon {
     float *worker;              // scratch
     size_t worker_floats, small_bytes;
     float lr, decay;
+    int turns;                  // lr is an angle, and there is no decay
     const moe_parallel *parallel;
 } muon;
 
@@ -147,7 +154,14 @@ EX_FUNC void muon_orthogonal(size_t few, size_t many, float *x, float *room, voi
 TF_WIDE void muon_move(size_t n, float keep, float step, const float *restrict direction, float *restrict value) {
     for (size_t k = 0; k < n; k++) value[k] = keep * value[k] - step * direction[k];
 }
-EX_FUNC void muon_turn(size_t rows, size_t cols, const float *x, float *y) { // y = x^T
+// value turns by `angle` away from the direction, whose length is about sqrt(few).
+EX_FUNC void muon_rotate(size_t n, size_t few, float angle, const float *direction, float *value) {
+    float length = sqrtf(tb_dot(n, value, value));
+    if (!(length > 0)) return;
+    muon_move(n, 1, angle * length / sqrtf((float)few), direction, value);
+    muon_divide(n, sqrtf(tb_dot(n, value, value)) / length, value);
+}
+EX_FUNC void muon_transpose(size_t rows, size_t cols, const float *x, float *y) { // y = x^T
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) y[c * rows + r] = x[r * cols + c];
 }
@@ -159,10 +173,13 @@ EX_FUNC void muon_task(void *arg, size_t i, size_t worker) {
     float *gemm = x + u->worker_floats - u->small_bytes / sizeof(float) - 16;
     const float *direction = x;
     muon_direction(n, m->grad, m->momentum, rows > cols ? x + n : x);
-    if (rows > cols) muon_turn(rows, cols, x + n, x);
+    if (rows > cols) muon_transpose(rows, cols, x + n, x);
     muon_orthogonal(few, many, x, x + n, gemm, u->small_bytes);
-    if (rows > cols) muon_turn(cols, rows, x, x + n), direction = x + n;
-    muon_move(n, 1 - u->lr * u->decay, u->lr * 0.2f * sqrtf((float)many), direction, m->value);
+    if (rows > cols) muon_transpose(cols, rows, x, x + n), direction = x + n;
+    if (u->turns)
+        muon_rotate(n, few, u->lr, direction, m->value);
+    else
+        muon_move(n, 1 - u->lr * u->decay, u->lr * 0.2f * sqrtf((float)many), direction, m->value);
 }
 EX_FUNC void muon_step(muon *u, float lr, float decay) {
     u->lr = lr;

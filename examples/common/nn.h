@@ -621,6 +621,32 @@ EX_FUNC void nn_gelu_backward(nn *s, size_t n, const float *x, const float *dy, 
     nn_each(s, nn_gelu_task, n, x, dy, dx);
 }
 
+EX_FUNC void nn_add_task(void *arg, size_t i, size_t worker) {
+    nn_job *j = arg;
+    size_t begin, end;
+    (void)worker;
+    nn_block(j, i, &begin, &end);
+    for (size_t k = begin; k < end; k++) j->out[k] += j->x[k];
+}
+// y += x, n floats each.
+EX_FUNC void nn_add_to(nn *s, size_t n, const float *x, float *y) { nn_each(s, nn_add_task, n, x, NULL, y); }
+
+// y = act(normalisation(x)) + add, all (rows, c), add may be NULL: ReLU in one pass, or GELU where `given` (rows, c) is
+// not NULL, which keeps what it was given for the gradient.
+EX_FUNC void nn_norm_act(nn *s, nn_norm *m, const nn_bank *bank, int training, size_t rows, const float *x,
+                         const float *add, float *given, float *y) {
+    nn_norm_apply(s, m, bank, training, rows, !given, x, given ? NULL : add, given ? given : y);
+    if (!given) return;
+    nn_gelu_forward(s, rows * m->c, given, y);
+    if (add) nn_add_to(s, rows * m->c, add, y);
+}
+// dy -> dx, which may be dy; the gradient by `add` is dy itself.
+EX_FUNC void nn_norm_act_gradient(nn *s, const nn_norm *m, nn_bank *bank, size_t rows, const float *x,
+                                  const float *given, const float *dy, float *dx) {
+    if (given) nn_gelu_backward(s, rows * m->c, given, dy, dx);
+    nn_norm_gradient(s, m, bank, rows, !given, x, given ? dx : dy, dx);
+}
+
 // ---- pooling ----
 
 // Windows of size x size side by side; what is left over at the right and at the bottom is not used.

@@ -26,6 +26,13 @@ check "another optimiser, another training" \
     sh -c "[ '$(finals muon | value_of checksum)' != '$(finals adamw | value_of checksum)' ]"
 check "the same bits with 3 threads" [ "$(finals muon | value_of checksum)" = "$(finals threads | value_of checksum)" ]
 check "the configuration names it" grep -q '"optimizer":"muon"' "$tmp/muon.out"
+run gelu 0 $few --steps 3 --no-dense --optimizer muon --activation gelu --threads 1
+run gelus 0 $few --steps 3 --no-dense --optimizer muon --activation gelu --threads 3
+check "another activation, another training" \
+    sh -c "[ '$(finals muon | value_of checksum)' != '$(finals gelu | value_of checksum)' ]"
+check "that too has the same bits with 3 threads" \
+    [ "$(finals gelu | value_of checksum)" = "$(finals gelus | value_of checksum)" ]
+check "it is named too" grep -q '"activation":"gelu"' "$tmp/gelu.out"
 
 # nothing is learned: the controller sees a plateau after three epochs, splits once, and the pair has places at the end
 still='--grow --lr 1e-30 --batch 200 --eval 20 --no-dense --json'
@@ -48,6 +55,7 @@ check "and why" says dynmoe 'experts, [0-9]* tokens that none took: now [0-9]'
 run system 2 --system mixtrl
 check "near names" says system 'did you mean mixtral'
 run optimizer 2 --optimizer sgd
+run activation 2 --activation tanh
 run batch 2 --batch 5000
 run nothing 2 --data "$tmp"
 finish

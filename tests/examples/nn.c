@@ -221,6 +221,45 @@ static void test_relu(void) {
     CHECK_SAME(dx, dx2, length);
 }
 
+/* Behind a normalisation, with something added: as ReLU in one pass, as GELU in two. */
+static int norm_gelu;
+static size_t naive_norm_act(double *out) {
+    size_t n = naive_norm(out);
+    for (size_t i = 0; norm_gelu && i < n; i++) out[i] *= 0.5 * (1 + erf(out[i] / sqrt(2)));
+    for (size_t i = 0; i < n; i++) out[i] += in[2][i];
+    return n;
+}
+static void check_norm_act(int gelu) {
+    enum { ROWS = 12, C = 5 };
+    static float y[ROWS * C], dx[ROWS * C], given[ROWS * C];
+    nn_bank bank = {0};
+    nn_norm m = {0};
+    nn_norm_declare(&m, &bank, C, 0.9f);
+    nn_bank_alloc(&ops, &bank);
+    nn_norm_alloc(&ops, &m, &bank);
+    norm.rows = ROWS, norm.c = C, norm.relu = !gelu, norm.add = 0, norm_gelu = gelu;
+    fill(0, ROWS * C, 51, 2);
+    fill(1, 2 * C, 52, 1);
+    fill(2, ROWS * C, 53, 1);
+    fill(3, ROWS * C, 54, 1); /* dy */
+    memcpy(bank.value + m.gamma, fin[1], C * sizeof(float));
+    memcpy(bank.value + m.beta, fin[1] + C, C * sizeof(float));
+    nn_norm_act(&ops, &m, &bank, 1, ROWS, fin[0], fin[2], gelu ? given : NULL, y);
+    check_forward(naive_norm_act, y, 1e-5);
+    nn_norm_act_gradient(&ops, &m, &bank, ROWS, fin[0], gelu ? given : NULL, fin[3], dx);
+    check_gradient(naive_norm_act, fin[3], 0, ROWS * C, dx, 1e-4);
+    for (size_t k = 0; k < C; k++) {
+        double gamma = difference(naive_norm_act, fin[3], 1, k), beta = difference(naive_norm_act, fin[3], 1, C + k);
+        CHECK_WITHIN(bank.grad[m.gamma + k], gamma, 1e-4 * (1 + fabs(gamma)));
+        CHECK_WITHIN(bank.grad[m.beta + k], beta, 1e-4 * (1 + fabs(beta)));
+    }
+    nn_norm_act(&ops, &m, &bank, 1, ROWS, fin[0], NULL, gelu ? given : NULL, y);
+    for (size_t i = 0; i < ROWS * C; i++) in[2][i] = 0;
+    check_forward(naive_norm_act, y, 1e-5); /* nothing added */
+}
+static void test_norm_act_relu(void) { check_norm_act(0); }
+static void test_norm_act_gelu(void) { check_norm_act(1); }
+
 static void test_gelu(void) {
     static float y[MAX], dx[MAX];
     length = 601; /* more than one run of 256 */
@@ -451,6 +490,8 @@ int main(void) {
     RUN(test_track);
     RUN(test_relu);
     RUN(test_gelu);
+    RUN(test_norm_act_relu);
+    RUN(test_norm_act_gelu);
     RUN(test_pool_max);
     RUN(test_pool_max_left_over);
     RUN(test_pool_mean);

@@ -289,6 +289,39 @@ static void test_muon(void) {
     nn_free(&s);
 }
 
+/* A matrix that turns keeps its length, and goes where the plain step goes: from 0 that is -0.2 sqrt(MANY) x. */
+static void test_muon_turns(void) {
+    enum { FEW = 12, MANY = 40, N = FEW * MANY };
+    nn s = {.parallel = {.n_threads = 1}};
+    float direction[N] = {0}, value[N], before[N], nothing[N] = {0}, grad[N];
+    double length = 0, now = 0, moved = 0, moved_length = 0, angle = 0.125;
+    muon plain = {.n = 0}, turning = {.n = 0, .turns = 1};
+    test_fill(grad, N, -1, 1);
+    test_fill(value, N, -3, 3);
+    memcpy(before, value, sizeof value);
+    muon_add(&plain, direction, grad, FEW, MANY);
+    muon_begin(&plain, &s);
+    muon_step(&plain, 1, 0);
+    muon_add(&turning, value, grad, FEW, MANY);
+    muon_add(&turning, nothing, grad, FEW, MANY);
+    muon_begin(&turning, &s);
+    muon_step(&turning, (float)angle, 0.5f); /* decay would shorten it */
+    for (size_t i = 0; i < N; i++) length += (double)before[i] * (double)before[i];
+    for (size_t i = 0; i < N; i++) now += (double)value[i] * (double)value[i];
+    CHECK_NEAR(sqrt(now), sqrt(length), 1e-6 * sqrt(length));
+    for (int pass = 0; pass < 2; pass++)
+        for (size_t i = 0; i < N; i++) {
+            double x = (double)direction[i] / (-0.2 * sqrt(MANY));
+            moved = (double)before[i] - angle * sqrt(length) / sqrt(FEW) * x;
+            if (!pass) moved_length += moved * moved;
+            else CHECK_WITHIN(value[i], moved * sqrt(length / moved_length), 1e-5);
+        }
+    for (size_t i = 0; i < N; i++) CHECK(nothing[i] == 0); /* 0 has no direction to turn to */
+    muon_free(&plain);
+    muon_free(&turning);
+    nn_free(&s);
+}
+
 /* ---- checkpoints ---- */
 
 static const char *folder(void) {
@@ -364,6 +397,7 @@ int main(void) {
     RUN(test_learns);
     RUN(test_threads);
     RUN(test_muon);
+    RUN(test_muon_turns);
     RUN(test_model_file);
     RUN(test_state);
     RUN(test_tokens);

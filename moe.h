@@ -3057,8 +3057,10 @@ MOE_API void moe_near(const char *word, moe_names *names, void *context, char *b
 #define MOE__W 32   /* columns of a panel */
 #define MOE__KC 128 /* rows of a panel that are kept in L1 while the other operand passes */
 #define MOE__TB 192 /* rows of a block that a weight gradient sums over at a time */
+#define MOE__OUTER 8 /* panels of such blocks that stay in L2 */
 #define MOE__KG 1024 /* columns of a block of rows that are kept in L2 while the panels pass */
 #define MOE__FEW 64 /* rows up to which reading the weights is the larger part of a product */
+#define MOE__STRIP 64 /* columns of a transposed matrix that are read down all rows, where a has few */
 #define MOE__MB 256 /* most rows whose results wait in scratch */
 #ifndef MOE__STREAM /* bytes of gradients from which on what is written once passes the caches */
 #define MOE__STREAM ((size_t)32 << 20)
@@ -5169,21 +5171,28 @@ static const float *moe__product_next_t(const moe__weights *w, size_t row, size_
 }
 /* c (rows, cols) = a (rows, n) w^T, or += where to->init is NULL: w (k, n) in panels; c's columns: rows k0 .. of w.
  * chunk: room for what is turned, as the buffer above, and behind it MOE__W * MOE__W floats. For few rows of a, w is
- * read a strip of MOE__KC columns at a time, down all its rows, which the processor reads ahead best. */
+ * read a strip of MOE__STRIP columns at a time, down all its rows, which the processor reads ahead best. What comes
+ * next is asked for while the rows pass; a single one passes too quickly: there it is what comes after that, while a
+ * block is turned. */
 static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, size_t n, const float *a, size_t a_panel,
                                    const moe__weights *w, size_t k, size_t k0, const moe__product_target *to,
                                    float *chunk) {
     float *buffer = chunk + moe__min(MOE__KC, moe__ceil_div(n, MOE__W) * MOE__W) * MOE__W;
-    size_t stride = w->stride, depth = rows > MOE__FEW ? MOE__KG : MOE__KC, last = moe__min(k, k0 + to->cols);
+    size_t stride = w->stride, depth = rows > MOE__FEW ? MOE__KG : MOE__STRIP, last = moe__min(k, k0 + to->cols);
     int direct = !MOE__FORMAT_HAS(w->format, fetch);
-    for (size_t group = 0; group < n; group += depth)
+    for (size_t group = 0, end; group < n; group = end) {
+        end = moe__min(n, group + depth);
         for (size_t panel = 0; panel * MOE__W < to->cols; panel++)
-            for (size_t col = group; col < moe__min(n, group + depth); col += MOE__KC) {
-                size_t count = moe__min(MOE__KC, n - col), row = k0 + panel * MOE__W, exist = k - row;
+            for (size_t col = group; col < end; col += MOE__KC) {
+                size_t count = moe__min(MOE__KC, end - col), row = k0 + panel * MOE__W, exist = k - row, from = row;
                 const unsigned char *at = (const unsigned char *)moe__format_at(w, col / MOE__W, row);
-                const float *next = moe__product_next_t(w, row, col, group, moe__min(n, group + depth), k0, last, n);
+                if (rows == 1 && row + MOE__W < last) from += MOE__W;
+                const float *next = moe__product_next_t(w, from, col, group, end, k0, last, n), *ahead = NULL;
+                if (rows == 1) ahead = next, next = NULL;
                 for (size_t i = 0; i < count; i += MOE__W, at += stride) {
                     const float *block = (const float *)(const void *)at;
+                    for (size_t l = 0; ahead && l < MOE__W * MOE__W; l += 16) MOE__PREFETCH_L2(ahead + l);
+                    if (ahead) ahead += stride / sizeof(float);
                     if (!direct)
                         block = moe__format_rows(kernels, w, (col + i) / MOE__W, row, moe__min(MOE__W, exist), buffer);
                     moe__product_transpose_block(kernels, block, MOE__W, exist, MOE__W, chunk + i * MOE__W);
@@ -5191,6 +5200,7 @@ static void moe__product_weights_t(const moe__kernels *kernels, size_t rows, siz
                 moe__product_sweep(kernels, rows, count, a + col / MOE__W * a_panel, a_panel, chunk, to, panel,
                                    !col && to->init, next, stride / sizeof(float));
             }
+    }
 }
 /* c (m, n) = or += a^T b, summed over `rows`; a: one panel (rows, 32), m columns of it are used; b: (rows, n <= 32).
  * fresh: MOE__ONCE = c, whole lines of 64 bytes, goes past the caches, and the caller settles it. */
@@ -8616,7 +8626,8 @@ static void moe__experts_task(void *arg, size_t i, size_t worker) {
     call->body(call->run, &share);
     MOE_TRACE((void (*)(void))call->body, worker, 1);
 }
-/* cap: most units of a chunk; 0 = any */
+/* cap: most units of a chunk; 0 = any. Chunks of many units are not cut for an even load alone: what a task writes
+ * should lie together. */
 static void moe__experts_phase(const moe__run *run, size_t units, size_t most, size_t cap, moe__experts_body *body) {
     const moe__plan *plan = MOE__PLAN(run);
     moe__run_experts *experts = &run->memory->experts;
@@ -8626,7 +8637,8 @@ static void moe__experts_phase(const moe__run *run, size_t units, size_t most, s
     for (size_t g = 0; g < run->n_away; g++) first_task[g] = 0;
     for (size_t g = run->n_away; g < experts->n_groups; g++)
         blocks += moe__experts_blocks(experts->group[g].rows, most);
-    if (workers > 1) call.chunk = moe__max(1, moe__min(units, blocks * units / (workers * 16)));
+    size_t each = cap > MOE__OUTER ? 4 : 16; /* tasks of a worker */
+    if (workers > 1) call.chunk = moe__max(1, moe__min(units, blocks * units / (workers * each)));
     if (cap) call.chunk = moe__min(call.chunk, cap);
     call.chunks = moe__ceil_div(units, call.chunk);
     for (size_t g = run->n_away; g < experts->n_groups; g++) {
@@ -8830,17 +8842,24 @@ static void moe__experts_biases_back(const moe__run *run, size_t g) {
             MOE__KERNELS(run)->axpy(MOE__W, weight, dy, dw + plan->b2 + unit * MOE__W);
         }
 }
+/* How many panels of a, of the largest group, stay in L2 while a gradient is summed. */
+static size_t moe__experts_outer_cap(const moe__run_experts *experts) {
+    size_t rows = 1;
+    for (size_t g = 0; g < experts->n_groups; g++) rows = moe__max(rows, experts->group[g].rows);
+    return moe__max(MOE__OUTER, MOE__OUTER * MOE__TB / rows);
+}
 /* From the gathered dy to the parameters' gradients; fresh: some group's gradient is set. */
 static void moe__experts_params_back(const moe__run *run, int fresh) {
     const moe__plan *plan = run->plan;
+    size_t cap = moe__experts_outer_cap(&run->memory->experts);
     moe__experts_phase(run, plan->hp, moe__experts_block_rows(plan->d), 0, moe__experts_down_back);
     if (run->d_weight && !run->memory->losses.d_out)
         moe__experts_phase(run, 1, MOE__TOKENS, 0, moe__experts_weights_back);
     if (run->stock) return; /* frozen */
     if (fresh || run->idle || plan->bias)
         moe__run_over(run, run->memory->experts.n_groups - run->n_away, plan->expert, moe__experts_biases_back);
-    moe__experts_phase(run, plan->hp, SIZE_MAX, 8, moe__experts_w2_back);
-    moe__experts_phase(run, plan->dp, SIZE_MAX, 8, moe__experts_w1_back);
+    moe__experts_phase(run, plan->hp, SIZE_MAX, cap, moe__experts_w2_back);
+    moe__experts_phase(run, plan->dp, SIZE_MAX, cap, moe__experts_w1_back);
 }
 static void moe__experts_rows_back(const moe__run *run) {
     size_t rows = moe__experts_block_rows(moe__min(run->plan->zp * MOE__W, MOE__KG));

@@ -3,6 +3,7 @@
 # make coverage, make fuzz   what the tests reach, and random bytes for all that reads (docs/testing.md)
 # make bench   speed, as a share of this machine's limits (PEERS=1: other libraries beside it)
 # make experiments-quick   what the sources claim, put to a test: minutes (make experiments ARGS="--data data": hours)
+# make browser a page in which a mixture learns (needs clang for WebAssembly; docs/manual.md)
 # make data    download the full CIFAR-10 into data/ (curl)
 # make install PREFIX=/usr/local
 # Needs a C compiler and make. OpenMP is used where the compiler has it.
@@ -31,11 +32,11 @@ TESTS = $(SUITES:tests/%.c=$(BUILD)/test/%)
 SANITIZED = $(filter-out $(BUILD)/sanitized/balance,$(SUITES:tests/%.c=$(BUILD)/sanitized/%))
 SCRIPTS = $(wildcard tests/contract/*.sh tests/examples/*.sh)
 
-.PHONY: all run test coverage fuzz bench experiments experiments-quick sizes data install clean help
+.PHONY: all run test coverage fuzz bench experiments experiments-quick sizes browser data install clean help
 all: $(EXAMPLES) $(BENCHES)
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 run: $(BUILD)/cifar10
 	$(BUILD)/cifar10 $(ARGS)
@@ -92,6 +93,8 @@ bench: $(BENCHES)
 	$(BUILD)/bench_losses $(ARGS)
 	$(BUILD)/bench_growth --quick
 	$(BUILD)/bench_scale --quick
+	$(BUILD)/bench_contract
+	$(BUILD)/bench_threads
 
 experiments: $(BUILD)/experiments
 	$(BUILD)/experiments $(ARGS)
@@ -101,6 +104,10 @@ experiments-quick: $(BUILD)/experiments
 # code, weights, RAM and stack of a Cortex-M4 build (docs/embedded.md)
 sizes:
 	@CC="$(CC)" sh tests/examples/embedded.sh | grep -e '^sizes' -e '^skipped' -e FAILED
+
+# build/browser/index.html, one file; clang-19 lld-19 libclang-rt-19-dev-wasm32 wasi-libc on Debian
+browser:
+	@sh examples/browser/build.sh $(BUILD)/browser && echo "open $(BUILD)/browser/index.html in a browser"
 
 data:
 	sh examples/data/fetch.sh data

@@ -158,8 +158,8 @@
 #define MOE_API extern
 #endif
 
-#define MOE_VERSION "0.3.4"
-#define MOE_VERSION_NUMBER 304 /* major * 10000 + minor * 100 + patch */
+#define MOE_VERSION "0.3.5"
+#define MOE_VERSION_NUMBER 305 /* major * 10000 + minor * 100 + patch */
 #if defined(MOE_ONLY_PLAN) && MOE_ONLY_VERSION != MOE_VERSION_NUMBER
 #error "MOE_ONLY_PLAN was written by another version of moe.h: export the desc again"
 #endif
@@ -2374,6 +2374,15 @@ ssize_t readlink(const char *path, char *to, size_t size);
 #include <intrin.h>
 #endif
 #endif
+#ifdef MOE__X86 /* compilers that know AVX512_VNNI */
+#if defined(__clang__)
+#define MOE__VNNI (__clang_major__ >= 7)
+#elif defined(__GNUC__)
+#define MOE__VNNI (__GNUC__ >= 8)
+#else
+#define MOE__VNNI (_MSC_VER >= 1920)
+#endif
+#endif
 #if !defined(MOE_NO_SIMD) && (defined(__aarch64__) || defined(_M_ARM64))
 #define MOE__NEON 1
 #include <arm_neon.h>
@@ -3026,7 +3035,8 @@ MOE_API void moe_near(const char *word, moe_names *names, void *context, char *b
  * The loops that numbers pass through: products of tiles, elementary functions, activations, optimisers, selection.
  * They are written once, over a small vocabulary of vectors, and compiled once for each instruction set. After this
  * room there is a table moe__kernels_scalar, and moe__kernels_avx2, _avx512, _neon or _simd128 where the compiler can
- * make them; all give the same bits. Later rooms call kernels through such a table. May use: ground.
+ * make them; moe__kernels_vnni is _avx512 with two kernels of its own. All give the same bits. Later rooms call kernels
+ * through such a table. May use: ground.
  *
  * Panels. Matrices that kernels read lie in panels of 32 columns, one panel after the other; inside a panel a row is 32
  * floats, and the next row follows:
@@ -3088,7 +3098,7 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
  *   slope       the gradient of a loss with dL/dp = c through a softmax p: dz += s p (scale c - mean)
  *   topk        the k highest of each row, descending, ties by index: index (rows, k), value (rows, k) or NULL;
  *               returns 0 at a NaN
- *   count, count8   how many of 16, of 32 tokens have an expert among their k highest; count leaves some out
+ *   count       how many of 32 tokens, side by side, have an expert among their k highest, and as their highest
  *   sum_rows    sum[c] += row r of x, one row after the other
  *   half, bfloat    n numbers of two bytes, little-endian, of any alignment
  *   column_high the highest magnitude of each of 32 columns
@@ -3110,8 +3120,8 @@ typedef struct moe__adam { float lr, beta1, beta2, one_beta1, one_beta2, eps, de
     X(void, adamw, (size_t n, const moe__adam *adam, float *param, const float *grad, float *mean, float *square))     \
     X(void, sgd, (size_t n, const moe__adam *adam, float *param, const float *grad, float *mean))                      \
     X(int, topk, (size_t rows, size_t n, size_t k, const float *scores, int32_t *index, float *value))                 \
-    X(uint32_t, count, (size_t n, size_t k, const float *z, float *list, float *selected, float *first))               \
-    X(void, count8, (size_t n, size_t k, const float *z, float *selected, float *first))                           \
+    X(void, count, (size_t n, size_t k, const float *z, const float *next, float *list, uint32_t *selected,            \
+                    uint32_t *first))                                                                                  \
     X(void, sum_rows, (size_t rows, size_t cols, const float *x, double *sum))                                         \
     X(int, all_finite, (size_t n, const float *x))                                                                     \
     X(void, half, (size_t n, const unsigned char *from, float *to))                                                    \
@@ -3145,6 +3155,8 @@ typedef struct moe__kernels {
 
 #define MOE__TOPK_K 16  /* up to here the k best of rows are found side by side; in longer rows one row at a time, as */
 #define MOE__TOPK_N 512 /* most of such a row is passed over quickly */
+#define MOE__TOPK_NETWORK 8 /* up to here by sorting networks */
+#define MOE__TOPK_SHORT 64  /* rows up to here go through them whole */
 
 /* The lowest bit that is set: bits is not 0. */
 MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
@@ -3154,6 +3166,17 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
     unsigned i = 0;
     while (!(bits >> i & 1)) i++;
     return i;
+#endif
+}
+
+/* How many bits are set. */
+MOE__INLINE uint32_t moe__kernel_bits_set(uint32_t bits) {
+#if defined(__GNUC__)
+    return (uint32_t)__builtin_popcount(bits);
+#else
+    bits -= bits >> 1 & 0x55555555u;
+    bits = (bits & 0x33333333u) + (bits >> 2 & 0x33333333u);
+    return (bits + (bits >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24;
 #endif
 }
 
@@ -3337,7 +3360,8 @@ MOE__INLINE unsigned moe__kernel_first_bit(uint64_t bits) {
 
 /* The higher of two to the first. */
 #define MOE__ORDER(a, b) { moe__f high = MOE__F_MAX(a, b); b = MOE__F_MIN(a, b); a = high; }
-#define MOE__ORDER4(a, b, c, d, e, f, g, h) MOE__ORDER(a, b) MOE__ORDER(c, d) MOE__ORDER(e, f) MOE__ORDER(g, h)
+#define MOE__ORDER2(a, b, c, d) MOE__ORDER(a, b) MOE__ORDER(c, d)
+#define MOE__ORDER4(a, b, c, d, e, f, g, h) MOE__ORDER2(a, b, c, d) MOE__ORDER2(e, f, g, h)
 
 #define MOE__WIDEN(name)                                                                                 \
     MOE__FN void MOE__K(name)(size_t n, const unsigned char *from, float *to) {                          \
@@ -3499,6 +3523,9 @@ MOE__INLINE v128_t moe__fma_simd128(v128_t a, v128_t b, v128_t c) {
 #define MOE__FI static inline __attribute__((always_inline, target("avx2,fma")))
 #elif defined(__GNUC__) && MOE__PASS == 3
 #define MOE__FN static __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#define MOE__FN_DOTS static __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
+#define MOE__FI_DOTS \
+    static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
 #define MOE__FI static inline __attribute__((always_inline, target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
 #elif defined(__GNUC__) && !defined(__clang__) && MOE__PASS == 1 /* inlined, arrays of 16 are long code */
 #define MOE__FN static
@@ -3506,6 +3533,10 @@ MOE__INLINE v128_t moe__fma_simd128(v128_t a, v128_t b, v128_t c) {
 #else
 #define MOE__FN static
 #define MOE__FI MOE__INLINE
+#endif
+#ifndef MOE__FN_DOTS
+#define MOE__FN_DOTS MOE__FN
+#define MOE__FI_DOTS MOE__FI
 #endif
 
 /* Native vectors: MOE__VL lanes; a tile is MOE__MR rows by MOE__NT vectors. MOE__EACH(n, s) repeats s for the
@@ -3544,7 +3575,7 @@ typedef float moe__f;
 #define MOE__F_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MOE__F_SQRT(a) sqrtf(a)
 #define MOE__F_LT(a, b) ((a) < (b))
-#define MOE__F_GE(a, b, one) ((a) >= (b) ? (one) : 0.0f) /* one where a >= b, else 0 */
+#define MOE__F_EQ(a, b) ((a) == (b))
 #define MOE__F_UNORD(a, b) ((a) != (a) || (b) != (b))
 #define MOE__F_SEL(m, a, b) ((m) ? (a) : (b))
 #define MOE__F_BITS(m) ((uint32_t)(m))
@@ -3564,6 +3595,12 @@ typedef float moe__f;
 #define MOE__F_FIELD(w, left, right) /* a signed field of a word: what is left after these shifts */ \
     ((float)((int32_t)(*(w) << (left) >> (right) ^ 1u << (31 - (right))) - (int32_t)(1u << (31 - (right)))))
 #define MOE__FMASK int
+#define MOE__D double /* MOE__DL of them */
+#define MOE__DL 1
+#define MOE__D_LOAD(p) (*(p))
+#define MOE__D_STORE(p, a) (*(p) = (a))
+#define MOE__D_OF(p) ((double)*(p)) /* of so many floats */
+#define MOE__D_ADD(a, b) ((a) + (b))
 #elif MOE__PASS == 2
 #define MOE__SUFFIX avx2
 typedef __m256 moe__f;
@@ -3585,7 +3622,7 @@ typedef __m256 moe__f;
 #define MOE__F_MAX(a, b) _mm256_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm256_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
-#define MOE__F_GE(a, b, one) _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), one)
+#define MOE__F_EQ(a, b) _mm256_cmp_ps(a, b, _CMP_EQ_OQ)
 #define MOE__F_UNORD(a, b) _mm256_cmp_ps(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm256_blendv_ps(b, a, m)
 #define MOE__F_BITS(m) ((uint32_t)_mm256_movemask_ps(m))
@@ -3611,12 +3648,20 @@ typedef __m256 moe__f;
 #define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm256_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
 #define MOE__BYTE_UNIT 5.9604644775390625e-8f          /* 2^-24 */
 #define MOE__HALF_BYTE_UNIT 3.7252902984619140625e-9f  /* 2^-28 */
-#define MOE__F_QUADS(p, ld) /* 4 floats of rows 0 and 4 */ \
+#define MOE__F_PARTS(p, ld) /* 4 floats of rows 0 and 4 */ \
     _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps((p) + 4 * (ld)), 1)
 #define MOE__F_LOW(a, b) _mm256_unpacklo_ps(a, b)
 #define MOE__F_HIGH(a, b) _mm256_unpackhi_ps(a, b)
 #define MOE__F_PAIRS(a, b, which) _mm256_shuffle_ps(a, b, which)
 #define MOE__FMASK __m256
+#define MOE__V_LOW8(a) (a).v[0]
+#define MOE__V_HIGH8(a) (a).v[1]
+#define MOE__D __m256d
+#define MOE__DL 4
+#define MOE__D_LOAD(p) _mm256_loadu_pd(p)
+#define MOE__D_STORE(p, a) _mm256_storeu_pd(p, a)
+#define MOE__D_OF(p) _mm256_cvtps_pd(_mm_loadu_ps(p))
+#define MOE__D_ADD(a, b) _mm256_add_pd(a, b)
 #elif MOE__PASS == 3
 #define MOE__SUFFIX avx512
 typedef __m512 moe__f;
@@ -3638,7 +3683,7 @@ typedef __m512 moe__f;
 #define MOE__F_MAX(a, b) _mm512_max_ps(a, b)
 #define MOE__F_SQRT(a) _mm512_sqrt_ps(a)
 #define MOE__F_LT(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
-#define MOE__F_GE(a, b, one) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), one)
+#define MOE__F_EQ(a, b) _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)
 #define MOE__F_UNORD(a, b) _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)
 #define MOE__F_SEL(m, a, b) _mm512_mask_blend_ps(m, b, a)
 #define MOE__F_BITS(m) ((uint32_t)(m))
@@ -3664,13 +3709,21 @@ typedef __m512 moe__f;
 #define MOE__F_HALF_BYTE(w, n) MOE__F_TOP(_mm512_slli_epi32(MOE__F_WORDS(w), 28 - 4 * (n)), -268435456)
 #define MOE__BYTE_UNIT 5.9604644775390625e-8f
 #define MOE__HALF_BYTE_UNIT 3.7252902984619140625e-9f
-#define MOE__F_QUADS(p, ld) /* 4 floats of rows 0, 4, 8 and 12 */ \
-    _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), \
-        _mm_loadu_ps((p) + 4 * (ld)), 1), _mm_loadu_ps((p) + 8 * (ld)), 2), _mm_loadu_ps((p) + 12 * (ld)), 3)
+#define MOE__F_PARTS(p, ld) /* 8 floats of rows 0 and 4 */ \
+    _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(p)), _mm256_loadu_ps((p) + 4 * (ld)), 1)
+#define MOE__F_QUARTERS(a, b, which) _mm512_shuffle_f32x4(a, b, which)
 #define MOE__F_LOW(a, b) _mm512_unpacklo_ps(a, b)
 #define MOE__F_HIGH(a, b) _mm512_unpackhi_ps(a, b)
 #define MOE__F_PAIRS(a, b, which) _mm512_shuffle_ps(a, b, which)
 #define MOE__FMASK __mmask16
+#define MOE__V_LOW8(a) _mm512_castps512_ps256((a).v[0])
+#define MOE__V_HIGH8(a) _mm512_extractf32x8_ps((a).v[0], 1)
+#define MOE__D __m512d
+#define MOE__DL 8
+#define MOE__D_LOAD(p) _mm512_loadu_pd(p)
+#define MOE__D_STORE(p, a) _mm512_storeu_pd(p, a)
+#define MOE__D_OF(p) _mm512_cvtps_pd(_mm256_loadu_ps(p))
+#define MOE__D_ADD(a, b) _mm512_add_pd(a, b)
 #elif MOE__PASS == 5
 #define MOE__SUFFIX simd128
 typedef v128_t moe__f;
@@ -3694,7 +3747,7 @@ typedef v128_t moe__f;
 #define MOE__F_MAX(a, b) wasm_f32x4_pmax(b, a)
 #define MOE__F_SQRT(a) wasm_f32x4_sqrt(a)
 #define MOE__F_LT(a, b) wasm_f32x4_lt(a, b)
-#define MOE__F_GE(a, b, one) wasm_v128_and(wasm_f32x4_ge(a, b), one)
+#define MOE__F_EQ(a, b) wasm_f32x4_eq(a, b)
 #define MOE__F_UNORD(a, b) wasm_v128_or(wasm_f32x4_ne(a, a), wasm_f32x4_ne(b, b))
 #define MOE__F_SEL(m, a, b) wasm_v128_bitselect(a, b, m)
 #define MOE__F_BITS(m) ((uint32_t)wasm_i32x4_bitmask(m))
@@ -3714,6 +3767,12 @@ typedef v128_t moe__f;
 #define MOE__F_INTEGER(a) wasm_i32x4_trunc_sat_f32x4(a)
 #define MOE__F_PUT(w, a) wasm_v128_store(w, a)
 #define MOE__FMASK v128_t
+#define MOE__D v128_t
+#define MOE__DL 2
+#define MOE__D_LOAD(p) wasm_v128_load(p)
+#define MOE__D_STORE(p, a) wasm_v128_store(p, a)
+#define MOE__D_OF(p) wasm_f64x2_promote_low_f32x4(wasm_v128_load64_zero(p))
+#define MOE__D_ADD(a, b) wasm_f64x2_add(a, b)
 #else
 #define MOE__SUFFIX neon
 typedef float32x4_t moe__f;
@@ -3737,7 +3796,7 @@ typedef float32x4_t moe__f;
 #define MOE__F_MAX(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
 #define MOE__F_SQRT(a) vsqrtq_f32(a)
 #define MOE__F_LT(a, b) vcltq_f32(a, b)
-#define MOE__F_GE(a, b, one) vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(a, b), vreinterpretq_u32_f32(one)))
+#define MOE__F_EQ(a, b) vceqq_f32(a, b)
 #define MOE__F_UNORD(a, b) vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b)))
 #define MOE__F_SEL(m, a, b) vbslq_f32(m, a, b)
 #define MOE__F_BITS(m) vaddvq_u32(vandq_u32(m, vcombine_u32(vcreate_u32(0x200000001u), vcreate_u32(0x800000004u))))
@@ -3758,6 +3817,12 @@ typedef float32x4_t moe__f;
 #define MOE__F_FIELD(w, left, right) \
     vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(vld1q_u32(w)), left), right))
 #define MOE__FMASK uint32x4_t
+#define MOE__D float64x2_t
+#define MOE__DL 2
+#define MOE__D_LOAD(p) vld1q_f64(p)
+#define MOE__D_STORE(p, a) vst1q_f64(p, a)
+#define MOE__D_OF(p) vcvt_f64_f32(vld1_f32(p))
+#define MOE__D_ADD(a, b) vaddq_f64(a, b)
 #endif
 #ifndef MOE__BYTE_UNIT
 #define MOE__F_BYTE(w, n) MOE__F_FIELD(w, 24 - 8 * (n), 24)
@@ -3832,7 +3897,21 @@ MOE__FI void moe__v_store_n(float *p, size_t n, moe__v a) {
     moe__v_store(lane, a);
     for (size_t i = 0; i < n; i++) p[i] = lane[i];
 }
-/* one fixed tree: lanes i and i + 8, then + 4, + 2, + 1 */
+#if MOE__PASS == 2 || MOE__PASS == 3
+/* One fixed tree: lanes i and i + 8, then + 4, + 2, + 1. */
+MOE__FI float moe__v_sum(moe__v a) {
+    __m256 eight = _mm256_add_ps(MOE__V_LOW8(a), MOE__V_HIGH8(a));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+MOE__FI float moe__v_maximum(moe__v a) {
+    __m256 eight = _mm256_max_ps(MOE__V_LOW8(a), MOE__V_HIGH8(a));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#else
 MOE__FI float moe__v_sum(moe__v a) {
     float lane[16];
     moe__v_store(lane, a);
@@ -3847,6 +3926,7 @@ MOE__FI float moe__v_maximum(moe__v a) {
         if (lane[i] > lane[0]) lane[0] = lane[i];
     return lane[0];
 }
+#endif
 #endif
 
 /* Elementary functions on 16 lanes: a fixed sequence of correctly rounded operations, so the same bits on every
@@ -3976,26 +4056,56 @@ MOE__FN void MOE__K(settle)(void) {
     _mm_sfence();
 #endif
 }
+/* In each quarter of four registers 4 x 4 numbers are turned. */
+#define MOE__TURN4(a, b, c, d)                                                                           \
+    {                                                                                                    \
+        moe__f low01 = MOE__F_LOW(a, b), low23 = MOE__F_LOW(c, d);                                       \
+        moe__f high01 = MOE__F_HIGH(a, b), high23 = MOE__F_HIGH(c, d);                                   \
+        a = MOE__F_PAIRS(low01, low23, 0x44);                                                            \
+        b = MOE__F_PAIRS(low01, low23, 0xee);                                                            \
+        c = MOE__F_PAIRS(high01, high23, 0x44);                                                          \
+        d = MOE__F_PAIRS(high01, high23, 0xee);                                                          \
+    }
 MOE__FN void MOE__K(transpose)(const float *from, size_t ld, float *to) {
-#if MOE__PASS == 2 || MOE__PASS == 3
-    for (int r = 0; r < 32; r += MOE__VL) /* so many rows at a time: 4 columns of them are 4 registers of 4 x 4 */
+#if MOE__PASS == 2
+    for (int r = 0; r < 32; r += 8) /* so many rows at a time: 4 columns of them are 4 registers of 4 x 4 */
         for (int c = 0; c < 32; c += 4) {
             const float *s = from + (size_t)r * ld + c;
             float *column = to + c * 32 + r;
-            moe__f q0 = MOE__F_QUADS(s, ld), q1 = MOE__F_QUADS(s + ld, ld);
-            moe__f q2 = MOE__F_QUADS(s + 2 * ld, ld), q3 = MOE__F_QUADS(s + 3 * ld, ld);
-            moe__f low01 = MOE__F_LOW(q0, q1), low23 = MOE__F_LOW(q2, q3);
-            moe__f high01 = MOE__F_HIGH(q0, q1), high23 = MOE__F_HIGH(q2, q3);
-            MOE__F_STORE(column, MOE__F_PAIRS(low01, low23, 0x44));
-            MOE__F_STORE(column + 32, MOE__F_PAIRS(low01, low23, 0xee));
-            MOE__F_STORE(column + 64, MOE__F_PAIRS(high01, high23, 0x44));
-            MOE__F_STORE(column + 96, MOE__F_PAIRS(high01, high23, 0xee));
+            moe__f q0 = MOE__F_PARTS(s, ld), q1 = MOE__F_PARTS(s + ld, ld);
+            moe__f q2 = MOE__F_PARTS(s + 2 * ld, ld), q3 = MOE__F_PARTS(s + 3 * ld, ld);
+            MOE__TURN4(q0, q1, q2, q3)
+            MOE__F_STORE(column, q0);
+            MOE__F_STORE(column + 32, q1);
+            MOE__F_STORE(column + 64, q2);
+            MOE__F_STORE(column + 96, q3);
+        }
+#elif MOE__PASS == 3
+    for (int r = 0; r < 32; r += 16) /* 8 columns: rows 0 .. 7 are in p, 8 .. 15 in q */
+        for (int c = 0; c < 32; c += 8) {
+            const float *s = from + (size_t)r * ld + c, *next = s + 8 * ld;
+            float *column = to + c * 32 + r;
+            moe__f p0 = MOE__F_PARTS(s, ld), p1 = MOE__F_PARTS(s + ld, ld);
+            moe__f p2 = MOE__F_PARTS(s + 2 * ld, ld), p3 = MOE__F_PARTS(s + 3 * ld, ld);
+            moe__f q0 = MOE__F_PARTS(next, ld), q1 = MOE__F_PARTS(next + ld, ld);
+            moe__f q2 = MOE__F_PARTS(next + 2 * ld, ld), q3 = MOE__F_PARTS(next + 3 * ld, ld);
+            MOE__TURN4(p0, p1, p2, p3)
+            MOE__TURN4(q0, q1, q2, q3)
+            MOE__F_STORE(column, MOE__F_QUARTERS(p0, q0, 0x88));
+            MOE__F_STORE(column + 32, MOE__F_QUARTERS(p1, q1, 0x88));
+            MOE__F_STORE(column + 64, MOE__F_QUARTERS(p2, q2, 0x88));
+            MOE__F_STORE(column + 96, MOE__F_QUARTERS(p3, q3, 0x88));
+            MOE__F_STORE(column + 128, MOE__F_QUARTERS(p0, q0, 0xdd));
+            MOE__F_STORE(column + 160, MOE__F_QUARTERS(p1, q1, 0xdd));
+            MOE__F_STORE(column + 192, MOE__F_QUARTERS(p2, q2, 0xdd));
+            MOE__F_STORE(column + 224, MOE__F_QUARTERS(p3, q3, 0xdd));
         }
 #else
     for (int r = 0; r < 32; r++)
         for (int c = 0; c < 32; c++) to[c * 32 + r] = from[(size_t)r * ld + (size_t)c];
 #endif
 }
+#undef MOE__TURN4
 
 /* -- elementwise and reductions: 16 lanes, the tail padded -- */
 MOE__MAP(exp)
@@ -4157,16 +4267,116 @@ MOE__FN void MOE__K(sgd)(size_t n, const moe__adam *adam, float *param, const fl
 
 /* -- selection: compares only, so exact in any order --
  *
- * Short lists of many rows go side by side, row r in lane r of 32, each through an insertion into its k best. Of a long
- * row most is never looked at twice, as a floor tells that it cannot be among the k best:
+ * Many rows go side by side, row r in lane r of 32. Up to k = 8 sorting networks find the k highest values of each
+ * lane, and a second pass over the columns the first place of each value; a lane in which two of the k are equal goes
+ * alone, as does one in which -infinity is selected. Where k is larger, or many lanes have equals, values and places go
+ * through an insertion. Of a long row most is never looked at twice, as a floor tells that it cannot be among the k
+ * best:
  *
  *     row r:     | 32 columns | 32 columns | ... | n of them          maxima of every 32nd column: 32 numbers, of which
  *                  \________________________________________/   ->    k are at least as high as the k-th, the floor
  *
  *     again:     what is not below the floor -> x[0 * 32 + r], x[1 * 32 + r], ... (at most 32, mostly few more than k)
- *     then:      x goes, 32 rows side by side, through the insertion
+ *     then:      x goes, 32 rows side by side, the way of short rows
  *
- * A row in which more than 32 are not below the floor, or in which -infinity is selected, goes alone. */
+ * A row in which more than 32 are not below the floor goes alone. */
+MOE__FI moe__f MOE__K(column)(size_t n, size_t e, const float *x) {
+    if (e < n) return MOE__F_LOAD(x + e * 32);
+    return MOE__F_SET1(-INFINITY);
+}
+/* The 1, 2, 4 and 8 highest of MOE__VL lanes, the highest first; lane l's number in column e is x[e * 32 + l]. Columns
+ * come 2, 4 or 8 at a time, are sorted, and merged with the highest so far. No number is NaN, or the result is nothing
+ * that anybody reads. */
+MOE__FI void MOE__K(highest1)(size_t n, const float *x, float *best) {
+    moe__f a = MOE__F_SET1(-INFINITY), b = a;
+    for (size_t e = 0; e < n; e += 2) {
+        a = MOE__F_MAX(a, MOE__F_LOAD(x + e * 32));
+        b = MOE__F_MAX(b, MOE__K(column)(n, e + 1, x));
+    }
+    MOE__F_STORE(best, MOE__F_MAX(a, b));
+}
+MOE__FI void MOE__K(highest2)(size_t n, const float *x, float *best) {
+    moe__f a0 = MOE__F_SET1(-INFINITY), a1 = a0;
+    for (size_t e = 0; e < n; e += 2) {
+        moe__f b0 = MOE__F_LOAD(x + e * 32), b1 = MOE__K(column)(n, e + 1, x);
+        MOE__ORDER(b0, b1)
+        a1 = MOE__F_MAX(a1, b1);
+        a1 = MOE__F_MAX(a1, MOE__F_MIN(a0, b0));
+        a0 = MOE__F_MAX(a0, b0);
+    }
+    MOE__F_STORE(best, a0);
+    MOE__F_STORE(best + 32, a1);
+}
+MOE__FI void MOE__K(highest4)(size_t n, const float *x, float *best) {
+    moe__f a0 = MOE__F_SET1(-INFINITY), a1 = a0, a2 = a0, a3 = a0;
+    for (size_t e = 0; e < n; e += 4) {
+        moe__f b0 = MOE__F_LOAD(x + e * 32), b1 = MOE__K(column)(n, e + 1, x);
+        moe__f b2 = MOE__K(column)(n, e + 2, x), b3 = MOE__K(column)(n, e + 3, x);
+        MOE__ORDER2(b0, b1, b2, b3)
+        MOE__ORDER2(b0, b2, b1, b3)
+        MOE__ORDER(b1, b2)
+        a0 = MOE__F_MAX(a0, b3), a1 = MOE__F_MAX(a1, b2), a2 = MOE__F_MAX(a2, b1), a3 = MOE__F_MAX(a3, b0);
+        MOE__ORDER2(a0, a2, a1, a3) /* the four highest, as a bitonic sequence: sorted again */
+        MOE__ORDER2(a0, a1, a2, a3)
+    }
+    MOE__F_STORE(best, a0), MOE__F_STORE(best + 32, a1);
+    MOE__F_STORE(best + 64, a2), MOE__F_STORE(best + 96, a3);
+}
+MOE__FI void MOE__K(highest8)(size_t n, const float *x, float *best) {
+    moe__f a0 = MOE__F_SET1(-INFINITY), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+    for (size_t e = 0; e < n; e += 8) {
+        moe__f b0 = MOE__F_LOAD(x + e * 32), b1 = MOE__K(column)(n, e + 1, x);
+        moe__f b2 = MOE__K(column)(n, e + 2, x), b3 = MOE__K(column)(n, e + 3, x);
+        moe__f b4 = MOE__K(column)(n, e + 4, x), b5 = MOE__K(column)(n, e + 5, x);
+        moe__f b6 = MOE__K(column)(n, e + 6, x), b7 = MOE__K(column)(n, e + 7, x);
+        MOE__ORDER4(b0, b1, b2, b3, b4, b5, b6, b7) /* Batcher's odd-even merge sort */
+        MOE__ORDER4(b0, b2, b1, b3, b4, b6, b5, b7)
+        MOE__ORDER2(b1, b2, b5, b6)
+        MOE__ORDER4(b0, b4, b1, b5, b2, b6, b3, b7)
+        MOE__ORDER2(b2, b4, b3, b5)
+        MOE__ORDER(b1, b2) MOE__ORDER2(b3, b4, b5, b6)
+        if (!e) {
+            a0 = b0, a1 = b1, a2 = b2, a3 = b3, a4 = b4, a5 = b5, a6 = b6, a7 = b7;
+            continue;
+        }
+        a0 = MOE__F_MAX(a0, b7), a1 = MOE__F_MAX(a1, b6), a2 = MOE__F_MAX(a2, b5), a3 = MOE__F_MAX(a3, b4);
+        a4 = MOE__F_MAX(a4, b3), a5 = MOE__F_MAX(a5, b2), a6 = MOE__F_MAX(a6, b1), a7 = MOE__F_MAX(a7, b0);
+        MOE__ORDER4(a0, a4, a1, a5, a2, a6, a3, a7)
+        MOE__ORDER4(a0, a2, a1, a3, a4, a6, a5, a7)
+        MOE__ORDER4(a0, a1, a2, a3, a4, a5, a6, a7)
+    }
+    MOE__F_STORE(best, a0), MOE__F_STORE(best + 32, a1);
+    MOE__F_STORE(best + 64, a2), MOE__F_STORE(best + 96, a3);
+    MOE__F_STORE(best + 128, a4), MOE__F_STORE(best + 160, a5);
+    MOE__F_STORE(best + 192, a6), MOE__F_STORE(best + 224, a7);
+}
+/* The k highest of 32 lanes, best[j * 32 + lane], by sinking into a descending list. */
+MOE__FN void MOE__K(highest_many)(size_t n, size_t k, const float *x, float *best) {
+    for (size_t i = 0; i < k * 32; i++) best[i] = -INFINITY;
+    for (size_t e = 0; e < n; e++)
+        for (size_t l = 0; l < 32; l += MOE__VL) {
+            moe__f down = MOE__F_LOAD(x + e * 32 + l);
+            for (float *slot = best + l, *end = slot + k * 32; slot < end; slot += 32) {
+                moe__f have = MOE__F_LOAD(slot);
+                MOE__F_STORE(slot, MOE__F_MAX(have, down));
+                down = MOE__F_MIN(have, down);
+            }
+        }
+}
+/* best: room for k rows of 32, at least for 8 */
+MOE__FN void MOE__K(highest_k)(size_t n, size_t k, const float *x, float *best) {
+    if (k > MOE__TOPK_NETWORK) {
+        MOE__K(highest_many)(n, k, x, best);
+        return;
+    }
+    for (size_t l = 0; l < 32; l += MOE__VL) {
+        if (k == 1) MOE__K(highest1)(n, x + l, best + l);
+        else if (k == 2) MOE__K(highest2)(n, x + l, best + l);
+        else if (k <= 4) MOE__K(highest4)(n, x + l, best + l);
+        else MOE__K(highest8)(n, x + l, best + l);
+    }
+}
+
 /* One row, by insertion; 16 numbers are passed over at a time if none is above the k-th best so far. */
 MOE__FN int MOE__K(topk_row)(size_t n, size_t k, const float *scores, int32_t *index) {
     size_t have = 0;
@@ -4191,57 +4401,118 @@ MOE__FN int MOE__K(topk_row)(size_t n, size_t k, const float *scores, int32_t *i
 }
 
 /* 32 rows side by side, row r in lane r: `cols` columns of them, 32 floats each, are inserted into the k best of every
- * row. best[2 j] is the j-th, best[2 j + 1] its id, bits that are carried along. Two columns go down the list together;
- * each pushes down what it is above. A NaN sets its lane of nan. */
-MOE__FN void MOE__K(topk_insert)(size_t cols, size_t k, const float *x, const float *id, float *best, float *nan) {
-    for (size_t i = 0; i < k * 64; i++) best[i] = -INFINITY;
+ * row; with them goes the id of each, bits that are carried along (NULL: its column). Two columns go down the list
+ * together; each pushes down what it is above. */
+MOE__FN void MOE__K(topk_insert)(size_t cols, size_t k, const float *x, const float *id, float *best, float *place) {
+    for (size_t i = 0; i < k * 32; i++) best[i] = -INFINITY, place[i] = 0.0f;
     for (size_t c = 0; c < cols; c += 2)
         for (size_t l = 0; l < 32; l += MOE__VL) {
             size_t at = c * 32 + l;
-            moe__f v0 = MOE__F_LOAD(x + at), id0 = MOE__F_LOAD(id + at), push0 = v0, push_id0 = id0;
-            moe__f v1 = MOE__F_SET1(-INFINITY), id1 = id0, push1, push_id1;
-            if (c + 1 < cols) v1 = MOE__F_LOAD(x + at + 32), id1 = MOE__F_LOAD(id + at + 32);
+            moe__f v0 = MOE__F_LOAD(x + at), v1 = MOE__F_SET1(-INFINITY), push0 = v0, push1, push_id0, push_id1;
+            moe__f id0 = MOE__F_SET1(moe__float_of((uint32_t)c)), id1 = MOE__F_SET1(moe__float_of((uint32_t)c + 1));
+            if (c + 1 < cols) v1 = MOE__F_LOAD(x + at + 32);
+            if (id) id0 = MOE__F_LOAD(id + at);
+            if (id && c + 1 < cols) id1 = MOE__F_LOAD(id + at + 32);
             push1 = v1;
+            push_id0 = id0;
             push_id1 = id1;
-            MOE__F_STORE(nan + l, MOE__F_SEL(MOE__F_UNORD(v0, v1), MOE__F_SET1(1.0f), MOE__F_LOAD(nan + l)));
-            for (float *slot = best + l, *end = slot + k * 64; slot < end; slot += 64) {
-                moe__f have = MOE__F_LOAD(slot), have_id = MOE__F_LOAD(slot + 32), above, above_id;
+            for (size_t slot = l; slot < k * 32; slot += 32) {
+                moe__f have = MOE__F_LOAD(best + slot), have_id = MOE__F_LOAD(place + slot), above, above_id;
                 MOE__FMASK lower = MOE__F_LT(have, v0);
                 above = MOE__F_SEL(lower, push0, have);
                 above_id = MOE__F_SEL(lower, push_id0, have_id);
                 push0 = MOE__F_SEL(lower, have, v0);
                 push_id0 = MOE__F_SEL(lower, have_id, id0);
                 lower = MOE__F_LT(above, v1);
-                MOE__F_STORE(slot, MOE__F_SEL(lower, push1, above));
-                MOE__F_STORE(slot + 32, MOE__F_SEL(lower, push_id1, above_id));
+                MOE__F_STORE(best + slot, MOE__F_SEL(lower, push1, above));
+                MOE__F_STORE(place + slot, MOE__F_SEL(lower, push_id1, above_id));
                 push1 = MOE__F_SEL(lower, above, v1);
                 push_id1 = MOE__F_SEL(lower, above_id, id1);
             }
         }
 }
-/* The k-th best of 32 columns of each of 32 rows. */
-MOE__FN void MOE__K(topk_floor)(size_t k, const float *x, float *floor) {
-    MOE__ALIGN64 float best[MOE__TOPK_K * 32];
-    for (size_t i = 0; i < k * 32; i++) best[i] = -INFINITY;
-    for (size_t c = 0; c < 32 * 32; c += 2 * 32)
-        for (size_t l = 0; l < 32; l += MOE__VL) {
-            moe__f v0 = MOE__F_LOAD(x + c + l), v1 = MOE__F_LOAD(x + c + 32 + l);
-            for (float *slot = best + l, *end = slot + k * 32; slot < end; slot += 32) {
-                moe__f have = MOE__F_LOAD(slot), above = MOE__F_MAX(have, v0);
-                v0 = MOE__F_MIN(have, v0);
-                MOE__F_STORE(slot, MOE__F_MAX(above, v1));
-                v1 = MOE__F_MIN(above, v1);
-            }
+/* Is one of n numbers NaN? n is a multiple of 32. */
+MOE__FN int MOE__K(any_nan)(size_t n, const float *x) {
+    const moe__f one = MOE__F_SET1(1.0f);
+    moe__f some = MOE__F_SET1(0.0f);
+    float lane[MOE__VL], sum = 0.0f;
+    for (size_t i = 0; i < n; i += 2 * MOE__VL)
+        some = MOE__F_SEL(MOE__F_UNORD(MOE__F_LOAD(x + i), MOE__F_LOAD(x + i + MOE__VL)), one, some);
+    MOE__F_STORE(lane, some);
+    for (size_t i = 0; i < MOE__VL; i++) sum += lane[i];
+    return sum > 0.0f;
+}
+/* The lanes, as bits, in which two of the k highest are equal. */
+MOE__FN uint32_t MOE__K(topk_equals)(size_t k, const float *best) {
+    const moe__f one = MOE__F_SET1(1.0f);
+    uint32_t bits = 0;
+    for (uint32_t l = 0; l < 32; l += MOE__VL) {
+        moe__f some = MOE__F_SET1(0.0f);
+        for (size_t j = 1; j < k; j++) {
+            moe__f above = MOE__F_LOAD(best + (j - 1) * 32 + l), below = MOE__F_LOAD(best + j * 32 + l);
+            some = MOE__F_SEL(MOE__F_EQ(above, below), one, some);
         }
-    memcpy(floor, best + (k - 1) * 32, 32 * sizeof(float));
+        bits |= MOE__F_BITS(MOE__F_LT(MOE__F_SET1(0.0f), some)) << l;
+    }
+    return bits;
+}
+/* The id of the first column in which a lane has the value of best (NULL: the column itself): of so many values in one
+ * pass. */
+#define MOE__PLACES(M)                                                                                   \
+    for (size_t l = 0; l < 32; l += MOE__VL) {                                                           \
+        M(MOE__PLACE_FIRST)                                                                              \
+        moe__f have_id = MOE__F_SET1(moe__float_of((uint32_t)cols));                                     \
+        for (size_t c = cols; c--;) {                                                                    \
+            moe__f have = MOE__F_LOAD(x + c * 32 + l);                                                   \
+            have_id = MOE__F_PLUS(have_id, one_less);                                                    \
+            if (id) have_id = MOE__F_LOAD(id + c * 32 + l);                                              \
+            M(MOE__PLACE_NEXT)                                                                           \
+        }                                                                                                \
+        M(MOE__PLACE_LAST)                                                                               \
+    }
+#define MOE__PLACE_FIRST(r) moe__f v##r = MOE__F_LOAD(best + (r) * 32 + l), p##r = MOE__F_SET1(0.0f);
+#define MOE__PLACE_NEXT(r) p##r = MOE__F_SEL(MOE__F_EQ(have, v##r), have_id, p##r);
+#define MOE__PLACE_LAST(r) MOE__F_STORE(place + (r) * 32 + l, p##r);
+MOE__FN void MOE__K(topk_places)(size_t cols, size_t k, const float *x, const float *id, const float *best,
+                                 float *place) {
+    const moe__f one_less = MOE__F_SET1(moe__float_of(0xffffffffu)); /* bits, as ids are: NaN as a number */
+    if (k == 1) {
+        MOE__PLACES(MOE__ROWS_1)
+    } else if (k == 2) {
+        MOE__PLACES(MOE__ROWS_2)
+    } else for (size_t j = 0; j < k; j += 4, best += 4 * 32, place += 4 * 32) {
+        MOE__PLACES(MOE__ROWS_4)
+    }
+}
+#undef MOE__PLACES
+#undef MOE__PLACE_FIRST
+#undef MOE__PLACE_NEXT
+#undef MOE__PLACE_LAST
+/* The k best of 32 lanes and their ids; a bit is set for each lane that has to go alone. */
+MOE__FN uint32_t MOE__K(topk_lanes)(size_t cols, size_t k, const float *x, const float *id, float *best,
+                                    float *place) {
+    enum { FEW = 4 };
+    uint32_t alone = 0;
+    if (k <= MOE__TOPK_NETWORK) {
+        MOE__K(highest_k)(cols, k, x, best);
+        alone = MOE__K(topk_equals)(k, best);
+        MOE__K(topk_places)(cols, k, x, id, best, place);
+    }
+    if (k > MOE__TOPK_NETWORK || moe__kernel_bits_set(alone) > FEW) {
+        MOE__K(topk_insert)(cols, k, x, id, best, place);
+        alone = 0;
+    }
+    for (uint32_t r = 0; r < 32; r++)
+        if (!(best[(k - 1) * 32 + r] > -INFINITY)) alone |= (uint32_t)1 << r;
+    return alone;
 }
 
 /* 32 rows of more than 32 columns. Most of a row is below a floor that costs little: of the maxima of every 32nd column
  * k are at least as high as the k-th of them, and so are the row's k best. What is not below it, a NaN too, goes into
- * the columns of x; their number is returned. A row that has more than 32 is marked in `over`. */
-MOE__FN size_t MOE__K(topk_filter)(size_t n, size_t k, const float *scores, size_t ahead, float *x, float *id,
-                                   uint32_t *over) {
-    MOE__ALIGN64 float top[32 * 32], floor[32];
+ * the columns of x; their number is returned. A row that has more than 32 is marked in `over`. room: (32, 32) */
+MOE__FN size_t MOE__K(topk_filter)(size_t n, size_t k, const float *scores, size_t ahead, float *room, float *x,
+                                   float *id, uint32_t *over) {
+    const float *floor = room + (k - 1) * 32;
     size_t cols = 0;
     for (size_t r = 0; r < 32; r++) {
         const float *row = scores + r * n;
@@ -4250,11 +4521,11 @@ MOE__FN size_t MOE__K(topk_filter)(size_t n, size_t k, const float *scores, size
             even = moe__v_max(moe__v_load_n(row + e, n - e, -INFINITY), even);
             if (e + 16 < n) odd = moe__v_max(moe__v_load_n(row + e + 16, n - e - 16, -INFINITY), odd);
         }
-        moe__v_store(top + r * 32, even);
-        moe__v_store(top + r * 32 + 16, odd);
+        moe__v_store(room + r * 32, even);
+        moe__v_store(room + r * 32 + 16, odd);
     }
-    MOE__K(transpose)(top, 32, x);
-    MOE__K(topk_floor)(k, x, floor);
+    MOE__K(transpose)(room, 32, x);
+    MOE__K(highest_k)(32, k, x, room);
     for (size_t i = 0; i < 32 * 32; i++) x[i] = -INFINITY;
     *over = 0;
     for (size_t r = 0; r < 32; r++) {
@@ -4284,31 +4555,40 @@ MOE__FN size_t MOE__K(topk_filter)(size_t n, size_t k, const float *scores, size
     return cols;
 }
 
+/* 32 rows of `width` columns side by side: lane r is row r. edge: (32, 32) */
+MOE__FN void MOE__K(turn)(size_t width, const float *rows, float *edge, float *x) {
+    size_t whole = width / 32 * 32, rest = width - whole;
+    for (size_t c = 0; c < whole; c += 32) MOE__K(transpose)(rows + c, width, x + c * 32);
+    if (!rest) return;
+    for (size_t r = 0; r < 32; r++) {
+        memcpy(edge + r * 32, rows + r * width + whole, rest * sizeof(float));
+        memset(edge + r * 32 + rest, 0, (32 - rest) * sizeof(float));
+    }
+    MOE__K(transpose)(edge, 32, x + whole * 32);
+}
 /* 32 long rows: `part` rows of n <= 32 columns, or one. What is read next stands `ahead` floats further. */
 MOE__FN int MOE__K(topk_block)(size_t part, size_t n, size_t k, const float *scores, size_t ahead, int32_t *index) {
-    MOE__ALIGN64 float x[32 * 32], id[32 * 32], edge[32 * 32], best[MOE__TOPK_K * 64], nan[32] = {0};
+    MOE__ALIGN64 float x[MOE__TOPK_SHORT * 32], room[32 * 32];
+    float *chosen = x + 32 * 32, *best = room, *place = room + MOE__TOPK_K * 32; /* chosen: of long rows */
     size_t width = part * n, cols = n;
+    const float *id = NULL;
     uint32_t over = 0;
-    if (n > 32) {
-        cols = MOE__K(topk_filter)(n, k, scores, ahead, x, id, &over);
+    if (n > MOE__TOPK_SHORT) {
+        cols = MOE__K(topk_filter)(n, k, scores, ahead, room, x, chosen, &over);
+        id = chosen;
+        if (MOE__K(any_nan)(cols * 32, x)) return 0;
     } else {
-        const float *whole = scores;
-        if (width < 32) {
-            for (size_t r = 0; r < 32; r++) memcpy(edge + r * 32, scores + r * width, width * sizeof(float));
-            whole = edge;
-        }
-        MOE__K(transpose)(whole, 32, x);
-        for (size_t i = 0; i < n * 32; i++) id[i] = moe__float_of((uint32_t)(i / 32));
+        if (MOE__K(any_nan)(width * 32, scores)) return 0; /* first, as it reads from front to back */
+        MOE__K(turn)(width, scores, room, x);
     }
     for (size_t p = 0; p < part; p++) {
-        MOE__K(topk_insert)(cols, k, x + p * n * 32, id, best, nan);
+        uint32_t alone = over | MOE__K(topk_lanes)(cols, k, x + p * n * 32, id, best, place);
         for (size_t r = 0; r < 32; r++) {
-            size_t row = r * part + p;
-            if (nan[r] > 0.0f) return 0;
-            if (over >> r & 1 || !(best[(k - 1) * 64 + r] > -INFINITY)) {
-                if (!MOE__K(topk_row)(n, k, scores + row * n, index + row * k)) return 0;
+            int32_t *to = index + (r * part + p) * k;
+            if (alone >> r & 1) {
+                if (!MOE__K(topk_row)(n, k, scores + (r * part + p) * n, to)) return 0;
             } else {
-                for (size_t j = 0; j < k; j++) index[row * k + j] = (int32_t)moe__bits_of(best[j * 64 + 32 + r]);
+                for (size_t j = 0; j < k; j++) to[j] = (int32_t)moe__bits_of(place[j * 32 + r]);
             }
         }
     }
@@ -4316,13 +4596,13 @@ MOE__FN int MOE__K(topk_block)(size_t part, size_t n, size_t k, const float *sco
 }
 
 MOE__FN int MOE__K(topk)(size_t rows, size_t n, size_t k, const float *scores, int32_t *index, float *value) {
+    int together = MOE__PASS > 1 && k <= MOE__TOPK_K && n <= MOE__TOPK_N;
     for (size_t done; rows; rows -= done, scores += done * n, index += done * k) {
         size_t part = 1, ahead = 0;
-        int together = MOE__PASS > 1 && rows >= 32 && k <= MOE__TOPK_K && n <= MOE__TOPK_N;
         if (n <= 16) part = moe__min(32 / n, rows / 32); /* short rows: so many in one of 32 lanes */
         if (rows >= 64) ahead = 32 * n;
         done = 1;
-        if (together) {
+        if (together && rows >= 32) {
             done = 32 * part;
             if (!MOE__K(topk_block)(part, n, k, scores, ahead, index)) return 0;
         } else if (!MOE__K(topk_row)(n, k, scores, index)) return 0;
@@ -4334,115 +4614,50 @@ MOE__FN int MOE__K(topk)(size_t rows, size_t n, size_t k, const float *scores, i
 }
 
 /* -- counting the k highest, without sorting anything -- */
-/* 16 tokens, expert e in z[e * 32 + lane]. list: k + 1 vectors of scratch. Adds 1 to selected[e * 16 + lane] and
- * first[e * 16 + lane] where a lane has one k-th highest and one highest; the lanes where a tie decides come back as
- * bits, uncounted. */
-MOE__FN uint32_t MOE__K(count)(size_t n, size_t k, const float *z, float *list, float *selected, float *first) {
-    const moe__v one = moe__v_set1(1.0f), zero = moe__v_set1(0.0f), none = moe__v_set1(INFINITY);
-    for (size_t j = 0; j <= k; j++) moe__v_store(list + j * 16, moe__v_neg(none));
-    for (size_t e = 0; e < n; e++) { /* sinks into a descending list: it keeps the k + 1 highest */
-        moe__v x = moe__v_load(z + e * 32);
-        for (size_t j = 0; j <= k; j++) {
-            moe__v have = moe__v_load(list + j * 16);
-            moe__v_store(list + j * 16, moe__v_max(have, x));
-            x = moe__v_min(have, x);
+/* In how many columns each of 32 lanes is not below `least`. */
+MOE__FN void MOE__K(count_lanes)(size_t n, const float *x, const float *least, float *count) {
+    const moe__f one = MOE__F_SET1(1.0f);
+    for (size_t l = 0; l < 32; l += MOE__VL) {
+        moe__f limit = MOE__F_LOAD(least + l), sum = MOE__F_SET1(0.0f);
+        for (size_t e = 0; e < n; e++) {
+            MOE__FMASK below = MOE__F_LT(MOE__F_LOAD(x + e * 32 + l), limit);
+            sum = MOE__F_SEL(below, sum, MOE__F_ADD(sum, one));
         }
+        MOE__F_STORE(count + l, sum);
     }
-    moe__v kth = moe__v_load(list + (k - 1) * 16), top = moe__v_load(list);
-    moe__m sure_kth = moe__v_lt(moe__v_load(list + k * 16), kth), sure_top = moe__v_lt(moe__v_load(list + 16), top);
-    moe__v tie = moe__v_sel(sure_kth, moe__v_sel(sure_top, zero, one), one);
-    kth = moe__v_sel(sure_kth, moe__v_sel(sure_top, kth, none), none); /* what a tie decides counts nowhere */
-    top = moe__v_sel(sure_kth, moe__v_sel(sure_top, top, none), none);
+}
+/* Where a lane has more than k of them, some are equal to its `least`: the last of these are taken back. */
+MOE__FN void MOE__K(count_ties)(size_t n, size_t k, const float *x, const float *least, uint32_t *counted) {
+    float count[32];
+    MOE__K(count_lanes)(n, x, least, count);
+    for (size_t l = 0; l < 32; l++) {
+        size_t more = count[l] > (float)k ? (size_t)count[l] - k : 0;
+        for (size_t e = n; more && e--;)
+            if (x[e * 32 + l] == least[l]) counted[e]--, more--;
+    }
+}
+/* 32 tokens, expert e's in x[e * 32 + lane]; next: what is read afterwards. list: scratch, max(k, 8) rows of 32. Adds
+ * up, for each expert, in how many it is among the k highest, and the highest: all bits of a compare at once. */
+MOE__FN void MOE__K(count)(size_t n, size_t k, const float *x, const float *next, float *list, uint32_t *selected,
+                           uint32_t *first) {
+    uint32_t total = 0, total_first = 0;
+    MOE__K(highest_k)(n, k, x, list);
+    const float *least = list + (k - 1) * 32;
+    moe__v kth0 = moe__v_load(least), kth1 = moe__v_load(least + 16);
+    moe__v top0 = moe__v_load(list), top1 = moe__v_load(list + 16);
     for (size_t e = 0; e < n; e++) {
-        moe__v x = moe__v_load(z + e * 32);
-        moe__v in = moe__v_sel(moe__v_lt(x, kth), zero, one), best = moe__v_sel(moe__v_lt(x, top), zero, one);
-        moe__v_store(selected + e * 16, moe__v_add(moe__v_load(selected + e * 16), in));
-        moe__v_store(first + e * 16, moe__v_add(moe__v_load(first + e * 16), best));
+        moe__v x0 = moe__v_load(x + e * 32), x1 = moe__v_load(x + e * 32 + 16);
+        MOE__PREFETCH_L1(next + e * 32 + 16);
+        uint32_t below = moe__v_bits(moe__v_lt(x0, kth0)) | moe__v_bits(moe__v_lt(x1, kth1)) << 16;
+        uint32_t below_top = moe__v_bits(moe__v_lt(x0, top0)) | moe__v_bits(moe__v_lt(x1, top1)) << 16;
+        uint32_t in = moe__kernel_bits_set(~below), best = moe__kernel_bits_set(~below_top);
+        selected[e] += in;
+        first[e] += best;
+        total += in;
+        total_first += best;
     }
-    float lane[16];
-    uint32_t bits = 0;
-    moe__v_store(lane, tie);
-    for (uint32_t i = 0; i < 16; i++) bits |= (uint32_t)(lane[i] > 0.0f) << i;
-    return bits;
-}
-
-/* The same for k <= 8 and 32 tokens, by sorting networks: the experts come eight at a time, are sorted, and merged with
- * the eight highest so far. */
-MOE__FI moe__f MOE__K(count8_column)(size_t n, size_t e, const float *z) {
-    if (e < n) return MOE__F_LOAD(z + e * 32);
-    return MOE__F_SET1(-INFINITY);
-}
-/* Of MOE__VL tokens the k-th highest, and the highest. */
-MOE__FN void MOE__K(count8_highest)(size_t n, size_t k, const float *z, float *kth, float *top) {
-    const moe__f none = MOE__F_SET1(-INFINITY);
-    moe__f a0 = none, a1 = none, a2 = none, a3 = none, a4 = none, a5 = none, a6 = none, a7 = none; /* descending */
-    float sorted[8 * MOE__VL];
-    for (size_t e = 0; e < n; e += 8) {
-        moe__f b0 = MOE__F_LOAD(z + e * 32), b1 = MOE__K(count8_column)(n, e + 1, z);
-        moe__f b2 = MOE__K(count8_column)(n, e + 2, z), b3 = MOE__K(count8_column)(n, e + 3, z);
-        moe__f b4 = MOE__K(count8_column)(n, e + 4, z), b5 = MOE__K(count8_column)(n, e + 5, z);
-        moe__f b6 = MOE__K(count8_column)(n, e + 6, z), b7 = MOE__K(count8_column)(n, e + 7, z);
-        MOE__ORDER4(b0, b1, b2, b3, b4, b5, b6, b7) /* Batcher's odd-even merge sort */
-        MOE__ORDER4(b0, b2, b1, b3, b4, b6, b5, b7)
-        MOE__ORDER(b1, b2) MOE__ORDER(b5, b6)
-        MOE__ORDER4(b0, b4, b1, b5, b2, b6, b3, b7)
-        MOE__ORDER(b2, b4) MOE__ORDER(b3, b5)
-        MOE__ORDER(b1, b2) MOE__ORDER(b3, b4) MOE__ORDER(b5, b6)
-        a0 = MOE__F_MAX(a0, b7), a1 = MOE__F_MAX(a1, b6), a2 = MOE__F_MAX(a2, b5), a3 = MOE__F_MAX(a3, b4);
-        a4 = MOE__F_MAX(a4, b3), a5 = MOE__F_MAX(a5, b2), a6 = MOE__F_MAX(a6, b1), a7 = MOE__F_MAX(a7, b0);
-        MOE__ORDER4(a0, a4, a1, a5, a2, a6, a3, a7) /* the eight highest, as a bitonic sequence: sorted again */
-        MOE__ORDER4(a0, a2, a1, a3, a4, a6, a5, a7)
-        MOE__ORDER4(a0, a1, a2, a3, a4, a5, a6, a7)
-    }
-    MOE__F_STORE(sorted, a0); MOE__F_STORE(sorted + MOE__VL, a1);
-    MOE__F_STORE(sorted + 2 * MOE__VL, a2); MOE__F_STORE(sorted + 3 * MOE__VL, a3);
-    MOE__F_STORE(sorted + 4 * MOE__VL, a4); MOE__F_STORE(sorted + 5 * MOE__VL, a5);
-    MOE__F_STORE(sorted + 6 * MOE__VL, a6); MOE__F_STORE(sorted + 7 * MOE__VL, a7);
-    MOE__F_STORE(kth, MOE__F_LOAD(sorted + (k - 1) * MOE__VL));
-    MOE__F_STORE(top, a0);
-}
-/* Somewhere in MOE__VL tokens a tie may decide: of equals the first are taken, the others taken back. */
-MOE__FN void MOE__K(count8_ties)(size_t n, size_t k, const float *z, const float *kth, const float *top,
-                                 float *selected, float *first) {
-    const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f), least = MOE__F_LOAD(kth), best = MOE__F_LOAD(top);
-    moe__f places = MOE__F_SET1((float)k), place = one; /* that are left */
-    for (size_t e = 0; e < n; e++)
-        places = MOE__F_SUB(places, MOE__F_SEL(MOE__F_LT(least, MOE__F_LOAD(z + e * 32)), one, zero));
-    for (size_t e = 0; e < n; e++) {
-        moe__f x = MOE__F_LOAD(z + e * 32), highest = MOE__F_GE(x, best, one);
-        moe__f equal = MOE__F_SEL(MOE__F_LT(least, x), zero, MOE__F_GE(x, least, one));
-        moe__f taken = MOE__F_MIN(equal, places), taken_first = MOE__F_MIN(highest, place);
-        places = MOE__F_SUB(places, taken);
-        place = MOE__F_SUB(place, taken_first);
-        float *in = selected + e * 16, *in_first = first + e * 16;
-        MOE__F_STORE(in, MOE__F_ADD(MOE__F_LOAD(in), MOE__F_SUB(taken, equal)));
-        MOE__F_STORE(in_first, MOE__F_ADD(MOE__F_LOAD(in_first), MOE__F_SUB(taken_first, highest)));
-    }
-}
-MOE__FN void MOE__K(count8)(size_t n, size_t k, const float *z, float *selected, float *first) {
-    const moe__f one = MOE__F_SET1(1.0f), zero = MOE__F_SET1(0.0f);
-    moe__f all_in = zero, all_best = zero;
-    float kth[32], top[32], seen[2 * MOE__VL], total = 0.0f, total_first = 0.0f;
-    for (uint32_t lane = 0; lane < 32; lane += MOE__VL)
-        MOE__K(count8_highest)(n, k, z + lane, kth + lane, top + lane);
-    for (size_t e = 0; e < n; e++) {
-        moe__f in = zero, best = zero;
-        for (int lane = 0; lane < 32; lane += MOE__VL) {
-            moe__f x = MOE__F_LOAD(z + e * 32 + lane);
-            in = MOE__F_ADD(in, MOE__F_GE(x, MOE__F_LOAD(kth + lane), one));
-            best = MOE__F_ADD(best, MOE__F_GE(x, MOE__F_LOAD(top + lane), one));
-        }
-        all_in = MOE__F_ADD(all_in, in);
-        all_best = MOE__F_ADD(all_best, best);
-        MOE__F_STORE(selected + e * 16, MOE__F_ADD(MOE__F_LOAD(selected + e * 16), in));
-        MOE__F_STORE(first + e * 16, MOE__F_ADD(MOE__F_LOAD(first + e * 16), best));
-    }
-    MOE__F_STORE(seen, all_in);
-    MOE__F_STORE(seen + MOE__VL, all_best);
-    for (int l = 0; l < MOE__VL; l++) total += seen[l], total_first += seen[MOE__VL + l];
-    if (total == 32.0f * (float)k && total_first == 32.0f) return;
-    for (uint32_t lane = 0; lane < 32; lane += MOE__VL)
-        MOE__K(count8_ties)(n, k, z + lane, kth + lane, top + lane, selected, first);
+    if (total != 32 * (uint32_t)k) MOE__K(count_ties)(n, k, x, least, selected);
+    if (total_first != 32) MOE__K(count_ties)(n, 1, x, list, first);
 }
 
 /* -- numbers -- */
@@ -4526,21 +4741,121 @@ MOE__ONE_ROW(f32, 1, 8, 0)
 MOE__ONE_ROW(bf16, 1, 16, 256)
 MOE__ONE_ROW(int8, 2, 32, 256)
 MOE__ONE_ROW(int4, 4, 32, 256)
-/* sum[c] += row r of x, one row after the other: so many columns at a time in registers */
-#define MOE__SUM_COLUMNS(wide)                                                                           \
-    for (; cols - c >= wide; c += wide) {                                                                \
-        double column[wide];                                                                             \
-        memcpy(column, sum + c, sizeof column);                                                          \
-        for (size_t r = 0; r < rows; r++)                                                                \
-            for (size_t i = 0; i < wide; i++) column[i] += (double)x[r * cols + c + i];                  \
-        memcpy(sum + c, column, sizeof column);                                                          \
+#if MOE__PASS == 3 && MOE__VNNI
+/* The same by VNNI's sums of products of bytes, 32 rows at a time. A scale is m 2^e, m of 8 bits. Of 1.5 2^(e + 23) the
+ * last bit is 2^e: m q added to its bits is m q 2^e added to it, and when it is taken off again, the weight is left,
+ * exactly. Neither a conversion nor a multiplication of floats is needed. Fields of 4 bits are upper halves of bytes:
+ * 16 q, and e - 4. */
+typedef struct MOE__S(moe__dots_) { __m512 base, sum; __m512i m; } MOE__S(moe__dots_);
+#define moe__dots MOE__S(moe__dots_)
+/* scale: the bits of 16 columns' scales as floats. 0 for those whose base would not be finite; and for scales of 0, of
+ * which a weight may be -0. */
+MOE__FI_DOTS int MOE__K(dots_scale)(__m512i scale, int bits, const float *c, moe__dots *dots) {
+    const __m512i least = _mm512_set1_epi32(1 << 16), beyond = _mm512_set1_epi32((239 << 23) - (1 << 16));
+    __m512i high = _mm512_and_si512(scale, _mm512_set1_epi32(0x7f800000));
+    __m512i m = _mm512_and_si512(_mm512_srli_epi32(scale, 16), _mm512_set1_epi32(0x7f));
+    dots->m = _mm512_or_si512(m, _mm512_set1_epi32(0x80));
+    dots->base = _mm512_castsi512_ps(_mm512_add_epi32(high, _mm512_set1_epi32((8 + bits) << 23 | 1 << 22)));
+    dots->sum = _mm512_loadu_ps(c);
+    return !_mm512_cmpge_epu32_mask(_mm512_sub_epi32(scale, least), beyond);
+}
+MOE__FI_DOTS int MOE__K(dots_begin)(const uint32_t *words, int bits, const float *c, moe__dots *low, moe__dots *high) {
+    __m512i scales = _mm512_loadu_si512((const void *)words);
+    int fit = MOE__K(dots_scale)(_mm512_slli_epi32(scales, 16), bits, c, low);
+    return fit & MOE__K(dots_scale)(_mm512_and_si512(scales, _mm512_set1_epi32(-65536)), bits, c + 16, high);
+}
+/* sum = fma(x, the weights whose fields are byte n of the words, sum) */
+#define MOE__DOTS_FMA(dots, words, n)                                                                              \
+    {                                                                                                              \
+        __m512i base = _mm512_castps_si512((dots)->base), m = _mm512_slli_epi32((dots)->m, 8 * (n));               \
+        __m512 weight = _mm512_castsi512_ps(_mm512_dpbusd_epi32(base, m, words));                                  \
+        (dots)->sum = _mm512_fmadd_ps(x, _mm512_sub_ps(weight, (dots)->base), (dots)->sum);                        \
     }
+#define MOE__DOTS_ROW(row, lows, low_byte, highs, high_byte)                                                       \
+    {                                                                                                              \
+        __m512 x = _mm512_set1_ps(at[row]);                                                                        \
+        MOE__DOTS_FMA(low, lows, low_byte)                                                                         \
+        MOE__DOTS_FMA(high, highs, high_byte)                                                                      \
+    }
+/* The rows of a line. */
+MOE__FI_DOTS void MOE__K(dots_int8)(const uint32_t *words, const float *at, moe__dots *low, moe__dots *high) {
+    __m512i line = _mm512_loadu_si512((const void *)words);
+    MOE__PREFETCH_L1((const float *)(const void *)words + 512);
+    MOE__DOTS_ROW(0, line, 0, line, 1)
+    MOE__DOTS_ROW(1, line, 2, line, 3)
+}
+MOE__FI_DOTS void MOE__K(dots_int4)(const uint32_t *words, const float *at, moe__dots *low, moe__dots *high) {
+    const __m512i upper = _mm512_set1_epi32((int)0xf0f0f0f0u);
+    __m512i line = _mm512_loadu_si512((const void *)words), highs = _mm512_and_si512(line, upper);
+    __m512i lows = _mm512_and_si512(_mm512_slli_epi32(line, 4), upper);
+    MOE__PREFETCH_L1((const float *)(const void *)words + 512);
+    MOE__DOTS_ROW(0, lows, 0, highs, 0)
+    MOE__DOTS_ROW(1, lows, 1, highs, 1)
+    MOE__DOTS_ROW(2, lows, 2, highs, 2)
+    MOE__DOTS_ROW(3, lows, 3, highs, 3)
+}
+/* Two panels line by line: one panel's sums would be waited for. */
+#define MOE__DOTS(name, bits)                                                                                      \
+    MOE__FN_DOTS void MOE__K(row_dots_##name)(size_t rows, const float *a, size_t a_panel, const void *panel,      \
+                                              const void *other, float *c) {                                       \
+        enum { block = 16 + 32 * bits, line = 16 / bits };                                                         \
+        const uint32_t *words = (const uint32_t *)panel, *second = (const uint32_t *)other;                        \
+        for (size_t r = 0; r < rows; r += 32, words += block) {                                                    \
+            moe__dots low0, high0, low1, high1;                                                                    \
+            const float *at = a + r / 32 * a_panel;                                                                \
+            int fit = MOE__K(dots_begin)(words, bits, c, &low0, &high0);                                           \
+            low1 = low0, high1 = high0;                                                                            \
+            if (second) fit &= MOE__K(dots_begin)(second, bits, c + 32, &low1, &high1);                            \
+            if (!fit || rows - r < 32) {                                                                           \
+                MOE__K(row_##name)(moe__min(rows - r, 32), at, a_panel, words, second, c);                         \
+            } else {                                                                                               \
+                for (int i = 0; i < 32 / line; i++, at += line) {                                                  \
+                    MOE__K(dots_##name)(words + 16 + i * 16, at, &low0, &high0);                                   \
+                    if (second) MOE__K(dots_##name)(second + 16 + i * 16, at, &low1, &high1);                      \
+                }                                                                                                  \
+                _mm512_storeu_ps(c, low0.sum);                                                                     \
+                _mm512_storeu_ps(c + 16, high0.sum);                                                               \
+                if (second) {                                                                                      \
+                    _mm512_storeu_ps(c + 32, low1.sum);                                                            \
+                    _mm512_storeu_ps(c + 48, high1.sum);                                                           \
+                }                                                                                                  \
+            }                                                                                                      \
+            if (second) second += block;                                                                           \
+        }                                                                                                          \
+    }
+MOE__DOTS(int8, 8)
+MOE__DOTS(int4, 4)
+#undef MOE__DOTS
+#undef moe__dots
+#endif
+/* sum[c] += row r of x, one row after the other: so many columns at a time in registers. Half of as many rows that
+ * follow is asked for, where these are few; kernel count asks for the other half. */
 MOE__FN void MOE__K(sum_rows)(size_t rows, size_t cols, const float *x, double *sum) {
-    size_t c = 0;
-    MOE__SUM_COLUMNS(16)
-    MOE__SUM_COLUMNS(8)
-    MOE__SUM_COLUMNS(4)
-    MOE__SUM_COLUMNS(1)
+    size_t c = 0, ahead = rows <= 1024 ? rows * cols : 0;
+    for (; cols - c >= 4 * MOE__DL; c += 4 * MOE__DL) {
+        const float *from = x + c;
+        double *to = sum + c;
+        MOE__D s0 = MOE__D_LOAD(to), s1 = MOE__D_LOAD(to + MOE__DL);
+        MOE__D s2 = MOE__D_LOAD(to + 2 * MOE__DL), s3 = MOE__D_LOAD(to + 3 * MOE__DL);
+        for (size_t r = 0; r < rows; r++, from += cols) {
+            MOE__PREFETCH_L1(from + ahead);
+            s0 = MOE__D_ADD(s0, MOE__D_OF(from));
+            s1 = MOE__D_ADD(s1, MOE__D_OF(from + MOE__DL));
+            s2 = MOE__D_ADD(s2, MOE__D_OF(from + 2 * MOE__DL));
+            s3 = MOE__D_ADD(s3, MOE__D_OF(from + 3 * MOE__DL));
+        }
+        MOE__D_STORE(to, s0);
+        MOE__D_STORE(to + MOE__DL, s1);
+        MOE__D_STORE(to + 2 * MOE__DL, s2);
+        MOE__D_STORE(to + 3 * MOE__DL, s3);
+    }
+    for (; cols - c >= MOE__DL; c += MOE__DL) {
+        MOE__D s0 = MOE__D_LOAD(sum + c);
+        for (size_t r = 0; r < rows; r++) s0 = MOE__D_ADD(s0, MOE__D_OF(x + r * cols + c));
+        MOE__D_STORE(sum + c, s0);
+    }
+    for (; c < cols; c++)
+        for (size_t r = 0; r < rows; r++) sum[c] += (double)x[r * cols + c];
 }
 
 #define MOE__X(result, name, parameters) , MOE__K(name)
@@ -4551,13 +4866,23 @@ static moe__kernel_act_back *const MOE__K(act_back)[] = MOE__ACT_BOTH(backward);
 static const moe__kernels MOE__S(moe__kernels_) = {
     (moe_isa_kind)MOE__PASS, MOE__MR, MOE__NT * MOE__VL, MOE__K(nn), MOE__K(tn), MOE__K(act), MOE__K(act_back)
     MOE__KERNEL_LIST(MOE__X)};
+#if MOE__PASS == 3 && MOE__VNNI /* the same but for two of them */
+#define moe__kernel_row_int8_avx512 moe__kernel_row_dots_int8_avx512
+#define moe__kernel_row_int4_avx512 moe__kernel_row_dots_int4_avx512
+static const moe__kernels moe__kernels_vnni = {
+    (moe_isa_kind)MOE__PASS, MOE__MR, MOE__NT * MOE__VL, MOE__K(nn), MOE__K(tn), MOE__K(act), MOE__K(act_back)
+    MOE__KERNEL_LIST(MOE__X)};
+#undef moe__kernel_row_int8_avx512
+#undef moe__kernel_row_int4_avx512
+#endif
 #undef MOE__X
 #endif
 
-#undef MOE__SUM_COLUMNS
 #undef MOE__OF
 #undef MOE__FN
 #undef MOE__FI
+#undef MOE__FN_DOTS
+#undef MOE__FI_DOTS
 #undef MOE__SUFFIX
 #undef MOE__LANES
 #undef MOE__VL
@@ -4566,6 +4891,14 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__EACH_V
 #undef MOE__EACH_T
 #undef MOE__FMASK
+#undef MOE__V_LOW8
+#undef MOE__V_HIGH8
+#undef MOE__D
+#undef MOE__DL
+#undef MOE__D_LOAD
+#undef MOE__D_STORE
+#undef MOE__D_OF
+#undef MOE__D_ADD
 #undef MOE__F_LOAD
 #undef MOE__F_STORE
 #undef MOE__F_STREAM
@@ -4579,7 +4912,7 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_MAX
 #undef MOE__F_SQRT
 #undef MOE__F_LT
-#undef MOE__F_GE
+#undef MOE__F_EQ
 #undef MOE__F_UNORD
 #undef MOE__F_SEL
 #undef MOE__F_BITS
@@ -4604,7 +4937,8 @@ static const moe__kernels MOE__S(moe__kernels_) = {
 #undef MOE__F_HALF_BYTE
 #undef MOE__BYTE_UNIT
 #undef MOE__HALF_BYTE_UNIT
-#undef MOE__F_QUADS
+#undef MOE__F_PARTS
+#undef MOE__F_QUARTERS
 #undef MOE__F_LOW
 #undef MOE__F_HIGH
 #undef MOE__F_PAIRS
@@ -4658,6 +4992,14 @@ static moe_isa_kind moe__dispatch_x86(void) {
     if ((saved & 0xe6) != 0xe6 || (reg[1] & avx512) != avx512) return MOE_ISA_AVX2;
     return MOE_ISA_AVX512;
 }
+static const moe__kernels *moe__dispatch_avx512(void) {
+#if MOE__VNNI
+    uint32_t reg[4];
+    moe__dispatch_cpuid(7, reg);
+    if (reg[2] & 1u << 11) return &moe__kernels_vnni;
+#endif
+    return &moe__kernels_avx512;
+}
 #endif
 
 /* NULL: not on this machine. */
@@ -4665,7 +5007,7 @@ static const moe__kernels *moe__dispatch_kernels(moe_isa_kind isa) {
 #ifdef MOE__X86
     moe_isa_kind best = moe__dispatch_x86();
     if (isa == MOE_ISA_AUTO) isa = best;
-    if (isa == MOE_ISA_AVX512 && best == MOE_ISA_AVX512) return &moe__kernels_avx512;
+    if (isa == MOE_ISA_AVX512 && best == MOE_ISA_AVX512) return moe__dispatch_avx512();
     if (isa == MOE_ISA_AVX2 && best != MOE_ISA_SCALAR) return &moe__kernels_avx2;
 #endif
 #ifdef MOE__NEON
@@ -4865,13 +5207,21 @@ static void moe__format_bf16_pack(const moe__kernels *kernels, const float *src,
     kernels->pack_bf16(rows, src, (uint32_t *)panel);
     moe__format_fill(rows, 1, (uint32_t *)panel);
 }
-/* The scale of up to 32 weights whose highest magnitude this is: it over `most`, rounded up to a bfloat16, so that no q
- * is beyond it; a step less where that would make infinity; not less than MOE__SCALE_LEAST unless they are all 0. */
-static uint32_t moe__format_scale(float high, float most) {
-    uint32_t scale = (moe__bits_of(high / most) + 0xffffu) >> 16;
-    if (!moe__finite(moe__float_of(scale << 16) * most)) scale--;
-    if (high > 0.0f && scale < MOE__SCALE_LEAST) return MOE__SCALE_LEAST;
-    return scale;
+/* The scales of 32 columns of up to 32 weights each, from their highest magnitudes: one over `most`, rounded up to a
+ * bfloat16, so that no q is beyond it; a step less where that would make infinity; not less than MOE__SCALE_LEAST
+ * unless they are all 0. scale: then as floats, 1 where it is 0. Without branches, so that compilers make vectors of
+ * it. */
+static void moe__format_scales(float most, float *scale, uint32_t *line) {
+    uint32_t field[MOE__W];
+    for (size_t c = 0; c < MOE__W; c++) {
+        uint32_t bits = (moe__bits_of(scale[c] / most) + 0xffffu) >> 16;
+        uint32_t beyond = moe__bits_of(moe__float_of(bits << 16) * most) & 0x7f800000u;
+        uint32_t least = moe__bits_of(scale[c]) ? MOE__SCALE_LEAST : 0;
+        bits -= beyond == 0x7f800000u;
+        field[c] = bits = bits < least ? least : bits;
+        scale[c] = moe__float_of(bits ? bits << 16 : 0x3f800000u);
+    }
+    for (size_t i = 0; i < MOE__W / 2; i++) line[i] = field[i] | field[i + MOE__W / 2] << 16;
 }
 /* |w - scale q| <= scale / 2 */
 static void moe__format_int_pack(const moe__kernels *kernels, const float *src, size_t rows, unsigned bits,
@@ -4882,12 +5232,7 @@ static void moe__format_int_pack(const moe__kernels *kernels, const float *src, 
     for (; rows; rows -= count, src += MOE__W * MOE__W, block += words) {
         count = moe__min(rows, MOE__W);
         kernels->column_high(count, src, scale);
-        for (size_t c = MOE__W; c-- > 0;) {
-            uint32_t field = moe__format_scale(scale[c], most);
-            if (c >= 16) block[c - 16] = field << 16;
-            else block[c] |= field;
-            scale[c] = field ? moe__float_of(field << 16) : 1.0f; /* of zeros */
-        }
+        moe__format_scales(most, scale, block);
         kernels->pack_int(count, bits, src, scale, block + 16);
         moe__format_fill(count, 16 / bits, block + 16);
     }
@@ -7063,7 +7408,7 @@ MOE_API moe_status moe_softmax_backward(size_t rows, size_t cols, float temperat
     float inv_t = 1.0f / temperature;
     for (size_t r = 0; r < rows; r++, scores += cols, d_scores += cols, d_logits += cols) {
         float mean = kernels->dot(cols, scores, d_scores);
-        for (size_t c = 0; c < cols; c++) d_logits[c] = moe__fma(inv_t * scores[c], d_scores[c] - mean, d_logits[c]);
+        kernels->slope(cols, inv_t, 1.0f, mean, d_scores, scores, d_logits);
     }
     return MOE_OK;
 }
@@ -10132,10 +10477,9 @@ MOE_API moe_status moe_mean_scores(size_t n_tokens, size_t n_experts, const floa
     moe_status status = mean ? moe__loss_check(MOE__READS(SCORES), &args, NULL) : MOE_E_NULL_MEAN;
     if (status) return status;
     for (size_t e = 0; e < n_experts; e++) mean[e] = 0.0;
-    for (size_t t = 0; t < n_tokens; t++)
-        for (size_t e = 0; e < n_experts; e++) mean[e] += (double)scores[t * n_experts + e];
-    if (n_tokens)
-        for (size_t e = 0; e < n_experts; e++) mean[e] /= (double)n_tokens;
+    if (!n_tokens) return MOE_OK;
+    moe__dispatched()->sum_rows(n_tokens, n_experts, scores, mean);
+    for (size_t e = 0; e < n_experts; e++) mean[e] /= (double)n_tokens;
     return MOE_OK;
 }
 
@@ -12356,7 +12700,8 @@ MOE_API moe_status moe_pes(size_t n_tokens, size_t n_experts, size_t d, const fl
 
 /* -- passes over logits, in memory that the caller gives -- */
 typedef struct moe__measure_work {
-    float *pad, *panel, *list, *selected, *first; /* of a count */
+    float *pad, *panel, *list; /* of a count */
+    uint32_t *selected, *first;
     double *mean;                                 /* sums of logits, by expert */
     float *score;                                 /* of a scan */
     moe_health health;
@@ -12384,14 +12729,14 @@ static moe_status moe__measure_over(moe__measure_layout *layout, size_t n_expert
     return status;
 }
 
-/* -- counting: blocks of 32 tokens are transposed, so that the kernels rank 16 tokens at once -- */
+/* -- counting: blocks of 32 tokens are transposed, so that the kernel ranks 32 tokens side by side -- */
 static void moe__measure_count_layout(moe__measure_work *work, size_t n_experts, size_t top_k,
                                             moe__arena *arena) {
     work->pad = moe__take_floats(arena, 32, 32);                                 /* the block at the edge */
     work->panel = moe__take_floats(arena, moe__ceil_div(n_experts, 32) * 32, 32); /* (expert, 32 tokens) */
-    work->list = moe__take_floats(arena, top_k + 1, 16);
-    work->selected = moe__take_floats(arena, n_experts, 16);
-    work->first = moe__take_floats(arena, n_experts, 16);
+    work->list = moe__take_floats(arena, moe__max(top_k, MOE__TOPK_NETWORK), 32);
+    work->selected = (uint32_t *)moe__take(arena, n_experts, sizeof(uint32_t));
+    work->first = (uint32_t *)moe__take(arena, n_experts, sizeof(uint32_t));
     work->mean = (double *)moe__take(arena, n_experts, sizeof(double));
     work->index = (int32_t *)moe__take(arena, top_k, sizeof(int32_t));
 }
@@ -12400,14 +12745,8 @@ MOE_API moe_status moe_topk_count_scratch(size_t n_experts, size_t top_k, size_t
     return moe__measure_bytes(moe__measure_count_layout, n_experts, top_k, bytes);
 }
 
-/* The counts of the lanes, whole numbers below 2^24. */
-static void moe__measure_count_flush(size_t n_experts, const float *lanes, uint64_t *count) {
-    if (!count) return;
-    for (size_t e = 0; e < n_experts; e++) {
-        double sum = 0.0;
-        for (size_t i = 0; i < 16; i++) sum += (double)lanes[e * 16 + i];
-        count[e] += (uint64_t)sum;
-    }
+static void moe__measure_count_flush(size_t n_experts, const uint32_t *some, uint64_t *count) {
+    for (size_t e = 0; e < n_experts && count; e++) count[e] += some[e];
 }
 
 /* How many tokens stand side by side in a row of 32 columns. */
@@ -12424,32 +12763,20 @@ static void moe__measure_turn(const moe__measure_work *work, size_t width, const
         memcpy(work->pad + r * 32, logits + r * width + whole, (width - whole) * sizeof(float));
     kernels->transpose(work->pad, 32, work->panel + whole * 32);
 }
-/* Counts a block's tokens that the kernels can rank together, those of place `side` in 32 rows of `sides`; a bit is set
- * for each that is left, where a tie decides. */
-static uint32_t moe__measure_count_block(const moe__measure_work *work, size_t side, size_t n_experts, size_t top_k) {
-    const moe__kernels *kernels = moe__dispatched();
-    const float *panel = work->panel + side * n_experts * 32;
-    if (top_k <= 8) {
-        kernels->count8(n_experts, top_k, panel, work->selected, work->first);
-        return 0;
-    }
-    uint32_t low = kernels->count(n_experts, top_k, panel, work->list, work->selected, work->first);
-    return low | kernels->count(n_experts, top_k, panel + 16, work->list, work->selected, work->first) << 16;
-}
 static void moe__measure_count_row(const moe__measure_work *work, size_t n_experts, size_t top_k, const float *logits) {
     if (!moe__dispatched()->topk(1, n_experts, top_k, logits, work->index, NULL)) return;
-    for (size_t k = 0; k < top_k; k++) work->selected[(size_t)work->index[k] * 16] += 1.0f;
-    work->first[(size_t)work->index[0] * 16] += 1.0f;
+    for (size_t k = 0; k < top_k; k++) work->selected[work->index[k]]++;
+    work->first[work->index[0]]++;
 }
 
-/* At most 2^20 tokens, so that a lane stays below 2^24, where float stops counting. */
+/* At most 2^20 tokens. */
 static moe_status moe__measure_count_piece(const moe__measure_work *work, size_t n_tokens, size_t n_experts,
                                            size_t top_k, const float *logits, uint64_t *load, uint64_t *top1,
                                            double *sum) {
     const moe__kernels *kernels = moe__dispatched();
     double finite = 0.0;
-    memset(work->selected, 0, n_experts * 16 * sizeof(float));
-    memset(work->first, 0, n_experts * 16 * sizeof(float));
+    memset(work->selected, 0, n_experts * sizeof(uint32_t));
+    memset(work->first, 0, n_experts * sizeof(uint32_t));
     memset(work->pad, 0, 32 * 32 * sizeof(float));
     moe__health_zero(n_experts, work->mean);
     for (size_t t = 0, rows; t < n_tokens; t += rows, logits += rows * n_experts) {
@@ -12457,13 +12784,15 @@ static moe_status moe__measure_count_piece(const moe__measure_work *work, size_t
         rows = moe__min(n_tokens - t, 32 * sides);
         kernels->sum_rows(rows, n_experts, logits, work->mean);
         if (!load) continue;
-        if (rows == 32 * sides) moe__measure_turn(work, sides * n_experts, logits);
-        for (size_t side = 0; side < sides; side++) {
-            uint32_t left = 0xffffffffu;
-            if (rows == 32 * sides) left = moe__measure_count_block(work, side, n_experts, top_k);
-            for (size_t r = side; left && r < rows; r += sides, left >>= 1)
-                if (left & 1) moe__measure_count_row(work, n_experts, top_k, logits + r * n_experts);
+        if (rows < 32 * sides) {
+            for (size_t r = 0; r < rows; r++)
+                moe__measure_count_row(work, n_experts, top_k, logits + r * n_experts);
+            continue;
         }
+        moe__measure_turn(work, sides * n_experts, logits);
+        for (size_t side = 0; side < sides; side++)
+            kernels->count(n_experts, top_k, work->panel + side * n_experts * 32,
+                           logits + (rows + side * 32) * n_experts, work->list, work->selected, work->first);
     }
     for (size_t e = 0; e < n_experts; e++) finite += work->mean[e] * 0.0; /* a sum of finite floats is finite */
     if (!(finite == 0.0)) return MOE_E_NAN_LOGITS;
@@ -19967,12 +20296,8 @@ static void moe__model_half_read(const moe__model_half *half, size_t row, float 
     const moe__model_matrix *m = half->from;
     float line[MOE__W];
     if (m->out_first)
-        for (size_t c = 0; c < half->columns; c++, lines += MOE__MODEL_ROWS) {
-            size_t place = moe__model_place(m, row, half->column + c), size = moe_dtype_size(m->values.dtype);
-            const unsigned char *next = m->values.bytes + (place + half->rows) * size; /* what this line has next */
-            for (size_t at = 0; at < half->rows * size; at += 64) MOE__PREFETCH_L1(next + at);
-            m->values.read(&m->values, place, half->rows, lines);
-        }
+        for (size_t c = 0; c < half->columns; c++, lines += MOE__MODEL_ROWS)
+            m->values.read(&m->values, moe__model_place(m, row, half->column + c), half->rows, lines);
     else
         for (size_t r = 0; r < half->rows; r++, tile += MOE__W) {
             size_t place = moe__model_place(m, row + r, half->column);
@@ -19983,6 +20308,25 @@ static void moe__model_half_read(const moe__model_half *half, size_t row, float 
 static int moe__model_half_finite(size_t rows, const float *tile) { /* of the lower half: is it finite? */
     while (rows && moe__all_finite(16, tile)) rows--, tile += MOE__W;
     return !rows;
+}
+/* With so many rows goes as large a part of the lines that the next panel begins with, in the order of memory, into L2:
+ * 32 lines side by side are more than a processor reads ahead by itself. A prefetch leaves out a page of a mapped file
+ * that nobody has read yet: so a byte of each is read, asked for two pages before. columns: how much further on the
+ * next panel begins. */
+static void moe__model_half_ahead(const moe__model_half *half, size_t row, size_t columns) {
+    const moe__model_matrix *m = half->from;
+    if (!half->columns || !m->out_first || m->values.read != moe__model_read_plain) return;
+    size_t number = moe_dtype_size(m->values.dtype), size = number * half->columns, all = m->values.count * number;
+    size_t begin = moe__model_place(m, 0, half->column + columns) * number;
+    size_t end = moe__min(all, begin + (row + half->rows) * size);
+    for (size_t at = begin + row * size; at < end; at += 64) {
+        const unsigned char *line = m->values.bytes + at;
+        if (((uintptr_t)line & 4095) < 64) {
+            MOE__PREFETCH_L2(m->values.bytes + moe__min(at + 8192, all));
+            (void)*(const volatile unsigned char *)line;
+        }
+        MOE__PREFETCH_L2(line);
+    }
 }
 /* Rows of a panel; half[1] is in the upper 16 columns. After an error *bad is the matrix that has it. */
 static moe_status moe__model_rows(const moe__weights *to, size_t panel, size_t row, size_t rows,
@@ -20020,6 +20364,7 @@ static moe_status moe__model_panels(const moe__weights *to, size_t panels, size_
             if (high != low) next = column = panel * 16;
             moe__model_half half[2] = {moe__model_half_of(low, column, row, n),
                                        moe__model_half_of(high, next, row, n)};
+            for (int h = 0; h < 2; h++) moe__model_half_ahead(&half[h], row, high == low ? MOE__W : MOE__W / 2);
             moe_status status = moe__model_rows(to, panel, row, n, half, scratch, bad);
             if (status) return status;
         }
@@ -20119,6 +20464,7 @@ static void moe__model_pack_task(void *arg, size_t e, size_t worker) {
         matrix[i].values.read = moe__model_read_plain;
         matrix[i].values.dtype = job->layout.dtype;
         matrix[i].values.bytes = (const unsigned char *)bytes[i];
+        matrix[i].values.count = (e + 1) * matrix[i].ins * matrix[i].outs; /* through the end of this one */
         from[i] = &matrix[i];
     }
     moe__plan_block to = moe__model_block(job->plan, job->stock, job->params, job->first + e);

@@ -152,8 +152,8 @@ static void bench_parse_threads(bench_options *o, const char *text)
 
 static const char *const bench_isa_names[] = {"auto", "scalar", "avx2", "avx512", "neon", "simd128"};
 static const char *const bench_pass_names[] = {"forward", "forward+backward"};
-static const char *const bench_peer_names[] = {"onednn", "openblas", "pytorch"};
-enum { BENCH_MAX_PEERS = 3, BENCH_MAX_RUNS = 1000 };
+static const char *const bench_peer_names[] = {"onednn", "openblas", "pytorch", "onnxruntime"};
+enum { BENCH_MAX_PEERS = 4, BENCH_MAX_RUNS = 1000 };
 
 static void bench_usage(const char *program, const char *what, int with_pass)
 {
@@ -167,7 +167,7 @@ static void bench_usage(const char *program, const char *what, int with_pass)
     }
     printf("  --threads LIST   numbers of threads (default 1,2)\n"
            "  --isa LIST       auto, all, or of scalar,avx2,avx512,neon (default auto: the best)\n"
-           "  --peers LIST     all, none, or of onednn,openblas,pytorch (default none)\n"
+           "  --peers LIST     all, none, or of onednn,openblas,pytorch,onnxruntime (default none)\n"
            "  --runs N         timed runs a line (default: 7 to 15)\n"
            "  --no-huge        no huge pages\n"
            "  --json           one JSON line a measurement on standard output; with peers one for each, the best last\n"
@@ -482,7 +482,7 @@ typedef struct bench_row {
     double flops;   /* of one call */
     double bytes;   /* of weights that one call touches, where moving them is the limit, else 0 */
     int writes;     /* a third of these is written (bench_move), else all is read */
-    char note[96];
+    char note[160];
     /* measured */
     double seconds, peak_share, memory_share, spread; /* spread: (longest - shortest) / median */
     size_t runs, n_peers;

@@ -2,8 +2,10 @@
  * token), forward: T = 1 and 32 against the read bandwidth, rotating over at least 1.5 GB of experts so that none is in
  * a cache; T = 512 against the peak of fused multiply-adds. Both limits are measured in the same run. The bytes are
  * those of the experts that were hit, scales included. The note has what the format costs in exactness: the root mean
- * square error of the outputs, relative to float32's. */
-#include "common.h"
+ * square error of the outputs, relative to float32's.
+ * Peers: PyTorch and ONNX Runtime, in the formats that they have (peer_formats.h). They are given the routing; their
+ * outputs' error stands in the note too. */
+#include "peer_formats.h"
 
 enum { D = 2048, FF = 1024, E = 64, K = 8, N_TOKENS = 64 };
 static const size_t tokens[] = {1, 32, 512};
@@ -82,12 +84,51 @@ static void model_make(model *m, moe_layer *exact, moe_format_kind kind)
     m->error = error_of(exact, m->layer[0]);
 }
 
-static void measure(const bench_options *o, const model *m, moe_format_kind kind, size_t T)
+/* ---- the peers ------------------------------------------------------------------------------ */
+typedef struct peers {
+    peer_calls calls;
+    peer_layer layer[N_PEER_PROGRAMS];
+    float *weight, *y;
+    int32_t *index;
+    size_t n;
+} peers;
+
+/* Starts those that are asked for and have the format, on the problem's tokens, routed as the layer in float32 does. */
+static void peers_start(peers *all, const bench_options *o, problem *p, moe_layer *exact, moe_format_kind kind,
+                        const char *weights)
+{
+    size_t routes = p->calls * p->T * K, bytes = moe_layer_expert_bytes(p->m->layer[0], 0) * E;
+    memset(all, 0, sizeof *all);
+    if (!*weights) return;
+    all->weight = bench_floats(routes), all->y = bench_floats(p->T * D);
+    all->index = (int32_t *)bench_array(routes, sizeof(int32_t));
+    for (size_t call = p->calls; call-- > 0;) { /* the first one last: its y stays */
+        bench_ok(moe_forward_tape(exact, p->tape, p->x + call * p->T * D, p->T, all->y), "moe_forward_tape");
+        memcpy(all->weight + call * p->T * K, p->tape->weight, p->T * K * sizeof(float));
+        memcpy(all->index + call * p->T * K, p->tape->index, p->T * K * sizeof(int32_t));
+    }
+    all->calls = (peer_calls){p->calls, p->T, D, FF, E, K, 1, kind, p->x, all->weight, all->y, all->index, "", ""};
+    while (all->calls.n_layers < 4 && bytes * all->calls.n_layers < (size_t)1500000000) all->calls.n_layers++;
+    snprintf(all->calls.weights, sizeof all->calls.weights, "%s", weights);
+    peer_write_calls(&all->calls);
+    for (size_t i = 0; i < N_PEER_PROGRAMS; i++)
+        all->n += (size_t)peer_layer_start(&all->layer[all->n], o, &peer_programs[i], &all->calls);
+    unlink(all->calls.path);
+}
+static void peers_stop(peers *all)
+{
+    for (size_t i = 0; i < all->n; i++) peer_stop(&all->layer[i].process);
+    free(all->weight), free(all->y), free(all->index);
+}
+
+static void measure(const bench_options *o, const model *m, moe_layer *exact, moe_format_kind kind, size_t T,
+                    const char *weights)
 {
     char shape[32];
     bench_row row;
+    peers all;
     problem p = {m, NULL, T, T == 1 ? N_TOKENS : 1, 0, NULL, NULL};
-    bench_subject subject = {"moe.h", forward, &p};
+    bench_subject subject[1 + N_PEER_PROGRAMS] = {{"moe.h", forward, &p}};
     memset(&row, 0, sizeof row);
     snprintf(shape, sizeof shape, "%s-%zu", moe_format_name(kind), T);
     if (!bench_listed(o->shape, shape)) return;
@@ -100,13 +141,21 @@ static void measure(const bench_options *o, const model *m, moe_format_kind kind
     row.bytes = T > 256 ? 0 : bytes_of(&p);
     snprintf(row.note, sizeof row.note, "%.2f bits a weight, error %.2e", 8.0 * (double)m->bytes / (3.0 * E * D * FF),
              m->error);
-    bench_measure(o, &row, &subject, 1);
+    peers_start(&all, o, &p, exact, kind, weights);
+    for (size_t i = 0; i < all.n; i++) {
+        size_t used = strlen(row.note);
+        subject[1 + i] = (bench_subject){all.layer[i].program->name, peer_layer_run, &all.layer[i]};
+        snprintf(row.note + used, sizeof row.note - used, ", %s's %.2e", all.layer[i].program->name,
+                 all.layer[i].error);
+    }
+    bench_measure(o, &row, subject, 1 + all.n);
     bench_print(o, &row);
+    peers_stop(&all);
     moe_tape_free(p.tape);
     free(p.x), free(p.y);
 }
 
-static void measure_format(const bench_options *o, moe_layer *exact, moe_format_kind kind)
+static void measure_format(const bench_options *o, moe_layer *exact, moe_format_kind kind, const char *weights)
 {
     model m;
     model_make(&m, exact, kind);
@@ -114,7 +163,7 @@ static void measure_format(const bench_options *o, moe_layer *exact, moe_format_
         if (!bench_use_isa(o, (moe_isa_kind)isa)) continue;
         for (size_t t = 0; t < N_T; t++)
             for (size_t i = 0; i < o->n_threads; i++)
-                if (bench_use_threads(o->threads[i])) measure(o, &m, kind, tokens[t]);
+                if (bench_use_threads(o->threads[i])) measure(o, &m, exact, kind, tokens[t], weights);
     }
     for (size_t i = 0; i < m.n_layers; i++)
         if (m.layer[i] != exact) moe_layer_free(m.layer[i]);
@@ -126,6 +175,7 @@ int main(int argc, char **argv)
     char name[N_SHAPES][32];
     moe_desc desc = {0};
     moe_layer *exact;
+    peer_calls given = {.d = D, .ff = FF, .E = E};
     for (size_t i = 0; i < N_SHAPES; i++) {
         const char *format = moe_format_name((moe_format_kind)(i / N_T));
         snprintf(name[i], sizeof name[i], "%s-%zu", format, tokens[i % N_T]);
@@ -135,12 +185,16 @@ int main(int argc, char **argv)
                                   print_shapes);
     desc.d_model = D, desc.d_ff = FF, desc.n_experts = E, desc.top_k = K, desc.training = MOE_OFF;
     bench_ok(moe_layer_new(&exact, &desc), "moe_layer_new");
-    bench_header(&o, 0);
+    size_t n_peers = 0;
+    for (size_t i = 0; i < N_PEER_PROGRAMS; i++) n_peers += (size_t)bench_listed(o.peers, peer_programs[i].name);
+    if (n_peers) peer_write_weights(&given, exact);
+    bench_header(&o, n_peers);
     for (int kind = 0; kind < MOE_FORMAT_COUNT; kind++) {
         int any = 0;
         for (size_t t = 0; t < N_T; t++) any |= bench_listed(o.shape, names[(size_t)kind * N_T + t]);
-        if (any) measure_format(&o, exact, (moe_format_kind)kind);
+        if (any) measure_format(&o, exact, (moe_format_kind)kind, given.weights);
     }
+    if (n_peers) unlink(given.weights);
     moe_layer_free(exact);
     if (o.csv && fclose(o.csv) != 0) bench_die("--csv: the file could not be written to its end");
     return 0;

@@ -3,6 +3,7 @@
 #define BENCH_PEER_PROCESS_H
 
 #include "common.h"
+#include <fcntl.h>
 #include <sys/wait.h>
 
 typedef struct peer_process {
@@ -32,6 +33,8 @@ static inline void peer_start(peer_process *p, char **args)
     int in[2], out[2];
     fflush(NULL);
     if (pipe(in) != 0 || pipe(out) != 0) bench_die("no pipe for %s", args[1]);
+    fcntl(in[1], F_SETFD, FD_CLOEXEC); /* or the next peer would hold it open, and this one see no end */
+    fcntl(out[0], F_SETFD, FD_CLOEXEC);
     p->child = fork();
     if (p->child == 0) {
         dup2(in[0], STDIN_FILENO);
@@ -40,7 +43,7 @@ static inline void peer_start(peer_process *p, char **args)
         /* malloc keeps what it has, in huge pages: new pages for each gradient would cost more than computing it */
         setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:"
                                  "glibc.malloc.trim_threshold=34359738368", 1);
-        if (getenv("PYTHON")) args[0] = getenv("PYTHON"); /* the default is the one that Debian's PyTorch is for */
+        if (strstr(args[0], "python") && getenv("PYTHON")) args[0] = getenv("PYTHON"); /* default: Debian's */
         execvp(args[0], args);
         _exit(127);
     }

@@ -209,6 +209,55 @@ static void test_products(void) {
             check_product(kind, shape[i][0], shape[i][1], shape[i][2]);
 }
 
+/* One row by each table of kernels, that without VNNI too: any fields, and scales that VNNI leaves to the others. */
+static void check_row(const moe__kernels *kernels, int kind, size_t rows, const void *const panel[2]) {
+    float *a = test_floats((rows + 31) / 32 * 64), want[64], got[64];
+    void (*row)(size_t, const float *, size_t, const void *, const void *, float *) = kernels->row_int8;
+    void (*plain)(size_t, const float *, size_t, const void *, const void *, float *) = moe__kernels_scalar.row_int8;
+    if (kind == MOE_FORMAT_INT4) row = kernels->row_int4, plain = moe__kernels_scalar.row_int4;
+    test_fill(a, (rows + 31) / 32 * 64, 0, 1e-6f);
+    for (size_t i = rows; i % 32; i++) a[i / 32 * 64 + i % 32] = NAN; /* is not read */
+    for (size_t panels = 1; panels < 3; panels++) {
+        for (size_t i = 0; i < 64; i++) want[i] = got[i] = i % 3 ? -0.0f : (float)i;
+        plain(rows, a, 64, panel[0], panels > 1 ? panel[1] : NULL, want);
+        row(rows, a, 64, panel[0], panels > 1 ? panel[1] : NULL, got);
+        CHECK_SAME(got, want, 64);
+    }
+    free(a);
+}
+static void check_rows(int kind, size_t rows, uint32_t seldom) { /* a column of each block has that scale */
+    const moe__format *format = &moe__format_table[kind];
+    size_t size = moe__format_panel(format, rows), block = format->block / 4;
+    uint32_t *words = (uint32_t *)test_memory(2 * size / 4, 4), lowest = kind == MOE_FORMAT_INT8 ? 0x80u : 8u;
+    for (size_t i = 0; i < 2 * size / 4; i++) {
+        words[i] = 0;
+        for (unsigned shift = 0; shift < 32; shift += format->bits) {
+            uint32_t field = test_u32() % (lowest - 1) + 1;
+            if (!seldom || test_u32() % 2) field += lowest; /* negative */
+            words[i] |= field << shift;
+        }
+        if (i % block < 16) words[i] = ((0x3800u + test_u32() % 0x800u) << 16) + 0x3800u + test_u32() % 0x800u;
+        if (i % block != i / block % 16) continue;
+        if (i / block % 2) words[i] = (words[i] & 0xffff0000u) | seldom;
+        else words[i] = (words[i] & 0xffffu) | seldom << 16;
+    }
+    const void *panel[2] = {words, words + size / 4};
+    FOR_EACH_ISA(isa) check_row(moe__dispatched(), kind, rows, panel);
+#ifdef MOE__X86
+    if (moe_force_isa(MOE_ISA_AVX512) == MOE_OK) check_row(&moe__kernels_avx512, kind, rows, panel);
+    CHECK_OK(moe_force_isa(MOE_ISA_AUTO));
+#endif
+    free(words);
+}
+static void test_rows(void) { /* 1; 0, where a weight may be -0; the least; on both sides of 2^112; the largest */
+    static const uint32_t seldom[] = {0x3f80u, 0, MOE__SCALE_LEAST, 0x777fu, 0x7780u, 0x7bffu};
+    for (size_t i = 0; i < sizeof seldom / sizeof *seldom; i++)
+        for (size_t rows = 1; rows <= 200; rows += rows < 31 ? 30 : 31) {
+            check_rows(MOE_FORMAT_INT8, rows, seldom[i]);
+            check_rows(MOE_FORMAT_INT4, rows, seldom[i]);
+        }
+}
+
 /* -- layers -- */
 static const char *const descs[] = {
     "d_model=33 d_ff=40 n_experts=4 top_k=2 n_shared=1 bias=true shared_gate=true seed=3",
@@ -612,6 +661,7 @@ int main(void) {
     RUN(test_values);
     RUN(test_hand);
     RUN(test_products);
+    RUN(test_rows);
     RUN(test_forward);
     RUN(test_router);
     RUN(test_refusals);

@@ -5,49 +5,14 @@
 //     checkpoint_save(m, bpe, 0, "out/wikitext2");               // the model
 //     checkpoint_state_save(m, config, curves, bytes, "out/wikitext2"); // what --resume reads: training.state
 //
-// Every file is written beside its place, flushed to the disk and then renamed, so that whatever ends the program
-// leaves the old file or the new one, whole. The state holds everything by itself: parameters, moments, layers, curves.
+// Every file is the old one or the new one, whole (whole.h). The state holds everything by itself: parameters, moments,
+// layers, curves.
 #ifndef EX_CHECKPOINT_H
 #define EX_CHECKPOINT_H
 
 #include "bpe.h"
 #include "language.h"
-
-// ---- files that are whole ----
-
-typedef struct whole_file {
-    FILE *file;
-    char path[1000], part[1030];
-    uint64_t hash;
-} whole_file;
-
-EX_FUNC whole_file whole_begin(const char *dir, const char *name) {
-    whole_file f = {.hash = 1};
-    if (snprintf(f.path, sizeof f.path, "%s/%s", dir, name) >= (int)sizeof f.path) die("the path %s is too long", dir);
-    long own = 0; // two programs that write to one folder do not share what they have not finished
-#ifndef _WIN32
-    own = (long)getpid();
-#endif
-    snprintf(f.part, sizeof f.part, "%.900s.%ld.part", name, own);
-    f.file = open_output(dir, f.part);
-    snprintf(f.part, sizeof f.part, "%s.%ld.part", f.path, own);
-    return f;
-}
-EX_FUNC void whole_put(whole_file *f, const void *bytes, size_t n) {
-    if (n && fwrite(bytes, 1, n, f->file) != n) die("cannot write %s: %s", f->part, strerror(errno));
-    f->hash = moe_hash(f->hash, bytes, n);
-}
-EX_FUNC void whole_end(whole_file *f) {
-    int bad = fflush(f->file) != 0;
-#ifdef _WIN32
-    close_output(f->file, f->part);
-    remove(f->path); // there, rename does not replace
-#else
-    bad = bad || fsync(fileno(f->file)) != 0;
-    close_output(f->file, f->part);
-#endif
-    if (bad || rename(f->part, f->path) != 0) die("cannot write %s: %s", f->path, strerror(errno));
-}
+#include "whole.h"
 
 // ---- the model ----
 
@@ -278,16 +243,21 @@ EX_FUNC void checkpoint_load(lm *m, const char *dir) {
 // ---- the state of a training ----
 
 // A file of blocks, a length and bytes each; the last is the hash of all before it.
-EX_FUNC void checkpoint_block(whole_file *f, const void *bytes, size_t n) {
+typedef struct checkpoint_writer {
+    whole_file file;
+    uint64_t hash;
+} checkpoint_writer;
+EX_FUNC void checkpoint_block(checkpoint_writer *w, const void *bytes, size_t n) {
     uint64_t length = n;
-    whole_put(f, &length, sizeof length);
-    whole_put(f, bytes, n);
+    whole_put(&w->file, &length, sizeof length);
+    whole_put(&w->file, bytes, n);
+    w->hash = moe_hash(moe_hash(w->hash, &length, sizeof length), bytes, n);
 }
 
 typedef struct checkpoint_reader {
     const char *path;
     const unsigned char *at, *end;
-    uint64_t hash; // of what was read, as whole_put has it
+    uint64_t hash; // of what was read, as checkpoint_block has it
 } checkpoint_reader;
 EX_FUNC const void *checkpoint_next(checkpoint_reader *r, size_t *n) {
     uint64_t length = 0;
@@ -312,7 +282,7 @@ static const char checkpoint_mark[] = "moe language model, training state 1\n";
 // config: what has to be the same to go on; curves: whatever the program wants to have back.
 EX_FUNC void checkpoint_state_save(const lm *m, const char *config, const void *curves, size_t bytes, const char *dir) {
     const nn_bank *b = &m->bank;
-    whole_file f = whole_begin(dir, "training.state");
+    checkpoint_writer f = {whole_begin(dir, "training.state"), 1};
     checkpoint_block(&f, checkpoint_mark, sizeof checkpoint_mark);
     checkpoint_block(&f, config, strlen(config));
     checkpoint_block(&f, &m->steps, sizeof m->steps);
@@ -331,7 +301,7 @@ EX_FUNC void checkpoint_state_save(const lm *m, const char *config, const void *
     }
     uint64_t hash = f.hash;
     checkpoint_block(&f, &hash, sizeof hash);
-    whole_end(&f);
+    whole_end(&f.file);
 }
 
 EX_FUNC void checkpoint_state_load(lm *m, const char *config, void *curves, size_t bytes, const char *dir) {

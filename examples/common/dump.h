@@ -19,6 +19,7 @@
 typedef struct dump_file {
     const char *path; // NULL = there is no such file
     moe_npy npy;
+    const unsigned char *view; // its elements in memory, read from disk where they are looked at; NULL = by pieces
     size_t layers, tokens, width; // of (tokens,), (tokens, width) or (layers, tokens, width)
 } dump_file;
 
@@ -31,6 +32,20 @@ EX_PRINTF(3, 4) EX_FUNC void dump_fail(const char *path, uint64_t offset, const 
     fputc('\n', stderr);
     va_end(args);
     exit(2);
+}
+
+// The elements of a file as a view, which costs less than reading it piece by piece. On Windows a view would be a copy,
+// and an address space of 32 bits may have no room: NULL. (DUMP_READ: for tests of the other way.)
+EX_FUNC const unsigned char *dump_view(const dump_file *d) {
+#if defined(_WIN32) || defined(DUMP_READ)
+    (void)d;
+    return NULL;
+#else
+    size_t size;
+    const unsigned char *bytes = file_view(d->path, &size);
+    uint64_t need = (uint64_t)d->npy.count * moe_dtype_size(d->npy.dtype);
+    return bytes && size >= d->npy.data && size - d->npy.data >= need ? bytes + d->npy.data : NULL;
+#endif
 }
 
 EX_FUNC dump_file dump_open(const char *path) {
@@ -58,6 +73,7 @@ EX_FUNC dump_file dump_open(const char *path) {
     d.tokens = dim[0];
     if (d.npy.n_dims > 1) d.width = dim[1];
     if (!d.npy.count) dump_fail(path, d.npy.data, "no tokens: the shape has a 0");
+    d.view = dump_view(&d);
     return d;
 }
 
@@ -88,6 +104,7 @@ typedef struct dump_worker {
     FILE *file[3]; // logits, indices, labels
     unsigned char *raw;
     float *values, *logits, *scores;
+    const float *numbers, *z; // of this piece: as read, and its logits; in `values`, in `logits`, or in the file's view
     int32_t *index, *label;
     uint32_t *class;
     void *work;
@@ -112,18 +129,20 @@ typedef struct dump_job {
 
 EX_FUNC size_t dump_tokens(const dump_layer *l) { return l->logits ? l->logits->tokens : l->indices->tokens; }
 
-// Rows first .. first + n - 1 of a layer, as bytes.
-EX_FUNC int dump_rows(dump_worker *w, int which, const dump_file *d, size_t layer, size_t first, size_t n, void *out,
-                      dump_error *e) {
+// Rows first .. first + n - 1 of a layer, as bytes: in a view of the file, or read into `out`. NULL: they cannot be.
+EX_FUNC const unsigned char *dump_rows(dump_worker *w, int which, const dump_file *d, size_t layer, size_t first,
+                                       size_t n, void *out, dump_error *e) {
     size_t row = d->width * moe_dtype_size(d->npy.dtype);
-    uint64_t at = d->npy.data + ((uint64_t)layer * d->tokens + first) * row;
+    uint64_t at = ((uint64_t)layer * d->tokens + first) * row;
+    if (d->view) return d->view + at;
+    at += d->npy.data;
     if (!w->file[which]) {
         w->file[which] = fopen(d->path, "rb");
         if (w->file[which]) setvbuf(w->file[which], NULL, _IONBF, 0); // pieces are large
     }
-    if (w->file[which] && file_seek(w->file[which], at) && fread(out, row, n, w->file[which]) == n) return 1;
+    if (w->file[which] && file_seek(w->file[which], at) && fread(out, row, n, w->file[which]) == n) return out;
     *e = (dump_error){.path = d->path, .text = "cannot be read", .offset = at};
-    return 0;
+    return NULL;
 }
 
 EX_FUNC int dump_little_endian(void) {
@@ -133,23 +152,56 @@ EX_FUNC int dump_little_endian(void) {
     return low;
 }
 
-// The logits of n tokens into w->logits; the error names the first number that is not finite.
+// Brings a piece of a view into the second-level cache: front to back, as fast as memory gives it, which the rows and
+// columns of what follows would not be.
+EX_FUNC void dump_touch(const unsigned char *bytes, size_t n) {
+    volatile unsigned char sink = 0;
+    unsigned char sum = 0;
+    for (size_t i = 0; i < n; i += 64) sum = (unsigned char)(sum ^ bytes[i]);
+    sink = sum;
+    (void)sink;
+}
+
+// The numbers of n tokens as floats: as they stand in the file, or in `values`. NULL: they cannot be read.
+EX_FUNC const float *dump_values(dump_job *j, dump_worker *w, size_t first, size_t n, float *values, dump_error *e) {
+    const dump_file *d = j->l->logits;
+    int direct = d->npy.dtype == MOE_DTYPE_F32 && dump_little_endian();
+    void *to = direct ? (void *)values : w->raw;
+    const unsigned char *raw = dump_rows(w, 0, d, j->l->layer < d->layers ? j->l->layer : 0, first, n, to, e);
+    if (!raw || raw == (const unsigned char *)values) return raw ? values : NULL;
+    if (direct && (uintptr_t)raw % sizeof(float) == 0) {
+        dump_touch(raw, n * d->width * sizeof(float));
+        return (const float *)(const void *)raw;
+    }
+    if (direct) memcpy(values, raw, n * d->width * sizeof(float));
+    else moe_to_float(d->npy.dtype, n * d->width, raw, values);
+    return values;
+}
+
+// The logits of n tokens, as w->z; the error names the first number that is not finite.
 EX_FUNC int dump_read_logits(dump_job *j, dump_worker *w, size_t first, size_t n, dump_error *e) {
     const dump_layer *l = j->l;
     const dump_file *d = l->logits;
-    float *values = l->router ? w->values : w->logits;
-    int direct = d->npy.dtype == MOE_DTYPE_F32 && dump_little_endian();
-    if (!dump_rows(w, 0, d, l->layer < d->layers ? l->layer : 0, first, n, direct ? (void *)values : w->raw, e))
-        return 0;
-    if (!direct) moe_to_float(d->npy.dtype, n * d->width, w->raw, values);
-    for (size_t i = 0; l->probabilities && i < n * d->width; i++) values[i] = logf(values[i]); // 0: a masked expert
+    w->z = w->numbers = dump_values(j, w, first, n, l->router ? w->values : w->logits, e);
+    if (!w->z) return 0;
+    if (l->probabilities) {
+        for (size_t i = 0; i < n * d->width; i++) w->logits[i] = logf(w->z[i]); // 0: a masked expert
+        w->z = w->logits;
+    }
     if (!l->router) return 1;
     const moe_parallel alone = {.n_threads = 1};
-    moe_gemm_args g = {.m = n, .n = l->experts, .k = d->width, .a = values, .b = l->router, .tb = 1, .c = w->logits};
+    moe_gemm_args g = {.m = n, .n = l->experts, .k = d->width, .a = w->z, .b = l->router, .tb = 1, .c = w->logits};
     g.parallel = &alone;
     moe_status s = moe_gemm(&g);
     if (s) *e = (dump_error){.path = d->path, .text = moe_status_string(s)};
+    w->z = w->logits;
     return !s;
+}
+
+// The logits of n tokens as a copy that may be changed.
+EX_FUNC void dump_copy(const dump_layer *l, dump_worker *w, size_t n) {
+    if (w->z != w->logits) memcpy(w->logits, w->z, n * l->experts * sizeof(float));
+    w->z = w->logits;
 }
 
 // -infinity is a masked expert, which is never chosen: of all numbers the lowest. 0: a number is NaN or infinite, or a
@@ -158,12 +210,12 @@ EX_FUNC int dump_read_logits(dump_job *j, dump_worker *w, size_t first, size_t n
 #define DUMP_MASKED (-FLT_MAX)
 EX_FUNC int dump_mask(const dump_layer *l, const dump_worker *w, size_t first, size_t row, size_t n, dump_error *e) {
     const dump_file *d = l->logits;
-    float *values = (l->router ? w->values : w->logits) + row * d->width;
+    const float *values = (l->router ? w->numbers : w->logits) + row * d->width;
     const char *text = NULL;
     size_t i = 0, count = n * d->width, layer = l->layer < d->layers ? l->layer : 0, left = 0;
     for (; i < count && !text; i++) {
         if (i % d->width == 0) left = d->width;
-        if (!l->router && values[i] < -FLT_MAX) values[i] = DUMP_MASKED;
+        if (!l->router && values[i] < -FLT_MAX) w->logits[row * d->width + i] = DUMP_MASKED;
         if (!l->router && values[i] <= DUMP_MASKED && --left < l->top_k)
             text = "fewer experts are left unmasked than top-k";
         if (values[i] - values[i] != 0) text = "NaN or infinite";
@@ -204,7 +256,7 @@ EX_FUNC int dump_are_probabilities(const dump_layer *l) {
 // As DeepSeek-V3's router chooses, its groups left out. Logits that are not finite are found where they are counted.
 EX_FUNC void dump_choose(const dump_layer *l, dump_worker *w, size_t n) {
     size_t E = l->experts, k = l->top_k;
-    for (size_t i = 0; i < n * E; i++) w->scores[i] = 1 / (1 + expf(-w->logits[i])) + l->bias[i % E];
+    for (size_t i = 0; i < n * E; i++) w->scores[i] = 1 / (1 + expf(-w->z[i])) + l->bias[i % E];
     if (!moe_topk(n, E, k, w->scores, w->index, NULL)) return;
     for (size_t p = 0; p < n * k; p++) w->index[p] = (int32_t)(p % k);
 }
@@ -216,9 +268,10 @@ EX_FUNC int dump_read_indices(dump_job *j, dump_worker *w, size_t batch, size_t 
     size_t k = l->top_k, layer = l->layer < d->layers ? l->layer : 0, bad = 0;
     uint64_t at = ((uint64_t)layer * d->tokens + first) * k;
     const char *text = NULL;
+    const unsigned char *raw = w->raw;
     if (l->bias) dump_choose(l, w, n);
-    else if (!dump_rows(w, 1, d, layer, first, n, w->raw, e)) return 0;
-    moe_status s = l->bias ? MOE_OK : moe_to_index(d->npy.dtype, n * k, w->raw, w->index, &bad);
+    else if (!(raw = dump_rows(w, 1, d, layer, first, n, w->raw, e))) return 0;
+    moe_status s = l->bias ? MOE_OK : moe_to_index(d->npy.dtype, n * k, raw, w->index, &bad);
     if (s) text = moe_status_string(MOE_E_NPY_INDEX);
     for (size_t p = 0; p < n * k && !text; p++) {
         if (w->index[p] < 0) continue;
@@ -247,15 +300,16 @@ EX_FUNC int dump_read_labels(dump_job *j, dump_worker *w, size_t worker, size_t 
     const dump_layer *l = j->l;
     const dump_file *d = l->labels;
     size_t bad = 0;
-    if (!dump_rows(w, 2, d, 0, first, n, w->raw, e)) return 0;
-    moe_status s = moe_to_index(d->npy.dtype, n, w->raw, w->label, &bad);
+    const unsigned char *raw = dump_rows(w, 2, d, 0, first, n, w->raw, e);
+    if (!raw) return 0;
+    moe_status s = moe_to_index(d->npy.dtype, n, raw, w->label, &bad);
     for (size_t t = 0; t < n && !s; t++) {
         if (!dump_is_token(l, w->index + t * l->top_k)) w->label[t] = -1; // whatever it was
         if (w->label[t] >= 0 && (size_t)w->label[t] >= l->n_labels) s = MOE_E_LABEL, bad = t;
         w->class[t] = (uint32_t)w->label[t];
     }
     uint64_t *count = l->labelled + worker * l->experts * l->n_labels;
-    if (!s && !l->indices) moe_topk(n, l->experts, 1, w->logits, w->index, NULL);
+    if (!s && !l->indices) moe_topk(n, l->experts, 1, w->z, w->index, NULL);
     if (!s) moe_label_by_expert(n, l->experts, l->indices ? l->top_k : 1, l->n_labels, w->index, w->class, count);
     uint64_t at = d->npy.data + (first + bad) * moe_dtype_size(d->npy.dtype);
     if (s) *e = (dump_error){.path = d->path, .text = moe_status_string(s), .offset = at};
@@ -277,7 +331,7 @@ EX_FUNC void dump_keep_sample(const dump_layer *l, const dump_worker *w, size_t 
         size_t t = (size_t)(s * T / S) - first;
         l->sample_batch[s] = (uint32_t)batch;
         if (l->labels) l->sample_label[s] = w->label[t];
-        if (l->logits) memcpy(l->sample + s * l->experts, w->logits + t * l->experts, l->experts * sizeof(float));
+        if (l->logits) memcpy(l->sample + s * l->experts, w->z + t * l->experts, l->experts * sizeof(float));
         if (l->indices) memcpy(l->sample_index + s * l->top_k, w->index + t * l->top_k, l->top_k * sizeof(int32_t));
     }
 }
@@ -297,15 +351,17 @@ EX_FUNC void dump_task(void *arg, size_t i, size_t worker) {
         uint64_t *load = l->indices ? NULL : l->game->count + batch * E, *top1 = l->first + batch * E;
         double *sum = l->game->logit + batch * E;
         for (size_t t = 0, run; (run = dump_run(l, w, n, &t)) != 0; t += run) {
-            const float *z = w->logits + t * E;
             l->game->tokens[batch] += run;
-            if (l->logits && moe_topk_count(run, E, l->top_k, z, load, top1, sum, w->work, w->work_bytes) &&
-                (!dump_mask(l, w, first, t, run, e) ||
-                 moe_topk_count(run, E, l->top_k, z, load, top1, sum, w->work, w->work_bytes)))
+            if (!l->logits ||
+                !moe_topk_count(run, E, l->top_k, w->z + t * E, load, top1, sum, w->work, w->work_bytes))
+                continue;
+            dump_copy(l, w, n);
+            if (!dump_mask(l, w, first, t, run, e) ||
+                moe_topk_count(run, E, l->top_k, w->z + t * E, load, top1, sum, w->work, w->work_bytes))
                 return;
         }
         const int32_t *index = l->indices ? w->index : NULL;
-        if (l->null && moe_game_add_null(l->game, batch, n, l->top_k, w->logits, index)) {
+        if (l->null && moe_game_add_null(l->game, batch, n, l->top_k, w->z, index)) {
             *e = (dump_error){.path = l->logits->path, .text = "the null"}; // not after what was checked above
             return;
         }
@@ -372,13 +428,14 @@ EX_FUNC size_t dump_largest(const dump_file *d) {
     for (size_t first = 0; first < rows; first += n) {
         n = rows - first < piece ? rows - first : piece;
         uint64_t at = d->npy.data + (uint64_t)first * d->width * size;
-        if (!dump_rows(&w, 0, &flat, 0, first, n, raw, &e)) dump_fail(e.path, e.offset, "%s", e.text);
-        moe_status s = moe_to_index(d->npy.dtype, n * d->width, raw, index, &bad);
+        const unsigned char *part = dump_rows(&w, 0, &flat, 0, first, n, raw, &e);
+        if (!part) dump_fail(e.path, e.offset, "%s", e.text);
+        moe_status s = moe_to_index(d->npy.dtype, n * d->width, part, index, &bad);
         if (s) dump_fail(d->path, at + bad * size, "%s", moe_status_string(s));
         for (size_t i = 0; i < n * d->width; i++)
             if (index[i] >= 0 && (size_t)index[i] + 1 > most) most = (size_t)index[i] + 1;
     }
-    fclose(w.file[0]);
+    if (w.file[0]) fclose(w.file[0]);
     free(raw);
     free(index);
     return most;

@@ -84,6 +84,14 @@ EX_FUNC moe_file_tensor llm_tensor(llm *m, const char *name, size_t rows, size_t
         refuse(m->o->model, "%s: its shape is not (%zu, %zu), as config.json asks", name, rows, cols);
     return t;
 }
+EX_FUNC int llm_all_finite(size_t n, const float *x) {
+    uint32_t top = 0, bits;
+    for (size_t i = 0; i < n; i++) { // an exponent of ones, and one more, is the sign's bit
+        memcpy(&bits, x + i, sizeof bits);
+        top |= (bits & 0x7fffffff) + 0x00800000;
+    }
+    return top >> 31 == 0;
+}
 EX_FUNC void llm_finite(const llm *m, const char *name, size_t n, const float *x) {
     for (size_t i = 0; i < n; i++)
         if (!(x[i] - x[i] == 0)) refuse(m->o->model, "%s: element %zu is NaN or infinite", name, i);
@@ -109,11 +117,10 @@ EX_FUNC void llm_pack_task(void *arg, size_t i, size_t worker) {
     llm_packing *p = arg;
     moe_dtype_kind dtype = moe_dtype_of(p->from.dtype);
     size_t r = i * TF_PANEL, n = p->out - r < TF_PANEL ? p->out - r : TF_PANEL, at = r * p->in, count = n * p->in;
-    float *rows = p->rows + worker * TF_PANEL * p->in, sum = 0;
+    float *rows = p->rows + worker * TF_PANEL * p->in;
     if (moe_to_float(dtype, count, p->from.data + at * moe_dtype_size(dtype), rows) != MOE_OK) // scaled: one thread
         llm_must(p->m, moe_model_read(&p->m->model, p->name, at, count, rows), p->name);
-    for (size_t k = 0; k < count; k++) sum += rows[k] - rows[k];
-    if (!(sum == 0)) p->bad = 1;
+    if (!llm_all_finite(count, rows)) p->bad = 1;
     moe_gemm_args g = {.n = n, .k = p->in, .b = rows, .tb = 1, .parallel = &alone};
     nn_must(moe_gemm_pack(&g, p->panels + at));
 }
@@ -127,7 +134,7 @@ EX_FUNC tf_linear llm_linear(llm *m, const char *name, size_t in, size_t out) {
     snprintf(bias, sizeof bias, "%s.bias", name);
     llm_packing p = {.m = m, .name = weight, .from = llm_tensor(m, weight, out, in), .in = in, .out = out};
     if (!llm_is_plain(moe_dtype_of(p.from.dtype))) who = &alone;
-    p.panels = nn_floats(&m->s, tf_panels(out) * TF_PANEL * in);
+    p.panels = nn_room(&m->s, tf_panels(out) * TF_PANEL * in);
     p.rows = allocate(moe_workers(who) * TF_PANEL * in, sizeof(float));
     moe_run(who, tf_panels(out), llm_pack_task, &p);
     free(p.rows);

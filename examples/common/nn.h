@@ -39,6 +39,16 @@ EX_FUNC float *nn_floats(nn *s, size_t count) {
     return m->floats;
 }
 
+// The same of any content, for what is written whole.
+EX_FUNC float *nn_room(nn *s, size_t count) {
+    nn_memory *m = allocate(1, sizeof *m);
+    m->next = s->memory;
+    if (count <= SIZE_MAX / sizeof(float)) m->floats = huge_malloc(count * sizeof(float));
+    if (!m->floats) die("out of memory (%zu numbers)", count);
+    s->memory = m;
+    return m->floats;
+}
+
 EX_FUNC void nn_free(nn *s) {
     for (nn_memory *m = s->memory, *next; m; m = next) {
         next = m->next;

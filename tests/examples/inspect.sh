@@ -328,6 +328,28 @@ check "bad: an index with a path" bad escape.safetensors.index.json 49 "weight_m
 check "bad: hidden states of another width" bad small_f4.npy 0 "width" --top-k 2 --router "$dir/olmoe.safetensors" \
     "$dir/small_f4.npy"
 
+# ---- where a file cannot be mapped it is read piece by piece, with the same results ----
+# shellcheck disable=SC2086
+check "inspect that reads" $cc -std=c99 -O1 -g1 $openmp -I. -DMOE_NO_IMPLEMENTATION -DDUMP_READ \
+    -fsanitize=address,undefined -fno-sanitize-recover=all examples/inspect.c tests/lib/plain.c \
+    "$build/moe_sanitized.o" -o "$dir/reading" -lm
+alike() {
+    for program in inspect reading; do
+        $limit "$dir/$program" --quiet --json --bootstrap 20 "$@" >"$dir/$program.json" 2>"$dir/$program.err"
+        echo "status $?" >>"$dir/$program.json"
+    done
+    cmp "$dir/inspect.json" "$dir/reading.json" && cmp "$dir/inspect.err" "$dir/reading.err"
+}
+check "logits" alike --top-k 2 "$dir/small_f4.npy"
+check "bfloat16" alike --top-k 2 --bf16 "$dir/small_bf16.npy"
+check "logits and indices" alike --logits "$dir/planted.npy" --indices "$dir/planted_index.npy"
+check "hidden states" alike --top-k 2 --router "$dir/olmoe.safetensors" "$dir/hidden.npy"
+check "labels" alike --top-k 1 --labels "$dir/negative_labels.npy" "$dir/small_f4.npy"
+check "masked experts" alike --top-k 2 "$dir/masked.npy"
+check "probabilities" alike --probabilities --top-k 2 "$dir/probabilities.npy"
+check "too few experts left" alike --top-k 2 "$dir/one_left.npy"
+check "NaN" alike --top-k 2 "$dir/bad_nan.npy"
+
 # ---- bad options ----
 option() { "$dir/inspect" --quiet "$@" >/dev/null 2>"$dir/err"; [ $? -eq 2 ] && [ "$(wc -l <"$dir/err")" -eq 1 ]; }
 check "option: unknown" option --nonsense

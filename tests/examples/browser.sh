@@ -5,16 +5,6 @@
 cd "$(dirname "$0")/../.." || exit 1
 suite=browser
 . tests/lib/check.sh
-skipped=0
-skip() {
-    skipped=$((skipped + 1))
-    echo "skipped $1: $2"
-}
-end() {
-    echo "$passed passed, $failed failed$([ "$skipped" -eq 0 ] || echo ", $skipped skipped")"
-    [ "$failed" -eq 0 ]
-    exit
-}
 in=examples/browser
 
 # ---- natively ----
@@ -39,7 +29,7 @@ check "the picture is learned then alone" [ "$(right 2)" -gt $(($(right 1) + 600
 # ---- the page ----
 if ! sh $in/build.sh --compiler >"$tmp/compiler" 2>"$tmp/why"; then
     skip "the page" "$(head -n 1 "$tmp/why")"
-    end
+    finish
 fi
 for kind in simd128 scalar; do
     option=-msimd128
@@ -78,7 +68,7 @@ open_page() { # ADDRESS OPTION...: the page as the browser has it when it has lo
 }
 if [ -z "$browser" ]; then
     skip "in Chromium" "no chromium"
-    end
+    finish
 fi
 for kind in simd128 scalar; do
     open_page "$tmp/$kind/index.html#test" >"$tmp/$kind.page"
@@ -94,4 +84,4 @@ check "and says so" grep -q "Balance loss off: $(dead 1) of 8 experts are dead" 
 check "a bar for each expert" [ "$(grep -o '<button data-e="[0-9]' "$tmp/seen" | wc -l)" -eq 8 ]
 check "a choice for each row" [ "$(grep -o '<select name="row">.*</select>' "$tmp/seen" | sed 's/<\/select>.*//' |
     grep -o '<option value=' | wc -l)" -eq "$rows" ]
-end
+finish

@@ -5,23 +5,13 @@
 cd "$(dirname "$0")/../.." || exit 1
 suite=embedded
 . tests/lib/check.sh
-skipped=0
-skip() {
-    skipped=$((skipped + 1))
-    echo "skipped $1: $2"
-}
-end() {
-    echo "$passed passed, $failed failed$([ "$skipped" -eq 0 ] || echo ", $skipped skipped")"
-    [ "$failed" -eq 0 ]
-    exit
-}
 in=examples/embedded
 # shellcheck disable=SC2086 # a list of words
 desktop() { $cc -std=c99 -Wall -Wextra -Werror -Wno-unused -O1 -I. -I"$tmp" $2 $in/"$1".c -o "$tmp/$1" -lm; }
 
 # ---- on the desktop: train, export, and try the firmware's programs ----
 check "the desktop's part" desktop train -DMOE_NO_SIMD
-[ "$failed" -eq 0 ] || end
+[ "$failed" -eq 0 ] || finish
 check "it trains and exports" sh -c "'$tmp/train' '$tmp' >'$tmp/want'"
 check "outputs of 3 tokens" [ "$(wc -l <"$tmp/want")" -eq 24 ]
 for program in flash file; do
@@ -66,7 +56,7 @@ check "which is refused too" "$tmp/only"
 # ---- on the Cortex-M4 ----
 if ! command -v arm-none-eabi-gcc >/dev/null 2>&1; then
     skip "the Cortex-M4" "no arm-none-eabi-gcc (Debian: gcc-arm-none-eabi, libnewlib-arm-none-eabi)"
-    end
+    finish
 fi
 firmware() {
     arm-none-eabi-gcc -std=c99 -mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16 -Os -ffunction-sections \
@@ -108,4 +98,4 @@ for program in flash file; do
     esac
     [ "$stack" = - ] || check "$program: stack" [ "$stack" -le $most_stack ]
 done
-end
+finish

@@ -4,7 +4,7 @@ cc=${CC:-cc}
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/test-$suite.XXXXXX") || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 check() { # check WHAT COMMAND...
     what=$1
     shift
@@ -14,8 +14,12 @@ check() { # check WHAT COMMAND...
         head -n 12 "$tmp/log"
     fi
 }
+skip() { # skip WHAT WHY
+    skipped=$((skipped + 1))
+    echo "skipped $1: $2"
+}
 finish() {
-    echo "$passed passed, $failed failed"
+    echo "$passed passed, $failed failed$([ "$skipped" -eq 0 ] || echo ", $skipped skipped")"
     [ "$failed" -eq 0 ]
     exit
 }

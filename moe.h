@@ -3897,8 +3897,8 @@ MOE__FI void moe__v_store_n(float *p, size_t n, moe__v a) {
     moe__v_store(lane, a);
     for (size_t i = 0; i < n; i++) p[i] = lane[i];
 }
-#if MOE__PASS == 2 || MOE__PASS == 3
 /* One fixed tree: lanes i and i + 8, then + 4, + 2, + 1. */
+#if MOE__PASS == 2 || MOE__PASS == 3
 MOE__FI float moe__v_sum(moe__v a) {
     __m256 eight = _mm256_add_ps(MOE__V_LOW8(a), MOE__V_HIGH8(a));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

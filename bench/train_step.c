@@ -12,8 +12,8 @@
  * --peers pytorch times the same step of gpt2-124m in PyTorch (bench/peer_train.py) in turns with it: the same network
  * of random weights, plain PyTorch as one writes it.
  *
- * --phases prints what the time goes into instead, in processor time of all threads, which neighbours on the machine do
- * not lengthen as they do the clock on the wall; and the share of the peak by the same clock. */
+ * --phases prints what a language model's time goes into instead, in processor time of all threads, which neighbours on
+ * the machine do not lengthen as they do the clock on the wall; and the share of the peak by the same clock. */
 #include "peer_process.h"
 #include <signal.h>
 
@@ -203,14 +203,16 @@ static double run_image_step(void *self)
     return bench_now() - start;
 }
 
-static void measure_images(const bench_options *o, const struct image_shape *s, const cifar *data)
+static void measure_images(const bench_options *o, const struct image_shape *s, const char *program)
 {
+    cifar data;
     moe_desc desc = {0};
     bench_ok(moe_desc_system(&desc, "mixtral"), "moe_desc_system");
     desc.d_model = CIFAR_FEATURES;
     desc.d_ff = CIFAR_FEATURES;
     bench_ok(moe_desc_resolve(&desc, &desc), "moe_desc_resolve");
-    trained_images t = {cifar_net_new(&s->shape, &desc, data), data, 0};
+    cifar_load(&data, NULL, program);
+    trained_images t = {cifar_net_new(&s->shape, &desc, &data), &data, 0};
     bench_subject subject[] = {{"moe.h", run_image_step, &t}};
     bench_row r = {.shape = s->name, .pass = "training step", .flops = cifar_net_flops(t.m)};
     run_image_step(&t);
@@ -218,6 +220,7 @@ static void measure_images(const bench_options *o, const struct image_shape *s, 
     snprintf(r.note, sizeof r.note, "%.0f images/s", (double)s->shape.batch / r.seconds);
     bench_print(o, &r);
     cifar_net_free(t.m);
+    cifar_free(&data);
 }
 
 /* ---- the program ---------------------------------------------------------------------------- */
@@ -244,7 +247,6 @@ int main(int argc, char **argv)
 {
     const char *names[N_SHAPES];
     int phases = 0, kept = 1;
-    cifar data;
     for (size_t i = 0; i < N_LANGUAGE; i++) names[i] = shapes[i].name;
     for (size_t i = 0; i < N_IMAGES; i++) names[N_LANGUAGE + i] = image_shapes[i].name;
     for (int i = 1; i < argc; i++) { /* the one option that the other benchmarks have not */
@@ -254,7 +256,6 @@ int main(int argc, char **argv)
     argc = kept;
     bench_options o = bench_parse(argc, argv, "a whole training step", names, N_SHAPES, 0,
                                   print_shapes);
-    cifar_load(&data, NULL, argv[0]);
     if (!phases) bench_header(&o, (size_t)bench_listed(o.peers, "pytorch"));
     for (moe_isa_kind isa = MOE_ISA_AUTO; isa < MOE_ISA_COUNT; isa++) {
         if (!bench_use_isa(&o, isa)) continue;
@@ -263,9 +264,8 @@ int main(int argc, char **argv)
             for (size_t i = 0; i < N_LANGUAGE; i++)
                 if (bench_listed(o.shape, shapes[i].name)) measure(&o, &shapes[i], phases);
             for (size_t i = 0; i < N_IMAGES && !phases; i++)
-                if (bench_listed(o.shape, image_shapes[i].name)) measure_images(&o, &image_shapes[i], &data);
+                if (bench_listed(o.shape, image_shapes[i].name)) measure_images(&o, &image_shapes[i], argv[0]);
         }
     }
-    cifar_free(&data);
     return 0;
 }

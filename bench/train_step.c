@@ -8,6 +8,7 @@
  *                  OLMoE's norms and rotation in place of LayerNorm, biases and learned positions
  *     cifar10      build/cifar10 --data, 250 images a step; the pictures are those of the sample
  *     cifar10-wide the same with --wide
+ *     wide-direct  that with --convolution direct: three times the operations
  *
  * --peers pytorch times the same step of gpt2-124m in PyTorch (bench/peer_train.py) in turns with it: the same network
  * of random weights, plain PyTorch as one writes it.
@@ -35,8 +36,9 @@ static const struct image_shape {
     const char *name;
     cifar_shape shape;
 } image_shapes[] = {
-    {"cifar10", {250, {32, 96, CIFAR_FEATURES}, 1, 1, 1, 0, 0.05f}},
-    {"cifar10-wide", {250, {64, 256, CIFAR_FEATURES}, 1, 1, 1, 0, 0.05f}},
+    {"cifar10", {250, {32, 96, CIFAR_FEATURES}, 1, 1, 1, 0, 1, 0.05f}},
+    {"cifar10-wide", {250, {64, 256, CIFAR_FEATURES}, 1, 1, 1, 0, 1, 0.05f}},
+    {"wide-direct", {250, {64, 256, CIFAR_FEATURES}, 1, 1, 1, 0, 0, 0.05f}},
 };
 enum { N_LANGUAGE = sizeof shapes / sizeof shapes[0], N_IMAGES = sizeof image_shapes / sizeof image_shapes[0] };
 enum { N_SHAPES = N_LANGUAGE + N_IMAGES };

@@ -26,22 +26,20 @@ enum { GAME_BATCHES = 50 }; // of an epoch's tokens, for the interval of gamma_e
 // The balance loss of systems that have one weighs ten times the usual 0.01, because these trainings are short.
 static const float balance_weight = 0.1f;
 typedef struct config {
-    const char *data, *system, *set, *isa, *out, *optimizer, *activation;
+    const char *data, *system, *set, *isa, *out, *optimizer, *activation, *convolution;
     size_t epochs, steps, batch, eval, threads, experts, top_k, seeds;
     uint64_t seed;
-    int wide, muon, gelu, tokens, no_dense, scan, grow, json, quiet;
+    int wide, muon, gelu, winograd, tokens, no_dense, scan, grow, json, quiet;
     double lr, balance;
     // by the data
     size_t width[CIFAR_BLOCKS], shift;
-    float smoothing, decay, warmup; // warmup: the share of the steps in which the rate rises
+    float smoothing, decay;
 } config;
 
-// AdamW's rate in a step of `all`: it rises, then falls to 0, by a cosine, or beside Muon in a straight line.
+// AdamW's rate in a step of `all`: alone it rises and falls to 0 by a cosine, beside Muon it falls in a straight line.
 static float rate(const config *o, size_t step, size_t all) {
-    size_t warmup = (size_t)((double)o->warmup * (double)all);
-    if (!o->muon) return moe_schedule_cosine(step, warmup, all, (float)o->lr, 0);
-    if (step < warmup) return (float)o->lr * (float)(step + 1) / (float)warmup;
-    return (float)o->lr * (float)(all - step) / (float)(all - warmup);
+    if (!o->muon) return moe_schedule_cosine(step, all / 5, all, (float)o->lr, 0);
+    return (float)o->lr * (float)(all - step) / (float)all;
 }
 
 // ---- training and testing ----
@@ -279,6 +277,7 @@ static void scan_temperatures(const config *o, cifar_net *m, const cifar *data, 
 
 static cifar_shape shape_of(const config *o) {
     cifar_shape s = {.batch = o->batch, .seed = o->seed, .muon = o->muon, .gelu = o->gelu, .tokens = o->tokens};
+    s.winograd = o->winograd;
     memcpy(s.width, o->width, sizeof s.width);
     s.decay = o->decay;
     return s;
@@ -458,6 +457,7 @@ static void write_config(json *j, const config *o, const moe_desc *desc, const c
     json_text(j, "optimizer", o->optimizer);
     json_real(j, "lr", o->lr);
     json_text(j, "activation", o->activation);
+    json_text(j, "convolution", o->convolution);
     json_real(j, "weight_decay", (double)o->decay);
     json_real(j, "label_smoothing", (double)o->smoothing);
     json_whole(j, "shift", o->shift);
@@ -778,6 +778,7 @@ static void parse(config *o, int argc, char **argv) {
         {"batch", ARGS_SIZE, &o->batch, "N", "images a step (0: by the data)", 0, 8192},
         {"optimizer", ARGS_TEXT, &o->optimizer, "NAME", "of the convolutions: muon or adamw (by the data)", 0, 0},
         {"activation", ARGS_TEXT, &o->activation, "NAME", "of the convolutions: gelu or relu (by the data)", 0, 0},
+        {"convolution", ARGS_TEXT, &o->convolution, "NAME", "how: winograd or direct (by the data)", 0, 0},
         {"wide", ARGS_FLAG, &o->wide, NULL, "convolutions of 64 and 256 filters, 3.4 times the work", 0, 0},
         {"lr", ARGS_REAL, &o->lr, "X", "highest learning rate (0: by the data)", 0, 100},
         {"balance", ARGS_REAL, &o->balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
@@ -796,6 +797,8 @@ static void parse(config *o, int argc, char **argv) {
         args_fail("cifar10", "--optimizer: there is no '%s'; there are: muon, adamw", o->optimizer);
     if (o->activation && strcmp(o->activation, "gelu") != 0 && strcmp(o->activation, "relu") != 0)
         args_fail("cifar10", "--activation: there is no '%s'; there are: gelu, relu", o->activation);
+    if (o->convolution && strcmp(o->convolution, "winograd") != 0 && strcmp(o->convolution, "direct") != 0)
+        args_fail("cifar10", "--convolution: there is no '%s'; there are: winograd, direct", o->convolution);
     moe_desc desc = {0};
     nn_system("cifar10", &desc, o->system); // before anything is read
     nn_set("cifar10", &desc, o->set);
@@ -811,12 +814,13 @@ static void by_data(config *o, const cifar *data) {
     o->muon = strcmp(o->optimizer, "muon") == 0;
     if (!o->epochs) o->epochs = data->sample ? 20 : 5;
     if (!o->batch) o->batch = data->sample ? 50 : 250;
-    if (o->lr <= 0) o->lr = data->sample ? 2e-3 : 4e-3;
+    if (o->lr <= 0) o->lr = data->sample ? 2e-3 : 6e-3;
     o->shift = data->sample ? 4 : 2;
     if (!o->activation) o->activation = data->sample ? "relu" : "gelu";
     o->gelu = strcmp(o->activation, "gelu") == 0;
+    if (!o->convolution) o->convolution = data->sample ? "direct" : "winograd";
+    o->winograd = strcmp(o->convolution, "winograd") == 0;
     o->smoothing = data->sample ? 0.1f : 0.2f;
-    o->warmup = o->muon ? 0.1f : 0.2f;
     o->decay = 0.05f;
     if (o->batch > data->train.count) args_fail("cifar10", "--batch: only %zu training images", data->train.count);
 }

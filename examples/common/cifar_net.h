@@ -6,11 +6,12 @@
 
 #include "cifar.h"
 #include "muon.h"
+#include "winograd.h"
 
 enum { CIFAR_STEM = 24, CIFAR_FEATURES = 256, CIFAR_BLOCKS = 3 };
 
-// The angle that Muon turns a convolution by in a step, of AdamW's rate for the rest.
-static const float cifar_angle = 7.5f;
+// With Muon, of AdamW's rate for the rest: the angle that a convolution turns by in a step, and the mixture's rate.
+static const float cifar_angle = 5, cifar_mixture = 0.2f;
 
 // convolution, pooling, normalisation, activation; then x + activation(normalisation(convolution(x)))
 typedef struct cifar_block {
@@ -27,6 +28,7 @@ typedef struct cifar_shape {
     size_t batch, width[CIFAR_BLOCKS];
     uint64_t seed;
     int muon, gelu, tokens; // Muon has the convolutions; GELU, not ReLU; the mixture sees positions, not images
+    int winograd;           // the blocks' convolutions by fewer multiplications, where there is room for tiles
     float decay;
 } cifar_shape;
 
@@ -75,6 +77,7 @@ EX_FUNC void cifar_net_muon(cifar_net *m) {
         muon_add(&m->muon, value + b->weight2, grad + b->weight2, 9 * filters, filters);
     }
     m->muon.turns = 1;
+    m->muon.rounds = 3; // as in the record program: directions of hardly any gradient stay short
     muon_begin(&m->muon, &m->ops);
 }
 
@@ -157,6 +160,26 @@ EX_FUNC void cifar_net_free(cifar_net *m) {
     free(m);
 }
 
+// Whether a convolution of the blocks takes fewer multiplications.
+EX_FUNC int cifar_fewer(const cifar_net *m, const nn_conv *v) { return m->shape.winograd && winograd_fits(v); }
+EX_FUNC void cifar_convolve(cifar_net *m, const nn_conv *v, const float *x, size_t weight, float *y) {
+    const float *w = m->bank.value + weight;
+    if (cifar_fewer(m, v)) winograd_forward(&m->ops, v, x, w, y);
+    else nn_conv_forward(&m->ops, v, x, w, y);
+}
+// The weight's gradient, and dx, or += it, unless that is NULL.
+EX_FUNC void cifar_convolve_back(cifar_net *m, const nn_conv *v, const float *x, const float *dy, size_t weight,
+                                 int accumulate, float *dx) {
+    const float *w = m->bank.value + weight;
+    float *g = m->bank.grad + weight;
+    if (cifar_fewer(m, v)) {
+        winograd_backward(&m->ops, v, x, dy, w, g, accumulate, dx);
+        return;
+    }
+    nn_conv_backward_weight(&m->ops, v, x, dy, g);
+    if (dx) nn_conv_backward_data(&m->ops, v, dy, w, accumulate, dx);
+}
+
 // m->image (n, 32, 32, 3) -> m->logits (n, CIFAR_CLASSES)
 EX_FUNC void cifar_net_forward(cifar_net *m, size_t n, int training) {
     nn *s = &m->ops;
@@ -173,10 +196,10 @@ EX_FUNC void cifar_net_forward(cifar_net *m, size_t n, int training) {
         cifar_block *b = &m->block[i];
         size_t rows = n * b->conv2.h * b->conv2.w;
         b->conv1.n = b->conv2.n = b->pool.n = n;
-        nn_conv_forward(s, &b->conv1, x, w + b->weight1, b->c1);
+        cifar_convolve(m, &b->conv1, x, b->weight1, b->c1);
         nn_pool_forward(s, &b->pool, b->c1, b->p1);
         nn_norm_act(s, &b->norm1, &m->bank, training, rows, b->p1, NULL, b->given1, b->x1);
-        nn_conv_forward(s, &b->conv2, b->x1, w + b->weight2, b->c2);
+        cifar_convolve(m, &b->conv2, b->x1, b->weight2, b->c2);
         nn_norm_act(s, &b->norm2, &m->bank, training, rows, b->c2, b->x1, b->given2, b->y);
         x = b->y;
     }
@@ -220,12 +243,10 @@ EX_FUNC void cifar_net_backward(cifar_net *m, size_t n) {
         size_t rows = n * b->conv2.h * b->conv2.w;
         const float *x = i ? m->block[i - 1].y : m->x0;
         nn_norm_act_gradient(s, &b->norm2, &m->bank, rows, b->c2, b->given2, b->dy, b->d2);
-        nn_conv_backward_weight(s, &b->conv2, b->x1, b->d2, g + b->weight2);
-        nn_conv_backward_data(s, &b->conv2, b->d2, w + b->weight2, 1, b->dy); // dy holds the residual's part
+        cifar_convolve_back(m, &b->conv2, b->x1, b->d2, b->weight2, 1, b->dy); // dy holds the residual's part
         nn_norm_act_gradient(s, &b->norm1, &m->bank, rows, b->p1, b->given1, b->dy, b->d2);
         nn_pool_backward(s, &b->pool, b->c1, b->p1, b->d2, b->c1);
-        nn_conv_backward_weight(s, &b->conv1, x, b->c1, g + b->weight1);
-        if (i) nn_conv_backward_data(s, &b->conv1, b->c1, w + b->weight1, 0, m->block[i - 1].dy);
+        cifar_convolve_back(m, &b->conv1, x, b->c1, b->weight1, 0, i ? m->block[i - 1].dy : NULL);
     }
 }
 
@@ -234,25 +255,28 @@ EX_FUNC void cifar_net_step(cifar_net *m, float lr, size_t step) {
     moe_optimizer_args a = {.lr = lr, .weight_decay = o->decay, .step = step, .parallel = &m->ops.parallel};
     if (o->muon) muon_step(&m->muon, cifar_angle * lr, 0);
     nn_bank_step(&m->bank, a);
-    nn_must(moe_step(m->moe, lr));
+    nn_must(moe_step(m->moe, o->muon ? cifar_mixture * lr : lr));
 }
 
-// Operations of a training step in products: each forward once, and for both gradients as often again (the stem has
-// neither, the first block none by its input); and Muon's.
+// Operations of one pass of a convolution over a batch.
+EX_FUNC double cifar_conv_flops(const cifar_net *m, nn_conv v) {
+    size_t n = v.n = m->shape.batch;
+    if (cifar_fewer(m, &v)) return winograd_flops(&v);
+    return 2 * (double)(n * nn_conv_out(&v, v.h) * nn_conv_out(&v, v.w) * nn_conv_weights(&v));
+}
+
+// Operations of a training step in products, as they are made: each forward once, and for both gradients as often again
+// (the stem has neither, the first block none by its input); and Muon's.
 EX_FUNC double cifar_net_flops(const cifar_net *m) {
     const moe_desc *desc = moe_layer_desc(m->moe);
-    double n = (double)m->shape.batch, d = CIFAR_FEATURES, gated = 2, side = (double)nn_conv_out(&m->stem, CIFAR_SIDE);
-    double sum = n * side * side * (double)nn_conv_weights(&m->stem);
-    for (int i = 0; i < CIFAR_BLOCKS; i++) {
-        const nn_conv *v1 = &m->block[i].conv1, *v2 = &m->block[i].conv2;
-        double one = n * (double)(v1->h * v1->w * nn_conv_weights(v1)), two = (double)(v2->h * v2->w);
-        sum += (i ? 3 : 2) * one + 3 * n * two * (double)nn_conv_weights(v2);
-    }
+    double n = (double)m->shape.batch, d = CIFAR_FEATURES, gated = 2, sum = cifar_conv_flops(m, m->stem);
+    for (int i = 0; i < CIFAR_BLOCKS; i++)
+        sum += (i ? 3 : 2) * cifar_conv_flops(m, m->block[i].conv1) + 3 * cifar_conv_flops(m, m->block[i].conv2);
     if (desc->expert == MOE_EXPERT_SWIGLU || desc->expert == MOE_EXPERT_GEGLU) gated = 3;
     double used = (double)(desc->top_k + desc->n_shared);
     double token = d * (gated * used * (double)desc->d_ff + (double)desc->n_experts);
-    sum += 3 * n * ((double)m->positions * token + d * CIFAR_CLASSES);
-    return 2 * sum + (m->shape.muon ? muon_flops(&m->muon) : 0);
+    sum += 6 * n * ((double)m->positions * token + d * CIFAR_CLASSES);
+    return sum + (m->shape.muon ? muon_flops(&m->muon) : 0);
 }
 
 #endif

@@ -257,8 +257,10 @@ typedef struct eco_sweep {
     size_t n_mean;
 } eco_sweep;
 
-static const double eco_values[ECO_MAX_E] = {0.05, 0.1, 0.25, 0.5, 1, 2, 0.15, 0.35, 0.7, 1.4}; // --quick: six
-EX_FUNC size_t eco_count(const exp_run *e) { return e->quick ? 6 : ECO_MAX_E; }
+static const double eco_quick[] = {0.05, 0.1, 0.25, 0.5, 1, 2};
+static const double eco_full[ECO_MAX_E] = {0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7, 1, 1.4, 2};
+EX_FUNC size_t eco_count(const exp_run *e) { return e->quick ? sizeof eco_quick / sizeof *eco_quick : ECO_MAX_E; }
+EX_FUNC double eco_value(const exp_run *e, size_t i) { return e->quick ? eco_quick[i] : eco_full[i]; }
 
 // "0 0 6": one number a seed
 EX_FUNC void eco_list(size_t n, const double *value, char *out, size_t size) {
@@ -299,7 +301,7 @@ EX_FUNC void eco_sweep_run(eco_world *w, eco_sweep sweep[ECO_TASKS]) {
             eco_setup s = eco_base;
             for (int task = 0; task < ECO_TASKS; task++) {
                 eco_sweep *to = &sweep[task];
-                s = eco_at(&eco_knobs[k], eco_values[i], (eco_task)task);
+                s = eco_at(&eco_knobs[k], eco_value(e, i), (eco_task)task);
                 eco_cell c = eco_seeds(w, "sweep", &s, 0);
                 for (size_t n = 0; n < e->seeds; n++) {
                     to->at[to->n] = eco_number(&s);
@@ -350,7 +352,7 @@ EX_FUNC void eco_classes(eco_world *w, const eco_sweep *sweep) {
     exp_row(&t, "<classes|E|<dead|accuracy");
     for (int c = 0; c < 3; c++)
         for (size_t i = 0; i < values; i++) {
-            eco_setup s = eco_at(&eco_knobs[1], eco_values[i], ECO_PICTURES);
+            eco_setup s = eco_at(&eco_knobs[1], eco_value(e, i), ECO_PICTURES);
             eco_cell r;
             s.classes = classes[c];
             if (c < 2) r = eco_seeds(w, "classes", &s, 0);

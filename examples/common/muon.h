@@ -33,6 +33,7 @@ typedef struct muon {
     size_t worker_floats, small_bytes;
     float lr, decay;
     int turns;                  // lr is an angle, and there is no decay
+    int rounds;                 // 0: MUON_ROUNDS
     const moe_parallel *parallel;
 } muon;
 
@@ -50,6 +51,7 @@ EX_FUNC void muon_add(muon *u, float *value, float *grad, size_t rows, size_t co
 EX_FUNC void muon_begin(muon *u, nn *s) {
     size_t largest = 0, side = 0, panels = 0;
     moe_parallel alone = {.n_threads = 1};
+    if (!u->rounds) u->rounds = MUON_ROUNDS;
     u->parallel = &s->parallel;
     u->momentum = nn_floats(s, u->n_momentum);
     float *at = u->momentum;
@@ -100,7 +102,7 @@ EX_FUNC double muon_flops(const muon *u) {
     double sum = 0;
     for (size_t i = 0; i < u->n; i++) {
         double r = (double)u->matrix[i].rows, c = (double)u->matrix[i].cols, few = fmin(r, c), many = fmax(r, c);
-        sum += MUON_ROUNDS * (2 * few * few * many + muon_share(few) * (2 * few * few * many + 2 * few * few * few));
+        sum += u->rounds * (2 * few * few * many + muon_share(few) * (2 * few * few * many + 2 * few * few * few));
     }
     return sum;
 }
@@ -124,7 +126,7 @@ TF_WIDE void muon_axpy(size_t n, float a, float *restrict x, const float *restri
 }
 
 // x (few, many) -> nearly orthogonal rows; room: 2 (few, few), (few, many) and the panels
-EX_FUNC void muon_orthogonal(size_t few, size_t many, float *x, float *room, void *gemm, size_t bytes) {
+EX_FUNC void muon_orthogonal(int rounds, size_t few, size_t many, float *x, float *room, void *gemm, size_t bytes) {
     float *square = room, *mixed = room + few * few, *next = room + 2 * few * few, *panels = next + few * many;
     moe_parallel alone = {.n_threads = 1};
     moe_gemm_args g = {.parallel = &alone, .scratch = gemm, .scratch_bytes = bytes}, last = g;
@@ -132,7 +134,7 @@ EX_FUNC void muon_orthogonal(size_t few, size_t many, float *x, float *room, voi
     moe_gemm_args whole = {.n = few, .k = few, .b = square, .parallel = &alone};
     last.m = last.k = few, last.n = many, last.a = mixed, last.b = x, last.c = next;
     muon_divide(few * many, sqrtf(tb_dot(few * many, x, x)) + 1e-7f, x);
-    for (int round = 0; round < MUON_ROUNDS; round++) {
+    for (int round = 0; round < rounds; round++) {
         nn_must(moe_gemm_pack(&turned, panels));
         muon_square(g, few, many, x, panels, square);
         for (size_t row = MUON_BLOCK; row < few; row += MUON_BLOCK)
@@ -174,7 +176,7 @@ EX_FUNC void muon_task(void *arg, size_t i, size_t worker) {
     const float *direction = x;
     muon_direction(n, m->grad, m->momentum, rows > cols ? x + n : x);
     if (rows > cols) muon_transpose(rows, cols, x + n, x);
-    muon_orthogonal(few, many, x, x + n, gemm, u->small_bytes);
+    muon_orthogonal(u->rounds, few, many, x, x + n, gemm, u->small_bytes);
     if (rows > cols) muon_transpose(cols, rows, x, x + n), direction = x + n;
     if (u->turns)
         muon_rotate(n, few, u->lr, direction, m->value);

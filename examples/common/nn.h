@@ -65,7 +65,8 @@ EX_FUNC void nn_free(nn *s) {
 EX_FUNC float *nn_scratch(nn *s, size_t count) {
     if (s->scratch_count < count) {
         free(s->scratch);
-        s->scratch = allocate(count, sizeof(float));
+        s->scratch = count <= SIZE_MAX / sizeof(float) ? huge_malloc(count * sizeof(float)) : NULL;
+        if (!s->scratch) die("out of memory (%zu numbers)", count);
         s->scratch_count = count;
     }
     return s->scratch;

@@ -33,6 +33,16 @@ check "another activation, another training" \
 check "that too has the same bits with 3 threads" \
     [ "$(finals gelu | value_of checksum)" = "$(finals gelus | value_of checksum)" ]
 check "it is named too" grep -q '"activation":"gelu"' "$tmp/gelu.out"
+run tiles 0 $few --steps 3 --no-dense --convolution winograd --threads 1
+run tiless 0 $few --steps 3 --no-dense --convolution winograd --threads 3
+run direct 0 $few --steps 3 --no-dense --convolution direct --threads 2
+check "convolutions by tiles are rounded otherwise" \
+    sh -c "[ '$(finals tiles | value_of checksum)' != '$(finals direct | value_of checksum)' ]"
+check "those too have the same bits with 3 threads" \
+    [ "$(finals tiles | value_of checksum)" = "$(finals tiless | value_of checksum)" ]
+check "and direct ones are the sample's" \
+    [ "$(finals adamw | value_of checksum)" = "$(finals direct | value_of checksum)" ]
+check "and named" grep -q '"convolution":"winograd"' "$tmp/tiles.out"
 
 # nothing is learned: the controller sees a plateau after three epochs, splits once, and the pair has places at the end
 still='--grow --lr 1e-30 --batch 200 --eval 20 --no-dense --json'
@@ -55,6 +65,7 @@ check "and why" says dynmoe 'experts, [0-9]* tokens that none took: now [0-9]'
 run system 2 --system mixtrl
 check "near names" says system 'did you mean mixtral'
 run optimizer 2 --optimizer sgd
+run convolution 2 --convolution fft
 run activation 2 --activation tanh
 run batch 2 --batch 5000
 run nothing 2 --data "$tmp"

@@ -1,5 +1,6 @@
 /* The network of build/cifar10: gradients of every tensor along themselves, with ReLU and GELU, images and positions as
- * tokens; the same bits for any number of threads; the operations of a step. */
+ * tokens, convolutions direct and by Winograd's filtering; the same bits for any number of threads; the operations of a
+ * step. */
 #include "test.h"
 
 #include "examples/common/cifar_net.h"
@@ -7,8 +8,8 @@
 enum { IMAGES = 12 };
 static cifar data;
 
-static cifar_net *small_net(int gelu, int tokens, int by_muon, size_t threads) {
-    cifar_shape shape = {IMAGES, {16, 32, CIFAR_FEATURES}, 3, by_muon, gelu, tokens, 0.05f};
+static cifar_net *small_net(int gelu, int tokens, int by_muon, int winograd, size_t threads) {
+    cifar_shape shape = {IMAGES, {16, 32, CIFAR_FEATURES}, 3, by_muon, gelu, tokens, winograd, 0.05f};
     moe_desc desc = {0};
     nn_must(moe_desc_system(&desc, "mixtral"));
     desc.d_model = CIFAR_FEATURES;
@@ -54,8 +55,8 @@ static void check_along(cifar_net *m, size_t at, size_t count, const char *what)
     free(g);
     free(keep);
 }
-static void check_network(int gelu, int tokens) {
-    cifar_net *m = small_net(gelu, tokens, 0, 1);
+static void check_network(int gelu, int tokens, int winograd) {
+    cifar_net *m = small_net(gelu, tokens, 0, winograd, 1);
     images(m);
     learn(m, 5); /* gammas and betas are no longer all alike */
     mean_loss(m);
@@ -76,14 +77,14 @@ static void check_network(int gelu, int tokens) {
     for (size_t i = 0; i < nn_conv_weights(&m->stem); i++) CHECK(m->bank.grad[m->stem_weight + i] == 0);
     cifar_net_free(m);
 }
-static void test_relu_images(void) { check_network(0, 0); }
-static void test_gelu_positions(void) { check_network(1, 1); }
+static void test_relu_images(void) { check_network(0, 0, 0); }
+static void test_gelu_positions(void) { check_network(1, 1, 1); }
 
 /* A training of a few steps, by Muon too, is the same for any number of threads. */
 static void test_threads(void) {
     uint64_t hash[3];
     for (int k = 0; k < 3; k++) {
-        cifar_net *m = small_net(1, 0, 1, (size_t)k + 1);
+        cifar_net *m = small_net(1, 0, 1, 1, (size_t)k + 1);
         images(m);
         learn(m, 3);
         hash[k] = moe_hash(moe_layer_hash(m->moe), m->bank.value, m->bank.count * sizeof(float));
@@ -92,15 +93,43 @@ static void test_threads(void) {
     CHECK(hash[0] == hash[1] && hash[1] == hash[2]);
 }
 
-/* By hand: 12 images; pictures of 31, 15 and 7 pixels a side; 2 experts of 3 matrices, a router of 8. */
+/* The two ways to convolve say the same of the first batch, but for rounding. */
+static void test_winograd(void) {
+    cifar_net *m[2];
+    double loss[2];
+    for (int k = 0; k < 2; k++) {
+        m[k] = small_net(1, 0, 0, k, 1);
+        images(m[k]);
+        loss[k] = mean_loss(m[k]);
+        cifar_net_backward(m[k], IMAGES);
+    }
+    CHECK_WITHIN(loss[1], loss[0], 1e-4);
+    double apart = 0, size = 0;
+    for (size_t i = 0; i < m[0]->bank.count; i++) {
+        double g = (double)m[0]->bank.grad[i], d = (double)m[1]->bank.grad[i] - g;
+        apart += d * d, size += g * g;
+    }
+    printf("gradients: %.1e of their length apart\n", sqrt(apart / size));
+    CHECK(apart > 0 && sqrt(apart / size) < 1e-2); /* near ties of the pooling fall the other way */
+    for (int k = 0; k < 2; k++) cifar_net_free(m[k]);
+}
+
+/* By hand: 12 images; pictures of 31, 15 and 7 pixels a side, of 64, 16 and 4 tiles; 2 experts of 3 matrices, a router
+ * of 8. */
 static void test_flops(void) {
-    cifar_net *m = small_net(0, 0, 0, 1);
-    double stem = 31 * 31 * 12 * 24, block0 = 31 * 31 * 9 * 24 * 16 * 2.0 + 15 * 15 * 9 * 16 * 16 * 3.0;
-    double block1 = 3.0 * (15 * 15 * 9 * 16 * 32 + 7 * 7 * 9 * 32 * 32);
-    double block2 = 3.0 * (7 * 7 * 9 * 32 * 256 + 3 * 3 * 9 * 256 * 256.0);
-    double head = 3.0 * (256 * 3 * 2 * 32 + 256 * 8 + 256 * 10);
-    CHECK_NEAR(cifar_net_flops(m), 2 * IMAGES * (stem + block0 + block1 + block2 + head), 1);
-    cifar_net_free(m);
+    double stem = 31 * 31 * 12 * 24, head = 3.0 * (256 * 3 * 2 * 32 + 256 * 8 + 256 * 10);
+    double direct[] = {31 * 31 * 9 * 24 * 16 * 2.0 + 15 * 15 * 9 * 16 * 16 * 3.0,
+                       3.0 * (15 * 15 * 9 * 16 * 32 + 7 * 7 * 9 * 32 * 32), 3.0 * 7 * 7 * 9 * 32 * 256};
+    double winograd[] = {64 * 36 * 24 * 16 * 2.0 + 16 * 36 * 16 * 16 * 3.0,
+                         3.0 * (16 * 36 * 16 * 32 + 4 * 36 * 32 * 32), 3.0 * 4 * 36 * 32 * 256};
+    double last = 3.0 * 3 * 3 * 9 * 256 * 256; /* 3 pixels a side have no room for tiles */
+    for (int k = 0; k < 2; k++) {
+        cifar_net *m = small_net(0, 0, 0, k, 1);
+        const double *blocks = k ? winograd : direct;
+        double sum = stem + blocks[0] + blocks[1] + blocks[2] + last + head;
+        CHECK_NEAR(cifar_net_flops(m), 2 * IMAGES * sum, 1);
+        cifar_net_free(m);
+    }
 }
 
 int main(int argc, char **argv) {
@@ -109,6 +138,7 @@ int main(int argc, char **argv) {
     RUN(test_relu_images);
     RUN(test_gelu_positions);
     RUN(test_threads);
+    RUN(test_winograd);
     RUN(test_flops);
     cifar_free(&data);
     return test_end();

@@ -72,9 +72,9 @@ static void test_like(void) {
 static void test_knobs(void) {
     for (int k = 0; k < ECO_KNOBS; k++)
         for (int i = 0; i < ECO_MAX_E; i++) {
-            eco_setup s = eco_at(&eco_knobs[k], eco_values[i], ECO_PICTURES);
+            eco_setup s = eco_at(&eco_knobs[k], eco_full[i], ECO_PICTURES);
             CHECK(s.T > 0 && s.H > 0 && s.O >= 0 && s.B >= 0);
-            CHECK_NEAR(s.T * s.H / (s.O + s.B), eco_values[i], 1e-9);
+            CHECK_NEAR(s.T * s.H / (s.O + s.B), eco_full[i], 1e-9);
         }
 }
 

@@ -779,7 +779,7 @@ static void parse(config *o, int argc, char **argv) {
         {"optimizer", ARGS_TEXT, &o->optimizer, "NAME", "of the convolutions: muon or adamw (by the data)", 0, 0},
         {"activation", ARGS_TEXT, &o->activation, "NAME", "of the convolutions: gelu or relu (by the data)", 0, 0},
         {"convolution", ARGS_TEXT, &o->convolution, "NAME", "how: winograd or direct (by the data)", 0, 0},
-        {"wide", ARGS_FLAG, &o->wide, NULL, "convolutions of 64 and 256 filters, 3.4 times the work", 0, 0},
+        {"wide", ARGS_FLAG, &o->wide, NULL, "convolutions of 64 and 256 filters, more than twice the time", 0, 0},
         {"lr", ARGS_REAL, &o->lr, "X", "highest learning rate (0: by the data)", 0, 100},
         {"balance", ARGS_REAL, &o->balance, "X", "coefficient of the balance loss (0: the system's)", 0, 100},
         {"eval", ARGS_SIZE, &o->eval, "N", "test on the first N images only (0: all)", 0, 0},

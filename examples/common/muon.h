@@ -1,7 +1,7 @@
 // muon.h - the optimiser Muon for matrices: momentum, made orthogonal, is the direction of the step.
 //
 //     m = momentum m + g,  u = g + momentum m (Nesterov),  x = u / |u|
-//     five times x = a x + (b X + c X X) x, X = x x^T
+//     five times (or `rounds`) x = a x + (b X + c X X) x, X = x x^T
 //     W -= lr 0.2 sqrt(max(rows, columns)) x
 //
 // as in Jordan et al. 2024 (a, b, c are theirs) [K]; the factor, after Moonlight (arXiv 2502.16982) [K], gives a step

@@ -39,12 +39,18 @@ EX_FUNC float *nn_floats(nn *s, size_t count) {
     return m->floats;
 }
 
-// The same of any content, for what is written whole.
+// `count` floats of any content, in huge pages where there are some; release with free().
+EX_FUNC float *nn_huge(size_t count) {
+    float *floats = count <= SIZE_MAX / sizeof(float) ? huge_malloc(count * sizeof(float)) : NULL;
+    if (!floats) die("out of memory (%zu numbers)", count);
+    return floats;
+}
+
+// An array as nn_floats gives one, but of any content, for what is written whole.
 EX_FUNC float *nn_room(nn *s, size_t count) {
     nn_memory *m = allocate(1, sizeof *m);
     m->next = s->memory;
-    if (count <= SIZE_MAX / sizeof(float)) m->floats = huge_malloc(count * sizeof(float));
-    if (!m->floats) die("out of memory (%zu numbers)", count);
+    m->floats = nn_huge(count);
     s->memory = m;
     return m->floats;
 }
@@ -65,8 +71,7 @@ EX_FUNC void nn_free(nn *s) {
 EX_FUNC float *nn_scratch(nn *s, size_t count) {
     if (s->scratch_count < count) {
         free(s->scratch);
-        s->scratch = count <= SIZE_MAX / sizeof(float) ? huge_malloc(count * sizeof(float)) : NULL;
-        if (!s->scratch) die("out of memory (%zu numbers)", count);
+        s->scratch = nn_huge(count);
         s->scratch_count = count;
     }
     return s->scratch;
